@@ -1,0 +1,7 @@
+"""CoLLaVO: panoptic maps, crayon maps, instructions, the model, its training and its evaluation.
+
+The paper is arXiv 2402.11248. Importing this package loads nothing heavy; the modules that need torch are those under
+`segmenters/`, `model/`, `training/` and `evaluation/`, and `panoptic/postprocess.py`.
+"""
+
+__version__ = "0.1.0"

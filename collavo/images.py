@@ -1,0 +1,111 @@
+"""Encoded image bytes in, upright RGB pixels out: the one place where images are opened.
+
+Builder, trainer and evaluation all decode here, so that they see the same pixels: EXIF orientation applied, first frame of
+an animation, grey and palette and CMYK and 16-bit brought to 8-bit RGB, transparency dropped. What cannot be decoded is
+refused with a reason; what is larger than a bound is refused before its pixels are allocated.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 50_000_000
+"""Default bound on width x height; a larger image is refused before decoding (150 MB as RGB)."""
+
+# Raster formats only: Pillow can also open EPS and PDF, which run an interpreter on untrusted input.
+_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "MPO", "AVIF", "ICO", "TGA")
+
+
+class ImageError(ValueError):
+    """An image that cannot be used. `reason` is one word for tallies, the message says what was found."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class ImageHeader:
+    """What an image file says before its pixels are decoded; `size_wh` is that of the upright image."""
+
+    format: str
+    size_wh: tuple[int, int]
+
+
+def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Decode an image file to upright RGB.
+
+    Args:
+        data: the file's bytes, in any of Pillow's raster formats; the file name's extension plays no part.
+        max_pixels: bound on width x height.
+
+    Returns:
+        uint8 array [height, width, 3].
+
+    Raises:
+        ImageError: with reason `not_an_image`, `oversized_image` or `broken_image`.
+    """
+    with _opened(data, max_pixels) as image:
+        try:
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.asarray(_to_rgb(image))
+        except Exception as error:  # Pillow's decoders raise a dozen types on damaged data
+            raise _broken(image, error) from error
+
+
+def verify_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
+    """Make sure that an image decodes to its last byte, without keeping its pixels.
+
+    A JPEG is decoded at an eighth of its size: all entropy-coded data are read, which is where truncation shows, for about
+    half the time of a full decode.
+
+    Raises:
+        ImageError: as `decode_rgb`.
+    """
+    with _opened(data, max_pixels) as image:
+        width, height = image.size
+        try:
+            if _is_turned(image):
+                width, height = height, width
+            image.draft("RGB", (width // 8, height // 8))
+            image.load()
+        except Exception as error:
+            raise _broken(image, error) from error
+        return ImageHeader(image.format or "", (width, height))
+
+
+def _opened(data: bytes, max_pixels: int) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large images and odd tags; the bound below decides
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageError("oversized_image", f"{error}") from error
+    except UnidentifiedImageError as error:
+        raise ImageError("not_an_image", f"{len(data)} bytes beginning with {data[:8]!r}") from error
+    except Exception as error:
+        raise ImageError("broken_image", f"{type(error).__name__}: {error}") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise ImageError("oversized_image", f"{width} x {height} is more than {max_pixels} pixels")
+    return image
+
+
+def _broken(image: Image.Image, error: Exception) -> ImageError:
+    return ImageError("broken_image", f"{image.format} of {image.width} x {image.height}: {error}")
+
+
+def _is_turned(image: Image.Image) -> bool:
+    return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+        # Pillow clips 16-bit grey at 255 instead of scaling it.
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
