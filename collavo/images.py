@@ -1,8 +1,8 @@
 """Encoded image bytes in, upright RGB pixels out: the one place where images are opened.
 
-Builder, trainer and evaluation all decode here, so that they see the same pixels: EXIF orientation applied, first frame of
-an animation, grey and palette and CMYK and 16-bit brought to 8-bit RGB, transparency dropped. What cannot be decoded is
-refused with a reason; what is larger than a bound is refused before its pixels are allocated.
+Builder, trainer and evaluation all decode here, so that they see the same pixels: EXIF orientation applied, first
+frame of an animation, grey and palette and CMYK and 16-bit brought to 8-bit RGB, transparency dropped. What cannot be
+decoded is refused with a reason; what is larger than a bound is refused before its pixels are allocated.
 """
 
 import io
@@ -59,8 +59,8 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 def verify_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     """Make sure that an image decodes to its last byte, without keeping its pixels.
 
-    A JPEG is decoded at an eighth of its size: all entropy-coded data are read, which is where truncation shows, for about
-    half the time of a full decode.
+    A JPEG is decoded at an eighth of its size: all entropy-coded data are read, which is where truncation shows, for
+    about half the time of a full decode.
 
     Raises:
         ImageError: as `decode_rgb`.

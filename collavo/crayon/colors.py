@@ -15,7 +15,7 @@ _LIGHTNESS_STEPS = (0.0, 0.16, -0.16, 0.28, -0.28, 0.08, -0.08, 0.22, -0.22)
 
 @cache
 def crayon_color(label: int, numbering: int) -> tuple[int, int, int]:
-    """The RGB colour of instance `numbering` of class `label`; COCO's own colour of the class for number 1 and stuff."""
+    """The RGB colour of instance `numbering` of class `label`; number 1 has COCO's own colour of the class."""
     red, green, blue = (channel / 255 for channel in CATEGORIES[label].color_rgb)
     if numbering <= 1:
         return CATEGORIES[label].color_rgb

@@ -12,7 +12,8 @@ from PIL import Image
 from collavo.crayon.colors import segment_palette
 from schemas.crayon_row import Segment
 
-# On maps of flat regions level 1 is a third of level 6's time for a fifth more bytes, and a map is small beside its image.
+# On maps of flat regions level 1 is a third of level 6's time for a fifth more bytes, and a map is small beside its
+# image.
 _COMPRESS_LEVEL = 1
 
 

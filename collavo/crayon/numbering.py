@@ -1,7 +1,8 @@
 """Numbering: the ordinal of each segment among those of its class in its image.
 
 The largest instance of a class is number 1; equal areas are told apart by where they are, top to bottom, then left to
-right. Size and place are properties of the picture, so the numbers are the same for any batch, runner or order of arrival.
+right. Size and place are properties of the picture, so the numbers are the same for any batch, runner or order of
+arrival.
 """
 
 import numpy as np

@@ -1,8 +1,8 @@
 """The panoptic map: every pixel points into one ordered, numbered list of segments.
 
-All that is known of a segment - its area, its box, its number - is measured here, at full resolution, in one pass over the
-runs of equal pixels in each image row. A 640 x 480 map has some 5,000 runs, so the work after the first comparison is on
-arrays of thousands, not of hundreds of thousands.
+All that is known of a segment - its area, its box, its number - is measured here, at full resolution, in one pass over
+the runs of equal pixels in each image row. A 640 x 480 map has some 5,000 runs, so the work after the first comparison
+is on arrays of thousands, not of hundreds of thousands.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ class SegmentInfo(NamedTuple):
 class PanopticMap:
     """A segmented image.
 
-    `index_map` is uint8 [height, width], uint16 above 255 segments; a pixel holds the position of its segment in `segments`
-    plus 1, and 0 where nothing is known. Segments are in the order of their class, then of their number.
+    `index_map` is uint8 [height, width], uint16 above 255 segments; a pixel holds the position of its segment in
+    `segments` plus 1, and 0 where nothing is known. Segments are in the order of their class, then of their number.
     """
 
     index_map: np.ndarray
@@ -92,7 +92,7 @@ def build_panoptic_map(ids: np.ndarray, infos: Sequence[SegmentInfo]) -> Panopti
 
 
 def _row_runs(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each run of equal pixels begins in the flattened map, and how long it is; no run crosses the end of a row."""
+    """Where each run of equal pixels begins in the flattened map, and its length; no run crosses the end of a row."""
     flat = ids.ravel()
     begins = np.empty(flat.size, dtype=bool)
     np.not_equal(flat[1:], flat[:-1], out=begins[1:])

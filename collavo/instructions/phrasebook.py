@@ -1,0 +1,96 @@
+"""The phrasings of the crayon instructions, read from a JSON file.
+
+The file maps each task to a list of phrasings: an `id`, a `question`, the answer where the class asked for is
+`present`, and for `counting`, `class_to_box` and `class_to_binary` the answer where it is `absent`. Texts hold
+placeholders in braces, `{plural}` for instance; `PLACEHOLDERS` says which each task knows. `phrasebook.json` beside
+this module is the default.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+from schemas.crayon_row import TASKS
+
+DEFAULT_PHRASEBOOK = Path(__file__).with_name("phrasebook.json")
+
+PLACEHOLDERS: Mapping[str, frozenset[str]] = {
+    "counting": frozenset({"name", "singular", "plural", "count", "counted", "are"}),
+    "class_to_box": frozenset({"name", "singular", "a_name", "plural", "boxes", "objects_with_boxes"}),
+    "box_to_class": frozenset({"box", "name", "singular", "a_name", "object"}),
+    "list_objects": frozenset({"objects"}),
+    "list_objects_with_boxes": frozenset({"objects_with_boxes"}),
+    "class_to_binary": frozenset({"name", "singular", "a_name", "plural"}),
+}
+
+TASKS_WITH_ABSENT = ("counting", "class_to_box", "class_to_binary")
+
+
+class PhrasebookError(ValueError):
+    """A phrasebook file cannot be used; the message names the file, the task and what would work."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phrasing:
+    """One way of asking, and of answering; `absent` is None for tasks that are asked of present objects only."""
+
+    id: str
+    question: str
+    present: str
+    absent: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Phrasebook:
+    """All phrasings by task; `sha256` identifies the file they came from."""
+
+    phrasings: Mapping[str, tuple[Phrasing, ...]]
+    sha256: str
+
+
+def load_phrasebook(path: Path = DEFAULT_PHRASEBOOK) -> Phrasebook:
+    """Read and check a phrasebook.
+
+    Raises:
+        PhrasebookError: if the file is not JSON of the shape above, or a text holds an unknown placeholder.
+    """
+    try:
+        data = path.read_bytes()
+        tasks = json.loads(data)
+    except (OSError, ValueError) as error:
+        raise PhrasebookError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(tasks, dict) or set(tasks) - set(TASKS):
+        found = ", ".join(map(repr, tasks)) if isinstance(tasks, dict) else f"a {type(tasks).__name__}"
+        raise PhrasebookError(f"{path}: holds {found}, but expected an object whose keys are among {', '.join(TASKS)}")
+    phrasings = {task: _checked_phrasings(path, task, entries) for task, entries in tasks.items()}
+    return Phrasebook(phrasings, hashlib.sha256(data).hexdigest())
+
+
+def _checked_phrasings(path: Path, task: str, entries: Any) -> tuple[Phrasing, ...]:
+    if not isinstance(entries, list) or not entries:
+        raise PhrasebookError(f"{path}: task {task!r} needs a list of at least one phrasing")
+    fields = {"id", "question", "present"} | ({"absent"} if task in TASKS_WITH_ABSENT else set())
+    for entry in entries:
+        if not isinstance(entry, dict) or set(entry) != fields or not all(isinstance(v, str) for v in entry.values()):
+            expected = ", ".join(sorted(fields))
+            raise PhrasebookError(f"{path}: a phrasing of {task!r} needs exactly the texts {expected}; found {entry!r}")
+        for field in fields - {"id"}:
+            _check_placeholders(path, task, f"{entry['id']}/{field}", entry[field])
+    ids = [entry["id"] for entry in entries]
+    if len(set(ids)) < len(ids):
+        raise PhrasebookError(f"{path}: task {task!r} has two phrasings of the same id among {', '.join(ids)}")
+    return tuple(Phrasing(e["id"], e["question"], e["present"], e.get("absent")) for e in entries)
+
+
+def _check_placeholders(path: Path, task: str, place: str, text: str) -> None:
+    try:
+        found = {name for _, name, _, _ in Formatter().parse(text) if name is not None}
+    except ValueError as error:
+        raise PhrasebookError(f"{path}: {place}: {error} in {text!r}") from error
+    if unknown := found - PLACEHOLDERS[task]:
+        known = ", ".join(f"{{{name}}}" for name in sorted(PLACEHOLDERS[task]))
+        raise PhrasebookError(f"{path}: {place}: unknown placeholder {{{unknown.pop()}}}; {task!r} knows {known}")

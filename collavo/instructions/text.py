@@ -1,0 +1,106 @@
+"""How segments are written in text: `(#1 person) [0.00, 0.16, 0.29, 0.88], (#2 person) [0.50, 0.10, 0.83, 0.81]`.
+
+Boxes are `[x_min, y_min, x_max, y_max]` as fractions of the image's width and height, with two decimals (CoLLaVO's
+convention). A segment without a number - a crowd, an instance after the 20th - is written `(person)`.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from schemas.categories import BY_DISPLAY_NAME
+from schemas.crayon_row import Segment
+
+Box = tuple[float, float, float, float]
+
+_NUMBER = r"(?:0\.\d\d|1\.00)"
+_BOX = re.compile(rf"\[({_NUMBER}), ({_NUMBER}), ({_NUMBER}), ({_NUMBER})\]")
+_OBJECT = re.compile(rf"\((?:#([1-9]\d*) )?([^()#]+)\)(?: ({_BOX.pattern}))?")
+
+
+class ObjectMention(NamedTuple):
+    """An object as a text names it; `numbering` is 0 and `box` None where the text gives none."""
+
+    name: str
+    numbering: int
+    box: Box | None
+
+
+class TextError(ValueError):
+    """A text is not an object list or box as this module writes them; the message quotes the place."""
+
+
+def format_box(box_xyxy: Sequence[float], size_wh: tuple[int, int]) -> str:
+    """A pixel box as text, e.g. `[0.00, 0.16, 0.29, 0.88]`."""
+    width, height = size_wh
+    x_min, y_min, x_max, y_max = box_xyxy
+    return f"[{x_min / width:.2f}, {y_min / height:.2f}, {x_max / width:.2f}, {y_max / height:.2f}]"
+
+
+def format_object(segment: Segment) -> str:
+    """A segment's number and name, e.g. `(#2 person)`."""
+    name = segment.category.display_name
+    return f"(#{segment.numbering} {name})" if segment.numbering else f"({name})"
+
+
+def format_objects(segments: Sequence[Segment]) -> str:
+    """All names with their numbers, e.g. `(#1 person), (#2 person)`."""
+    return ", ".join(map(format_object, segments))
+
+
+def format_objects_with_boxes(segments: Sequence[Segment], size_wh: tuple[int, int]) -> str:
+    """All names with their numbers and boxes, e.g. `(#1 person) [0.00, 0.16, 0.29, 0.88]`."""
+    return ", ".join(f"{format_object(segment)} {format_box(segment.box_xyxy, size_wh)}" for segment in segments)
+
+
+def parse_box(text: str) -> Box:
+    """Read back what `format_box` wrote.
+
+    Raises:
+        TextError: if the text is anything else, a box turned inside out included.
+    """
+    match = _BOX.fullmatch(text)
+    if match is None:
+        raise TextError(f"not a box like [0.00, 0.16, 0.29, 0.88]: {text!r}")
+    return _checked_box(match.groups())
+
+
+def parse_objects(text: str) -> list[ObjectMention]:
+    """Read back what `format_objects` or `format_objects_with_boxes` wrote; an empty text is an empty list.
+
+    Raises:
+        TextError: at the first place that is not an object of one of the 133 classes.
+    """
+    mentions: list[ObjectMention] = []
+    position = 0
+    while position < len(text):
+        match = _OBJECT.match(text, position)
+        if match is None or match[2] not in BY_DISPLAY_NAME:
+            raise TextError(
+                f"not an object like (#1 person) at character {position}: {text[position : position + 40]!r}"
+            )
+        box = _checked_box(match.groups()[3:]) if match[3] else None
+        mentions.append(ObjectMention(match[2], int(match[1] or 0), box))
+        position = match.end()
+        if position < len(text):
+            if not text.startswith(", (", position):
+                raise TextError(f"expected ', ' and another object at character {position}: {text[position:][:40]!r}")
+            position += 2
+    return mentions
+
+
+def find_boxes(text: str) -> list[Box]:
+    """All well-formed boxes anywhere in a text, such as a model's free answer."""
+    return [box for match in _BOX.finditer(text) if (box := _ordered_box(match.groups())) is not None]
+
+
+def _ordered_box(numbers: Sequence[str]) -> Box | None:
+    x_min, y_min, x_max, y_max = map(float, numbers)
+    return (x_min, y_min, x_max, y_max) if x_min <= x_max and y_min <= y_max else None
+
+
+def _checked_box(numbers: Sequence[str]) -> Box:
+    box = _ordered_box(numbers)
+    if box is None:
+        raise TextError(f"a box whose maximum is below its minimum: [{', '.join(numbers)}]")
+    return box
