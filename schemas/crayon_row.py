@@ -234,11 +234,18 @@ class CrayonRow:
         )
 
 
-def schema_with_metadata(facts: Mapping[str, Any]) -> pa.Schema:
-    """`CRAYON_SCHEMA` with facts of a run (segmenter, thresholds, seed, ...) in its metadata, each value as JSON."""
-    metadata = dict(CRAYON_SCHEMA.metadata)
-    metadata.update({f"{METADATA_PREFIX}{key}".encode(): json.dumps(value).encode() for key, value in facts.items()})
-    return CRAYON_SCHEMA.with_metadata(metadata)
+def metadata_of(facts: Mapping[str, Any]) -> dict[bytes, bytes]:
+    """Facts of a run (seed, templates, segmenters, ...) as key-value metadata of a file, each value as JSON."""
+    return {f"{METADATA_PREFIX}{key}".encode(): json.dumps(value).encode() for key, value in facts.items()}
+
+
+def file_facts(schema: pa.Schema) -> dict[str, Any]:
+    """The facts that `metadata_of` stored in a file, read back."""
+    return {
+        key.decode().removeprefix(METADATA_PREFIX): json.loads(value)
+        for key, value in (schema.metadata or {}).items()
+        if key.startswith(METADATA_PREFIX.encode())
+    }
 
 
 def check_schema(schema: pa.Schema, path: str) -> None:

@@ -1,0 +1,96 @@
+"""COCO's panoptic annotation files, read as streams.
+
+Source: the COCO panoptic data format, https://cocodataset.org/#format-data. The files exceed 300 MB, so they are never
+loaded whole; only the image list (file name and licence by id) is held.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple
+
+import ijson
+
+from collavo.panoptic.maps import PanopticError, SegmentInfo
+from collavo.sources import EntryError
+from schemas.categories import BY_CATEGORY_ID
+
+
+class Annotation(NamedTuple):
+    """An image's panoptic annotation, as compact as it can be passed around.
+
+    `mask_name` is the PNG's path below the folder of masks, `segments` holds (id, category_id, iscrowd) per segment.
+    """
+
+    mask_name: str
+    segments: tuple[tuple[int, int, int], ...]
+
+
+class AnnotatedImage(NamedTuple):
+    """An image of a COCO panoptic file; `annotation` is None where the file has none for it."""
+
+    entry_id: str
+    file_name: str
+    license_id: int | None
+    annotation: Annotation | None
+
+
+class CocoFormatError(ValueError):
+    """A file is not COCO panoptic JSON; the message says what was found."""
+
+
+def stream_annotated_images(file: BinaryIO) -> Iterator[AnnotatedImage | EntryError]:
+    """All images of a COCO panoptic file, annotated ones first; an unusable entry comes as the error that says why.
+
+    Args:
+        file: the open file, seekable: the image list and the annotations are read one after the other.
+
+    Raises:
+        CocoFormatError: if the file is not JSON to its end, or not of the panoptic format.
+    """
+    try:
+        images: dict[int, tuple[str, int | None]] = {}
+        for image in ijson.items(file, "images.item", use_float=True):
+            if image["id"] in images:
+                detail = f"'images' lists the id again, for {image['file_name']}"
+                yield EntryError(str(image["id"]), "duplicate_id", detail)
+            else:
+                images[image["id"]] = (image["file_name"], image.get("license"))
+        if not images:
+            raise CocoFormatError("it lists no 'images'")
+        file.seek(0)
+        annotated = set()
+        for record in ijson.items(file, "annotations.item", use_float=True):
+            image_id = record["image_id"]
+            if "segments_info" not in record:
+                raise CocoFormatError("its annotations have no 'segments_info', so it is not panoptic")
+            if image_id not in images:
+                yield EntryError(str(image_id), "unknown_image", "an annotation of an image not in 'images'")
+            elif image_id in annotated:
+                yield EntryError(str(image_id), "duplicate_id", "a second annotation of the same image")
+            else:
+                annotated.add(image_id)
+                yield AnnotatedImage(str(image_id), *images[image_id], _annotation(record))
+    except (ijson.JSONError, KeyError, TypeError) as error:
+        raise CocoFormatError(f"not COCO panoptic JSON to its end ({type(error).__name__}: {error})") from error
+    for image_id, (file_name, license_id) in images.items():
+        if image_id not in annotated:
+            yield AnnotatedImage(str(image_id), file_name, license_id, None)
+
+
+def segment_infos(segments: Sequence[tuple[int, int, int]]) -> list[SegmentInfo]:
+    """The segments of an `Annotation` with their labels.
+
+    Raises:
+        PanopticError: `unknown_category` for a category id that is not one of COCO's 133.
+    """
+    infos = []
+    for id_, category_id, is_crowd in segments:
+        category = BY_CATEGORY_ID.get(category_id)
+        if category is None:
+            raise PanopticError("unknown_category", f"category_id {category_id} is not one of COCO panoptic's 133")
+        infos.append(SegmentInfo(id_, category.label, bool(is_crowd)))
+    return infos
+
+
+def _annotation(record: Mapping[str, Any]) -> Annotation:
+    segments = tuple((s["id"], s["category_id"], s.get("iscrowd", 0)) for s in record["segments_info"])
+    return Annotation(record["file_name"], segments)

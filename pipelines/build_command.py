@@ -1,0 +1,128 @@
+"""Runs the build: draws sample scenes where no source is named, shows progress, and sums up in the end."""
+
+import fcntl
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import StandardOptions
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.crayon_job import build_graph
+from pipelines.finish import MANIFEST, REJECTS, REPORT, remove_staging
+from pipelines.options import Command, parse_command
+from pipelines.progress import ProgressDisplay
+from pipelines.sources import JobError
+from pipelines.storage import is_local, join, open_read
+from schemas.crayon_row import TASKS
+
+# Exceptions whose message is one line for the user. By name: those of another process arrive as text.
+_USER_ERROR = re.compile(r"\b(?:JobError|SegmenterError|DeviceError): ([^\n]+)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status: 0, or 1 where the job could not be done; usage errors exit with 2."""
+    command = parse_command(sys.argv[1:] if argv is None else argv)
+    output = command.job.publication.output
+    console = Console()
+    start = time.perf_counter()
+    try:
+        with _sole_writer(output):
+            if command.scenes:
+                _draw_scenes(command, console)
+            _run(command, console)
+    except Exception as error:
+        line = _user_line(error)
+        if line is None:
+            raise
+        console.print(f"build_crayon.py: error: {line}", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    _print_summary(output, time.perf_counter() - start, console)
+    return 0
+
+
+@contextmanager
+def _sole_writer(output: str) -> Iterator[None]:
+    """Hold a local output folder for this run, and clear away what a killed one left in it."""
+    if not is_local(output):
+        yield
+        return
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise JobError(f"--output {output}: another build is writing there; let it end, or name another") from error
+        for abandoned in folder.glob(".staging-*"):
+            remove_staging(str(abandoned))
+        yield
+    finally:
+        for staging in folder.glob(".staging-*"):
+            remove_staging(str(staging))
+        os.close(handle)
+
+
+def _draw_scenes(command: Command, console: Console) -> None:
+    from collavo.scenes import write_scenes
+
+    request = command.scenes
+    assert request is not None
+    console.print(f"No source named: drawing {request.count} sample scenes into {request.folder}", highlight=False)
+    write_scenes(request.folder, request.count, size_wh=request.size_wh, overwrite=True)
+
+
+def _run(command: Command, console: Console) -> None:
+    runner: Any = command.beam_options.view_as(StandardOptions).runner
+    if runner == "DirectRunner":
+        # Beam's switch would first try to download its Prism runner; this is the one it falls back to.
+        runner = FnApiRunner()
+    staging = command.job.staging
+    local = isinstance(runner, FnApiRunner) and is_local(staging)
+    with ProgressDisplay(staging, console) if local else nullcontext():
+        pipeline = beam.Pipeline(runner=runner, options=command.beam_options)
+        build_graph(pipeline, command.job)
+        pipeline.run().wait_until_finish()
+
+
+def _user_line(error: BaseException | None) -> str | None:
+    """The line for the user out of an exception that Beam has wrapped, or None if it is a fault of ours."""
+    while error is not None:
+        if match := _USER_ERROR.search(f"{type(error).__name__}: {error}"):
+            return re.sub(r" \[while running .*", "", match[1])
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _print_summary(output: str, seconds: float, console: Console) -> None:
+    with open_read(join(output, MANIFEST)) as file:
+        manifest = json.load(file)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    inputs, rejects = sum(manifest["inputs"].values()), sum(manifest["rejects"].values())
+    table.add_row("inputs", f"{inputs:,}", _tally(manifest["inputs"]))
+    table.add_row("rows", f"{manifest['rows']:,}", _tally(manifest["rows_by_split"]))
+    table.add_row("conversations", f"{manifest['conversations']:,}", "")
+    instructions = manifest["instructions"]
+    by_task = {task: instructions[task] for task in TASKS if task in instructions}
+    table.add_row("instructions", f"{sum(instructions.values()):,}", _tally(by_task))
+    table.add_row("rejects", f"{rejects:,}", _tally(manifest["rejects"]))
+    table.add_row("seconds", f"{seconds:.1f}", _tally(manifest["seconds"]) + " (summed over workers)")
+    console.print(table, highlight=False)
+    console.print(f"Data: {join(output, 'crayon-*.parquet')}", highlight=False, soft_wrap=True)
+    if rejects:
+        console.print(f"Rejects, with reasons: {join(output, REJECTS)}", highlight=False, soft_wrap=True)
+    console.print(f"Look at it: {join(output, REPORT)}", highlight=False, soft_wrap=True)
+
+
+def _tally(counts: dict[str, float]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())

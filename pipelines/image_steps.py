@@ -1,0 +1,136 @@
+"""The life of one image, step by step, as plain functions: read it, segment it by its annotation, draft its row.
+
+Each step adds the seconds it took, and raises a `RejectError` that says what was wrong with the image.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import PurePosixPath
+
+from collavo.crayon.index_png import encode_index_map
+from collavo.images import ImageError, decode_rgb, verify_image
+from collavo.instructions.choose import stable_hash
+from collavo.panoptic.coco_png import decode_segment_ids
+from collavo.panoptic.maps import PanopticError, build_panoptic_map
+from collavo.sources.coco_panoptic import segment_infos
+from collavo.sources.image_paths import other_extensions
+from pipelines.elements import Draft, ImageTask, LoadedImage, Reject, SegmentedImage
+from pipelines.storage import StorageError, exists, read_bytes
+from schemas.crayon_row import CrayonRow
+
+_ANNOTATIONS = json.dumps({"name": "annotations"})
+
+
+class RejectError(Exception):
+    """An image that makes no row, with the reject lines of all its inputs."""
+
+    def __init__(self, rejects: list[Reject]) -> None:
+        super().__init__(rejects)
+        self.rejects = rejects
+
+
+def read_image(task: ImageTask, max_pixels: int, with_rgb: bool) -> tuple[LoadedImage, list[Reject]]:
+    """Read an image's bytes and make sure that they decode.
+
+    Args:
+        max_pixels: bound on width x height.
+        with_rgb: whether pixels are wanted; otherwise the image is only verified.
+
+    Returns:
+        the image, and the rejects of mentions that name another existing file of the same id.
+    """
+    seconds: dict[str, float] = {}
+    with _rejecting(task, "read"), _timed(seconds, "read"):
+        uri, data = _first_existing(task)
+        task, rejects = _without_rivals(task, uri)
+    with _rejecting(task, "decode"), _timed(seconds, "decode"):
+        if with_rgb:
+            rgb = decode_rgb(data, max_pixels)
+            size_wh = (rgb.shape[1], rgb.shape[0])
+        else:
+            rgb = None
+            size_wh = verify_image(data, max_pixels).size_wh
+    return LoadedImage(task, uri, data, size_wh, rgb, seconds), rejects
+
+
+def segment_by_annotation(image: LoadedImage) -> SegmentedImage:
+    """The panoptic map out of the image's COCO mask."""
+    annotated = image.task.annotated
+    with _rejecting(image.task, "segment"), _timed(image.seconds, "segment"):
+        if annotated is None or annotated.annotation is None:
+            raise StorageError("no_annotation", "no source annotates this image; --segmenter auto would ask a model")
+        ids = decode_segment_ids(read_bytes(annotated.mask_uri), image.size_wh)
+        panoptic = build_panoptic_map(ids, segment_infos(annotated.annotation.segments))
+        return SegmentedImage(image, panoptic, _ANNOTATIONS)
+
+
+def draft_row(segmented: SegmentedImage, embed_image: bool, validation_ratio: float) -> Draft:
+    """The row of an image but for its instructions.
+
+    Args:
+        embed_image: whether the row holds the image's bytes or only refers to it by its path.
+        validation_ratio: share of images that go to the validation split, by hash of their id.
+    """
+    image, task = segmented.image, segmented.image.task
+    with _timed(image.seconds, "encode"):
+        first = task.mentions[0]
+        row = CrayonRow(
+            image_id=task.image_id,
+            image_bytes=image.image_bytes if embed_image else None,
+            image_path=str(PurePosixPath(first.image_path).with_suffix(PurePosixPath(image.uri).suffix)),
+            width=image.size_wh[0],
+            height=image.size_wh[1],
+            sources=tuple(sorted({mention.input.source for mention in task.mentions})),
+            license_id=next((m.license_id for m in task.mentions if m.license_id is not None), None),
+            split=split_of(task.image_id, validation_ratio),
+            panoptic_png=encode_index_map(segmented.panoptic.index_map, segmented.panoptic.segments),
+            segments=segmented.panoptic.segments,
+            conversations=tuple(mention.dialogue for mention in task.mentions if mention.dialogue),
+        )
+    inputs = tuple(mention.input for mention in task.mentions)
+    return Draft(row, image.uri, inputs, (segmented.segmenter,), image.seconds)
+
+
+def split_of(image_id: str, validation_ratio: float) -> str:
+    """`train` or `validation`, by hash of the image id alone."""
+    return "validation" if stable_hash("split", image_id) < validation_ratio * 2**64 else "train"
+
+
+def _first_existing(task: ImageTask) -> tuple[str, bytes]:
+    """The first file that exists of those named, else of those that differ from the first in their extension."""
+    for uri in (*task.uris, *other_extensions(task.uris[0])):
+        try:
+            return uri, read_bytes(uri)
+        except StorageError as error:
+            if error.reason != "missing_file":
+                raise
+    raise StorageError("missing_file", task.uris[0])
+
+
+def _without_rivals(task: ImageTask, uri: str) -> tuple[ImageTask, list[Reject]]:
+    """Take out mentions of another existing file with the same id: `cat.jpg` and `cat.png` cannot both be `cat`."""
+    rivals = {other for other in task.uris if other != uri and exists(other)}
+    if not rivals:
+        return task, []
+    kept = tuple(mention for mention in task.mentions if mention.uri not in rivals)
+    lost = [mention for mention in task.mentions if mention.uri in rivals]
+    return ImageTask(kept), [m.reject("read", "duplicate_id", f"{m.uri} has the image id of {uri}") for m in lost]
+
+
+@contextmanager
+def _rejecting(task: ImageTask, stage: str) -> Iterator[None]:
+    try:
+        yield
+    except (StorageError, ImageError, PanopticError) as error:
+        raise RejectError(task.rejects(stage, error.reason, str(error))) from error
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[step] = seconds.get(step, 0.0) + time.perf_counter() - start

@@ -1,0 +1,114 @@
+"""Panoptic models under Beam's RunInference.
+
+The handler loads one segmenter per worker process (or `model_copies` per machine, shared), and batches by count and by
+pixels at once. A batch that does not fit the GPU's memory is halved and tried again; one that fails otherwise is taken
+apart, so that a bad image is rejected alone.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from apache_beam.ml.inference.base import ModelHandler
+
+from collavo.panoptic.maps import PanopticMap
+from collavo.segmenters import Segmenter
+from pipelines.elements import LoadedImage, Segmented, SegmentedImage
+
+# A batch is full at this weight; an image weighs its share of the batch size or of the pixel bound, whichever is more.
+_FULL_BATCH = 1_000_000
+
+
+class BatchSegmenter:
+    """A loaded segmenter that gives every image of a batch its own outcome.
+
+    Its one method takes and gives plain values, so that Beam can share it between the processes of a machine.
+    """
+
+    def __init__(self, segmenter: Segmenter) -> None:
+        self._segmenter = segmenter
+        self._facts = json.dumps(segmenter.facts, sort_keys=True)
+
+    def segment_each(self, images: Sequence[np.ndarray]) -> tuple[list[PanopticMap | str], str]:
+        """A map per image, or what was wrong with it; and the segmenter's facts as JSON."""
+        return self._outcomes(images), self._facts
+
+    def _outcomes(self, images: Sequence[np.ndarray]) -> list[PanopticMap | str]:
+        try:
+            return list(self._segmenter.segment(images))
+        except Exception as error:
+            if len(images) == 1:
+                return [f"{type(error).__name__}: {error}"]
+            # By name, for this module loads no torch.
+            out_of_memory = type(error).__name__ == "OutOfMemoryError"
+        # Outside the handler, whose traceback keeps the failed attempt's tensors alive.
+        size = -(-len(images) // 2) if out_of_memory else 1
+        return [outcome for i in range(0, len(images), size) for outcome in self._outcomes(images[i : i + size])]
+
+
+class SegmenterHandler(ModelHandler[LoadedImage, Segmented, BatchSegmenter]):
+    """Runs a panoptic segmenter on batches of loaded images.
+
+    Args:
+        load: makes the segmenter; called once per worker process, it must pickle.
+        batch_size: images in a batch at most.
+        max_batch_pixels: pixels in a batch at most; a single larger image makes a batch of its own.
+        model_copies: copies per machine, shared by its processes; None for one per process.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], Segmenter],
+        batch_size: int,
+        max_batch_pixels: int,
+        model_copies: int | None = None,
+    ) -> None:
+        super().__init__(
+            min_batch_size=_FULL_BATCH,
+            max_batch_size=_FULL_BATCH,
+            element_size_fn=_BatchWeight(batch_size, max_batch_pixels),
+            model_copies=model_copies,
+        )
+        self._load = load
+
+    def load_model(self) -> BatchSegmenter:
+        return BatchSegmenter(self._load())
+
+    def run_inference(
+        self, batch: Sequence[LoadedImage], model: BatchSegmenter, inference_args: dict[str, Any] | None = None
+    ) -> Iterable[Segmented]:
+        start = time.perf_counter()
+        outcomes, facts = model.segment_each([_rgb(image) for image in batch])
+        for image in batch:
+            image.seconds["segment"] = (time.perf_counter() - start) / len(batch)
+        return [
+            SegmentedImage(image, outcome, facts)
+            if isinstance(outcome, PanopticMap)
+            else image.task.rejects("segment", "segmenter_failed", outcome)
+            for image, outcome in zip(batch, outcomes, strict=True)
+        ]
+
+    def get_num_bytes(self, batch: Sequence[LoadedImage]) -> int:
+        return sum(_rgb(image).nbytes for image in batch)
+
+    def get_metrics_namespace(self) -> str:
+        return "crayon_segmentation"
+
+
+class _BatchWeight:
+    """An image's share of a full batch; a class because Beam pickles it."""
+
+    def __init__(self, batch_size: int, max_batch_pixels: int) -> None:
+        self._batch_size = batch_size
+        self._max_batch_pixels = max_batch_pixels
+
+    def __call__(self, image: LoadedImage) -> int:
+        pixels = image.size_wh[0] * image.size_wh[1]
+        return max(_FULL_BATCH // self._batch_size, min(_FULL_BATCH * pixels // self._max_batch_pixels, _FULL_BATCH))
+
+
+def _rgb(image: LoadedImage) -> np.ndarray:
+    assert image.rgb is not None  # images that go to a model are read with their pixels
+    return image.rgb

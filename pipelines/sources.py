@@ -1,0 +1,201 @@
+"""The sources as Beam steps: each turns files into mentions of images, and what cannot be one into rejects."""
+
+import posixpath
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Final, Literal, NamedTuple, TypeVar
+
+import apache_beam as beam
+import pyarrow as pa
+import pyarrow.parquet as pq
+from apache_beam.pvalue import TaggedOutput
+
+from collavo.sources import EntryError
+from collavo.sources.coco_panoptic import AnnotatedImage, CocoFormatError, stream_annotated_images
+from collavo.sources.image_paths import PathError, checked_relative, is_utf8
+from collavo.sources.llava import LlavaEntry, LlavaFormatError, stream_entries
+from pipelines.elements import Draft, Input, Mention, Reject
+from pipelines.storage import canonical, is_folder, join, list_files, open_read
+from schemas.crayon_row import CrayonRow, SchemaError, check_schema, file_facts
+
+Entry = TypeVar("Entry")
+
+REJECTS: Final = "rejects"
+"""Tag of the reject lines that a step emits beside its output."""
+
+Rejected = TaggedOutput[Literal["rejects"], Reject]
+
+
+def rejected(reject: Reject) -> Rejected:
+    return TaggedOutput(REJECTS, reject)
+
+
+class JobError(ValueError):
+    """The job cannot go on with what it was given; the message is one line for its user."""
+
+
+class CocoSource(NamedTuple):
+    """A COCO panoptic file with the folders of its images and masks; `name` is `coco` or `scenes`."""
+
+    name: str
+    json_uri: str
+    images_root: str
+    masks_root: str
+
+
+class LlavaSource(NamedTuple):
+    """A LLaVA file with the root of its images; `name` is `llava` or `scenes`."""
+
+    name: str
+    json_uri: str
+    image_root: str
+
+
+class ImagesSource(NamedTuple):
+    """Images by glob, folder, or list file (`.txt`, a path or URI per line); relative lines lie below `image_root`."""
+
+    pattern: str
+    image_root: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """All that a job reads: finished rows, or any combination of the others."""
+
+    coco: tuple[CocoSource, ...] = ()
+    llava: tuple[LlavaSource, ...] = ()
+    images: tuple[ImagesSource, ...] = ()
+    crayon_files: tuple[str, ...] = ()
+
+    @property
+    def scenes_only(self) -> bool:
+        names = {source.name for source in self.coco} | {source.name for source in self.llava}
+        return names == {"scenes"} and not self.images
+
+
+class ReadCoco(beam.DoFn):
+    """A COCO panoptic file, streamed into mentions."""
+
+    def process(self, source: CocoSource) -> Iterator[Mention | Rejected]:
+        try:
+            with open_read(source.json_uri) as file:
+                for entry in stream_annotated_images(file):
+                    yield _mention_or_reject(source.name, entry, lambda image: _coco_mention(source, image))
+        except (CocoFormatError, OSError) as error:
+            raise JobError(f"--coco_panoptic {source.json_uri}: {error}") from error
+
+
+class ReadLlava(beam.DoFn):
+    """A LLaVA file, streamed into mentions."""
+
+    def process(self, source: LlavaSource) -> Iterator[Mention | Rejected]:
+        try:
+            with open_read(source.json_uri) as file:
+                for entry in stream_entries(file):
+                    yield _mention_or_reject(source.name, entry, lambda dialogue: _llava_mention(source, dialogue))
+        except (LlavaFormatError, OSError) as error:
+            raise JobError(f"--llava_json {source.json_uri}: {error}") from error
+
+
+class ReadImageList(beam.DoFn):
+    """A glob, folder or list file, turned into mentions of images."""
+
+    def process(self, source: ImagesSource) -> Iterator[Mention | Rejected]:
+        for path in _listed_paths(source):
+            yield _mention_or_reject("folder", path, lambda path: _file_mention(source, path))
+
+
+class ReadCrayonRows(beam.DoFn):
+    """Finished rows read back as drafts, for new instructions; their old ones are left behind."""
+
+    def __init__(self, keep_image_bytes: bool) -> None:
+        self._keep_image_bytes = keep_image_bytes
+
+    def process(self, uri: str) -> Iterator[Draft]:
+        try:
+            with open_read(uri) as file:
+                parquet = pq.ParquetFile(file)
+                check_schema(parquet.schema_arrow, uri)
+                segmenters = tuple(file_facts(parquet.schema_arrow).get("segmenters", ()))
+                for batch in parquet.iter_batches(batch_size=50):
+                    for record in batch.to_pylist():
+                        yield self._draft(CrayonRow.from_record({**record, "instructions": ()}), segmenters, uri)
+        except (SchemaError, OSError, pa.ArrowException) as error:
+            raise JobError(f"--from_crayon {uri}: {error}") from error
+
+    def _draft(self, row: CrayonRow, segmenters: tuple[str, ...], uri: str) -> Draft:
+        if not self._keep_image_bytes:
+            row = replace(row, image_bytes=None)
+        return Draft(row, uri, (Input("crayon", row.image_id),), segmenters, {})
+
+
+def _mention_or_reject(
+    source: str, entry: Entry | EntryError, make_mention: Callable[[Entry], Mention]
+) -> Mention | Rejected:
+    try:
+        if isinstance(entry, EntryError):
+            raise entry
+        return make_mention(entry)
+    except EntryError as error:
+        return rejected(Reject(error.entry_id, source, "list", error.reason, str(error)))
+
+
+def _coco_mention(source: CocoSource, image: AnnotatedImage) -> Mention:
+    path = _inside(image.entry_id, image.file_name)
+    mask_uri = ""
+    if image.annotation:
+        mask_uri = join(source.masks_root, _inside(image.entry_id, image.annotation.mask_name))
+    uri = canonical(join(source.images_root, path))
+    return Mention(Input(source.name, image.entry_id), path, uri, image.license_id, image.annotation, mask_uri)
+
+
+def _llava_mention(source: LlavaSource, entry: LlavaEntry) -> Mention:
+    path = _inside(entry.dialogue.id, entry.image)
+    uri = canonical(join(source.image_root, path))
+    return Mention(Input(source.name, entry.dialogue.id), path, uri, dialogue=entry.dialogue)
+
+
+def _file_mention(source: ImagesSource, path: str) -> Mention:
+    """A file below the fixed part of the pattern, or a line of a list file."""
+    if not is_utf8(path):
+        readable = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        raise EntryError(readable, "bad_path", "the file's name is not UTF-8")
+    root = source.image_root if _is_list(source.pattern) else _fixed_part(source.pattern)
+    if _is_list(source.pattern) and not _is_absolute(path):
+        relative = _inside(path, path)
+        return Mention(Input("folder", path), relative, canonical(join(root, relative)))
+    relative = path.removeprefix(root.rstrip("/") + "/") if root else path
+    return Mention(Input("folder", path), relative.split("://")[-1].lstrip("/"), canonical(path))
+
+
+def _inside(entry_id: str, path: str) -> str:
+    try:
+        return checked_relative(path)
+    except PathError as error:
+        raise EntryError(entry_id, error.reason, str(error)) from error
+
+
+def _listed_paths(source: ImagesSource) -> list[str]:
+    try:
+        if _is_list(source.pattern):
+            with open_read(source.pattern) as file:
+                return [path for line in file if (path := line.decode(errors="surrogateescape").strip())]
+        if paths := list_files(source.pattern):
+            return paths
+    except OSError as error:
+        raise JobError(f"--images {source.pattern}: {error}") from error
+    raise JobError(f"--images {source.pattern}: names no file; a folder, a glob in quotes, or a .txt list would work")
+
+
+def _is_list(pattern: str) -> bool:
+    return pattern.endswith(".txt")
+
+
+def _is_absolute(path: str) -> bool:
+    return path.startswith("/") or "://" in path
+
+
+def _fixed_part(pattern: str) -> str:
+    """The folder above the first wildcard, from which image ids count: `a/b` of `a/b/*/c.jpg`."""
+    wildcard = min((pattern.find(c) for c in "*?[" if c in pattern), default=len(pattern))
+    return pattern.rstrip("/") if is_folder(pattern) else posixpath.dirname(pattern[:wildcard])
