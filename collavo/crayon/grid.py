@@ -1,0 +1,87 @@
+"""The crayon map on the model's patch grid: one semantic and one numbering index per cell.
+ A cell belongs to the segment that covers most of it. A segment that wins no cell still gets one - the cell it covers
+most, the smallest segment first - because an object that is asked about must not be invisible in the prompt.
+"""
+
+import heapq
+from collections.abc import Sequence
+
+import numpy as np
+
+from schemas.crayon_row import Segment
+
+
+def crayon_grid(
+    index_map: np.ndarray, segments: Sequence[Segment], grid_hw: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Semantic and numbering indices of every cell.
+
+    Args:
+        index_map: integer [height, width], pixel = position in `segments` + 1, 0 = unknown.
+        segments: in the order that the map refers to.
+        grid_hw: rows and columns of the grid, (35, 35) for a 490 px encoder with patches of 14.
+
+    Returns:
+        two int64 arrays of shape `grid_hw`: 0..133 (0 unknown, else label + 1) and 0..20 (0 not numbered).
+
+    Raises:
+        ValueError: if there are more segments than cells.
+    """
+    positions = segment_grid(index_map, len(segments), grid_hw)
+    semantic = np.array([0, *(segment.label + 1 for segment in segments)])
+    numbering = np.array([0, *(segment.numbering for segment in segments)])
+    return semantic[positions], numbering[positions]
+
+
+def segment_grid(index_map: np.ndarray, segment_count: int, grid_hw: tuple[int, int]) -> np.ndarray:
+    """Which segment each cell belongs to: int64 of shape `grid_hw`, position in the segments + 1, 0 = unknown."""
+    rows, columns = grid_hw
+    if segment_count > rows * columns:
+        raise ValueError(f"{segment_count} segments do not fit a grid of {rows} x {columns} cells")
+    covered = _covered_pixels(index_map, segment_count, rows, columns)
+    best = covered[:, 1:].argmax(axis=1) + 1 if segment_count else np.zeros(len(covered), dtype=np.int64)
+    owner = np.where(covered[np.arange(len(covered)), best] >= covered[:, 0], best, 0)
+    _rescue_vanished(owner, covered, columns)
+    return owner.reshape(rows, columns)
+
+
+def _covered_pixels(index_map: np.ndarray, segment_count: int, rows: int, columns: int) -> np.ndarray:
+    """How many pixels of each segment lie in each cell: [cells, segments + 1]."""
+    height, width = index_map.shape
+    # A map smaller than the grid is magnified, so that no cell is empty.
+    index_map = index_map.repeat(-(-rows // height), axis=0).repeat(-(-columns // width), axis=1)
+    height, width = index_map.shape
+    row_cells = np.arange(height) * rows // height * columns
+    column_cells = np.arange(width) * columns // width
+    bins = (row_cells[:, None] + column_cells) * (segment_count + 1) + index_map
+    counts = np.bincount(bins.ravel(), minlength=rows * columns * (segment_count + 1))
+    return counts.reshape(rows * columns, segment_count + 1)
+
+
+def _rescue_vanished(owner: np.ndarray, covered: np.ndarray, columns: int) -> None:
+    """Give a cell to each segment that has pixels but none, in place; who loses its last cell by that is served
+    next."""
+    areas = covered.sum(axis=0)
+    cells_won = np.bincount(owner, minlength=covered.shape[1])
+    vanished = [(int(areas[s]), s) for s in range(1, covered.shape[1]) if areas[s] and not cells_won[s]]
+    heapq.heapify(vanished)
+    free = np.ones(len(owner), dtype=bool)
+    while vanished:
+        _, segment = heapq.heappop(vanished)
+        cell = _best_free_cell(covered[:, segment], free, columns)
+        loser = int(owner[cell])
+        owner[cell], free[cell] = segment, False
+        cells_won[loser] -= 1
+        if loser and not cells_won[loser]:
+            heapq.heappush(vanished, (int(areas[loser]), loser))
+
+
+def _best_free_cell(covered: np.ndarray, free: np.ndarray, columns: int) -> int:
+    """The free cell that a segment covers most; where others took all of its cells, the nearest free one."""
+    candidates = np.where(free, covered, 0)
+    if candidates.any():
+        return int(candidates.argmax())
+    y, x = np.divmod(np.arange(len(covered)), columns)
+    home = int(covered.argmax())
+    distance = (y - y[home]) ** 2 + (x - x[home]) ** 2
+    return int(np.where(free, distance, distance.max() + 1).argmin())
