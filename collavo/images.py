@@ -10,13 +10,25 @@ import warnings
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 MAX_PIXELS = 50_000_000
 """Default bound on width x height; a larger image is refused before decoding (150 MB as RGB)."""
 
-# Raster formats only: Pillow can also open EPS and PDF, which run an interpreter on untrusted input.
-_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "MPO", "AVIF", "ICO", "TGA")
+# Raster formats that say what they are: EPS runs an interpreter on untrusted input, TGA has no mark to know it by, and
+# the size that an ICO states is not the one that it decodes to. MPO, of phones, is opened as JPEG.
+_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+
+# Not `ImageOps.exif_transpose`: it writes the EXIF anew, and fails on damaged tags that have no part in turning.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class ImageError(ValueError):
@@ -50,8 +62,9 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """
     with _opened(data, max_pixels) as image:
         try:
-            ImageOps.exif_transpose(image, in_place=True)
-            return np.asarray(_to_rgb(image))
+            image.load()
+            turn = _TURNS.get(_orientation(image))
+            return np.asarray(_to_rgb(image if turn is None else image.transpose(turn)))
         except Exception as error:  # Pillow's decoders raise a dozen types on damaged data
             raise _broken(image, error) from error
 
@@ -68,10 +81,10 @@ def verify_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     with _opened(data, max_pixels) as image:
         width, height = image.size
         try:
-            if _is_turned(image):
-                width, height = height, width
-            image.draft("RGB", (width // 8, height // 8))
+            image.draft("RGB", (max(width // 8, 1), max(height // 8, 1)))
             image.load()
+            if _orientation(image) in (5, 6, 7, 8):
+                width, height = height, width
         except Exception as error:
             raise _broken(image, error) from error
         return ImageHeader(image.format or "", (width, height))
@@ -98,14 +111,15 @@ def _broken(image: Image.Image, error: Exception) -> ImageError:
     return ImageError("broken_image", f"{image.format} of {image.width} x {image.height}: {error}")
 
 
-def _is_turned(image: Image.Image) -> bool:
-    return image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1..8, of an image that is loaded: loading turns a TIFF by itself and clears its tag."""
+    return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("I;16", "I;16B", "I;16L", "I"):
         # Pillow clips 16-bit grey at 255 instead of scaling it.
-        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image).clip(0, 0xFFFF) >> 8).astype(np.uint8))
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
