@@ -4,26 +4,33 @@ import colorsys
 from collections.abc import Sequence
 from functools import cache
 
-from schemas.categories import CATEGORIES
+from schemas.categories import CATEGORIES, MAX_NUMBERING
 from schemas.crayon_row import Segment
 
 UNKNOWN_RGB = (0, 0, 0)
 
-# Shades go light and dark in turn, so that number 2 differs from number 1 more than a neighbour in a ramp would.
-_LIGHTNESS_STEPS = (0.0, 0.16, -0.16, 0.28, -0.28, 0.08, -0.08, 0.22, -0.22)
+_LIGHTNESS_RANGE = (0.15, 0.9)
+
+# Steps of the golden section: every shade lands in a wide gap that the shades before it left.
+_LIGHTNESS_STEP = 0.618034
 
 
 @cache
 def crayon_color(label: int, numbering: int) -> tuple[int, int, int]:
-    """The RGB colour of instance `numbering` of class `label`; number 1 has COCO's own colour of the class."""
-    red, green, blue = (channel / 255 for channel in CATEGORIES[label].color_rgb)
-    if numbering <= 1:
+    """The RGB colour of instance `numbering` of class `label`.
+
+    Number 1 has COCO's own colour of the class, 2 to 20 differ from it and from each other in lightness; what has no
+    number (0) shares one more shade.
+    """
+    if numbering == 1:
         return CATEGORIES[label].color_rgb
-    hue, lightness, saturation = colorsys.rgb_to_hls(red, green, blue)
-    cycle, step = divmod(numbering - 1, len(_LIGHTNESS_STEPS))
-    lightness = min(max(lightness + _LIGHTNESS_STEPS[step], 0.15), 0.9)
-    shade = colorsys.hls_to_rgb((hue + 0.03 * cycle) % 1, lightness, saturation)
-    return tuple(round(channel * 255) for channel in shade)  # type: ignore[return-value]
+    step = (numbering or MAX_NUMBERING + 1) - 1
+    hue, lightness, saturation = colorsys.rgb_to_hls(*(channel / 255 for channel in CATEGORIES[label].color_rgb))
+    darkest, lightest = _LIGHTNESS_RANGE
+    span = lightest - darkest
+    lightness = darkest + (lightness - darkest + step * _LIGHTNESS_STEP * span) % span
+    red, green, blue = (round(channel * 255) for channel in colorsys.hls_to_rgb(hue, lightness, saturation))
+    return red, green, blue
 
 
 def segment_palette(segments: Sequence[Segment]) -> list[tuple[int, int, int]]:
