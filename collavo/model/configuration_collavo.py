@@ -1,0 +1,50 @@
+"""Configuration of a CoLLaVO model: LLaVA's, and what the Crayon Prompt adds."""
+
+from typing import Any, Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import LlavaConfig
+
+
+@strict
+class CollavoConfig(LlavaConfig):
+    """LLaVA's configuration with the Crayon Prompt.
+
+    The grid of the crayon map is the vision encoder's patch grid, so it needs no entry of its own.
+    """
+
+    model_type = "collavo"
+
+    vision_config: Any = None
+    text_config: Any = None
+    image_seq_length: int = 1225
+    vision_feature_layer: int | list[int] = -1
+
+    crayon_width: int = 1024
+    """Width of the queries; 1024 in the authors' release, the language model's width in the paper."""
+
+    semantic_queries: bool = True
+    """Whether a cell's class is told; off for an ablation."""
+
+    numbering_queries: bool = True
+    """Whether a cell's ordinal within its class is told; off for an ablation."""
+
+    crayon_signal: Literal["attention_input", "low_rank_branches"] = "attention_input"
+    """How the signal enters: added to the image tokens at the input of every attention module (the paper), or through
+    low-rank branches beside the linear layers (the authors' release)."""
+
+    branch_rank: int = 256
+    """Rank and alpha of those branches; used with `low_rank_branches` only."""
+
+    chat_format: str = "paper"
+    """Which of `collavo.model.prompt.CHAT_FORMATS` the language model converses in."""
+
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        """Rows and columns of the crayon map."""
+        side: int = self.vision_config.image_size // self.vision_config.patch_size
+        return side, side
+
+    @property
+    def has_crayon_prompt(self) -> bool:
+        return self.semantic_queries or self.numbering_queries

@@ -1,0 +1,50 @@
+"""The Crayon Prompt: queries for what a cell is, and the connector that brings them to the language model's width.
+
+Source: arXiv 2402.11248, section 3 and figure 6a.
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from schemas.categories import MAX_NUMBERING, SEMANTIC_INDICES
+
+
+class ClosedLinear(nn.Linear):
+    """A linear layer that starts at zero: an untrained Crayon Prompt leaves the language model exactly as it was."""
+
+    def reset_parameters(self) -> None:
+        init.zeros_(self.weight)
+        init.zeros_(self.bias)
+
+
+class CrayonPrompt(nn.Module):
+    """Learnable queries, summed per cell, through a two-layer MLP."""
+
+    def __init__(self, width: int, hidden_size: int, semantic: bool = True, numbering: bool = True) -> None:
+        super().__init__()
+        self.semantic_queries = nn.Embedding(SEMANTIC_INDICES, width) if semantic else None
+        self.numbering_queries = nn.Embedding(MAX_NUMBERING + 1, width) if numbering else None
+        self.linear_1 = nn.Linear(width, hidden_size)
+        self.act = nn.GELU()
+        self.linear_2 = ClosedLinear(hidden_size, hidden_size)
+
+    def forward(self, semantic_ids: torch.Tensor, numbering_ids: torch.Tensor) -> torch.Tensor:
+        """The signal of every cell.
+
+        Args:
+            semantic_ids: int [images, rows, columns], 0..133.
+            numbering_ids: int [images, rows, columns], 0..20.
+
+        Returns:
+            float [images, rows * columns, hidden_size].
+        """
+        queries = [
+            embedding(ids)
+            for embedding, ids in (
+                (self.semantic_queries, semantic_ids),
+                (self.numbering_queries, numbering_ids),
+            )
+            if embedding is not None
+        ]
+        return self.linear_2(self.act(self.linear_1(sum(queries).flatten(1, 2))))

@@ -1,0 +1,169 @@
+"""The prompt protocol: a conversation about an image, as token ids and a mask of what is supervised.
+
+One function renders for training, evaluation and chat alike, so that a model is asked as it was taught. The image comes
+first, wherever `<image>` stood in the data; the loss covers each answer and the stop after it, and nothing else.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.text import Text
+
+IMAGE_TOKEN = "<image>"
+
+Turns = Sequence[tuple[str, str]]
+"""(`human` | `gpt`, text) in turn, beginning with human; a human turn at the end asks for an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """The texts between the parts of a conversation, as a language model knows them."""
+
+    opening: str
+    """Before the image, system text included."""
+
+    after_image: str
+    """Between the image and the first question."""
+
+    answer_open: str
+    """Between a question and its answer."""
+
+    stop: str
+    """After an answer; empty for the tokenizer's end-of-sequence token."""
+
+    question_open: str
+    """Between the stop and the next question."""
+
+    answer_lead: str = ""
+    """What an answer begins with: a space after `Assistant:`, which tokenizers make part of the first word. It belongs
+    to the answer, so that a prompt to be answered ends where the training text could have ended."""
+
+
+_RELEASE_SYSTEM = "AI assistant should give helpful and detailed answers to user after fully understanding an image. "
+_VICUNA_SYSTEM = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions. "
+)
+
+CHAT_FORMATS: Mapping[str, ChatFormat] = {
+    # Paper, figure 4: `User: {question} Assistant: {answer}<stop>`, the image in front.
+    "paper": ChatFormat("User: ", "\n", " Assistant:", "", "User: ", " "),
+    # The authors' release: a system sentence and the image, then InternLM2's markers.
+    "collavo_release": ChatFormat(
+        _RELEASE_SYSTEM,
+        " [UNUSED_TOKEN_146]user\n",
+        "[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]assistant\n",
+        "[UNUSED_TOKEN_145]",
+        "\n[UNUSED_TOKEN_146]user\n",
+    ),
+    "vicuna": ChatFormat(f"{_VICUNA_SYSTEM}USER: ", "\n", " ASSISTANT:", "", "USER: ", " "),
+    "chatml": ChatFormat(
+        "<|im_start|>user\n", "\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", "\n<|im_start|>user\n"
+    ),
+    "llama3": ChatFormat(
+        "<|start_header_id|>user<|end_header_id|>\n\n",
+        "\n",
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|eot_id|>",
+        "<|start_header_id|>user<|end_header_id|>\n\n",
+    ),
+    "mistral": ChatFormat("[INST] ", "\n", " [/INST]", "", "[INST] ", " "),
+}
+"""By name; `chatml` serves Qwen and InternLM2/3 chat models."""
+
+OBJECTS_KNOWN = "The image includes {objects}. "
+OBJECTS_UNKNOWN = "None of detailed object information for image. "
+"""What a general question is preceded by (the authors' release), with and without recognised objects."""
+
+
+class PromptError(ValueError):
+    """A conversation cannot be rendered; the message says what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedPrompt:
+    """Token ids, and for each whether the loss covers it; the image token stands once for every cell of its grid."""
+
+    input_ids: list[int]
+    supervised: list[bool]
+
+    @property
+    def labels(self) -> list[int]:
+        """The ids where supervised, -100 elsewhere."""
+        return [i if s else -100 for i, s in zip(self.input_ids, self.supervised, strict=True)]
+
+
+def render_conversation(
+    tokenizer: Any, chat_format: ChatFormat, turns: Turns, image_tokens: int, objects: str | None = None
+) -> RenderedPrompt:
+    """Render a conversation about one image.
+
+    Args:
+        tokenizer: a fast tokenizer that knows `<image>` as one token.
+        image_tokens: cells of the vision encoder's grid.
+        objects: the object list that precedes the first question; empty for the phrase that says there is none, None
+            for neither.
+
+    Raises:
+        PromptError: if the turns do not alternate, beginning with `human`.
+    """
+    text, answers = _compose(tokenizer, chat_format, turns, objects)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    input_ids: list[int] = []
+    supervised: list[bool] = []
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    spans = iter(answers)
+    span = next(spans, None)
+    for token_id, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        while span is not None and start >= span[1]:
+            span = next(spans, None)
+        repeats = image_tokens if token_id == image_token_id else 1
+        input_ids += [token_id] * repeats
+        supervised += [span is not None and start >= span[0] and end > start] * repeats
+    return RenderedPrompt(input_ids, supervised)
+
+
+def object_text(objects: str) -> str:
+    """The sentence that tells a model of the objects in an image; `objects` as `collavo.instructions.text` writes
+    them."""
+    return OBJECTS_KNOWN.format(objects=objects) if objects else OBJECTS_UNKNOWN
+
+
+def show_supervision(tokenizer: Any, prompt: RenderedPrompt) -> Text:
+    """A rendered prompt for the terminal: supervised tokens in green, the image's run of tokens folded into one."""
+    shown = Text()
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    previous = None
+    for token_id, supervised in zip(prompt.input_ids, prompt.supervised, strict=True):
+        if token_id == image_token_id:
+            if previous != image_token_id:
+                shown.append(f"{IMAGE_TOKEN} x {prompt.input_ids.count(image_token_id)}", style="bold blue")
+        else:
+            shown.append(tokenizer.decode([token_id]), style="bold green" if supervised else "dim")
+        previous = token_id
+    return shown
+
+
+def _compose(
+    tokenizer: Any, chat_format: ChatFormat, turns: Turns, objects: str | None
+) -> tuple[str, list[tuple[int, int]]]:
+    """The whole text, and the character spans of the answers with their stops."""
+    expected = ["human" if i % 2 == 0 else "gpt" for i in range(len(turns))]
+    if not turns or [speaker for speaker, _ in turns] != expected:
+        raise PromptError(f"turns must alternate, human first; found {', '.join(s for s, _ in turns) or 'none'}")
+    stop = chat_format.stop or tokenizer.eos_token
+    bos = tokenizer.bos_token if tokenizer("").input_ids == [tokenizer.bos_token_id] else ""
+    text = f"{bos}{chat_format.opening}{IMAGE_TOKEN}{chat_format.after_image}"
+    if objects is not None:
+        text += object_text(objects)
+    answers = []
+    for position, (speaker, value) in enumerate(turns):
+        value = value.replace(IMAGE_TOKEN, "").strip()
+        if speaker == "human":
+            text += (chat_format.question_open if position else "") + value + chat_format.answer_open
+        else:
+            answer = chat_format.answer_lead + value + stop
+            answers.append((len(text), len(text) + len(answer)))
+            text += answer
+    return text, answers
