@@ -1,0 +1,56 @@
+"""Which device a model runs on: asked for by name, never chosen silently."""
+
+import torch
+from torch import nn
+
+
+class DeviceError(RuntimeError):
+    """The device that was asked for cannot be used; the message is one line and says what would work."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """Turn a `--device` value into a device that is there.
+
+    Args:
+        name: `auto` (CUDA where there is any, else the CPU), `cpu`, `cuda` or `cuda:N`.
+
+    Raises:
+        DeviceError: for CUDA where torch finds none, for a device number that does not exist, for any other name.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or not (number or "0").isdecimal():
+        raise DeviceError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(number or 0) >= count:
+        built_for = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        raise DeviceError(
+            f"--device {name}: torch {torch.__version__} ({built_for}) finds {count} CUDA devices; use --device cpu, "
+            "or install a torch build that matches the driver"
+        )
+    return torch.device("cuda", int(number or 0))
+
+
+def move_to_device(model: nn.Module, device: torch.device) -> None:
+    """Move a model's weights, in place.
+
+    Raises:
+        DeviceError: where they do not fit; the model is not run on the CPU instead.
+    """
+    try:
+        model.to(device)
+    except torch.OutOfMemoryError as error:
+        free, total = torch.cuda.mem_get_info(device)
+        needed = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        raise DeviceError(
+            f"--device {device}: {needed / 1e9:.1f} GB of weights do not fit, {free / 1e9:.1f} of {total / 1e9:.1f} GB "
+            "are free; stop what else runs on the GPU, or use --device cpu"
+        ) from error
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or the GPU's model name: what a manifest records."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
