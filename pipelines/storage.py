@@ -4,6 +4,7 @@ import os
 import posixpath
 import stat
 from functools import lru_cache
+from glob import glob
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -92,12 +93,17 @@ def is_folder(pattern: str) -> bool:
 
 def list_files(pattern: str) -> list[str]:
     """The files that a glob pattern, a folder (to its depths) or a single path names, sorted; none is no fault."""
-    if is_local(pattern) and is_folder(pattern):
-        return sorted(os.path.join(folder, name) for folder, _, names in os.walk(pattern) for name in names)
-    if is_local(pattern) and os.path.exists(pattern):
+    if not is_local(pattern):
+        every = f"{pattern}**" if is_folder(pattern) else pattern
+        return sorted(metadata.path for metadata in FileSystems.match([every])[0].metadata_list)
+    if is_folder(pattern):
+        return sorted(
+            os.path.join(folder, name) for folder, _, names in os.walk(pattern, followlinks=True) for name in names
+        )
+    if os.path.exists(pattern):
         return [pattern]
-    glob = f"{pattern}**" if is_folder(pattern) else pattern
-    return sorted(metadata.path for metadata in FileSystems.match([glob])[0].metadata_list)
+    # Not by Beam, to which `*.jpg` names nothing and `a/**/*.jpg` nothing that lies directly in `a`.
+    return sorted(path for path in glob(pattern, recursive=True) if not os.path.isdir(path))
 
 
 def rename(source: str, destination: str) -> None:
