@@ -1,0 +1,233 @@
+"""Scenes: things put into a setting, annotated by what is visible of them.
+
+A thing that the others hide too much is taken out before anything is painted, so that the picture and its annotation
+hold exactly the same things.
+"""
+
+import math
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw
+from scipy.ndimage import find_objects
+
+from collavo.scenes import creatures, indoors, outdoors  # noqa: F401  (they register what they draw)
+from collavo.scenes.dialogues import dialogues_about
+from collavo.scenes.drawing import Dice, Drawing, rasterize
+from collavo.scenes.scene import Scene, Segment
+from collavo.scenes.settings import ANYWHERE, FREQUENT, INDOORS, SETTINGS
+from collavo.scenes.stage import Layer, Light, Stage, Surface
+from collavo.scenes.thing import THINGS, Thing
+from schemas.categories import Category
+
+_LEAST_VISIBLE_SHARE = 0.25
+_LEAST_VISIBLE_AREA = 0.0012  # of the image
+_SPANS = (0.075, 0.6)  # smallest and largest thing, in short sides
+_SEATED = ("cat", "teddy bear", "book", "bird", "sports ball")
+_FLOCKS = ("flying bird", "apple", "orange", "donut", "sheep", "sports ball", "cup", "kite", "carrot", "book", "person")
+_CROWDS = ("person", "sheep", "orange", "apple", "book", "donut")
+
+
+def draw_scene(seed: int, size_wh: tuple[int, int] = (640, 480)) -> Scene:
+    """The scene of this seed: the same bytes for the same seed and size on any machine.
+
+    Raises:
+        ValueError: for a side below 32 pixels.
+    """
+    if min(size_wh) < 32:
+        raise ValueError(f"size {size_wh[0]}x{size_wh[1]}: a scene needs at least 32 pixels either way")
+    dice = Dice(seed)
+    setting, time = dice.pick(FREQUENT), dice.pick(("morning", "day", "day", "day", "evening", "night"))
+    wet = "snowy" if setting == "mountains" else "rainy"
+    weather = "clear" if setting in INDOORS else dice.pick(("clear", "clear", "clear", "cloudy", wet))
+    stage = Stage(size_wh, dice, Light(time, weather, dice.pick((1, -1)), setting in INDOORS))
+    SETTINGS[setting](stage)
+    _populate(stage)
+    layers, owners = _settled(stage)
+    ids, segments = _annotated(stage, layers, owners)
+    image = _graded(stage, stage.painted(layers))
+    dialogues = dialogues_about(segments, size_wh, setting, time, weather, dice)
+    return Scene(image, ids, segments, setting, time, weather, dialogues)
+
+
+def _populate(stage: Stage) -> None:
+    """Put things into the setting, now and then a flock of small ones or a crowd that is one region."""
+    dice, room = stage.dice, max(stage.size_wh) / stage.unit
+    crowds = _CROWDS[stage.light.indoors :]  # people do not crowd a room
+    for gather, names in ((_crowd, crowds), (_flock, _FLOCKS)):
+        homes = [(s, n) for s in stage.surfaces for n in s.things if n in names]
+        if homes and dice.chance(0.06):
+            gather(stage, *dice.pick(homes))
+    wanted = int(dice.integer(4, 13) * (0.6 + 0.4 * room))
+    while wanted > 0:
+        surface = dice.pick(stage.surfaces)
+        solid = not surface.hangs and surface.category.name != "sea"
+        name = dice.pick(ANYWHERE.split(", ") if solid and dice.chance(0.12) else surface.things)
+        count = dice.pick((1, 1, 1, 1, 1, 1, 2, 2, 3, 4) if solid else (1, 1, 2))
+        for _ in range(count):
+            _put(stage, surface, THINGS[name])
+        wanted -= count
+
+
+def _flock(stage: Stage, surface: Surface, name: str) -> None:
+    """A dozen or two dozen of a kind, the more the smaller."""
+    many = stage.dice.chance(0.4)
+    for _ in range(stage.dice.integer(26, 36) if many else stage.dice.integer(10, 14)):
+        _put(stage, surface, THINGS[name], shrink=0.6 if many else 0.75)
+
+
+def _drawn(dice: Dice, kind: Thing) -> tuple[Drawing, tuple[str, ...]]:
+    """A thing of this kind, and the names of its colours."""
+    drawing, color = Drawing(), dice.pick(kind.colors or ("grey",))
+    second = kind.draw(drawing, dice.paint(color), dice)
+    return drawing, (color, *([second] if second else [])) if kind.colors else ()
+
+
+def _put(stage: Stage, surface: Surface, kind: Thing, shrink: float = 1) -> None:
+    """Draw a thing and find it a place, in a few tries at most; what has a seat may get something to bear."""
+    dice, (width, height) = stage.dice, stage.size_wh
+    drawing, colors = _drawn(dice, kind)
+    wide, high = drawing.size_wh()
+    x0, y0, x1, y1 = surface.box_xyxy
+    for _ in range(6):
+        x, down = dice.uniform(x0, x1) * width, dice.uniform(0, 1)
+        y = (y0 + (y1 - y0) * down) * height
+        size = (surface.far + (surface.near - surface.far) * down) * math.sqrt(kind.span_m) * dice.uniform(0.86, 1.16)
+        span = min(max(size * shrink, _SPANS[0]), _SPANS[1]) * stage.unit
+        w, h = wide * span / max(wide, high), high * span / max(wide, high)
+        if not _is_crowded(stage, (x - w / 2, y - h, x + w / 2, y)):
+            break
+    else:
+        return
+    turn = dice.uniform(-kind.turn_deg, kind.turn_deg)
+    layer = _laid(stage, surface, kind, drawing, span, round(x), round(y), turn)
+    layer.colors = colors
+    if kind.seat and dice.chance(0.4):
+        _seat(stage, layer, kind.seat, THINGS[dice.pick(_SEATED)])
+
+
+def _laid(
+    stage: Stage, surface: Surface, kind: Thing, drawing: Drawing, span: float, x: int, y: int, turn_deg: float = 0
+) -> Layer:
+    """Put a drawing on (or, where things hang, about) a point of a surface."""
+    sprite = rasterize(drawing, span, turn_deg, kind.flips and stage.dice.chance(0.5), stage.light.side)
+    w, h = sprite.picture.size
+    layer = Layer(sprite, x - w // 2, y - h, y, kind.category, kind, base_y=y, on=surface.category)
+    if surface.hangs:
+        layer.y, layer.depth, layer.base_y, layer.on = y - h // 2, -1, None, None
+    stage.layers.append(layer)
+    return layer
+
+
+def _seat(stage: Stage, bearer: Layer, seat: tuple[float, float, float], kind: Thing) -> None:
+    """Put something on a chair, bench, couch or suitcase."""
+    dice, (w, h) = stage.dice, bearer.sprite.picture.size
+    drawing, colors = _drawn(dice, kind)
+    span = max(_SPANS[0] * stage.unit, dice.uniform(0.36, 0.5) * h)
+    sprite = rasterize(drawing, span, flip=dice.chance(0.5), light=stage.light.side)
+    x = bearer.x + round(w * dice.uniform(seat[0], seat[1])) - sprite.picture.size[0] // 2
+    y = bearer.y + round(h * (seat[2] + 0.06)) - sprite.picture.size[1]
+    stage.layers.append(Layer(sprite, x, y, bearer.depth + 0.5, kind.category, kind, colors, on=bearer))
+
+
+def _crowd(stage: Stage, surface: Surface, name: str) -> None:
+    """A distant crowd, or a heap, that nobody would count: one region."""
+    dice, kind, crowd = stage.dice, THINGS[name], Drawing()
+    standing = name in ("person", "sheep")
+    step = {"person": 24, "sheep": 84}.get(name, 76)
+    for row in range(2) if standing else range(3, -1, -1):
+        for k in range(9 if standing else 7 - row):
+            shift, level = k + row * 0.5 + dice.uniform(-0.15, 0.15), row * 10 if standing else row * -66
+            crowd.add(_drawn(dice, kind)[0], shift * step, level, dice.uniform(0.9, 1.05))
+    x0, y0, x1, _ = surface.box_xyxy
+    x, y = round(dice.uniform(x0, x1) * stage.size_wh[0]), round((y0 + 0.02) * stage.size_wh[1])
+    _laid(stage, surface, kind, crowd, dice.uniform(0.35, 0.5) * stage.unit, x, y).is_crowd = True
+
+
+def _is_crowded(stage: Stage, box_xyxy: tuple[float, float, float, float]) -> bool:
+    """Whether a thing here would overlap another by more than a third of the smaller one's box."""
+    x0, y0, x1, y1 = box_xyxy
+    for layer in stage.layers:
+        w, h = layer.sprite.picture.size
+        across, down = min(x1, layer.x + w) - max(x0, layer.x), min(y1, layer.y + h) - max(y0, layer.y)
+        if layer.thing and across > 0 and down > 0 and across * down > 0.33 * min(w * h, (x1 - x0) * (y1 - y0)):
+            return True
+    return False
+
+
+def _settled(stage: Stage) -> tuple[list[Layer], np.ndarray]:
+    """The layers from back to front, and the owner of each pixel, once nothing is hidden too much."""
+    least = _LEAST_VISIBLE_AREA * stage.size_wh[0] * stage.size_wh[1]
+    layers = sorted(stage.layers, key=lambda layer: layer.depth)
+    while True:
+        owners = stage.owners(layers)
+        visible = np.bincount(owners.ravel(), minlength=len(layers) + 1)[1:].tolist()
+        gone = [
+            layer
+            for layer, area in zip(layers, visible, strict=True)
+            if layer.thing and area < max(least, _LEAST_VISIBLE_SHARE * int(layer.sprite.mask.sum()))
+        ]
+        if not gone:
+            return layers, owners
+        layers = [layer for layer in layers if layer not in gone and layer.on not in gone]
+
+
+def _annotated(stage: Stage, layers: list[Layer], owners: np.ndarray) -> tuple[np.ndarray, tuple[Segment, ...]]:
+    """Number the segments, one for each thing and one for all stuff of a class, and measure what is visible."""
+    keys = [layer if layer.thing else layer.category for layer in layers]
+    places = {key: place for place, key in enumerate(dict.fromkeys(keys), 1)}
+    numbers = [0]
+    for key in places:
+        category = key.category if isinstance(key, Layer) else key
+        numbers.append(_fresh_id(stage.dice, category, numbers))
+    owners = np.take(np.array([0, *(places[key] for key in keys)], np.int32), owners)
+    areas = np.bincount(owners.ravel(), minlength=len(numbers)).tolist()
+    segments = []
+    for key, box in zip(places, find_objects(owners, len(places)), strict=True):
+        if box is None:
+            continue
+        rows, columns = box
+        box_xywh = (columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start)
+        number, area = numbers[places[key]], areas[places[key]]
+        if not isinstance(key, Layer) or key.thing is None:
+            category_id = key.category_id if not isinstance(key, Layer) else key.category.category_id
+            segments.append(Segment(number, category_id, False, box_xywh, area))
+            continue
+        bearer = places[key.on] if key.on else 0
+        below = owners[rows.stop : rows.stop + 3, columns]
+        if not isinstance(key.on, Layer) and np.count_nonzero(below == bearer) * 2 <= below.size:
+            bearer = 0
+        on = numbers[bearer] or None
+        part, crowd = key.thing.part, key.is_crowd
+        segments.append(
+            Segment(number, key.category.category_id, crowd, box_xywh, area, key.colors, part, key.base_y, on)
+        )
+    return np.take(np.array(numbers, np.int32), owners), tuple(segments)
+
+
+def _fresh_id(dice: Dice, category: Category, taken: list[int]) -> int:
+    """An id whose bytes resemble the class's colour, as in COCO's own files, so that the PNG shows the classes."""
+    while True:
+        r, g, b = (max(0, min(255, c + dice.integer(-30, 30))) for c in category.color_rgb)
+        new = r + 256 * g + 65536 * b
+        if new not in taken:
+            return new
+
+
+def _graded(stage: Stage, frame: Image.Image) -> np.ndarray:
+    """The weather, the light of the hour and a little grain over the whole picture."""
+    dice, light, (width, height) = stage.dice, stage.light, stage.size_wh
+    veil = Image.new("L", frame.size)
+    pen = ImageDraw.Draw(veil)
+    for _ in range(160 * width * height // stage.unit**2 if light.weather in ("rainy", "snowy") else 0):
+        x, y, s = dice.uniform(0, width), dice.uniform(0, height), stage.unit * dice.uniform(0.003, 0.008)
+        if light.weather == "snowy":
+            pen.ellipse((x - s, y - s, x + s, y + s), 210)
+        else:
+            pen.line((x, y, x - s, y + s * 5), 110, max(1, stage.unit // 300))
+    frame.paste((236, 240, 248), (0, 0), veil)
+    fall = np.outer((0.94, 1, 1, 1, 0.96), np.linspace(1, 0.9, 6)[:: light.side])
+    glow = Image.fromarray((fall[..., None] * light.tint).astype(np.uint8))
+    frame = ImageChops.multiply(frame, glow.resize(frame.size, Image.Resampling.BICUBIC))
+    amount = dice.integer(4, 14)
+    grain = Image.fromarray(dice.grain(height, width)).point([value * amount // 255 for value in range(256)])
+    return np.asarray(ImageChops.add(frame, Image.merge("RGB", (grain,) * 3), offset=-amount // 2))

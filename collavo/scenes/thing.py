@@ -1,0 +1,54 @@
+"""What a kind of thing is: its size in the world, the colours it comes in, and the function that draws it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from collavo.scenes.drawing import Color, Dice, Drawing
+from schemas.categories import BY_DISPLAY_NAME, Category
+
+Draw = Callable[[Drawing, Color, Dice], str | None]
+"""Draws one thing in the given colour, y downwards; returns the name of a second colour if it plainly has two."""
+
+ANY = "red orange yellow green blue purple pink brown black white grey"
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """A kind of thing.
+
+    `span_m` is its longer side, `part` what its colour is the colour of ("shirt"; empty for all of it), `turn_deg` how
+    far it may lean, `seat` where another thing may sit on it: left, right and height, in fractions of its box.
+    """
+
+    category: Category
+    span_m: float
+    colors: tuple[str, ...]
+    part: str
+    turn_deg: float
+    flips: bool
+    seat: tuple[float, float, float] | None
+    draw: Draw
+
+
+THINGS: dict[str, Thing] = {}
+"""Every kind of thing that can be drawn, by name; filled by the modules of drawings."""
+
+
+def thing(
+    name: str,
+    span_m: float,
+    colors: str = "",
+    part: str = "",
+    turn_deg: float = 0,
+    flips: bool = True,
+    seat: tuple[float, float, float] | None = None,
+    category: str = "",
+) -> Callable[[Draw], Draw]:
+    """Register a drawing under a name, which is its category's unless that is given."""
+
+    def register(draw: Draw) -> Draw:
+        kind = BY_DISPLAY_NAME[category or name]
+        THINGS[name] = Thing(kind, span_m, tuple(colors.split()), part, turn_deg, flips, seat, draw)
+        return draw
+
+    return register
