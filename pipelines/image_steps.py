@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import PurePosixPath
 
 from collavo.crayon.index_png import encode_index_map
 from collavo.images import ImageError, decode_rgb, verify_image
@@ -15,7 +14,7 @@ from collavo.instructions.choose import stable_hash
 from collavo.panoptic.coco_png import decode_segment_ids
 from collavo.panoptic.maps import PanopticError, build_panoptic_map
 from collavo.sources.coco_panoptic import segment_infos
-from collavo.sources.image_paths import other_extensions
+from collavo.sources.image_paths import other_extensions, without_extension
 from pipelines.elements import Draft, ImageTask, LoadedImage, Reject, SegmentedImage
 from pipelines.storage import StorageError, exists, read_bytes
 from schemas.crayon_row import CrayonRow
@@ -75,11 +74,10 @@ def draft_row(segmented: SegmentedImage, embed_image: bool, validation_ratio: fl
     """
     image, task = segmented.image, segmented.image.task
     with _timed(image.seconds, "encode"):
-        first = task.mentions[0]
         row = CrayonRow(
             image_id=task.image_id,
             image_bytes=image.image_bytes if embed_image else None,
-            image_path=str(PurePosixPath(first.image_path).with_suffix(PurePosixPath(image.uri).suffix)),
+            image_path=task.image_id + image.uri.removeprefix(without_extension(image.uri)),
             width=image.size_wh[0],
             height=image.size_wh[1],
             sources=tuple(sorted({mention.input.source for mention in task.mentions})),

@@ -2,7 +2,9 @@
 
 import posixpath
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".JPG", ".JPEG", ".PNG")
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
+
+IMAGE_EXTENSIONS = (*_EXTENSIONS, ".JPG", ".JPEG", ".PNG")
 """Extensions tried, in this order, where a named image is missing; LLaVA's mix names files that carry another one."""
 
 
@@ -19,8 +21,7 @@ def checked_relative(path: str) -> str:
 
     Raises:
         PathError: `path_escapes_root` for an absolute path, a URL, or one that climbs out by `..`; `bad_path` for one
-        that
-            names no file or cannot be written as UTF-8.
+            that names no file or cannot be written as UTF-8.
     """
     normalised = posixpath.normpath(path.replace("\\", "/"))
     if normalised.startswith(("/", "../")) or normalised == ".." or "://" in path or normalised[1:2] == ":":
@@ -40,11 +41,15 @@ def is_utf8(path: str) -> bool:
 
 
 def without_extension(path: str) -> str:
-    """A path without its extension, directories kept: what an image id is made of."""
-    return posixpath.splitext(path)[0]
+    """A path without its image extension, directories kept: what an image id is made of.
+
+    Any other extension stays: `cat.json` beside `cat.png` is not the same image, and `frame.0001` is one of many.
+    """
+    stem, extension = posixpath.splitext(path)
+    return stem if extension.lower() in _EXTENSIONS else path
 
 
 def other_extensions(path: str) -> list[str]:
     """The same path with every other known image extension."""
-    stem, extension = posixpath.splitext(path)
-    return [stem + other for other in IMAGE_EXTENSIONS if other != extension]
+    stem = without_extension(path)
+    return [other for extension in IMAGE_EXTENSIONS if (other := stem + extension) != path]
