@@ -16,8 +16,7 @@ def image_key(mention: Mention) -> str:
 
 
 def merge_mentions(mentions: Iterable[Mention]) -> tuple[ImageTask, list[Reject]]:
-    """One image's task, and the inputs that only repeat another: a second annotation, the same dialogue, the same
-    file."""
+    """One image's task, and the inputs that only repeat another: a second annotation, the same dialogue or file."""
     kept: list[Mention] = []
     rejects = []
     seen = set()
@@ -51,4 +50,7 @@ def _rank(mention: Mention) -> tuple[object, ...]:
         mention.annotation or (),
         mention.dialogue.turns if mention.dialogue else (),
         mention.uri,
+        mention.mask_uri,
+        mention.license_id is None,
+        mention.license_id or 0,
     )
