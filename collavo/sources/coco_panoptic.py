@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 import ijson
 
 from collavo.panoptic.maps import PanopticError, SegmentInfo
-from collavo.sources import EntryError
+from collavo.sources import EntryError, fault_in_json
 from schemas.categories import BY_CATEGORY_ID
 
 
@@ -49,11 +49,14 @@ def stream_annotated_images(file: BinaryIO) -> Iterator[AnnotatedImage | EntryEr
     try:
         images: dict[int, tuple[str, int | None]] = {}
         for image in ijson.items(file, "images.item", use_float=True):
+            if not isinstance(image["file_name"], str):
+                raise CocoFormatError(f"image {image['id']} should have a text 'file_name'")
             if image["id"] in images:
                 detail = f"'images' lists the id again, for {image['file_name']}"
                 yield EntryError(str(image["id"]), "duplicate_id", detail)
             else:
-                images[image["id"]] = (image["file_name"], image.get("license"))
+                license_id = image.get("license")
+                images[image["id"]] = (image["file_name"], license_id if isinstance(license_id, int) else None)
         if not images:
             raise CocoFormatError("it lists no 'images'")
         file.seek(0)
@@ -70,7 +73,7 @@ def stream_annotated_images(file: BinaryIO) -> Iterator[AnnotatedImage | EntryEr
                 annotated.add(image_id)
                 yield AnnotatedImage(str(image_id), *images[image_id], _annotation(record))
     except (ijson.JSONError, KeyError, TypeError) as error:
-        raise CocoFormatError(f"not COCO panoptic JSON to its end ({type(error).__name__}: {error})") from error
+        raise CocoFormatError(f"not COCO panoptic JSON to its end ({fault_in_json(error)})") from error
     for image_id, (file_name, license_id) in images.items():
         if image_id not in annotated:
             yield AnnotatedImage(str(image_id), file_name, license_id, None)
@@ -93,4 +96,7 @@ def segment_infos(segments: Sequence[tuple[int, int, int]]) -> list[SegmentInfo]
 
 def _annotation(record: Mapping[str, Any]) -> Annotation:
     segments = tuple((s["id"], s["category_id"], s.get("iscrowd", 0)) for s in record["segments_info"])
+    if not isinstance(record["file_name"], str) or not all(isinstance(n, int) for segment in segments for n in segment):
+        expected = "a text 'file_name', and whole numbers 'id', 'category_id' and 'iscrowd' of every segment"
+        raise CocoFormatError(f"the annotation of image {record['image_id']} should have {expected}")
     return Annotation(record["file_name"], segments)

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import ijson
 
-from collavo.sources import EntryError
+from collavo.sources import EntryError, fault_in_json
 from schemas.crayon_row import Dialogue
 
 SPEAKERS = ("human", "gpt")
@@ -39,25 +39,28 @@ def stream_entries(file: BinaryIO) -> Iterator[LlavaEntry | EntryError]:
             except EntryError as error:
                 yield error
     except ijson.JSONError as error:
-        raise LlavaFormatError(f"not a JSON list to its end, after entry {position} ({error})") from error
+        place = f"after {position + 1} entries"
+        raise LlavaFormatError(f"not a JSON list to its end, {place} ({fault_in_json(error)})") from error
     if position < 0:
         raise LlavaFormatError("no entries: expected a JSON list of objects with 'id', 'image' and 'conversations'")
 
 
 def _entry(record: Any, position: int) -> LlavaEntry:
-    entry_id = str(record.get("id", f"#{position}")) if isinstance(record, dict) else f"#{position}"
-    if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
-        raise EntryError(entry_id, "malformed_entry", "expected an object with a list 'conversations'")
-    image = record.get("image")
+    fields = record if isinstance(record, dict) else {}
+    entry_id = f"#{position}" if fields.get("id") is None else str(fields["id"])
+    turns = fields.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise EntryError(entry_id, "malformed_entry", "expected an object with turns in a list 'conversations'")
+    image = fields.get("image")
     if not image:
         raise EntryError(entry_id, "text_only", "the entry names no image")
-    if isinstance(image, list):
-        raise EntryError(entry_id, "several_images", f"the entry names {len(image)} images, a row holds one")
-    turns = record["conversations"]
+    images = image if isinstance(image, list) else [image]
+    if len(images) > 1:
+        raise EntryError(entry_id, "several_images", f"the entry names {len(images)} images, a row holds one")
+    if not isinstance(images[0], str):
+        raise EntryError(entry_id, "malformed_entry", f"expected a path as 'image', found {str(images[0])[:80]}")
     for turn in turns:
         if not isinstance(turn, dict) or turn.get("from") not in SPEAKERS or not isinstance(turn.get("value"), str):
             detail = f"expected turns with 'from' human or gpt and a text 'value', found {str(turn)[:80]}"
             raise EntryError(entry_id, "malformed_entry", detail)
-    if not turns:
-        raise EntryError(entry_id, "malformed_entry", "the entry has no turns")
-    return LlavaEntry(str(image), Dialogue(entry_id, tuple((turn["from"], turn["value"]) for turn in turns)))
+    return LlavaEntry(images[0], Dialogue(entry_id, tuple((turn["from"], turn["value"]) for turn in turns)))
