@@ -52,14 +52,15 @@ def build_panoptic_map(ids: np.ndarray, infos: Sequence[SegmentInfo]) -> Panopti
         infos: the segments, in any order; the result does not depend on it.
 
     Raises:
-        PanopticError: `repeated_segment` for an id listed twice, `unlisted_segment` for a pixel whose id is not listed,
-            `empty_segment` for a listed segment without a pixel.
+        PanopticError: `repeated_segment` for an id listed twice, or a listed 0, `unlisted_segment` for a pixel whose id
+            is not listed, `empty_segment` for a listed segment without a pixel.
     """
     height, width = ids.shape
     starts, lengths = _row_runs(ids)
     known_ids = np.array(sorted({0, *(info.id for info in infos)}), dtype=np.int64)
     if len(known_ids) != len(infos) + 1:
-        raise PanopticError("repeated_segment", f"{len(infos)} segments listed, but {len(known_ids) - 1} distinct ids")
+        distinct = f"{len(known_ids) - 1} distinct ids other than 0"
+        raise PanopticError("repeated_segment", f"{len(infos)} segments listed, but {distinct}")
     run_positions = _positions(ids.ravel()[starts], known_ids)
     areas, boxes_xyxy = _measure(run_positions, starts, lengths, width, len(known_ids))
     if not areas[1:].all():
