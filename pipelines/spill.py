@@ -1,5 +1,6 @@
 """Drafts on disk between segmentation and the writing of shards.
- A shard needs the rows of images that were segmented anywhere, in an order of its own. Rather than sending rows with
+
+A shard needs the rows of images that were segmented anywhere, in an order of its own. Rather than sending rows with
 their image bytes through the runner's shuffle - which a local runner keeps in memory whole - each bundle appends its
 drafts to a file of its own in the staging folder, and only their places are shuffled. A retried bundle writes another
 file; what the failed one wrote is referred to by nobody.

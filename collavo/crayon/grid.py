@@ -1,5 +1,6 @@
 """The crayon map on the model's patch grid: one semantic and one numbering index per cell.
- A cell belongs to the segment that covers most of it. A segment that wins no cell still gets one - the cell it covers
+
+A cell belongs to the segment that covers most of it. A segment that wins no cell still gets one - the cell it covers
 most, the smallest segment first - because an object that is asked about must not be invisible in the prompt.
 """
 
@@ -59,8 +60,7 @@ def _covered_pixels(index_map: np.ndarray, segment_count: int, rows: int, column
 
 
 def _rescue_vanished(owner: np.ndarray, covered: np.ndarray, columns: int) -> None:
-    """Give a cell to each segment that has pixels but none, in place; who loses its last cell by that is served
-    next."""
+    """Give a cell to each segment that has pixels but none, in place; who loses its last cell by that is served next."""
     areas = covered.sum(axis=0)
     cells_won = np.bincount(owner, minlength=covered.shape[1])
     vanished = [(int(areas[s]), s) for s in range(1, covered.shape[1]) if areas[s] and not cells_won[s]]
