@@ -101,8 +101,8 @@ def _bids(
     computes and sums them several times faster.
     """
     if thresholds.like_transformers:
-        # torch rounds 3 channels otherwise than 100, and small targets by the channel's place among the others. So:
-        # alone, as among the 100 queries that transformers brings to 384 x 384; then together, as it does next.
+        # torch rounds 3 channels on one thread in another way than 100, and in small targets each channel by its place.
+        # So first every query alone, as if among the 100 that transformers resizes; then all together, as it does next.
         at_384 = functional.interpolate(mask_logits[:, None], size=_TRANSFORMERS_HW, mode="bilinear").sigmoid_()
         probabilities = functional.interpolate(at_384[None, :, 0], size=size_hw, mode="bilinear")[0]
         for part, part_scores in zip(probabilities.split(step), scores.split(step), strict=True):
