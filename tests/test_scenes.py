@@ -1,0 +1,407 @@
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy import ndimage
+
+from collavo.scenes import OutputError, Scene, Segment, draw_scene, scene_seed, write_scenes
+from collavo.scenes.__main__ import main
+from collavo.scenes.drawing import Dice, Drawing, rasterize
+from collavo.scenes.thing import THINGS
+from schemas.categories import BY_CATEGORY_ID, CATEGORIES
+
+SMALL = (96, 72)
+STUFF = "sky tree grass sand sea snow road pavement building mountain fence table floor-wood rug window curtain"
+WALLS = "wall wall-brick wall-tile"
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return [draw_scene(scene_seed(3, index), SMALL) for index in range(400)]
+
+
+@pytest.fixture(scope="module")
+def data_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes") / "of" / "a run"
+    write_scenes(folder, 12, size_wh=(160, 120), seed=5)
+    return folder
+
+
+def read_ids(path: Path) -> np.ndarray:
+    red, green, blue = np.moveaxis(np.asarray(Image.open(path).convert("RGB")).astype(int), -1, 0)
+    return red + 256 * green + 65536 * blue
+
+
+# The scenes themselves
+
+
+def test_a_seed_and_a_size_give_the_same_scene_again() -> None:
+    one, other = draw_scene(11, (200, 150)), draw_scene(11, (200, 150))
+    assert np.array_equal(one.image, other.image)
+    assert np.array_equal(one.ids, other.ids)
+    assert (one.segments, one.dialogues) == (other.segments, other.dialogues)
+    assert not np.array_equal(one.image, draw_scene(12, (200, 150)).image)
+
+
+def test_a_scene_does_not_depend_on_what_was_drawn_before_it() -> None:
+    alone = "import sys; from collavo.scenes import draw_scene; sys.stdout.buffer.write(draw_scene(8, (80, 60)).image)"
+    fresh = subprocess.run([sys.executable, "-c", alone], capture_output=True, check=True).stdout
+    for seed in range(4):
+        draw_scene(seed, (64, 64))
+    assert draw_scene(8, (80, 60)).image.tobytes() == fresh
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**63), width=st.integers(32, 230), height=st.integers(32, 230))
+def test_any_size_gives_a_whole_scene(seed: int, width: int, height: int) -> None:
+    scene = draw_scene(seed, (width, height))
+    assert scene.image.shape == (height, width, 3)
+    assert scene.image.dtype == np.uint8
+    assert scene.ids.shape == (height, width)
+    assert sorted(np.unique(scene.ids[scene.ids > 0])) == sorted(s.id for s in scene.segments)
+    assert np.mean(scene.ids == 0) < 0.01
+    for segment in scene.segments:
+        x, y, w, h = segment.box_xywh
+        mask = scene.ids == segment.id
+        assert mask.sum() == segment.area == mask[y : y + h, x : x + w].sum()
+        assert mask[y].any() and mask[y + h - 1].any() and mask[:, x].any() and mask[:, x + w - 1].any()
+
+
+def test_a_scene_too_small_to_draw_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"size 640x31.*at least 32"):
+        draw_scene(0, (640, 31))
+
+
+def test_every_thing_and_stuff_that_can_be_drawn_turns_up(scenes: list[Scene]) -> None:
+    seen = {s.category.display_name for scene in scenes for s in scene.segments}
+    assert {kind.category.display_name for kind in THINGS.values()} | set(f"{STUFF} {WALLS}".split()) <= seen
+    assert len({kind.category.label for kind in THINGS.values()}) >= 36
+
+
+def test_scenes_vary_in_place_light_and_number_of_things(scenes: list[Scene]) -> None:
+    assert len({scene.setting for scene in scenes}) == 9
+    assert {scene.time for scene in scenes} == {"morning", "day", "evening", "night"}
+    assert {scene.weather for scene in scenes} == {"clear", "cloudy", "rainy", "snowy"}
+    counts = [sum(s.category.is_thing for s in scene.segments) for scene in scenes]
+    assert 4 <= np.percentile(counts, 10) <= np.percentile(counts, 90) <= 16
+    of_one_class = [max(Counter(s.category_id for s in scene.segments).values()) for scene in scenes]
+    assert max(of_one_class) > 20
+    assert any(s.is_crowd for scene in scenes for s in scene.segments)
+
+
+def test_no_color_gives_a_class_away(scenes: list[Scene]) -> None:
+    colors: dict[str, set[str]] = {}
+    for segment in (s for scene in scenes for s in scene.segments if s.colors):
+        colors.setdefault(segment.category.name, set()).add(segment.colors[0])
+    assert all(len(shades) >= 2 for shades in colors.values())
+    assert min(len(colors[name]) for name in ("car", "person", "cup", "book", "suitcase")) >= 8
+
+
+def test_things_are_large_enough_to_see(scenes: list[Scene]) -> None:
+    least = 0.0012 * SMALL[0] * SMALL[1]
+    assert all(s.area >= least for scene in scenes for s in scene.segments if s.category.is_thing)
+
+
+def test_stuff_is_one_segment_per_class_and_crowds_are_things(scenes: list[Scene]) -> None:
+    for scene in scenes:
+        stuff = [s.category_id for s in scene.segments if not s.category.is_thing]
+        assert len(stuff) == len(set(stuff))
+        assert all(s.category.is_thing for s in scene.segments if s.is_crowd)
+
+
+# Exactness of the masks
+
+
+@pytest.mark.parametrize("name", sorted(THINGS.keys() - {"bottle", "wine glass"}))
+def test_a_mask_holds_the_pixels_that_are_painted_by_half_or_more(name: str) -> None:
+    drawing = Drawing()
+    THINGS[name].draw(drawing, (200, 60, 50), Dice(4))
+    sprite = rasterize(drawing, 40, turn_deg=20)
+    assert np.array_equal(sprite.mask, np.asarray(sprite.picture.getchannel(3)) >= 128)
+
+
+@given(rx=st.integers(8, 60), ry=st.integers(8, 60), turn_deg=st.integers(0, 90))
+@settings(max_examples=40, deadline=None)
+def test_a_mask_has_the_area_and_extent_of_the_shape(rx: int, ry: int, turn_deg: int) -> None:
+    drawing = Drawing()
+    drawing.oval(0, 0, rx, ry, (200, 60, 50), edge=False)
+    mask = rasterize(drawing, 2 * max(rx, ry), turn_deg).mask
+    c, s = np.cos(np.radians(turn_deg)), np.sin(np.radians(turn_deg))
+    extent = 2 * np.hypot(rx * c, ry * s), 2 * np.hypot(rx * s, ry * c)
+    assert mask.sum() == pytest.approx(np.pi * rx * ry, rel=0.05)
+    assert [np.ptp(np.flatnonzero(mask.any(axis))) + 1 for axis in (0, 1)] == pytest.approx(extent, abs=1.5)
+
+
+def test_a_hole_belongs_to_what_lies_behind() -> None:
+    drawing = Drawing()
+    THINGS["donut"].draw(drawing, (200, 60, 50), Dice(4))
+    holes, count = ndimage.label(~np.pad(rasterize(drawing, 90).mask, 1))
+    assert count == 2
+    assert (holes == 2).sum() == pytest.approx(np.pi * (90 * 0.15) ** 2, rel=0.15)
+
+
+def test_a_clear_glass_counts_as_covered() -> None:
+    drawing = Drawing()
+    drawing.oval(0, 0, 50, 50, (220, 230, 240, 60), edge=False)
+    sprite = rasterize(drawing, 60)
+    assert sprite.mask.sum() == pytest.approx(np.pi * 30**2, rel=0.03)
+    assert np.asarray(sprite.picture)[30, 30, 3] == 60
+
+
+def test_a_drawing_keeps_its_area_when_turned_and_mirrored() -> None:
+    drawing = Drawing()
+    THINGS["car"].draw(drawing, (200, 60, 50), Dice(4))
+    upright = rasterize(drawing, 80)
+    assert np.array_equal(rasterize(drawing, 80, flip=True).mask[:, 5:-5].any(1), upright.mask[:, 5:-5].any(1))
+    assert rasterize(drawing, 80, turn_deg=90).mask.sum() == pytest.approx(upright.mask.sum(), rel=0.02)
+
+
+# What is said about them
+
+
+def phrases(scene: Scene) -> dict[str, Segment]:
+    """The things a phrase can mean, worked out from the segments alone."""
+    meant: dict[str, Segment] = {}
+    crowds = {s.category_id for s in scene.segments if s.is_crowd}
+    by_class: dict[int, list[Segment]] = {}
+    for segment in scene.segments:
+        if segment.category.is_thing and segment.category_id not in crowds:
+            by_class.setdefault(segment.category_id, []).append(segment)
+    for category_id, same in by_class.items():
+        noun = BY_CATEGORY_ID[category_id].singular
+        if len(same) == 1:
+            meant[f"the {noun}"] = same[0]
+        else:
+            meant[f"the largest {noun}"] = max(same, key=lambda s: s.area)
+            meant[f"the {noun} furthest to the left"] = min(same, key=middle)
+            meant[f"the {noun} furthest to the right"] = max(same, key=middle)
+    return meant
+
+
+def middle(segment: Segment) -> float:
+    return segment.box_xywh[0] + segment.box_xywh[2] / 2
+
+
+def questions(scenes: list[Scene]) -> list[tuple[Scene, str, str]]:
+    cleaned = []
+    for scene in scenes:
+        for dialogue in scene.dialogues:
+            for (_, question), (_, answer) in zip(dialogue[::2], dialogue[1::2], strict=True):
+                cleaned.append((scene, question.replace("<image>", "").strip().split("?")[0], answer.rstrip(".")))
+    return cleaned
+
+
+def test_colors_told_are_those_painted(scenes: list[Scene]) -> None:
+    asked = 0
+    for scene, question, answer in questions(scenes):
+        match = re.fullmatch(r"What colour (?:is|are) (?:the (?P<part>[\w ]+) of )?(?P<thing>the [\w ]+)", question)
+        if not match:
+            continue
+        asked += 1
+        meant = phrases(scene)
+        # "the pair of scissors" is a thing, not a part of one
+        whole = question.split(" ", 3)[3]
+        part, thing = ("", meant[whole]) if whole in meant else (match["part"], None)
+        if thing is None and part not in {s.part for s in scene.segments}:
+            part, whole = re.match(r"the (\w+) of (.+)", whole).groups()  # type: ignore[union-attr]
+            thing = meant[whole]
+        thing = thing or meant[match["thing"]]
+        assert part == thing.part
+        assert answer.lower().endswith(" and ".join(thing.colors))
+    assert asked > 100
+
+
+def test_painted_colors_can_be_seen(scenes: list[Scene]) -> None:
+    """By daylight the strongest channel of a plain red, green or blue thing is the one that is named."""
+    channels, plain, seen = {"red": 0, "green": 1, "blue": 2}, ("car", "suitcase", "umbrella", "cup", "couch"), []
+    for scene in (scene for scene in scenes if scene.time != "night"):
+        for s in scene.segments:
+            if s.category.name in plain and len(s.colors) == 1 and s.colors[0] in channels:
+                seen.append(scene.image[scene.ids == s.id].mean(0).argmax() == channels[s.colors[0]])
+    assert len(seen) > 40
+    assert np.mean(seen) > 0.95
+
+
+def test_sides_distances_and_sizes_told_are_true(scenes: list[Scene]) -> None:
+    asked: Counter[str] = Counter()
+    for scene, question, answer in questions(scenes):
+        meant = phrases(scene)
+        if match := re.fullmatch(r"Is (the .+) to the left or to the right of (the .+)", question):
+            asked["side"] += 1
+            side = "left" if middle(meant[match[1]]) < middle(meant[match[2]]) else "right"
+            assert answer.lower() in (f"to the {side}", f"{match[1]} is to the {side} of {match[2]}".lower())
+        elif match := re.fullmatch(r"Which (is nearer to the viewer|looks larger), (the .+) or (the .+)", question):
+            asked[match[1]] += 1
+            one, other = meant[match[2]], meant[match[3]]
+            first = one.area > other.area
+            if "nearer" in match[1]:
+                assert one.base_y is not None and other.base_y is not None
+                first = one.base_y > other.base_y
+            assert answer.lower().startswith(match[2 if first else 3].lower())
+    assert min(asked.values()) > 20 and len(asked) == 3
+
+
+def test_what_things_stand_on_lies_below_them(scenes: list[Scene]) -> None:
+    asked = 0
+    for scene, question, answer in questions(scenes):
+        match = re.fullmatch(r"What is (the .+) on", question)
+        if not match:
+            continue
+        asked += 1
+        thing = phrases(scene)[match[1]]
+        bearer = next(s for s in scene.segments if s.id == thing.on)
+        x, y, w, h = thing.box_xywh
+        below = scene.ids[y + h : y + h + 3, x : x + w]
+        assert np.mean(below == bearer.id) > 0.5
+        assert answer.endswith({"sea": "water", "floor-wood": "wooden floor"}.get(n := bearer.category.display_name, n))
+    assert asked > 20
+
+
+def test_dialogues_leave_counts_boxes_and_presence_to_the_crayon(scenes: list[Scene]) -> None:
+    for _, question, answer in questions(scenes):
+        assert not re.search(r"(?i)how many|is there an? |are there|bounding|coordinates|list ", question)
+        assert not re.search(r"[\[\]{}_]", question + answer)
+        assert answer[0].isupper()
+
+
+# The files
+
+
+def test_files_are_coco_panoptic(data_set: Path) -> None:
+    panoptic = json.loads((data_set / "panoptic.json").read_text())
+    assert {"info", "licenses", "images", "annotations", "categories"} <= panoptic.keys()
+    assert [(c["id"], c["name"], bool(c["isthing"])) for c in panoptic["categories"]] == [
+        (c.category_id, c.name, c.is_thing) for c in CATEGORIES
+    ]
+    ids_seen = []
+    images = {image["id"]: image for image in panoptic["images"]}
+    assert len(images) == len(panoptic["annotations"]) == 12
+    for annotation in panoptic["annotations"]:
+        image = images[annotation["image_id"]]
+        picture = Image.open(data_set / "images" / image["file_name"])
+        assert (picture.format, picture.mode, picture.size) == ("JPEG", "RGB", (image["width"], image["height"]))
+        ids = read_ids(data_set / "panoptic" / annotation["file_name"])
+        assert ids.shape == (120, 160)
+        listed = {info["id"]: info for info in annotation["segments_info"]}
+        assert set(np.unique(ids)) - {0} == set(listed)
+        for number, info in listed.items():
+            rows, columns = np.nonzero(ids == number)
+            left, top = columns.min(), rows.min()
+            assert info["bbox"] == [left, top, columns.max() - left + 1, rows.max() - top + 1]
+            assert info["area"] == len(rows)
+            assert info["category_id"] in BY_CATEGORY_ID
+            assert info["iscrowd"] in (0, 1)
+        ids_seen += listed
+    assert all(any(number >> shift & 255 for number in ids_seen) for shift in (0, 8, 16))
+    assert len({number & 255 for number in ids_seen}) > 30
+
+
+def test_pictures_are_what_was_drawn(data_set: Path) -> None:
+    scene = draw_scene(scene_seed(5, 3), (160, 120))
+    stored = np.asarray(Image.open(data_set / "images" / "scene-000003.jpg")).astype(int)
+    assert np.abs(stored - scene.image).mean() < 6
+    assert np.array_equal(read_ids(data_set / "panoptic" / "scene-000003.png"), scene.ids)
+
+
+def test_dialogues_are_llava_entries(data_set: Path) -> None:
+    entries = json.loads((data_set / "dialogues.json").read_text())
+    assert len({entry["id"] for entry in entries}) == len(entries) >= 12
+    for entry in entries:
+        assert entry.keys() == {"id", "image", "conversations"}
+        assert (data_set / entry["image"]).is_file()
+        turns = entry["conversations"]
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+        assert re.fullmatch(r"<image>\n.+|.+\n<image>", turns[0]["value"])
+        assert sum(turn["value"].count("<image>") for turn in turns) == 1
+    assert len({entry["image"] for entry in entries}) == 12
+
+
+def test_fewer_scenes_are_a_prefix_and_a_later_start_is_a_suffix(data_set: Path, tmp_path: Path) -> None:
+    write_scenes(tmp_path / "few", 2, size_wh=(160, 120), seed=5)
+    write_scenes(tmp_path / "late", 2, size_wh=(160, 120), seed=5, start=10)
+    for part, indices in (("few", (0, 1)), ("late", (10, 11))):
+        for name in (
+            f"{folder[0]}/scene-{i:06d}.{folder[1]}"
+            for i in indices
+            for folder in (("images", "jpg"), ("panoptic", "png"))
+        ):
+            assert (tmp_path / part / name).read_bytes() == (data_set / name).read_bytes()
+        whole, own = (json.loads((f / "panoptic.json").read_text()) for f in (data_set, tmp_path / part))
+        assert own["annotations"] == [whole["annotations"][i] for i in indices]
+        assert own["images"] == [whole["images"][i] for i in indices]
+
+
+# The command
+
+
+def test_the_command_writes_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--output", str(tmp_path / "new"), "--count", "2", "--size", "64x48", "--seed", "9", "--start", "4"])
+    names = sorted(path.relative_to(tmp_path / "new").as_posix() for path in tmp_path.rglob("*") if path.is_file())
+    assert names == [
+        "dialogues.json",
+        "images/scene-000004.jpg",
+        "images/scene-000005.jpg",
+        "panoptic.json",
+        "panoptic/scene-000004.png",
+        "panoptic/scene-000005.png",
+    ]
+    assert "Drawing scenes" in capsys.readouterr().out
+
+
+def test_a_folder_with_anything_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match=r"not empty.*--overwrite"):
+        write_scenes(tmp_path, 1, size_wh=(64, 48))
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_overwriting_never_mixes_two_runs(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    write_scenes(tmp_path, 3, size_wh=(64, 48), overwrite=True)
+    write_scenes(tmp_path, 1, size_wh=(80, 48), seed=1, overwrite=True)
+    assert [path.name for path in (tmp_path / "images").iterdir()] == ["scene-000000.jpg"]
+    assert [path.name for path in (tmp_path / "panoptic").iterdir()] == ["scene-000000.png"]
+    assert Image.open(tmp_path / "images" / "scene-000000.jpg").size == (80, 48)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--count", "2"], "--output"),
+        (["--output", "{}/new", "--count", "none"], "--count: 'none' is not a whole number from 1"),
+        (["--output", "{}/new", "--count", "0"], "--count: '0' is not a whole number from 1"),
+        (["--output", "{}/new", "--count", "2", "--size", "640"], "--size: '640' is not WIDTHxHEIGHT"),
+        (["--output", "{}/new", "--count", "2", "--size", "640x20"], "--size: '640x20' is not WIDTHxHEIGHT"),
+        (["--output", "{}/new", "--count", "2", "--seed", "-1"], "--seed: '-1' is not a whole number from 0"),
+        (["--output", "{}/new", "--count", "2", "--colour", "red"], "--colour"),
+        (["--output", "{}/full", "--count", "2"], "not empty; name another, or add --overwrite"),
+        (["--output", "{}/full/file", "--count", "2"], "is a file"),
+        (["--output", "{}/full/file/deeper", "--count", "2"], "name a folder that can be written to"),
+    ],
+)
+def test_a_wrong_command_line_gets_one_line_and_status_2(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        main([argument.format(tmp_path) for argument in arguments])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_importing_scenes_loads_neither_torch_nor_beam() -> None:
+    check = "import sys, collavo.scenes; sys.exit(bool({'torch', 'apache_beam'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
