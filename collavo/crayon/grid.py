@@ -60,7 +60,7 @@ def _covered_pixels(index_map: np.ndarray, segment_count: int, rows: int, column
 
 
 def _rescue_vanished(owner: np.ndarray, covered: np.ndarray, columns: int) -> None:
-    """Give a cell to each segment that has pixels but none, in place; who loses its last cell by that is served next."""
+    """Give a cell to each segment with pixels but no cell, in place; who loses its last cell by that is served next."""
     areas = covered.sum(axis=0)
     cells_won = np.bincount(owner, minlength=covered.shape[1])
     vanished = [(int(areas[s]), s) for s in range(1, covered.shape[1]) if areas[s] and not cells_won[s]]
