@@ -63,8 +63,8 @@ def load_phrasebook(path: Path = DEFAULT_PHRASEBOOK) -> Phrasebook:
         tasks = json.loads(data)
     except (OSError, ValueError) as error:
         raise PhrasebookError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(tasks, dict) or set(tasks) - set(TASKS):
-        found = ", ".join(map(repr, tasks)) if isinstance(tasks, dict) else f"a {type(tasks).__name__}"
+    if not isinstance(tasks, dict) or not tasks or set(tasks) - set(TASKS):
+        found = ", ".join(map(repr, tasks)) or "no task" if isinstance(tasks, dict) else f"a {type(tasks).__name__}"
         raise PhrasebookError(f"{path}: holds {found}, but expected an object whose keys are among {', '.join(TASKS)}")
     phrasings = {task: _checked_phrasings(path, task, entries) for task, entries in tasks.items()}
     return Phrasebook(phrasings, hashlib.sha256(data).hexdigest())
@@ -75,7 +75,7 @@ def _checked_phrasings(path: Path, task: str, entries: Any) -> tuple[Phrasing, .
         raise PhrasebookError(f"{path}: task {task!r} needs a list of at least one phrasing")
     fields = {"id", "question", "present"} | ({"absent"} if task in TASKS_WITH_ABSENT else set())
     for entry in entries:
-        if not isinstance(entry, dict) or set(entry) != fields or not all(isinstance(v, str) for v in entry.values()):
+        if not isinstance(entry, dict) or set(entry) != fields or not all(map(_is_text, entry.values())):
             expected = ", ".join(sorted(fields))
             raise PhrasebookError(f"{path}: a phrasing of {task!r} needs exactly the texts {expected}; found {entry!r}")
         for field in fields - {"id"}:
@@ -86,11 +86,17 @@ def _checked_phrasings(path: Path, task: str, entries: Any) -> tuple[Phrasing, .
     return tuple(Phrasing(e["id"], e["question"], e["present"], e.get("absent")) for e in entries)
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
 def _check_placeholders(path: Path, task: str, place: str, text: str) -> None:
     try:
-        found = {name for _, name, _, _ in Formatter().parse(text) if name is not None}
+        fields = [(name, spec or conversion) for _, name, spec, conversion in Formatter().parse(text)]
     except ValueError as error:
         raise PhrasebookError(f"{path}: {place}: {error} in {text!r}") from error
-    if unknown := found - PLACEHOLDERS[task]:
-        known = ", ".join(f"{{{name}}}" for name in sorted(PLACEHOLDERS[task]))
-        raise PhrasebookError(f"{path}: {place}: unknown placeholder {{{unknown.pop()}}}; {task!r} knows {known}")
+    for name, formatting in fields:
+        if name is not None and (name not in PLACEHOLDERS[task] or formatting):
+            known = ", ".join(f"{{{name}}}" for name in sorted(PLACEHOLDERS[task]))
+            found = f"{{{name}}} with a format" if formatting else f"unknown placeholder {{{name}}}"
+            raise PhrasebookError(f"{path}: {place}: {found}; {task!r} knows {known}")
