@@ -14,8 +14,8 @@ from schemas.crayon_row import Segment
 Box = tuple[float, float, float, float]
 
 _NUMBER = r"(?:0\.\d\d|1\.00)"
-_BOX = re.compile(rf"\[({_NUMBER}), ({_NUMBER}), ({_NUMBER}), ({_NUMBER})\]")
-_OBJECT = re.compile(rf"\((?:#([1-9]\d*) )?([^()#]+)\)(?: ({_BOX.pattern}))?")
+_BOX = re.compile(rf"\[({_NUMBER}), ({_NUMBER}), ({_NUMBER}), ({_NUMBER})\]", re.ASCII)
+_OBJECT = re.compile(rf"\((?:#([1-9]\d*) )?([^()#]+)\)(?: ({_BOX.pattern}))?", re.ASCII)
 
 
 class ObjectMention(NamedTuple):
