@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import chain, groupby, zip_longest
 from typing import NamedTuple
 
-from collavo.instructions.choose import ClassStatistics, draw_absent_labels, stable_hash
+from collavo.instructions.choose import ClassStatistics, draw_absent_labels, stable_hash, stable_uniforms
 from collavo.instructions.phrasebook import Phrasebook
 from collavo.instructions.text import (
     format_box,
@@ -72,7 +72,7 @@ def write_instructions(
         segments: in the order of the row.
         statistics: class frequencies over the data set, for the choice of absent classes.
     """
-    asked = [task for task in options.tasks if task in phrasebook.phrasings]
+    asked = [task for task in TASKS if task in options.tasks and task in phrasebook.phrasings]
     by_task = [
         sorted(
             _candidates(task, image_id, size_wh, segments, statistics, options),
@@ -129,9 +129,11 @@ def _candidates(
         by_label = {label: group for label, group in by_label.items() if all(s.numbering for s in group)}
     for label, group in by_label.items():
         yield _class_question(task, label, group, size_wh)
-    # An image without objects still teaches what is not there: it counts as one with a single class.
-    wanted = round(options.negative_ratio * max(len(by_label), 1))
-    for label in draw_absent_labels(present, wanted, statistics, options.seed, image_id, task):
+    # An image without objects still teaches what is not there: it counts as one with a single class. What is left over
+    # of a ratio such as 0.3 is asked for by chance, for to round it would ask images of few classes for nothing.
+    wanted = options.negative_ratio * max(len(by_label), 1)
+    chance = stable_uniforms(1, "negatives", options.seed, image_id, task)[0]
+    for label in draw_absent_labels(present, int(wanted + chance), statistics, options.seed, image_id, task):
         yield _class_question(task, label, [], size_wh)
 
 
@@ -144,17 +146,12 @@ def _listing(segments: Sequence[Segment], size_wh: tuple[int, int]) -> _Candidat
 
 
 def _boxes_to_name(things: Sequence[Segment], size_wh: tuple[int, int]) -> Iterator[_Candidate]:
-    """One question per numbered thing whose box, as text, has an extent and belongs to no other class."""
-    labels_at: dict[str, set[int]] = {}
-    for segment in things:
-        labels_at.setdefault(format_box(segment.box_xyxy, size_wh), set()).add(segment.label)
-    asked = set()
-    for segment in things:
-        box = format_box(segment.box_xyxy, size_wh)
+    """One question per numbered thing whose box, as text, has an extent and belongs to no other thing."""
+    boxes = [format_box(segment.box_xyxy, size_wh) for segment in things]
+    for segment, box in zip(things, boxes, strict=True):
         x_min, y_min, x_max, y_max = box.strip("[]").split(", ")
-        if not segment.numbering or len(labels_at[box]) > 1 or x_min == x_max or y_min == y_max or box in asked:
+        if not segment.numbering or boxes.count(box) > 1 or x_min == x_max or y_min == y_max:
             continue
-        asked.add(box)
         category = segment.category
         words = {
             "box": box,
