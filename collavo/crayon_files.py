@@ -29,8 +29,10 @@ def crayon_files(paths: Sequence[str]) -> list[Path]:
     for file in files:
         try:
             check_schema(pq.read_schema(file), str(file))
-        except (SchemaError, pa.ArrowException) as error:
+        except SchemaError as error:
             raise DataError(f"--data: {error}") from error
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"--data {file}: cannot be read as Parquet ({error})") from error
     for folder in {file.parent for file in files}:
         _check_complete(folder, [file.name for file in files if file.parent == folder])
     return files
