@@ -1,2 +1,163 @@
-def write_report(output: str, manifest: dict) -> None:
-    pass
+"""The report of a data set, for eyes: one HTML page that needs neither network nor JavaScript.
+
+Its size, and the time it takes, do not grow with the data set: figures come from the manifest, pictures from one row
+group of a few shards, examples of rejects from the head of their file.
+"""
+
+import json
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from jinja2 import Environment, StrictUndefined
+
+from pipelines.report_sample import Sample, css_color, make_sample
+from pipelines.storage import join, open_read, open_write
+from schemas.categories import BY_DISPLAY_NAME
+from schemas.crayon_row import TASKS, CrayonRow, file_facts
+
+_TEMPLATE = Path(__file__).with_name("report.html.jinja")
+
+_SAMPLE_SHARDS, _SAMPLE_ROWS = 4, 16
+
+_ANSWER_BINS = (0, 1, 2, 3, 5, 9, 17, 33, 65, 129, 257)
+"""Answer lengths in words at which a bar begins: most answers are a word or two, listings run to hundreds."""
+
+_EXAMPLES_PER_REASON = 3
+_REJECTS_HEAD_BYTES = 1 << 20
+"""Where the examples are looked for."""
+
+Tally = list[tuple[str, float]]
+"""Labels and counts, in the order of their bars."""
+
+
+def write_report(output: str, manifest: Mapping[str, Any] | None = None) -> None:
+    """Write `report.html` into the folder of a data set.
+
+    Args:
+        output: the folder, local or on any file system that Beam knows.
+        manifest: what `manifest.json` holds, or will hold; None reads it from the folder.
+    """
+    from pipelines.finish import MANIFEST, REJECTS, REPORT  # late, because the end of a build calls this module
+
+    if manifest is None:
+        with open_read(join(output, MANIFEST)) as file:
+            manifest = json.load(file)
+    facts, samples = _read_sample(output, [file["name"] for file in manifest["files"]])
+    with open_read(join(output, REJECTS)) as file:
+        examples = _reject_examples(file.read(_REJECTS_HEAD_BYTES))
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["json"] = json.dumps
+    html = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        manifest=manifest,
+        elapsed=_elapsed(manifest),
+        facts=facts,
+        samples=samples,
+        objects_per_image=_by_number(manifest["objects_per_image"]),
+        answer_lengths=_by_number(manifest["answer_lengths"]),
+        answer_bins=_ANSWER_BINS,
+        histogram=histogram,
+        mean=_mean,
+        quantile=quantile,
+        classes=sorted(manifest["segments"].items(), key=lambda item: (-item[1], item[0])),
+        class_colors={name: css_color(category.color_rgb) for name, category in BY_DISPLAY_NAME.items()},
+        tasks=[(task, manifest["instructions"][task]) for task in TASKS if task in manifest["instructions"]],
+        examples=examples,
+    )
+    with open_write(join(output, REPORT)) as file:
+        # A JSON escape can bring in a lone surrogate, which UTF-8 cannot hold.
+        file.write(html.encode(errors="backslashreplace"))
+
+
+def histogram(counts: Mapping[int, int], starts: Sequence[int] | None = None) -> Tally:
+    """How many numbers fall into each bin, from the first filled bin to the last.
+
+    Args:
+        starts: the numbers at which bins begin, ascending; the last bin is open-ended. None makes some twenty of one
+            width, up to the 99th percentile.
+    """
+    if not counts:
+        return []
+    starts = starts or _even_starts(quantile(counts, 0.99))
+    tally: Counter[int] = Counter()
+    for number, count in counts.items():
+        tally[bisect_right(starts, number) - 1] += count
+    return [(_bin_label(starts, place), tally[place]) for place in range(min(tally), max(tally) + 1)]
+
+
+def quantile(counts: Mapping[int, int], share: float) -> int:
+    """The least number that at least `share` of the counted ones do not exceed; 0 if nothing was counted."""
+    remaining = share * sum(counts.values())
+    for number in sorted(counts):
+        remaining -= counts[number]
+        if remaining <= 0:
+            return number
+    return 0
+
+
+def _mean(counts: Mapping[int, int]) -> float:
+    return sum(number * count for number, count in counts.items()) / max(sum(counts.values()), 1)
+
+
+def _even_starts(reach: int) -> range:
+    width = next((width for width in (1, 2, 5, 10, 20, 50) if reach <= 20 * width), reach)
+    return range(0, reach + width + 1, width)
+
+
+def _bin_label(starts: Sequence[int], place: int) -> str:
+    if place + 1 == len(starts):
+        return f"{starts[place]}+"
+    first, last = starts[place], starts[place + 1] - 1
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _by_number(counts: Mapping[Any, int]) -> dict[int, int]:
+    """Counts by number; in a manifest that was read from its file, numbers are texts."""
+    return {int(number): count for number, count in counts.items()}
+
+
+def _elapsed(manifest: Mapping[str, Any]) -> str:
+    return str(datetime.fromisoformat(manifest["finished"]) - datetime.fromisoformat(manifest["started"]))
+
+
+def _reject_examples(head: bytes) -> dict[str, list[dict[str, str]]]:
+    """The first few rejects of each reason; the last line of `head` may be cut off."""
+    examples: dict[str, list[dict[str, str]]] = {}
+    for line in head[: head.rfind(b"\n") + 1].splitlines():
+        reject = json.loads(line)
+        of_reason = examples.setdefault(reject["reason"], [])
+        if len(of_reason) < _EXAMPLES_PER_REASON:
+            of_reason.append(reject)
+    return examples
+
+
+def _read_sample(output: str, names: Sequence[str]) -> tuple[list[tuple[str, str]], list[Sample]]:
+    """What the files say of the segmenters and templates behind them, and rows, evenly out of a few shards.
+
+    A shard is in the order of a hash, so that the first row group is as good a sample of it as any.
+    """
+    chosen = [names[place] for place in _evenly(len(names), _SAMPLE_SHARDS)]
+    facts: set[tuple[str, str]] = set()
+    samples = []
+    for name in chosen:
+        with open_read(join(output, name)) as file:
+            parquet = pq.ParquetFile(file)
+            # What was added when the file was closed is not in its Arrow schema.
+            of_file = file_facts(parquet.schema_arrow.with_metadata(parquet.metadata.metadata))
+            facts.update(("segmenter", segmenter) for segmenter in of_file.get("segmenters", ()))
+            facts.add(("templates, sha256", of_file["templates_sha256"]))
+            rows = parquet.read_row_group(0)
+            for place in _evenly(rows.num_rows, -(-_SAMPLE_ROWS // len(chosen))):
+                row = CrayonRow.from_record(rows.slice(place, 1).to_pylist()[0])
+                samples.append(make_sample(f"{name}, row {place}", row))
+    return sorted(facts), samples
+
+
+def _evenly(count: int, wanted: int) -> list[int]:
+    """At most `wanted` positions out of `count`, evenly spaced."""
+    wanted = min(count, wanted)
+    return [place * count // wanted for place in range(wanted)]

@@ -1,0 +1,138 @@
+"""One row of a data set as the report shows it: pictures as data URIs, segments with their colours and labels."""
+
+import base64
+import io
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from collavo.crayon.colors import crayon_color, segment_palette
+from collavo.crayon.index_png import decode_index_map
+from collavo.images import ImageError, decode_rgb
+from schemas.crayon_row import CrayonRow, Dialogue, Instruction, Segment
+
+_MAX_SEGMENTS, _MAX_INSTRUCTIONS, _MAX_DIALOGUES = 60, 24, 3
+
+_THUMBNAIL_SIDE_PX = 512
+"""Longer side of the pictures, enough for half a window's width."""
+
+
+class ShownSegment(NamedTuple):
+    """A segment with its position in the row, its crayon colour, and the colour of text upon that.
+
+    `anchor_xy`, where its label stands on the map, is a pixel of the segment near its centre, as fractions of the
+    image; None if the map does not show it.
+    """
+
+    position: int
+    segment: Segment
+    color: str
+    ink: str
+    anchor_xy: tuple[float, float] | None
+
+
+class ShownInstruction(NamedTuple):
+    """An instruction with the positions, in the list of segments, of those that it rests on."""
+
+    instruction: Instruction
+    rests_on: list[int]
+
+
+class Sample(NamedTuple):
+    """A row and where it lies. A picture that cannot be shown is None, and its fault says why."""
+
+    place: str
+    row: CrayonRow
+    image: str | None
+    image_fault: str
+    crayon_map: str | None
+    map_fault: str
+    segments: list[ShownSegment]
+    instructions: list[tuple[str, list[ShownInstruction]]]
+    """By task."""
+
+    dialogues: tuple[Dialogue, ...]
+
+
+def make_sample(place: str, row: CrayonRow) -> Sample:
+    """What the report shows of a row, bounded whatever the row holds."""
+    segments = row.segments[:_MAX_SEGMENTS]
+    image, image_fault = _image(row)
+    crayon_map, map_fault = None, ""
+    anchors_xy: dict[int, tuple[float, float]] = {}
+    try:
+        index_map = np.asarray(_thumbnail(decode_index_map(row.panoptic_png), Image.Resampling.NEAREST))
+        palette = np.array(segment_palette(row.segments), dtype=np.uint8)
+        crayon_map = _data_uri(Image.fromarray(palette[index_map]), "png", optimize=True)
+        anchors_xy = _anchors_xy(index_map)
+    except Exception as error:  # Pillow's decoders raise a dozen types on damaged data
+        map_fault = f"The map cannot be decoded: {error}"
+    return Sample(
+        place=place,
+        row=row,
+        image=image,
+        image_fault=image_fault,
+        crayon_map=crayon_map,
+        map_fault=map_fault,
+        segments=[_shown(position, segment, anchors_xy.get(position + 1)) for position, segment in enumerate(segments)],
+        instructions=_by_task(row.instructions[:_MAX_INSTRUCTIONS], segments),
+        dialogues=row.conversations[:_MAX_DIALOGUES],
+    )
+
+
+def _image(row: CrayonRow) -> tuple[str | None, str]:
+    if row.image_bytes is None:
+        return None, f"Not in the data set, which refers to it as {row.image_path}"
+    try:
+        rgb = decode_rgb(row.image_bytes)
+    except ImageError as error:
+        return None, f"The image cannot be decoded: {error}"
+    return _data_uri(_thumbnail(rgb, Image.Resampling.LANCZOS), "webp", quality=75), ""
+
+
+def _shown(position: int, segment: Segment, anchor_xy: tuple[float, float] | None) -> ShownSegment:
+    red, green, blue = color = crayon_color(segment.label, segment.numbering)
+    is_light = 0.299 * red + 0.587 * green + 0.114 * blue > 140
+    return ShownSegment(position, segment, css_color(color), "#000" if is_light else "#fff", anchor_xy)
+
+
+def _by_task(
+    instructions: Sequence[Instruction], segments: Sequence[Segment]
+) -> list[tuple[str, list[ShownInstruction]]]:
+    positions = {segment.id: position for position, segment in enumerate(segments)}
+    shown = [ShownInstruction(i, [positions[id_] for id_ in i.segment_ids if id_ in positions]) for i in instructions]
+    return [(task, list(group)) for task, group in groupby(shown, key=lambda entry: entry.instruction.task)]
+
+
+def _anchors_xy(index_map: np.ndarray) -> dict[int, tuple[float, float]]:
+    """Of each value in a map, the pixel that is nearest to the mean of its pixels, as fractions of the map's sides."""
+    height, width = index_map.shape
+    values = index_map.ravel()
+    y, x = np.divmod(np.arange(values.size), width)
+    counts = np.maximum(np.bincount(values), 1)
+    y_mean, x_mean = np.bincount(values, y) / counts, np.bincount(values, x) / counts
+    by_distance = np.argsort((y - y_mean[values]) ** 2 + (x - x_mean[values]) ** 2, kind="stable")
+    found, first = np.unique(values[by_distance], return_index=True)
+    nearest = by_distance[first]
+    x_shares, y_shares = (x[nearest] + 0.5) / width, (y[nearest] + 0.5) / height
+    return dict(zip(found.tolist(), zip(x_shares.tolist(), y_shares.tolist(), strict=True), strict=True))
+
+
+def _thumbnail(pixels: np.ndarray, resample: Image.Resampling) -> Image.Image:
+    image = Image.fromarray(pixels)
+    image.thumbnail((_THUMBNAIL_SIDE_PX, _THUMBNAIL_SIDE_PX), resample)
+    return image
+
+
+def _data_uri(image: Image.Image, encoding: str, **options: Any) -> str:
+    encoded = io.BytesIO()
+    image.save(encoded, encoding, **options)
+    return f"data:image/{encoding};base64,{base64.b64encode(encoded.getvalue()).decode()}"
+
+
+def css_color(color_rgb: tuple[int, int, int]) -> str:
+    """An RGB colour as `#rrggbb`."""
+    return "#{:02x}{:02x}{:02x}".format(*color_rgb)
