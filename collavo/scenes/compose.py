@@ -54,7 +54,7 @@ def _populate(stage: Stage) -> None:
     dice, room = stage.dice, max(stage.size_wh) / stage.unit
     crowds = _CROWDS[stage.light.indoors :]  # people do not crowd a room
     for gather, names in ((_crowd, crowds), (_flock, _FLOCKS)):
-        homes = [(s, n) for s in stage.surfaces for n in s.things if n in names]
+        homes = [(s, n) for s in stage.surfaces for n in s.things if n in names and s.box_xyxy[1] < 0.8]
         if homes and dice.chance(0.06):
             gather(stage, *dice.pick(homes))
     wanted = int(dice.integer(4, 13) * (0.6 + 0.4 * room))
@@ -173,33 +173,35 @@ def _settled(stage: Stage) -> tuple[list[Layer], np.ndarray]:
 
 def _annotated(stage: Stage, layers: list[Layer], owners: np.ndarray) -> tuple[np.ndarray, tuple[Segment, ...]]:
     """Number the segments, one for each thing and one for all stuff of a class, and measure what is visible."""
-    keys = [layer if layer.thing else layer.category for layer in layers]
-    places = {key: place for place, key in enumerate(dict.fromkeys(keys), 1)}
+    first: dict[Category, Layer] = {}
+    heads = [layer if layer.thing else first.setdefault(layer.category, layer) for layer in layers]
+    places = {head: place for place, head in enumerate(dict.fromkeys(heads), 1)}
     numbers = [0]
-    for key in places:
-        category = key.category if isinstance(key, Layer) else key
-        numbers.append(_fresh_id(stage.dice, category, numbers))
-    owners = np.take(np.array([0, *(places[key] for key in keys)], np.int32), owners)
+    for head in places:
+        numbers.append(_fresh_id(stage.dice, head.category, numbers))
+    owners = np.take(np.array([0, *(places[head] for head in heads)], np.int32), owners)
     areas = np.bincount(owners.ravel(), minlength=len(numbers)).tolist()
     segments = []
-    for key, box in zip(places, find_objects(owners, len(places)), strict=True):
+    for (head, place), box in zip(places.items(), find_objects(owners, len(places)), strict=True):
         if box is None:
             continue
         rows, columns = box
-        box_xywh = (columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start)
-        number, area = numbers[places[key]], areas[places[key]]
-        if not isinstance(key, Layer) or key.thing is None:
-            category_id = key.category_id if not isinstance(key, Layer) else key.category.category_id
-            segments.append(Segment(number, category_id, False, box_xywh, area))
-            continue
-        bearer = places[key.on] if key.on else 0
+        bearer = places[first[head.on] if isinstance(head.on, Category) else head.on] if head.on else 0
         below = owners[rows.stop : rows.stop + 3, columns]
-        if not isinstance(key.on, Layer) and np.count_nonzero(below == bearer) * 2 <= below.size:
-            bearer = 0
-        on = numbers[bearer] or None
-        part, crowd = key.thing.part, key.is_crowd
+        if isinstance(head.on, Category) and np.count_nonzero(below == bearer) * 2 <= below.size:
+            bearer = 0  # something else lies below what is visible
         segments.append(
-            Segment(number, key.category.category_id, crowd, box_xywh, area, key.colors, part, key.base_y, on)
+            Segment(
+                id=numbers[place],
+                category_id=head.category.category_id,
+                is_crowd=head.is_crowd,
+                box_xywh=(columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start),
+                area=areas[place],
+                colors=head.colors,
+                part=head.thing.part if head.thing else "",
+                base_y=head.base_y,
+                on=numbers[bearer] or None,
+            )
         )
     return np.take(np.array(numbers, np.int32), owners), tuple(segments)
 

@@ -24,10 +24,10 @@ class Segment:
     is_crowd: bool
     box_xywh: tuple[int, int, int, int]
     area: int
-    colors: tuple[str, ...] = ()
-    part: str = ""
-    base_y: int | None = None
-    on: int | None = None
+    colors: tuple[str, ...]
+    part: str
+    base_y: int | None
+    on: int | None
 
     @property
     def category(self) -> Category:

@@ -15,7 +15,8 @@ _PETS = "dog, cat, bird"
 _GRASS = ((150, 190, 96), (96, 150, 66)), ((206, 186, 110), (168, 146, 74)), ((120, 170, 90), (76, 130, 62))
 _PAVING = ((176, 172, 168), (200, 196, 192)), ((196, 184, 164), (214, 204, 186))
 _SNOW = (((216, 226, 240), (244, 246, 250)),)
-_WOODS = ((190, 136, 88), (150, 100, 66), (220, 186, 142), (120, 84, 62), (232, 224, 212))
+_CLOTHS = ((250, 248, 244), COLORS["red"]), ((113, 152, 213), COLORS["white"]), ((131, 187, 126), COLORS["yellow"])
+_WOODS: tuple[Color, ...] = ((190, 136, 88), (150, 100, 66), (220, 186, 142), (120, 84, 62), (232, 224, 212))
 
 
 def _wavy(stage: Stage, level: float, swell: float) -> np.ndarray:
@@ -143,10 +144,7 @@ def _room(stage: Stage, walls: str, floor: float) -> None:
 def _table(stage: Stage, walls: str, cloths: bool, things: str) -> None:
     dice, top = stage.dice, stage.dice.uniform(0.42, 0.54)
     _room(stage, walls, top)
-    stripes = tuple(
-        (shade(COLORS[a], 1.3), COLORS[b]) for a, b in (("white", "red"), ("blue", "white"), ("green", "yellow"))
-    )
-    paint, stripe = dice.pick(stripes) if cloths and dice.chance(0.4) else (dice.pick(_WOODS), None)
+    paint, stripe = dice.pick(tuple((wood, None) for wood in _WOODS) + (_CLOTHS if cloths else ()))
     stuff.boards(stage, "table", round(top * stage.size_wh[1]), paint, stripe)
     stage.surface("table", things, (0.02, top + 0.12, 0.98, 1.02), 0.5, 0.74, weight=8)
 
@@ -164,12 +162,11 @@ def _living_room(stage: Stage) -> None:
         level = (table.y + 5) / height
         goods = "tv, tv, vase, book, laptop, potted plant, teddy bear, bottle, cup"
         stage.surface("table", goods, (left, level, right, level), 0.36, 0.36, weight=2)
-    things = (
-        f"couch, couch, couch, chair, potted plant, teddy bear, sports ball, book, suitcase, person, umbrella, {_PETS}"
-    )
-    stage.surface("floor-wood", things, (0.04, floor + 0.12, 0.96, 1.02), 0.34, 0.44, weight=6)
+    stage.surface("floor-wood", _HOME, (0.04, floor + 0.12, 0.96, 1.02), 0.34, 0.44, weight=6)
 
 
+_HOME = f"couch, couch, couch, chair, potted plant, teddy bear, sports ball, book, suitcase, person, umbrella, {_PETS}"
+_SNOWY = "person, person, dog, bird, suitcase, bench"
 _PARK = f"person, person, bench, bicycle, sports ball, umbrella, teddy bear, chair, {_PETS}"
 _FARM = "cow, sheep, cow, sheep, dog, person, bird, truck, bicycle, cat"
 _BEACH = "person, person, umbrella, surfboard, sports ball, chair, dog, bird, bottle, suitcase"
@@ -180,14 +177,7 @@ _WORK = "laptop, laptop, tv, tv, cell phone, cell phone, scissors, scissors, boo
 SETTINGS: dict[str, Callable[[Stage], None]] = {
     "park": partial(_country, ground="grass", colors=_GRASS, trees="round round conifer", peaks=0.3, things=_PARK),
     "farm": partial(_country, ground="grass", colors=_GRASS, trees="round", peaks=0.6, things=_FARM),
-    "mountains": partial(
-        _country,
-        ground="snow",
-        colors=_SNOW,
-        trees="conifer",
-        peaks=1,
-        things="person, person, dog, bird, suitcase, bench",
-    ),
+    "mountains": partial(_country, ground="snow", colors=_SNOW, trees="conifer", peaks=1, things=_SNOWY),
     "beach": partial(_shore, land="sand", things=_BEACH),
     "harbour": partial(_shore, land="pavement", things=_QUAY),
     "street": _street,

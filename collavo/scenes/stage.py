@@ -107,11 +107,11 @@ class Stage:
         width, height = self.size_wh
         line = np.broadcast_to(np.asarray(top_px, np.float64), (width,))
         y = max(0, int(line.min()))
-        covered = np.clip(np.arange(y, height)[:, None] + 1 - line, 0, 1) * 255 + 0.5
-        alpha = Image.fromarray(covered.astype(np.uint8))
-        picture = picture.crop((0, 0, *alpha.size))
-        picture.putalpha(alpha)
-        self._append(name, Sprite(picture, np.asarray(alpha) >= 128), 0, y)
+        covered, edge = np.full((height - y, width), 255, np.uint8), np.arange(y, min(height, int(line.max()) + 1))
+        covered[: len(edge)] = np.clip(edge[:, None] + 1 - line, 0, 1) * 255 + 0.5
+        picture = picture.crop((0, 0, width, height - y))
+        picture.putalpha(Image.fromarray(covered))
+        self._append(name, Sprite(picture, covered >= 128), 0, y)
 
     def stand(self, name: str, drawing: Drawing, x: float, y: float, span: float) -> Layer:
         """Put a drawing of stuff on (x, y), in fractions of the frame; `span` in short sides."""

@@ -141,7 +141,7 @@ def building(dice: Dice, light: Light) -> Drawing:
 def mountains(dice: Dice, tone: Color, high: float, snowy: bool) -> Drawing:
     """A range 130 wide with peaks up to `high`."""
     d = Drawing()
-    peaks = [(x + dice.uniform(-6, 6), dice.uniform(0.5, 1) * high) for x in range(-4, 110, max(14, int(high * 0.8)))]
+    peaks = [(x + dice.uniform(-6, 6), dice.uniform(0.5, 1) * high) for x in range(-4, 110, max(3, int(high * 0.8)))]
     for x, y in sorted(peaks, key=lambda peak: -peak[1]):
         half, body = y * dice.uniform(0.9, 1.3), shade(tone, dice.uniform(0.88, 1.08))
         flank = [(0, -1), (0.35, -0.6), (1, 0), (0.2, 0), (-0.06, -0.5)]
@@ -214,7 +214,7 @@ def wall(stage: Stage, name: str, paint: Color) -> None:
     picture = _texture(dice, stage.size_wh, shade(paint, 1.06), shade(paint, 0.94), (stage.unit * 0.5,) * 2, 8, 4)
     pen, paper = ImageDraw.Draw(picture), dice.pick(("plain", "stripes", "dots"))
     w, h = (stage.unit * size for size in ((0.11, 0.042) if bricks else (0.085, 0.085)))
-    joint = max(1, stage.unit // 200)
+    gap = 1 + max(1, stage.unit // 200)
     if name != "wall":
         picture.paste(shade(paint, 1.45 if bricks else 0.82), (0, 0, width, height))
     for k in range(0 if name == "wall" and paper == "plain" else int(width / w) + 2):
@@ -222,7 +222,7 @@ def wall(stage: Stage, name: str, paint: Color) -> None:
             x, y = int((k - (j % 2 / 2 if bricks or paper == "dots" else 0)) * w), int(j * h)
             if name != "wall":
                 tone = shade(paint, dice.uniform(0.86, 1.08) if bricks else dice.uniform(0.97, 1.04))
-                pen.rectangle((x, y, int(x + w) - joint, int(y + h) - joint), tone)
+                pen.rectangle((x, y, max(x, int(x + w) - gap), max(y, int(y + h) - gap)), tone)
             elif paper == "stripes":
                 pen.rectangle((x, y, x + w * 0.4, y + h), shade(paint, 0.94))
             else:
