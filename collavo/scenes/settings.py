@@ -138,7 +138,8 @@ def _room(stage: Stage, walls: str, floor: float) -> None:
         for side in (-1, 1) if dice.chance(0.5) else ():
             edge = x + side * w * 0.56 / width
             stage.stand("curtain", stuff.curtain(paint), edge, (pane.y + h * 1.1) / height, h * 1.25 / stage.unit)
-    stage.surface(name, "clock", (0.06, 0.12, 0.94, floor * 0.45), 0.36, 0.36, hangs=True, weight=1)
+    if dice.chance(0.6):
+        stage.surface(name, "clock", (0.06, 0.12, 0.94, floor * 0.45), 0.36, 0.36, hangs=True, weight=1)
 
 
 def _table(stage: Stage, walls: str, cloths: bool, things: str) -> None:
