@@ -104,7 +104,7 @@ def _mean(counts: Mapping[int, int]) -> float:
 
 
 def _even_starts(reach: int) -> range:
-    width = next((width for width in (1, 2, 5, 10, 20, 50) if reach <= 20 * width), reach)
+    width = max(-(-reach // 20), 1)
     return range(0, reach + width + 1, width)
 
 

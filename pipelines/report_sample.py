@@ -69,7 +69,7 @@ def make_sample(place: str, row: CrayonRow) -> Sample:
         crayon_map = _data_uri(Image.fromarray(palette[index_map]), "png", optimize=True)
         anchors_xy = _anchors_xy(index_map)
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged data
-        map_fault = f"The map cannot be decoded: {error}"
+        map_fault = f"The map cannot be decoded ({type(error).__name__})"
     return Sample(
         place=place,
         row=row,
