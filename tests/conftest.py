@@ -1,0 +1,83 @@
+"""What the tests share: a hypothesis profile, the real photograph, and builders of tiny images, maps and rows."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+
+from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
+from schemas.crayon_row import CrayonRow, Segment
+
+settings.register_profile("collavo", deadline=None, derandomize=True)
+settings.load_profile("collavo")
+
+REAL = Path(__file__).parents[2] / "shared" / "real"
+"""One COCO photograph with its annotation and four LLaVA entries; absent from a plain checkout."""
+
+PERSON, CAR, SCISSORS, SKY, GRASS = 0, 2, 76, 119, 125
+"""Labels: two things with ordinary plurals, one counted in pairs, two stuff classes."""
+
+
+@pytest.fixture
+def real() -> Path:
+    if not REAL.is_dir():
+        pytest.skip(f"needs the real photograph in {REAL}")
+    return REAL
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
+    """An image as a file's bytes."""
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def coco_png(ids: np.ndarray) -> bytes:
+    """Segment ids as COCO's PNG, written channel by channel."""
+    return encoded(Image.fromarray(np.stack([ids % 256, ids // 256 % 256, ids // 65536], axis=-1).astype(np.uint8)))
+
+
+def segment(**changes: Any) -> Segment:
+    """The only person in a picture, or whatever the changes make of it."""
+    return Segment(**{"id": 1, "label": PERSON, "box_xyxy": (0, 0, 10, 20), "area": 150, "numbering": 1, **changes})
+
+
+def crayon_row(**changes: Any) -> CrayonRow:
+    """A row without an image file worth the name."""
+    plain: dict[str, Any] = {
+        "image_id": "a",
+        "image_bytes": b"jpeg",
+        "image_path": "a.jpg",
+        "width": 10,
+        "height": 20,
+        "sources": ("folder",),
+        "license_id": None,
+        "split": "train",
+        "panoptic_png": b"png",
+        "segments": (),
+    }
+    return CrayonRow(**{**plain, **changes})
+
+
+@st.composite
+def panoptic_maps(draw: st.DrawFn, max_side: int = 7, labels: tuple[int, ...] = tuple(range(133))) -> PanopticMap:
+    """Segmented images of a few pixels; ids that spill into each channel of a COCO PNG, and crowds, are among them."""
+    ids = draw(id_maps(max_side))
+    infos = [
+        SegmentInfo(int(id_), draw(st.sampled_from(labels)), is_crowd=draw(st.integers(0, 9)) == 9)
+        for id_ in np.unique(ids[ids > 0])
+    ]
+    return build_panoptic_map(ids, infos)
+
+
+def id_maps(max_side: int = 7) -> st.SearchStrategy[np.ndarray]:
+    """uint32 id maps, down to one pixel high or wide."""
+    sides = st.integers(1, max_side)
+    some_ids = st.sampled_from([0, 1, 2, 3, 255, 256, 257, 65536, 0xFFFFFF])
+    return arrays(np.uint32, st.tuples(sides, sides), elements=some_ids)
