@@ -18,11 +18,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pipelines.crayon_job import build_graph
-from pipelines.finish import MANIFEST, REJECTS, REPORT, remove_staging
+from pipelines.finish import remove_staging
 from pipelines.options import Command, parse_command
 from pipelines.progress import ProgressDisplay
 from pipelines.sources import JobError
-from pipelines.storage import is_local, join, open_read
+from pipelines.storage import MANIFEST, REJECTS, REPORT, is_local, join, open_read
 from schemas.crayon_row import TASKS
 
 # Exceptions whose message is one line for the user. By name: those of another process arrive as text.

@@ -16,11 +16,21 @@ import collavo
 from pipelines.counts import Counts
 from pipelines.report import write_report
 from pipelines.sources import JobError
-from pipelines.storage import delete, exists, is_local, join, list_files, open_read, open_write, rename
+from pipelines.storage import (
+    MANIFEST,
+    REJECTS,
+    REPORT,
+    delete,
+    exists,
+    is_local,
+    join,
+    list_files,
+    open_read,
+    open_write,
+    rename,
+)
 from pipelines.write_shard import WrittenShard
 from schemas.crayon_row import SCHEMA_VERSION
-
-MANIFEST, REJECTS, REPORT = "manifest.json", "rejects.jsonl", "report.html"
 
 FAILED_REJECTS = "failed-rejects.jsonl"
 """Where the rejects of a build that fails for their number are left."""

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from jinja2 import Environment, StrictUndefined
 
 from pipelines.report_sample import Sample, css_color, make_sample
-from pipelines.storage import join, open_read, open_write
+from pipelines.storage import MANIFEST, REJECTS, REPORT, join, open_read, open_write
 from schemas.categories import BY_DISPLAY_NAME
 from schemas.crayon_row import TASKS, CrayonRow, file_facts
 
@@ -42,8 +42,6 @@ def write_report(output: str, manifest: Mapping[str, Any] | None = None) -> None
         output: the folder, local or on any file system that Beam knows.
         manifest: what `manifest.json` holds, or will hold; None reads it from the folder.
     """
-    from pipelines.finish import MANIFEST, REJECTS, REPORT  # late, because the end of a build calls this module
-
     if manifest is None:
         with open_read(join(output, MANIFEST)) as file:
             manifest = json.load(file)
@@ -147,7 +145,7 @@ def _read_sample(output: str, names: Sequence[str]) -> tuple[list[tuple[str, str
         with open_read(join(output, name)) as file:
             parquet = pq.ParquetFile(file)
             # What was added when the file was closed is not in its Arrow schema.
-            of_file = file_facts(parquet.schema_arrow.with_metadata(parquet.metadata.metadata))
+            of_file = file_facts(parquet.metadata.metadata)
             facts.update(("segmenter", segmenter) for segmenter in of_file.get("segmenters", ()))
             facts.add(("templates, sha256", of_file["templates_sha256"]))
             rows = parquet.read_row_group(0)

@@ -116,7 +116,7 @@ class ReadCrayonRows(beam.DoFn):
             with open_read(uri) as file:
                 parquet = pq.ParquetFile(file)
                 check_schema(parquet.schema_arrow, uri)
-                segmenters = tuple(file_facts(parquet.schema_arrow).get("segmenters", ()))
+                segmenters = tuple(file_facts(parquet.metadata.metadata).get("segmenters", ()))
                 for batch in parquet.iter_batches(batch_size=50):
                     for record in batch.to_pylist():
                         yield self._draft(CrayonRow.from_record({**record, "instructions": ()}), segmenters, uri)

@@ -11,6 +11,9 @@ from typing import BinaryIO, cast
 from apache_beam.io.filesystem import BeamIOError, CompressionTypes
 from apache_beam.io.filesystems import FileSystems
 
+MANIFEST, REJECTS, REPORT = "manifest.json", "rejects.jsonl", "report.html"
+"""Files of a finished data set, beside its shards."""
+
 MAX_FILE_BYTES = 256 << 20
 """An image or mask file larger than this is refused unread."""
 

@@ -239,11 +239,12 @@ def metadata_of(facts: Mapping[str, Any]) -> dict[bytes, bytes]:
     return {f"{METADATA_PREFIX}{key}".encode(): json.dumps(value).encode() for key, value in facts.items()}
 
 
-def file_facts(schema: pa.Schema) -> dict[str, Any]:
-    """The facts that `metadata_of` stored in a file, read back."""
+def file_facts(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
+    """The facts that `metadata_of` made, read back from a file's key-value metadata
+    (`ParquetFile.metadata.metadata`)."""
     return {
         key.decode().removeprefix(METADATA_PREFIX): json.loads(value)
-        for key, value in (schema.metadata or {}).items()
+        for key, value in metadata.items()
         if key.startswith(METADATA_PREFIX.encode())
     }
 
