@@ -74,9 +74,8 @@ def draw_absent_labels(
     drawn: list[int] = []
     while len(drawn) < count and absent.any():
         kind = NEGATIVE_KINDS[(first_kind + len(drawn)) % len(NEGATIVE_KINDS)]
-        weight = np.where(absent, weights[kind], 0)
-        if not weight.any():  # a small data set: every class that occurs is in the image
-            weight = absent.astype(np.float64)
+        # Where nothing goes with those present, any class of the data set will do; where all are present, any at all.
+        weight = next(w for w in (weights[kind] * absent, weights["random"] * absent, absent * 1.0) if w.any())
         waiting = -np.log(stable_uniforms(len(THINGS), kind, len(drawn), *key))
         label = int(np.argmin(np.where(weight > 0, waiting / np.maximum(weight, 1e-300), np.inf)))
         drawn.append(label)
