@@ -1,0 +1,127 @@
+import io
+import json
+import tracemalloc
+
+import pytest
+
+from collavo.panoptic.maps import PanopticError, SegmentInfo
+from collavo.sources import EntryError
+from collavo.sources.coco_panoptic import (
+    AnnotatedImage,
+    Annotation,
+    CocoFormatError,
+    segment_infos,
+    stream_annotated_images,
+)
+
+IMAGES = [
+    {"id": 7, "file_name": "train/b.jpg", "license": 3},
+    {"id": 3, "file_name": "train/a.jpg"},
+    {"id": 9, "file_name": "c.jpg", "license": "CC BY"},  # a licence that is no COCO number
+]
+PERSON = {"id": 65536, "category_id": 1, "iscrowd": 0, "area": 9, "bbox": [0, 0, 3, 3]}
+ANNOTATIONS = [
+    {"image_id": 3, "file_name": "a.png", "segments_info": [PERSON, {"id": 5, "category_id": 200, "iscrowd": 1}]},
+    {"image_id": 7, "file_name": "b.png", "segments_info": []},
+]
+
+
+def streamed(images=IMAGES, annotations=ANNOTATIONS, **more) -> list[AnnotatedImage | EntryError]:
+    text = json.dumps({"info": {}, **more, "images": images, "annotations": annotations, "categories": []})
+    return list(stream_annotated_images(io.BytesIO(text.encode())))
+
+
+def reasons(entries: list[AnnotatedImage | EntryError]) -> list[tuple[str, str]]:
+    return [(e.entry_id, e.reason) for e in entries if isinstance(e, EntryError)]
+
+
+def test_annotated_images_come_first_then_those_without():
+    assert streamed() == [
+        AnnotatedImage("3", "train/a.jpg", None, Annotation("a.png", ((65536, 1, 0), (5, 200, 1)))),
+        AnnotatedImage("7", "train/b.jpg", 3, Annotation("b.png", ())),
+        AnnotatedImage("9", "c.jpg", None, None),
+    ]
+
+
+def test_the_order_of_the_two_lists_in_the_file_plays_no_part():
+    text = json.dumps({"annotations": ANNOTATIONS, "images": IMAGES})
+    assert list(stream_annotated_images(io.BytesIO(text.encode()))) == streamed()
+
+
+@pytest.mark.parametrize(
+    ("images", "annotations", "expected"),
+    [
+        ([*IMAGES, IMAGES[0]], ANNOTATIONS, [("7", "duplicate_id")]),
+        (IMAGES, [*ANNOTATIONS, ANNOTATIONS[0]], [("3", "duplicate_id")]),
+        (IMAGES, [*ANNOTATIONS, ANNOTATIONS[0] | {"image_id": 8}], [("8", "unknown_image")]),
+    ],
+)
+def test_entries_that_make_no_row_come_as_errors_beside_the_others(images, annotations, expected):
+    entries = streamed(images, annotations)
+    assert reasons(entries) == expected
+    assert [entry for entry in entries if isinstance(entry, AnnotatedImage)] == streamed()
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", "premature EOF"),
+        ("not json", "to its end"),
+        ("[]", "no 'images'"),
+        ('{"images": []}', "no 'images'"),
+        (json.dumps({"images": IMAGES, "annotations": ANNOTATIONS})[:-20], "premature EOF"),  # truncated in the second
+        (json.dumps({"images": IMAGES})[:-20], "premature EOF"),
+        (json.dumps({"images": [{"id": 1}]}), "file_name"),
+        (json.dumps({"images": [{"id": 1, "file_name": None}]}), "image 1 should have a text 'file_name'"),
+        (json.dumps({"images": ["a.jpg"]}), "TypeError"),
+        # an instances file, the one that people mix up with the panoptic one
+        (
+            json.dumps({"images": IMAGES, "annotations": [{"image_id": 3, "bbox": [1, 2, 3, 4], "category_id": 1}]}),
+            "no 'segments_info', so it is not panoptic",
+        ),
+        (
+            json.dumps(
+                {"images": IMAGES, "annotations": [ANNOTATIONS[0] | {"segments_info": [{"id": "5", "category_id": 1}]}]}
+            ),
+            "annotation of image 3 should have",
+        ),
+        (json.dumps({"images": IMAGES, "annotations": [ANNOTATIONS[0] | {"file_name": None}]}), "image 3 should have"),
+    ],
+)
+def test_what_is_not_coco_panoptic_is_refused_in_one_line(text: str, found: str):
+    with pytest.raises(CocoFormatError) as refusal:
+        list(stream_annotated_images(io.BytesIO(text.encode())))
+    assert found in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_large_file_is_read_as_a_stream(tmp_path):
+    path = tmp_path / "panoptic.json"
+    segments = [{"id": i, "category_id": 1, "iscrowd": 0, "bbox": [0, 0, 10, 10], "area": 100} for i in range(1, 60)]
+    images = [{"id": i, "file_name": f"{i:012}.jpg"} for i in range(800)]
+    annotations = [{"image_id": i, "file_name": f"{i:012}.png", "segments_info": segments} for i in range(800)]
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    with path.open("rb") as file:
+        tracemalloc.start()
+        count = sum(1 for _ in stream_annotated_images(file))
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert count == 800
+    assert peak < path.stat().st_size / 2  # loaded whole it would take several times its size
+
+
+def test_the_real_file_is_read(real):
+    with (real / "coco" / "panoptic.json").open("rb") as file:
+        (image,) = stream_annotated_images(file)
+    assert (image.entry_id, image.file_name, image.license_id) == ("142238", "000000142238.jpg", 2)
+    assert image.annotation.mask_name == "000000142238.png" and len(image.annotation.segments) == 18
+
+
+def test_category_ids_become_labels():
+    assert segment_infos([(5, 1, 0), (9, 200, 1)]) == [SegmentInfo(5, 0), SegmentInfo(9, 132, is_crowd=True)]
+
+
+@pytest.mark.parametrize("category_id", [0, 12, 201, -1])  # 12 is one of COCO's gaps
+def test_a_category_that_coco_panoptic_lacks_is_refused(category_id: int):
+    with pytest.raises(PanopticError, match=str(category_id)) as refusal:
+        segment_infos([(5, 1, 0), (9, category_id, 0)])
+    assert refusal.value.reason == "unknown_category"
