@@ -1,0 +1,39 @@
+import random
+
+from conftest import CAR, PERSON, SKY, crayon_row, segment
+
+from pipelines.elements import Draft, Input
+from pipelines.spill import SpilledDraft, SpillWriter, read_drafts
+
+
+def draft(name: str, *labels: int) -> Draft:
+    segments = tuple(segment(id=i, label=label, is_crowd=i == 2) for i, label in enumerate(labels))
+    row = crayon_row(image_id=name, image_bytes=name.encode() * 50, segments=segments)
+    return Draft(row, f"/data/{name}.jpg", (Input("folder", name),), ("{}",), {"read": 0.5})
+
+
+def spill(folder: str, drafts: list[Draft]) -> list[SpilledDraft]:
+    writer = SpillWriter(folder)
+    for one in drafts:
+        writer.append(one)
+    return writer.close()
+
+
+def test_drafts_are_read_back_in_any_order_and_from_many_files(tmp_path):
+    drafts = [draft(str(i) * (i + 1)) for i in range(9)]
+    places = [place for i in range(3) for place in spill(str(tmp_path), drafts[3 * i : 3 * i + 3])]
+    order = random.Random(0).sample(range(9), 9)
+    assert list(read_drafts([places[i] for i in order])) == [drafts[i] for i in order]
+    assert len({place.uri for place in places}) == 3
+
+
+def test_a_place_tells_what_the_steps_before_the_reading_need(tmp_path):
+    (place,) = spill(str(tmp_path), [draft("a/b", SKY, CAR, PERSON, CAR)])
+    assert (place.image_id, place.image_uri) == ("a/b", "/data/a/b.jpg")
+    assert place.present_labels == (PERSON, CAR)  # things, each once, crowds among them
+
+
+def test_only_the_drafts_asked_for_are_read(tmp_path):
+    places = spill(str(tmp_path), [draft("a"), draft("b"), draft("c")])
+    assert [one.row.image_id for one in read_drafts([places[2], places[0]])] == ["c", "a"]
+    assert list(read_drafts([])) == []
