@@ -32,7 +32,7 @@ def crayon_files(paths: Sequence[str]) -> list[Path]:
         except SchemaError as error:
             raise DataError(f"--data: {error}") from error
         except (OSError, pa.ArrowException) as error:
-            raise DataError(f"--data {file}: cannot be read as Parquet ({error})") from error
+            raise DataError(f"--data {file}: cannot be read as Parquet ({str(error).strip()})") from error
     for folder in {file.parent for file in files}:
         _check_complete(folder, [file.name for file in files if file.parent == folder])
     return files
