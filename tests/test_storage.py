@@ -1,0 +1,148 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from pipelines import storage
+from pipelines.storage import (
+    StorageError,
+    canonical,
+    delete,
+    exists,
+    is_local,
+    join,
+    list_files,
+    open_write,
+    read_bytes,
+    rename,
+)
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch) -> Path:
+    """A folder of a few files, the current folder above it."""
+    for name in (
+        "photos/b.jpg",
+        "photos/a.png",
+        "photos/[1].jpg",
+        "photos/sub/c.jpg",
+        "photos/sub/deep/d.jpg",
+        "e.jpg",
+    ):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "photos"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "files"),
+    [
+        ("photos", ["photos/[1].jpg", "photos/a.png", "photos/b.jpg", "photos/sub/c.jpg", "photos/sub/deep/d.jpg"]),
+        ("photos/sub/", ["photos/sub/c.jpg", "photos/sub/deep/d.jpg"]),
+        ("photos/*.jpg", ["photos/[1].jpg", "photos/b.jpg"]),
+        # ** is any number of folders, none included
+        ("photos/**/*.jpg", ["photos/[1].jpg", "photos/b.jpg", "photos/sub/c.jpg", "photos/sub/deep/d.jpg"]),
+        ("*.jpg", ["e.jpg"]),  # in the current folder
+        ("photos/?.png", ["photos/a.png"]),
+        ("photos/*", ["photos/[1].jpg", "photos/a.png", "photos/b.jpg"]),  # files, not folders
+        ("photos/b.jpg", ["photos/b.jpg"]),
+        ("photos/[1].jpg", ["photos/[1].jpg"]),  # a name that looks like a pattern
+        ("photos/nothing.jpg", []),
+        ("nowhere/*.jpg", []),
+    ],
+)
+def test_files_are_listed_by_folder_glob_or_name(photos: Path, pattern: str, files: list[str]):
+    assert list_files(pattern) == files
+    absolute = os.path.join(photos.parent, pattern)
+    assert list_files(absolute) == [os.path.join(photos.parent, file) for file in files]
+
+
+def test_linked_folders_and_broken_links_leave_a_trace(photos: Path, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "x.jpg").write_bytes(b"x")
+    (photos / "sub" / "linked").symlink_to(elsewhere)
+    (photos / "sub" / "gone.jpg").symlink_to("nowhere.jpg")
+    for pattern in ("photos/sub", "photos/sub/**"):
+        assert {"photos/sub/linked/x.jpg", "photos/sub/gone.jpg"} <= set(list_files(pattern))
+
+
+def test_a_name_that_is_not_utf8_is_listed_and_read(tmp_path):
+    raw = os.path.join(os.fsencode(tmp_path), b"caf\xe9.jpg")
+    with open(raw, "wb") as file:
+        file.write(b"x")
+    assert list_files(str(tmp_path)) == list_files(f"{tmp_path}/*.jpg") == [os.fsdecode(raw)]
+    assert read_bytes(os.fsdecode(raw)) == b"x"
+
+
+def test_bytes_are_read_whole_up_to_the_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "MAX_FILE_BYTES", 10)
+    (tmp_path / "ten").write_bytes(b"0123456789")
+    (tmp_path / "eleven").write_bytes(b"0123456789a")
+    assert read_bytes(str(tmp_path / "ten")) == b"0123456789"
+    with pytest.raises(StorageError, match="eleven") as refusal:
+        read_bytes(str(tmp_path / "eleven"))
+    assert refusal.value.reason == "oversized_file"
+
+
+def test_a_compressed_file_is_read_as_it_is(tmp_path):
+    (tmp_path / "a.jpg.gz").write_bytes(b"\x1f\x8bnot gzip")
+    assert read_bytes(str(tmp_path / "a.jpg.gz")) == b"\x1f\x8bnot gzip"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("missing.jpg", "missing_file"),
+        ("broken.jpg", "missing_file"),  # a link to nowhere
+        ("file/below.jpg", "unreadable_file"),  # a file where a folder should be
+        ("x" * 300, "unreadable_file"),  # longer than a name may be
+        ("folder", "not_a_file"),
+        ("pipe", "not_a_file"),  # to open it would wait for ever
+    ],
+)
+def test_what_cannot_be_read_is_refused_by_name(tmp_path, name: str, reason: str):
+    (tmp_path / "broken.jpg").symlink_to("nowhere.jpg")
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StorageError) as refusal:
+        read_bytes(str(tmp_path / name))
+    assert refusal.value.reason == reason and name in str(refusal.value)
+
+
+def test_a_file_has_one_spelling_however_its_folder_is_reached(photos: Path):
+    (photos.parent / "linked").symlink_to(photos / "sub")
+    spellings = ["photos/sub/c.jpg", "photos/../photos/./sub/c.jpg", str(photos / "sub" / "c.jpg"), "linked/c.jpg"]
+    assert {canonical(spelling) for spelling in spellings} == {os.path.realpath(photos / "sub" / "c.jpg")}
+
+
+def test_a_linked_file_keeps_its_own_name(photos: Path):
+    (photos / "other.jpg").symlink_to("b.jpg")  # two names of one file are two images
+    assert canonical("photos/other.jpg") == os.path.join(os.path.realpath(photos), "other.jpg")
+
+
+def test_object_stores_are_left_to_beam():
+    assert not is_local("gs://bucket/a.jpg") and is_local("/bucket/a.jpg") and is_local("a:b.jpg")
+    assert canonical("gs://bucket/../a.jpg") == "gs://bucket/../a.jpg"
+
+
+def test_paths_are_joined_on_local_disks():
+    assert join("/data/images/", "a/b.jpg") == "/data/images/a/b.jpg" == join("/data/images", "a/b.jpg")
+
+
+def test_a_finished_file_is_moved_once_and_a_repeated_move_is_no_fault(tmp_path):
+    staged, final = str(tmp_path / "staging" / "a"), str(tmp_path / "a")
+    with open_write(staged) as file:
+        file.write(b"whole")
+    rename(staged, final)
+    rename(staged, final)
+    assert read_bytes(final) == b"whole" and not exists(staged)
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        rename(str(tmp_path / "nothing"), str(tmp_path / "nowhere"))
+
+
+def test_what_is_not_there_is_deleted_without_complaint(photos: Path):
+    delete([str(photos / "sub"), str(photos / "b.jpg"), str(photos / "nothing")])
+    assert list_files("photos") == ["photos/[1].jpg", "photos/a.png"]
