@@ -15,7 +15,8 @@ class ClosedLinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         init.zeros_(self.weight)
-        init.zeros_(self.bias)
+        if self.bias is not None:
+            init.zeros_(self.bias)
 
 
 class CrayonPrompt(nn.Module):

@@ -3,6 +3,8 @@
 attention module, where a hook takes it out and adds it. So gradient checkpointing recomputes it, the KV cache holds
 what came of it, and beams and batches need nothing special. Any language model works whose layers hand their keyword
 arguments on to a `self_attn`: transformers' Llama, Qwen, Mistral and InternLM3, among others.
+
+With `crayon_signal="low_rank_branches"` the same keyword carries what the branches of the authors' release need.
 """
 
 from typing import Any
@@ -14,10 +16,8 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from collavo.model.configuration_collavo import CollavoConfig
 from collavo.model.crayon_prompt import ClosedLinear, CrayonPrompt
+from collavo.model.low_rank_branches import CRAYON_SIGNAL, CellSignal, add_low_rank_branches
 from collavo.model.packing import packing_mask
-
-CRAYON_SIGNAL = "crayon_signal"
-"""The keyword under which the signal travels."""
 
 
 class CollavoModel(LlavaModel):
@@ -34,8 +34,13 @@ class CollavoModel(LlavaModel):
                 config.semantic_queries,
                 config.numbering_queries,
             )
-            for layer in self.language_model.layers:
-                layer.self_attn.register_forward_pre_hook(_add_crayon_signal, with_kwargs=True)
+            if config.crayon_signal == "low_rank_branches":
+                self.low_rank_branches = add_low_rank_branches(self.language_model.layers, config.branch_rank)
+            else:
+                for layer in self.language_model.layers:
+                    layer.self_attn.register_forward_pre_hook(_add_crayon_signal, with_kwargs=True)
+        elif config.crayon_signal == "low_rank_branches":
+            raise ValueError("crayon_signal 'low_rank_branches' needs semantic_queries, numbering_queries or both")
         self.post_init()
 
     def forward(
@@ -85,8 +90,11 @@ class CollavoModel(LlavaModel):
         input_ids: torch.Tensor | None,
         semantic_ids: torch.Tensor | None,
         numbering_ids: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """The crayon signal at the image tokens, zero at all others: float [batch, tokens, hidden]."""
+    ) -> torch.Tensor | CellSignal:
+        """The crayon signal at the image tokens, zero at all others: float [batch, tokens, hidden].
+
+        For low-rank branches it is the cells' signal alone, with their positions.
+        """
         if input_ids is None or semantic_ids is None or numbering_ids is None:
             raise ValueError("with images, input_ids, semantic_ids and numbering_ids are needed beside pixel_values")
         cells = self.crayon_prompt(semantic_ids, numbering_ids)
@@ -96,6 +104,8 @@ class CollavoModel(LlavaModel):
                 f"{int(image_tokens.sum())} image tokens in input_ids for {cells.shape[0]} crayon maps of "
                 f"{cells.shape[1]} cells; the processor makes one token per cell"
             )
+        if self.config.crayon_signal == "low_rank_branches":
+            return CellSignal(image_tokens.flatten().nonzero().squeeze(1), cells.flatten(0, 1))
         return cells.new_zeros(*input_ids.shape, cells.shape[-1]).masked_scatter(image_tokens.unsqueeze(-1), cells)
 
 

@@ -1,0 +1,132 @@
+"""The authors' release adds the crayon signal through low-rank branches beside the linear layers of the decoder.
+
+At image tokens, and at no others, two products of rank r join the output of a layer: one of the layer's own input, one
+of the crayon signal. The signal goes to the query/key/value, output, gate and up projections; the down projection has
+the first product only. Scaling is alpha / r = 1.
+
+The branches stand apart from the language model, whose linear layers may be quantised or wrapped by adapters at any
+time. So they join by hooks set when an attention module or an MLP is entered and taken away when it is left, on
+whatever modules stand there then. A pass without images sets none.
+
+Source: github.com/ByungKwanLee/CoLLaVO, collavo/arch/build_mlp.py and modeling_internlm2.py.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from collavo.model.crayon_prompt import ClosedLinear
+
+CRAYON_SIGNAL = "crayon_signal"
+"""The keyword under which the signal travels to the attention modules."""
+
+
+class CellSignal(NamedTuple):
+    """The crayon signal of the cells, and where they stand in the batch."""
+
+    positions: torch.Tensor
+    """int64 [cells], into the tokens of the whole batch, flattened."""
+
+    cells: torch.Tensor
+    """float [cells, hidden_size]."""
+
+
+class LayerBranches(nn.Module):
+    """The branches of one decoder layer, each two linear layers; query, key and value share one, in that order."""
+
+    def __init__(self, layer: Any, rank: int) -> None:
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self.qkv_rows = [linear.out_features for linear in (attention.q_proj, attention.k_proj, attention.v_proj)]
+        hidden_size = attention.q_proj.in_features
+        shapes = {
+            "qkv": (hidden_size, sum(self.qkv_rows)),
+            "o": (attention.o_proj.in_features, hidden_size),
+            "gate": (hidden_size, mlp.gate_proj.out_features),
+            "up": (hidden_size, mlp.up_proj.out_features),
+            "down": (mlp.down_proj.in_features, hidden_size),
+        }
+        # Branches of the signal need not start at zero: the signal itself does, and were both zero, none would learn.
+        self.image = nn.ModuleDict(
+            {
+                name: nn.Sequential(nn.Linear(width, rank, bias=False), ClosedLinear(rank, rows, bias=False))
+                for name, (width, rows) in shapes.items()
+            }
+        )
+        self.crayon = nn.ModuleDict(
+            {
+                name: nn.Sequential(nn.Linear(hidden_size, rank, bias=False), nn.Linear(rank, rows, bias=False))
+                for name, (_, rows) in shapes.items()
+                if name != "down"
+            }
+        )
+        self._signal: CellSignal | None = None
+        self._handles: list[Any] = []
+
+    def attach(self, layer: Any) -> None:
+        """Join the layer's attention and MLP whenever a `CellSignal` comes to the attention.
+
+        The hooks lie inside what gradient checkpointing runs again; those of the layer itself would not.
+        """
+        layer.self_attn.register_forward_pre_hook(self._enter_attention, with_kwargs=True)
+        layer.self_attn.register_forward_hook(self._leave_attention, always_call=True)
+        layer.mlp.register_forward_pre_hook(self._enter_mlp)
+        layer.mlp.register_forward_hook(self._leave_mlp, always_call=True)
+
+    def _enter_attention(self, attention: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        self._signal = kwargs.pop(CRAYON_SIGNAL, None)
+        if self._signal is not None:
+            additions = self._addition("qkv", kwargs["hidden_states"]).split(self.qkv_rows, dim=-1)
+            for name, addition in zip("qkv", additions, strict=True):
+                self._join(getattr(attention, f"{name}_proj"), "qkv", addition)
+            self._join(attention.o_proj, "o")
+        return args, kwargs
+
+    def _leave_attention(self, *_: Any) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _enter_mlp(self, mlp: Any, _: Any) -> None:
+        if self._signal is not None:
+            for name, linear in (("gate", mlp.gate_proj), ("up", mlp.up_proj), ("down", mlp.down_proj)):
+                self._join(linear, name)
+
+    def _leave_mlp(self, *_: Any) -> None:
+        self._leave_attention()
+        self._signal = None
+
+    def _addition(self, name: str, states: torch.Tensor) -> torch.Tensor:
+        """What joins the output of a projection at the image tokens: [cells, out_features]."""
+        assert self._signal is not None
+        positions, cells = self._signal
+        branch: Any = self.image[name]
+        dtype = branch[0].weight.dtype
+        addition: torch.Tensor = branch(states.flatten(0, 1)[positions].to(dtype))
+        return addition + self.crayon[name](cells.to(dtype)) if name in self.crayon else addition
+
+    def _join(self, linear: nn.Module, name: str, addition: torch.Tensor | None = None) -> None:
+        """Add to what `linear` will put out, on whatever module stands there."""
+        assert self._signal is not None
+        positions = self._signal.positions
+
+        def add(_: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+            rows = self._addition(name, args[0]) if addition is None else addition
+            return output.flatten(0, 1).index_add(0, positions, rows.to(output.dtype)).view_as(output)
+
+        self._handles.append(linear.register_forward_hook(add))
+
+
+def add_low_rank_branches(layers: nn.ModuleList, rank: int) -> nn.ModuleList:
+    """Branches for every decoder layer, attached.
+
+    Raises:
+        ValueError: if the layers have no separate q, k, v, o, gate, up and down projections.
+    """
+    try:
+        branches = nn.ModuleList([LayerBranches(layer, rank) for layer in layers])
+    except AttributeError as error:
+        raise ValueError(f"low-rank branches need Llama-shaped layers: {error}") from error
+    for layer, branch in zip(layers, branches, strict=True):
+        branch.attach(layer)  # type: ignore[operator]
+    return branches
