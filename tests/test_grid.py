@@ -75,7 +75,7 @@ def test_many_one_pixel_segments_of_one_cell_are_all_seen():
         ([[1, 1, 0, 0], [1, 2, 0, 0]], [[2, 1]]),
         # unknown prevails where most is unknown, and yields to a segment of the same extent
         ([[0, 0, 0, 1], [0, 0, 1, 1]], [[0, 1]]),
-        ([[0, 1], [0, 1]], [[1]]),
+        ([[1, 1, 0, 1], [1, 1, 0, 1]], [[1, 1]]),
     ],
 )
 def test_vanished_segments_take_the_cell_they_cover_most(index_map: list[list[int]], expected: list[list[int]]):

@@ -100,6 +100,7 @@ def test_palette_images_show_their_palette(format: str, options: dict):
     assert np.array_equal(decoded(encoded(image, format, **options)), palette[GREY % 3])
 
 
+@pytest.mark.filterwarnings("error")  # a warning per image would drown a job's log
 def test_a_palette_with_several_degrees_of_transparency_shows_its_colours():
     image = PHOTO.quantize(4)
     data = encoded(image, transparency=bytes([255, 0, 128, 7]))

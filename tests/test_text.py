@@ -90,7 +90,14 @@ def test_a_refusal_quotes_the_place():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[0.00, 0.10, 0.20, 0.30] ", "[0.2, 0.1, 0.3, 0.4]", "[0.30, 0.10, 0.20, 0.40]", "[nan, 0.10, 0.20, 0.40]"],
+    [
+        "",
+        "[0.00, 0.10, 0.20, 0.30] ",
+        "[0.2, 0.1, 0.3, 0.4]",
+        "[0.30, 0.10, 0.20, 0.40]",
+        "[0.00, 0.\u0661\u0660, 0.20, 0.40]",
+        "[nan, 0.10, 0.20, 0.40]",
+    ],
 )
 def test_only_a_whole_box_is_a_box(text: str):
     with pytest.raises(TextError):

@@ -117,6 +117,18 @@ def test_a_box_that_is_asked_about_holds_one_thing(panoptic: PanopticMap):
     )
 
 
+def test_a_box_that_two_things_share_is_not_asked_about():
+    there = {"box_xyxy": (40, 40, 60, 60)}
+    segments = people_and(
+        segment(id=3, numbering=3, **there),
+        segment(id=4, numbering=4, box_xyxy=(40.3, 40, 60, 60)),  # the same in two decimals
+        segment(id=5, label=CAR, box_xyxy=(1, 70, 9, 80)),
+        segment(id=6, label=SCISSORS, box_xyxy=(1, 70, 9, 80)),
+        segment(id=7, label=SKY, box_xyxy=(1, 1, 21, 31)),  # stuff is never asked about, so it leaves a person alone
+    )
+    assert {i.segment_ids for i in of_task(write(segments), "box_to_class")} == {(1,), (2,)}
+
+
 def test_a_box_too_thin_to_be_seen_in_two_decimals_is_not_asked_about():
     segments = [segment(id=1, box_xyxy=(0, 0, 300, 400)), segment(id=2, numbering=2, box_xyxy=(0, 0, 3, 400))]
     written = write_instructions("a", (1000, 1000), segments, BOOK, ClassStatistics(), EVERYTHING)
