@@ -2,6 +2,7 @@
 
 import os
 import posixpath
+import shutil
 import stat
 from functools import lru_cache
 from glob import glob
@@ -119,6 +120,10 @@ def rename(source: str, destination: str) -> None:
 
 def delete(uris: list[str]) -> None:
     """Remove files or folders; what is not there is no fault."""
-    present = [uri for uri in uris if exists(uri) or not is_local(uri)]
-    if present:
-        FileSystems.delete(present)
+    for uri in filter(is_local, uris):  # not by Beam, to which `out[1]/manifest.json` is a pattern
+        if os.path.isdir(uri):
+            shutil.rmtree(uri)
+        else:
+            Path(uri).unlink(missing_ok=True)
+    if remote := [uri for uri in uris if not is_local(uri)]:
+        FileSystems.delete(remote)
