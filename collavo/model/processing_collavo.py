@@ -74,6 +74,11 @@ class CollavoProcessor(ProcessorMixin):
         return render_conversation(self.tokenizer, self.format, turns, rows * columns, objects)
 
     @property
+    def image_token_id(self) -> int:
+        token_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        return token_id
+
+    @property
     def format(self) -> ChatFormat:
         return CHAT_FORMATS[self.chat_format]
 

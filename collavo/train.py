@@ -1,0 +1,46 @@
+"""Train CoLLaVO from crayon data: `python -m collavo.train --data out/*.parquet`.
+
+Reads:    Parquet files that pipelines/build_crayon.py wrote, and a base model
+Writes:   a run directory, see collavo/training/run_directory.py
+Not here: the steps, see collavo/training/loop.py; which weights move, see collavo/training/stages.py
+"""
+
+import sys
+from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+
+from collavo.crayon_files import DataError
+from collavo.device import DeviceError
+from collavo.training.adapters import AdapterError
+from collavo.training.arguments import ArgumentsError, parse_arguments
+from collavo.training.checkpoint import CheckpointError
+from collavo.training.loop import TrainingError
+from collavo.training.run import TrainingRun
+from collavo.training.run_directory import RunError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command. Returns its exit status: 0, 1 where training had to stop, 2 for what it was given."""
+    console = Console()
+    try:
+        arguments, preset = parse_arguments(argv, torch.cuda.is_available())
+        console.print(
+            f"Preset {arguments.preset}: {preset.about}. Another one: --preset tiny, collavo-7b, or a base of yours.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        TrainingRun(arguments, preset.base, console).train()
+    except (ArgumentsError, DataError, DeviceError, RunError, AdapterError, CheckpointError) as error:
+        print(f"collavo.train: error: {error}", file=sys.stderr)
+        return 2
+    except TrainingError as error:
+        print(f"collavo.train: stopped: {error}", file=sys.stderr)
+        return 1
+    console.print(f"Trained: {arguments.output_dir}", highlight=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,166 @@
+"""Training arguments: the paper's hyper-parameters, the presets, and the command line made of them."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from schemas.crayon_row import TASKS
+
+
+def _flag(default: Any, help_text: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": help_text, **more})
+
+
+@dataclass(frozen=True, slots=True)
+class TrainArguments:
+    """Every argument of a run; each field is a flag of `python -m collavo.train`, its metadata the help."""
+
+    data: tuple[str, ...] = _flag((), "crayon data: Parquet files, or folders of them", many=True, metavar="PARQUET")
+    image_root: str | None = _flag(None, "where rows that refer to their image find it", type=str, metavar="DIR")
+    output_dir: str = _flag("runs/collavo", "the run directory", metavar="DIR")
+    preset: str | None = _flag(
+        None,
+        "tiny, collavo-7b, or a base model: folder or hub id (default: collavo-7b on a GPU, else tiny)",
+        type=str,
+        metavar="NAME",
+    )
+    stage: str = _flag("all", "all, cpt, or cit (which goes on from a finished cpt)", choices=("all", "cpt", "cit"))
+    resume: bool = _flag(False, "go on from the last checkpoint in --output_dir")
+    overwrite: bool = _flag(False, "replace the run that is in --output_dir")
+
+    epochs: int = _flag(1, "passes over the data, in each phase")
+    max_steps: int | None = _flag(None, "steps of each phase at most", type=int)
+    batch_size: int = _flag(32, "sequences per step, over all ranks")
+    micro_batch_size: int = _flag(8, "sequences per forward pass; the rest is accumulated")
+    cpt_learning_rate: float = _flag(1e-4, "at the start of Crayon Prompt Tuning")
+    cit_learning_rate: float = _flag(1e-5, "at the start of instruction tuning")
+    final_learning_rate: float = _flag(1e-6, "at the end of both; the way there is a cosine")
+    max_grad_norm: float = _flag(1.0, "gradients are scaled down to it")
+    seed: int = _flag(0, "of initial weights and of the order of the data")
+
+    lora_rank: int = _flag(64, "rank of the adapters")
+    lora_alpha: int = _flag(64, "alpha of the adapters")
+    adapters: str = _flag("dual", "dual; single or vl_only for an ablation", choices=("dual", "single", "vl_only"))
+    queries: str = _flag("both", "both; semantic or none for an ablation", choices=("both", "semantic", "none"))
+    crayon_share: float | None = _flag(
+        None, "share of crayon sequences in instruction tuning (default: the data's)", type=float
+    )
+    tasks: tuple[str, ...] = _flag(TASKS, f"of {', '.join(TASKS)}", many=True, choices=TASKS, metavar="TASK")
+    object_list: str = _flag(
+        "dialogues", "prompts that begin with the recognised objects", choices=("dialogues", "all", "none")
+    )
+    instructions_per_sequence: int = _flag(8, "instructions of an image packed into one sequence; 1 for none")
+    max_length: int = _flag(4096, "tokens of a sequence; longer ones are left out, never cut")
+
+    device: str = _flag("auto", "auto, cpu or cuda; a missing GPU is an error")
+    quantize: bool = _flag(True, "NF4 for the language model's linear layers")
+    precision: str = _flag("auto", "bf16 or fp32 (default: bf16 on a GPU)", choices=("auto", "bf16", "fp32"))
+    gradient_checkpointing: bool = _flag(False, "recompute activations: less memory, more time")
+    attention: str = _flag("sdpa", "sdpa, eager or flash_attention_2 (which packs no instructions)")
+    workers: int = _flag(1, "processes that read and decode")
+
+    log_steps: int = _flag(1, "steps between lines in metrics.jsonl")
+    eval_steps: int | None = _flag(None, "steps between evaluations (default: at the end of each phase)", type=int)
+    eval_batches: int = _flag(16, "micro-batches of each kind that an evaluation sees")
+    checkpoint_steps: int = _flag(500, "steps between checkpoints")
+    keep_checkpoints: int = _flag(2, "checkpoints that are kept")
+    report_to: tuple[str, ...] = _flag((), "trackers: tensorboard, wandb", many=True, metavar="NAME")
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A base model with the arguments that suit it; a flag on the command line goes before both."""
+
+    base: str
+    arguments: dict[str, Any]
+    about: str
+
+
+PRESETS = {
+    "tiny": Preset(
+        str(Path(__file__).parents[1] / "assets" / "tiny_base"),
+        {
+            "cpt_learning_rate": 2e-3,
+            "cit_learning_rate": 1e-3,
+            "final_learning_rate": 5e-5,
+            "max_length": 1024,
+            "object_list": "none",
+        },
+        "the small base in this package, sized for a CPU",
+    ),
+    # The paper's own start, InternLM-7B with a projector aligned to it, is not published; this one is.
+    "collavo-7b": Preset(
+        "llava-hf/llava-1.5-7b-hf", {}, "CLIP-L/14 at 490 px and a 7B language model, with the paper's arguments"
+    ),
+}
+
+
+class ArgumentsError(ValueError):
+    """A command line that cannot work; the message names the flag, what was found and what would work."""
+
+
+def parse_arguments(argv: Sequence[str] | None, cuda: bool) -> tuple[TrainArguments, Preset]:
+    """Read the command line, fill in the preset, and check what can be checked without a model.
+
+    Args:
+        cuda: whether there is a GPU, by which the preset is chosen where none is named.
+
+    Raises:
+        ArgumentsError: for values that cannot work, alone or together.
+    """
+    given = _parser().parse_args(argv)
+    name = given.preset or ("collavo-7b" if cuda else "tiny")
+    preset = PRESETS.get(name) or Preset(name, {}, "the base named by --preset")
+    chosen = {key: value for key, value in vars(given).items() if value is not None}
+    arguments = TrainArguments(**{**preset.arguments, **chosen, "preset": name})
+    _check(arguments)
+    return arguments, preset
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m collavo.train",
+        description=(
+            "Train CoLLaVO from crayon data: first the Crayon Prompt alone (cpt), then with two QLoRA adapters, of which "
+            "crayon batches move one and dialogue batches the other (cit)."
+        ),
+        epilog="several GPUs: torchrun --nproc_per_node N -m collavo.train ...",
+        allow_abbrev=False,
+    )
+    for argument in fields(TrainArguments):
+        meta, default = argument.metadata, argument.default
+        options: dict[str, Any]
+        if isinstance(default, bool):
+            options = {"action": argparse.BooleanOptionalAction}
+        elif meta.get("many"):
+            options = {"nargs": "+", "choices": meta.get("choices"), "metavar": meta["metavar"]}
+        else:
+            options = {"type": meta.get("type", type(default)), "choices": meta.get("choices")}
+            options["metavar"] = None if options["choices"] else meta.get("metavar", options["type"].__name__.upper())
+        shown = (
+            "" if default in (None, ()) or "default" in meta["help"] or meta.get("many") else f" (default: {default})"
+        )
+        parser.add_argument(f"--{argument.name}", help=meta["help"] + shown, default=None, **options)
+    return parser
+
+
+def _check(arguments: TrainArguments) -> None:
+    if not arguments.data:
+        raise ArgumentsError("--data is missing; name Parquet files of crayon data, such as out/*.parquet")
+    for name in ("epochs", "batch_size", "micro_batch_size", "lora_rank", "lora_alpha", "instructions_per_sequence",
+                 "max_length", "log_steps", "eval_batches", "checkpoint_steps", "keep_checkpoints"):  # fmt: skip
+        if getattr(arguments, name) < 1:
+            raise ArgumentsError(f"--{name} is {getattr(arguments, name)}, but must be at least 1")
+    if arguments.crayon_share is not None and not 0 < arguments.crayon_share < 1:
+        raise ArgumentsError(f"--crayon_share is {arguments.crayon_share}, but must lie between 0 and 1")
+    if arguments.queries == "none" and arguments.stage == "cpt":
+        raise ArgumentsError("--stage cpt trains the queries, and --queries none has none; use --stage cit or all")
+    if arguments.attention == "flash_attention_2" and arguments.instructions_per_sequence > 1:
+        raise ArgumentsError(
+            "--attention flash_attention_2 cannot keep packed instructions apart; add --instructions_per_sequence 1, "
+            "or use --attention sdpa"
+        )
+    if arguments.resume and arguments.overwrite:
+        raise ArgumentsError("--resume goes on with the run in --output_dir, --overwrite replaces it; choose one")

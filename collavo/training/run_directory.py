@@ -1,0 +1,168 @@
+"""The run directory: what training leaves behind, and how it is loaded again.
+
+    RUN/config.json          the model's configuration, and the base it was trained on
+    RUN/train_args.json      every argument, the data's checksums, library versions
+    RUN/metrics.jsonl        a line per step
+    RUN/crayon.safetensors   queries and crayon connector
+    RUN/adapters/NAME/       each adapter in peft's own format
+    RUN/README.md            the model card
+
+The base itself is not copied: it is loaded from where it came from, and its configuration must be the same.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoProcessor
+
+from collavo.model import CollavoForConditionalGeneration
+from collavo.model.processing_collavo import CollavoProcessor
+from collavo.training.adapters import AdapterError, quantize_language_model
+
+CONFIG, TRAIN_ARGS, METRICS, CRAYON, ADAPTERS, CARD = (
+    "config.json",
+    "train_args.json",
+    "metrics.jsonl",
+    "crayon.safetensors",
+    "adapters",
+    "README.md",
+)
+
+
+class RunError(ValueError):
+    """A run directory cannot be used; the message is one line that says what is missing."""
+
+
+def save_run(run: Path, model: PeftModel, adapters: Sequence[str], processor: CollavoProcessor) -> None:
+    """Write what was trained; the model's configuration and the processor go with it."""
+    save_file(
+        {name: p.detach().cpu().contiguous() for name, p in _crayon_prompt(model).state_dict().items()}, run / CRAYON
+    )
+    model.save_pretrained(str(run / ADAPTERS), selected_adapters=list(adapters))
+    (run / ADAPTERS / CARD).unlink(missing_ok=True)  # peft's own card, which says less than the run's
+    model.config.save_pretrained(run)
+    processor.save_pretrained(run)
+
+
+def load_run(
+    run: Path, device: torch.device, dtype: torch.dtype, quantize: bool | None = None
+) -> tuple[PeftModel | CollavoForConditionalGeneration, CollavoProcessor]:
+    """Load a trained model with all its adapters active.
+
+    Args:
+        dtype: of what is not quantised, and of the computation.
+        quantize: whether the language model is NF4; None for as it was trained.
+
+    Raises:
+        RunError: if the folder is not a finished run.
+        AdapterError: if an adapter's weights do not fit the base, key by key.
+    """
+    args = read_train_args(run)
+    model, _ = load_base(args["base"], dtype, args["queries"], args["attention"])
+    load_crayon_prompt(run / CRAYON, model)
+    if args["quantize"] if quantize is None else quantize:
+        quantize_language_model(model, dtype, device)
+    loaded: PeftModel | CollavoForConditionalGeneration = model
+    if args["adapter_names"]:
+        loaded = load_adapters(model, {name: run / ADAPTERS / name for name in args["adapter_names"]})
+    loaded.to(device)  # type: ignore[arg-type]
+    return loaded.eval(), AutoProcessor.from_pretrained(run)
+
+
+def load_base(
+    base: str, dtype: torch.dtype, queries: str = "both", attention: str = "sdpa"
+) -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
+    """Load the model that training starts from: a folder or hub id, of CoLLaVO's or LLaVA's architecture.
+
+    Args:
+        queries: `both`, `semantic` or `none`; what is left out is not there at all.
+        attention: transformers' attention implementation.
+
+    Raises:
+        RunError: if it cannot be reached, or is of another architecture.
+    """
+    try:
+        config = AutoConfig.from_pretrained(base)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{base}: not a folder or hub id of a model that can be reached ({error})") from error
+    switches: dict[str, Any] = {"semantic_queries": queries != "none", "numbering_queries": queries == "both"}
+    if config.model_type == "llava":
+        from collavo.model.assemble import assemble_from_llava
+
+        return assemble_from_llava(base, dtype=dtype, attention=attention, **switches)
+    if config.model_type != "collavo":
+        raise RunError(f"{base}: a {config.model_type} model; python -m collavo.convert makes a base out of one")
+    model = CollavoForConditionalGeneration.from_pretrained(
+        base, dtype=dtype, attn_implementation=attention, **switches
+    )
+    return model, AutoProcessor.from_pretrained(base)
+
+
+def load_crayon_prompt(file: Path, model: CollavoForConditionalGeneration | PeftModel) -> None:
+    """Put saved queries and connector into a model, in place; a model without queries takes none.
+
+    Raises:
+        RunError: if the file is missing or holds other weights.
+    """
+    prompt = _crayon_prompt(model)
+    if not prompt.state_dict():
+        return
+    if not file.exists():
+        raise RunError(f"{file}: there is none; --stage cit goes on from a run whose stage cpt is done")
+    weights = load_file(file)
+    if differing := set(weights) ^ set(prompt.state_dict()):
+        raise RunError(f"{file}: {len(differing)} weights do not match the model's, such as {min(differing)}")
+    prompt.load_state_dict(weights)
+
+
+def load_adapters(model: CollavoForConditionalGeneration, folders: dict[str, Path]) -> PeftModel:
+    """Put saved adapters on a model, all of them active; the order of `folders` is kept.
+
+    Raises:
+        AdapterError: if a file lacks weights that the model needs, or has some that it does not know.
+    """
+    adapted: PeftModel | None = None
+    for name, folder in folders.items():
+        config = LoraConfig.from_pretrained(str(folder))
+        if adapted is None:
+            adapted = PeftModel(model, config, adapter_name=name)
+        else:
+            adapted.add_adapter(name, config)
+        weights = load_file(folder / "adapter_model.safetensors")
+        result: Any = set_peft_model_state_dict(adapted, weights, adapter_name=name)
+        missing = [key for key in result.missing_keys if f".{name}." in key]
+        if missing or result.unexpected_keys:
+            wrong = (missing or result.unexpected_keys)[0]
+            raise AdapterError(
+                f"{folder}: {len(missing)} weights missing and {len(result.unexpected_keys)} unknown, such as {wrong}; "
+                "the adapter was trained on another base or under another version of transformers"
+            )
+    assert adapted is not None
+    tuner: Any = adapted.base_model
+    tuner.set_adapter(list(folders))
+    adapted.requires_grad_(False)
+    return adapted
+
+
+def read_train_args(run: Path) -> dict[str, Any]:
+    """What a run was trained with.
+
+    Raises:
+        RunError: if the folder is not a run.
+    """
+    file = run / TRAIN_ARGS
+    if not file.exists():
+        raise RunError(f"--model {run}: not a run directory, for it has no {TRAIN_ARGS}; train one with collavo.train")
+    args: dict[str, Any] = json.loads(file.read_text())
+    return args
+
+
+def _crayon_prompt(model: CollavoForConditionalGeneration | PeftModel) -> nn.Module:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return getattr(base.model, "crayon_prompt", nn.Module())
