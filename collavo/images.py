@@ -15,6 +15,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 MAX_PIXELS = 50_000_000
 """Default bound on width x height; a larger image is refused before decoding (150 MB as RGB)."""
 
+HARD_MAX_PIXELS = 2 * int(Image.MAX_IMAGE_PIXELS or 0)
+"""Where Pillow itself refuses to go on; no bound above it has an effect."""
+
 # Raster formats that say what they are: EPS runs an interpreter on untrusted input, TGA has no mark to know it by, and
 # the size that an ICO states is not the one that it decodes to. MPO, of phones, is opened as JPEG.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")

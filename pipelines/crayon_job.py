@@ -11,7 +11,6 @@ Instructions are written in the shards, because the choice of absent classes res
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, Literal
 
 import apache_beam as beam
@@ -20,6 +19,7 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
 from collavo.instructions.choose import ClassStatistics, stable_hash
+from collavo.instructions.phrasebook import Phrasebook
 from collavo.instructions.write import InstructionOptions
 from collavo.segmenters import Segmenter
 from pipelines.elements import Draft, ImageTask, LoadedImage, Mention, Reject, Segmented, SegmentedImage
@@ -70,7 +70,7 @@ class CrayonJob:
     use_annotations: bool
     model: ModelConfig | None
     instructions: InstructionOptions
-    templates: Path
+    phrasebook: Phrasebook
     facts: Mapping[str, Any]
     embed_images: bool
     validation_ratio: float
@@ -338,7 +338,7 @@ class WriteShards(beam.DoFn):
             groups["rejects"],
             statistics,
             job.instructions,
-            job.templates,
+            job.phrasebook,
             job.staging,
             dict(job.facts),
             self._written.tick,

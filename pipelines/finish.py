@@ -4,6 +4,7 @@ Until here everything lies in the staging folder; a run that is killed leaves no
 step can be repeated, because a runner may retry it.
 """
 
+import glob
 import json
 import platform
 import shutil
@@ -88,7 +89,8 @@ def published_files(output: str) -> list[str]:
     """What an earlier build left in an output folder."""
     names = (MANIFEST, REJECTS, REPORT, FAILED_REJECTS)
     present = [join(output, name) for name in names if exists(join(output, name))]
-    return present + list_files(join(output, "crayon-*.parquet"))
+    folder = glob.escape(output) if is_local(output) else output
+    return present + list_files(join(folder, "crayon-*.parquet"))
 
 
 def remove_staging(staging: str) -> None:

@@ -5,6 +5,7 @@ neither knows is refused, and so is every contradiction, in one line, before any
 """
 
 import argparse
+import math
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ from typing import Any
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 import collavo
-from collavo.images import MAX_PIXELS
+from collavo.images import HARD_MAX_PIXELS, MAX_PIXELS
 from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, PhrasebookError, load_phrasebook
 from collavo.instructions.write import InstructionOptions
 from collavo.panoptic.thresholds import PRESETS
@@ -198,23 +199,18 @@ def _beam_options(rest: Sequence[str]) -> PipelineOptions:
 
 
 def _check_values(flags: argparse.Namespace) -> None:
-    for name in (
-        "scenes",
-        "batch_size",
-        "max_batch_pixels",
-        "model_copies",
-        "max_instructions",
-        "num_shards",
-        "max_pixels",
-    ):
+    at_least_one = ("scenes", "batch_size", "max_batch_pixels", "model_copies", "max_instructions", "num_shards")
+    for name in (*at_least_one, "max_pixels"):
         value = getattr(flags, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} is {value}, but must be at least 1")
     for name in ("validation_ratio", "max_reject_ratio"):
         if not 0 <= getattr(flags, name) <= 1:
             raise UsageError(f"--{name} is {getattr(flags, name)}, but must be within 0 and 1")
-    if flags.negative_ratio < 0:
-        raise UsageError(f"--negative_ratio is {flags.negative_ratio}, but must not be negative")
+    if not 0 <= flags.negative_ratio < math.inf:
+        raise UsageError(f"--negative_ratio is {flags.negative_ratio}, but must be 0 or more")
+    if flags.max_pixels > HARD_MAX_PIXELS:
+        raise UsageError(f"--max_pixels is {flags.max_pixels}, but Pillow decodes no more than {HARD_MAX_PIXELS}")
 
 
 def _check_output(flags: argparse.Namespace) -> None:
@@ -294,6 +290,10 @@ def _job(flags: argparse.Namespace, beam_options: PipelineOptions, sources: Sour
     templates = Path(flags.templates) if flags.templates else DEFAULT_PHRASEBOOK
     names = [field.name for field in fields(InstructionOptions)]
     options = InstructionOptions(**{name: _tupled(getattr(flags, name)) for name in names})
+    phrasebook = load_phrasebook(templates)
+    if not set(options.tasks) & set(phrasebook.phrasings):
+        known = ", ".join(phrasebook.phrasings)
+        raise UsageError(f"--tasks {' '.join(options.tasks)}: {templates} has phrasings for {known} only")
     unused = () if sources.scenes_only else ("scenes", "scene_size")
     configuration = {k: v for k, v in sorted(vars(flags).items()) if v not in (None, [], "") and k not in unused}
     runner = beam_options.view_as(StandardOptions).runner
@@ -307,10 +307,10 @@ def _job(flags: argparse.Namespace, beam_options: PipelineOptions, sources: Sour
         use_annotations=flags.segmenter in ("auto", "annotations"),
         model=_model(flags, sources),
         instructions=options,
-        templates=templates,
+        phrasebook=phrasebook,
         facts={
             "code_version": collavo.__version__,
-            "templates_sha256": load_phrasebook(templates).sha256,
+            "templates_sha256": phrasebook.sha256,
             "instructions": {name: getattr(options, name) for name in names},
         },
         embed_images=flags.image_storage == "embed",

@@ -157,9 +157,9 @@ def _llava_mention(source: LlavaSource, entry: LlavaEntry) -> Mention:
 
 def _file_mention(source: ImagesSource, path: str) -> Mention:
     """A file below the fixed part of the pattern, or a line of a list file."""
-    if not is_utf8(path):
+    if not is_utf8(path) or "\0" in path:
         readable = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
-        raise EntryError(readable, "bad_path", "the file's name is not UTF-8")
+        raise EntryError(readable, "bad_path", "the file's name is not UTF-8 text")
     root = source.image_root if _is_list(source.pattern) else _fixed_part(source.pattern)
     if _is_list(source.pattern) and not _is_absolute(path):
         relative = _inside(path, path)

@@ -5,11 +5,10 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from collavo.instructions.choose import ClassStatistics, stable_hash
-from collavo.instructions.phrasebook import load_phrasebook
+from collavo.instructions.phrasebook import Phrasebook
 from collavo.instructions.write import InstructionOptions, write_instructions
 from pipelines.counts import Counts
 from pipelines.elements import Reject
@@ -35,7 +34,7 @@ def write_shard(
     rejects: Iterable[Reject],
     statistics: ClassStatistics,
     options: InstructionOptions,
-    phrasebook_path: Path,
+    phrasebook: Phrasebook,
     staging: str,
     facts: Mapping[str, Any],
     tick: Callable[[], None],
@@ -44,7 +43,6 @@ def write_shard(
 
     Two images of the same id meet here, whatever their sources: the first by path is written, the others are rejected.
     """
-    phrasebook = load_phrasebook(phrasebook_path)
     counts = Counts()
     all_rejects = list(rejects)
     ordered = sorted(spilled, key=lambda place: (stable_hash("order", place.image_id), place.image_id, place.image_uri))
