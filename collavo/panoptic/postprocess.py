@@ -20,8 +20,12 @@ from collavo.panoptic.maps import PanopticError, PanopticMap, SegmentInfo, build
 from collavo.panoptic.thresholds import MaskThresholds
 from schemas.categories import CATEGORIES
 
-_GPU_CHUNK_BYTES = 1 << 28
+# Queries compete in bands of rows. On a CPU: below the size from which torch splits an operation among threads, for on
+# busy cores hundreds of small operations that wait for each other take seconds; such a band also stays in the cache.
+# On a GPU: below the size from which float32 no longer counts every pixel.
+_BAND_ELEMENTS = {"cpu": (1 << 15) - 1, "cuda": 1 << 24}
 
+_SMALLEST_BID = torch.finfo(torch.float32).tiny
 _TRANSFORMERS_HW = (384, 384)
 
 
@@ -50,12 +54,13 @@ def panoptic_from_logits(
     if not kept.isfinite().all():
         raise PanopticError("non_finite_logits", "the segmenter's mask logits are not finite numbers")
     winners, own_areas = _compete(kept, torch.from_numpy(scores).to(kept.device), size_hw, thresholds)
-    areas = np.bincount(winners.ravel(), minlength=len(queries) + 1)[1:]
+    winners = winners.astype(np.intp)
+    areas = np.bincount(winners.ravel(), minlength=len(queries) + 1)[:-1]
     # float32, as transformers divides: 4 / 5 is above 0.8 in it, and not in float64.
     left = areas.astype(np.float32) / np.maximum(own_areas, 1).astype(np.float32)
     survivors = np.flatnonzero((areas > 0) & (own_areas > 0) & (left.astype(np.float64) > thresholds.overlap))
     segment_ids, infos = _segments(survivors, labels, scores, areas, thresholds)
-    return build_panoptic_map(segment_ids[winners], infos)
+    return build_panoptic_map(segment_ids.take(winners), infos)
 
 
 def _confident_queries(class_logits: torch.Tensor, min_class_score: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -71,55 +76,62 @@ def _confident_queries(class_logits: torch.Tensor, min_class_score: float) -> tu
 def _compete(
     mask_logits: torch.Tensor, scores: torch.Tensor, size_hw: tuple[int, int], thresholds: MaskThresholds
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Who wins each pixel: int16 [height, width], position + 1 or 0 for nobody; and each query's own mask area."""
-    step = _queries_at_once(scores.device, size_hw)
-    # No bid is below 0: from -1 every pixel finds a winner, from 0 only where a mask reaches.
-    best = torch.full(size_hw, -1.0 if thresholds.like_transformers else 0.0, device=scores.device)
-    winners, is_better = torch.zeros_like(best), torch.empty_like(best)
-    own_areas = []
-    for chunk, (bids, own) in enumerate(_bids(mask_logits, scores[:, None, None], size_hw, thresholds, step)):
-        own_areas.append(own.sum(2).sum(1, dtype=torch.float64))
-        top, position = bids.max(0) if step > 1 else (bids[0], 0)
-        torch.gt(top, best, out=is_better)
-        torch.maximum(winners, is_better.mul_(position + (chunk * step + 1)), out=winners)
-        torch.maximum(best, top, out=best)
-    return winners.to(torch.int16).cpu().numpy(), torch.cat(own_areas).cpu().numpy()
+    """Who wins each pixel: int16 [height, width], a position or, for nobody, their count; and each query's own area."""
+    count = len(scores)
+    # The first query has the highest number, so that it is the one left where several bid the same.
+    numbers = torch.arange(count, 0, -1, device=scores.device)[:, None, None].float()
+    # A bid is inside its query's own mask from here on; with our rules, it is 0 outside.
+    least_own = thresholds.mask_probability if thresholds.like_transformers else _SMALLEST_BID
+    own_areas, winners = [], []
+    flags = torch.empty(0, device=scores.device)  # 0 and 1 as floats: torch computes and sums them faster than booleans
+    for bids in _bids_by_rows(mask_logits, scores[:, None, None], size_hw, thresholds):
+        flags = flags if flags.shape == bids.shape else torch.empty_like(bids)
+        own_areas.append(torch.ge(bids, least_own, out=flags).sum((1, 2)))
+        best = bids.amax(0)
+        if not thresholds.like_transformers:
+            best.clamp_(min=_SMALLEST_BID)  # where no mask reaches, nobody has as much
+        winners.append(torch.eq(bids, best, out=flags).mul_(numbers).amax(0))
+    positions = (count - torch.cat(winners)).to(torch.int16)
+    return positions.cpu().numpy(), torch.stack(own_areas).sum(0, dtype=torch.float64).cpu().numpy()
 
 
-def _queries_at_once(device: torch.device, size_hw: tuple[int, int]) -> int:
-    """On a GPU as many as memory allows. On a CPU one: its mask stays in the cache, and each query meets the same vector
-    and tail instructions at a pixel, so that equal logits make equal bits."""
-    return 1 if device.type == "cpu" else max(1, _GPU_CHUNK_BYTES // (4 * math.prod(size_hw)))
-
-
-def _bids(
-    mask_logits: torch.Tensor, scores: torch.Tensor, size_hw: tuple[int, int], thresholds: MaskThresholds, step: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """What queries bid for each pixel, class score times mask probability, and where their own masks are (0 or 1).
-
-    Yields both, float [step, height, width], until all queries had their turn. Booleans are floats here because torch
-    computes and sums them several times faster.
-    """
+def _bids_by_rows(
+    mask_logits: torch.Tensor, scores: torch.Tensor, size_hw: tuple[int, int], thresholds: MaskThresholds
+) -> Iterator[torch.Tensor]:
+    """What queries bid for each pixel: class score times mask probability, float [queries, rows, width], in bands."""
+    height, width = size_hw
+    rows = max(1, _BAND_ELEMENTS[scores.device.type] // (len(scores) * width))
     if thresholds.like_transformers:
         # torch rounds 3 channels on one thread in another way than 100, and in small targets each channel by its place.
         # So first every query alone, as if among the 100 that transformers resizes; then all together, as it does next.
         at_384 = functional.interpolate(mask_logits[:, None], size=_TRANSFORMERS_HW, mode="bilinear").sigmoid_()
         probabilities = functional.interpolate(at_384[None, :, 0], size=size_hw, mode="bilinear")[0]
-        for part, part_scores in zip(probabilities.split(step), scores.split(step), strict=True):
-            bids = part.mul_(part_scores)
-            yield bids, torch.ge(bids, thresholds.mask_probability, out=torch.empty_like(bids))
+        for band in probabilities.split(rows, dim=1):
+            yield band * scores
         return
     least = torch.tensor(thresholds.mask_probability).logit().item()
-    for part, part_scores in zip(mask_logits.split(step), scores.split(step), strict=True):
-        logits = functional.interpolate(part[:, None], size=size_hw, mode="bilinear")[:, 0]
-        own = torch.gt(logits, least, out=torch.empty_like(logits))
-        yield functional.threshold(logits, least, -math.inf, inplace=True).sigmoid_().mul_(part_scores), own
+    widened = functional.interpolate(mask_logits[:, None], size=(mask_logits.shape[1], width), mode="bilinear")[:, 0]
+    above, below, weight = _vertical_taps(mask_logits.shape[1], height, scores.device)
+    for first in range(0, height, rows):
+        band = slice(first, first + rows)
+        upper, lower = widened.index_select(1, above[band]), widened.index_select(1, below[band])
+        logits = torch.lerp(upper, lower, weight[band, None])
+        yield functional.threshold(logits, least, -math.inf, inplace=True).sigmoid_().mul_(scores)
+
+
+def _vertical_taps(
+    from_rows: int, to_rows: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The two source rows of each target row and the weight of the second, for bilinear sampling at pixel centres."""
+    centres = ((torch.arange(to_rows, device=device) + 0.5).double() * (from_rows / to_rows) - 0.5).clamp_(min=0)
+    above = centres.long()
+    return above, (above + 1).clamp_(max=from_rows - 1), (centres - above).float()
 
 
 def _segments(
     survivors: np.ndarray, labels: np.ndarray, scores: np.ndarray, areas: np.ndarray, thresholds: MaskThresholds
 ) -> tuple[np.ndarray, list[SegmentInfo]]:
-    """Segment id by winner number, 0 for what is dropped, and the segments, numbered in order of their first query."""
+    """Segment id by query, 0 for what is dropped and, last, for nobody; and the segments, in order of first query."""
     members_of: dict[tuple[int, int], list[int]] = {}
     for query in survivors.tolist():
         label = int(labels[query])
@@ -130,5 +142,5 @@ def _segments(
     for (label, _), members in members_of.items():
         if areas[members].sum() >= thresholds.min_area:
             infos.append(SegmentInfo(len(infos) + 1, label, score=float(scores[members].max())))
-            segment_ids[np.add(members, 1)] = len(infos)
+            segment_ids[members] = len(infos)
     return segment_ids, infos
