@@ -14,6 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlavaConfig,
@@ -53,7 +55,7 @@ VISION = CLIPVisionConfig(
 )
 
 
-def tokenizer(**tokens: Any) -> PreTrainedTokenizerFast:
+def tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -61,7 +63,7 @@ def tokenizer(**tokens: Any) -> PreTrainedTokenizerFast:
     special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
     backend.train_from_iterator(["User: hello Assistant: Sure, it is. How many people are there?"] * 5, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", **tokens)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +128,8 @@ def logits(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("queries", [True, False])
 def test_a_llava_answers_as_before(llava: Path, queries: bool) -> None:
     original = LlavaForConditionalGeneration.from_pretrained(llava)
-    options = {} if queries else {"crayon": {"semantic_queries": False, "numbering_queries": False}}
-    model, processor = assemble_from_llava(llava, image_size=IMAGE_SIZE, dtype=torch.float32, **options)
+    switches = {"semantic_queries": queries, "numbering_queries": queries}
+    model, processor = assemble_from_llava(llava, image_size=IMAGE_SIZE, dtype=torch.float32, **switches)
     inputs = batch(300)
     maps = crayon_maps() if queries else {}
     assert torch.equal(logits(model, **inputs, **maps), logits(original, **inputs))
@@ -192,6 +194,23 @@ def test_parts_see_the_last_layer_of_the_vision_encoder(clip: Path, llama: Path)
         last = CLIPVisionModel.from_pretrained(clip)(pixels).last_hidden_state[:, 1:]
         ours = torch.stack(model.get_image_features(pixels).pooler_output)
         torch.testing.assert_close(ours, model.model.multi_modal_projector(last))
+
+
+def test_the_vision_encoder_of_a_whole_clip_is_taken(clip: Path, llama: Path, tmp_path: Path) -> None:
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    CLIPModel(CLIPConfig(vision_config=VISION.to_dict(), text_config=text)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    vision = {f"vision_model.{n}": t for n, t in CLIPVisionModel.from_pretrained(clip).state_dict().items()}
+    buffer = {"vision_model.embeddings.position_ids": torch.arange(17)[None]}  # as older checkpoints have
+    save_file(
+        {n: t for n, t in weights.items() if n.startswith("text")} | vision | buffer, tmp_path / "model.safetensors"
+    )
+    pixels = batch(300)["pixel_values"]
+    whole, alone = (
+        assemble_from_parts(f, llama, image_size=IMAGE_SIZE)[0].model.vision_tower for f in (tmp_path, clip)
+    )
+    with torch.inference_mode():
+        assert torch.equal(whole(pixels).last_hidden_state, alone(pixels).last_hidden_state)
 
 
 @pytest.mark.parametrize("image_size", [28, 84, 70])

@@ -9,13 +9,13 @@ import peft
 import pytest
 import torch
 from internlm_reference import Weights, random_weights, release_logits, release_shapes, save_checkpoint
-from transformers import BitsAndBytesConfig
 
 from collavo.model import CollavoConfig, CollavoForConditionalGeneration
 from collavo.model.checkpoints import CheckpointError
 from collavo.model.processing_collavo import CollavoProcessor
 from collavo.model.prompt import IMAGE_TOKEN
 from collavo.model.release import load_release
+from collavo.training.adapters import quantize_language_model
 
 sentencepiece = pytest.importorskip("sentencepiece")
 
@@ -183,11 +183,12 @@ def test_text_alone_passes_by_the_branches(model: CollavoForConditionalGeneratio
 def test_gradient_checkpointing_gives_the_same_gradients(
     model: CollavoForConditionalGeneration, samples: list[dict[str, Any]]
 ) -> None:
-    batch = inputs(samples)
+    batch, text = inputs(samples), {"input_ids": torch.tensor([[1, 5, 9, 300]])}
+    usual = model(**text).logits
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()
         model.zero_grad()
         model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
@@ -199,6 +200,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(
     for name, _ in model.model.named_parameters():
         if "low_rank_branches" in name or "crayon_prompt" in name:
             assert plain[f"model.{name}"].abs().sum() > 0, name
+    assert torch.equal(model.eval()(**text).logits, usual)  # recomputation, which stops halfway, left nothing behind
+    assert all(branch._signal is None and not branch._handles for branch in model.model.low_rank_branches)
 
 
 def test_adapters_on_the_linear_layers_leave_the_branches_in_place(
@@ -210,23 +213,16 @@ def test_adapters_on_the_linear_layers_leave_the_branches_in_place(
     torch.testing.assert_close(logits(adapted, samples), usual)  # LoRA starts at zero
 
 
-def test_quantised_linear_layers_keep_their_branches(release: Path, samples: list[dict[str, Any]]) -> None:
-    modules = ("vision_tower", "multi_modal_projector", "crayon_prompt", "low_rank_branches")
-    quantised, _ = load_release(
-        release,
-        image_size=GRID * PATCH,
-        dtype=torch.float32,
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True, llm_int8_skip_modules=["lm_head", *(f"model.{name}" for name in modules)]
-        ),
-    )
-    assert type(quantised.model.language_model.layers[0].self_attn.o_proj).__name__ == "Linear4bit"
-    usual = logits(quantised, samples)
-    for layer in quantised.model.low_rank_branches:
+def test_quantised_linear_layers_keep_their_branches(
+    model: CollavoForConditionalGeneration, samples: list[dict[str, Any]]
+) -> None:
+    quantize_language_model(model, torch.float32, torch.device("cpu"))
+    usual = logits(model, samples)
+    for layer in model.model.low_rank_branches:
         for name, branch in [*layer.image.items(), *layer.crayon.items()]:
             kept = branch[1].weight.detach().clone()
             branch[1].weight.data.zero_()
-            assert not torch.allclose(logits(quantised, samples), usual), name
+            assert not torch.allclose(logits(model, samples), usual), name
             branch[1].weight.data.copy_(kept)
 
 

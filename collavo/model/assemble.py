@@ -130,16 +130,16 @@ def build(
     image_size: int = 490,
     chat_format: str = "paper",
     dtype: torch.dtype = torch.bfloat16,
-    crayon: Mapping[str, Any] | None = None,
-    **load_options: Any,
+    attention: str = "sdpa",
+    **entries: Any,
 ) -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
     """The model and its processor.
 
     Args:
         image_size: in pixels; CLIP's position embeddings are interpolated to its grid.
         chat_format: a key of `collavo.model.prompt.CHAT_FORMATS`.
-        crayon: entries of CollavoConfig for the Crayon Prompt, such as `crayon_width`.
-        load_options: of `from_pretrained`: `quantization_config`, `device_map`, `attn_implementation`, ...
+        attention: transformers' attention implementation.
+        entries: further entries of CollavoConfig, such as `crayon_width`.
 
     Raises:
         ValueError: if something is missing or does not fit; CheckpointError if an argument is to blame.
@@ -149,7 +149,7 @@ def build(
         vision_config=ingredients.vision_config,
         text_config=ingredients.text_config,
         chat_format=chat_format,
-        **ingredients.collavo_entries | dict(crayon or {}),
+        **ingredients.collavo_entries | entries,
     )
     if image_size < config.vision_config.patch_size or image_size % config.vision_config.patch_size:
         raise CheckpointError(
@@ -176,7 +176,7 @@ def build(
     logging.set_verbosity_error()  # what is initialised here is no news
     try:
         model = CollavoForConditionalGeneration.from_pretrained(
-            None, config=config, state_dict=weights, dtype=dtype, **load_options
+            None, config=config, state_dict=weights, dtype=dtype, attn_implementation=attention
         )
     finally:
         logging.set_verbosity(verbosity)
