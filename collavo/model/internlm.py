@@ -15,14 +15,8 @@ import torch
 from transformers import LlamaConfig
 
 _SAME_ENTRIES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "rms_norm_eps",
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("hidden_act", "max_position_embeddings", "rms_norm_eps"),
 )
 _LLAMA_NAMES = {
     "model.tok_embeddings": "model.embed_tokens",

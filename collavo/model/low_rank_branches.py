@@ -47,19 +47,10 @@ class LayerBranches(nn.Module):
             "up": (hidden_size, mlp.up_proj.out_features),
             "down": (mlp.down_proj.in_features, hidden_size),
         }
-        # Branches of the signal need not start at zero: the signal itself does, and were both zero, none would learn.
-        self.image = nn.ModuleDict(
-            {
-                name: nn.Sequential(nn.Linear(width, rank, bias=False), ClosedLinear(rank, rows, bias=False))
-                for name, (width, rows) in shapes.items()
-            }
-        )
+        self.image = nn.ModuleDict({name: _branch(*shape, rank, ClosedLinear) for name, shape in shapes.items()})
+        # These need not start at zero: the signal itself does, and were both zero, none would ever learn.
         self.crayon = nn.ModuleDict(
-            {
-                name: nn.Sequential(nn.Linear(hidden_size, rank, bias=False), nn.Linear(rank, rows, bias=False))
-                for name, (_, rows) in shapes.items()
-                if name != "down"
-            }
+            {name: _branch(hidden_size, rows, rank, nn.Linear) for name, (_, rows) in shapes.items() if name != "down"}
         )
         self._signal: CellSignal | None = None
         self._handles: list[Any] = []
@@ -115,6 +106,10 @@ class LayerBranches(nn.Module):
             return output.flatten(0, 1).index_add(0, positions, rows.to(output.dtype)).view_as(output)
 
         self._handles.append(linear.register_forward_hook(add))
+
+
+def _branch(in_features: int, out_features: int, rank: int, last: type[nn.Linear]) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_features, rank, bias=False), last(rank, out_features, bias=False))
 
 
 def add_low_rank_branches(layers: nn.ModuleList, rank: int) -> nn.ModuleList:
