@@ -123,8 +123,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m collavo.train",
         description=(
-            "Train CoLLaVO from crayon data: first the Crayon Prompt alone (cpt), then with two QLoRA adapters, of which "
-            "crayon batches move one and dialogue batches the other (cit)."
+            "Train CoLLaVO from crayon data: first the Crayon Prompt alone (cpt), then with two QLoRA adapters, of "
+            "which crayon batches move one and dialogue batches the other (cit)."
         ),
         epilog="several GPUs: torchrun --nproc_per_node N -m collavo.train ...",
         allow_abbrev=False,

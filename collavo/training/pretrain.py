@@ -1,0 +1,188 @@
+"""Pre-train the embedded base: a small LLaVA-shaped model with its tokenizer, from scratch, on drawn scenes.
+
+    python -m collavo.training.pretrain --output runs/base --steps 10000
+ It learns what a large base would bring along: to see (colours, places, what stands where), to speak (the dialogues
+that come with the scenes), to write numbers and plurals. No crayon task is among it: nothing is counted, boxed, listed
+or asked for by class, and no crayon map is shown. The folder `model` in the output is a base for `collavo.train
+--preset`. A stopped run goes on when the command is repeated.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerFast
+
+from collavo.instructions.phrasebook import load_phrasebook
+from collavo.model import CollavoConfig, CollavoForConditionalGeneration
+from collavo.model.processing_collavo import CollavoProcessor, build_processor
+from collavo.model.prompt import IMAGE_TOKEN, Turns
+from collavo.scenes import draw_scene, scene_seed
+from collavo.training.batches import Example, MicroBatch, collate, pack_prompts
+from collavo.training.scratch import TRAIN_SCENES_SEED, ScratchOptions, train_from_scratch
+from schemas.categories import CATEGORIES, THINGS
+
+VOCABULARY = 1024
+TOKENIZER_SCENES = 2000
+"""Scenes whose dialogues the tokenizer is made from."""
+
+_NUMBERS_SEED = 7_000_001
+
+
+class DialogueExamples(Dataset[Example]):
+    """Scenes by number: all dialogues of one, and a little arithmetic of words, in one packed sequence."""
+
+    _SIZES_WH = ((192, 144), (256, 192), (320, 240))
+
+    def __init__(self, processor: CollavoProcessor) -> None:
+        self._processor = processor
+
+    def __getitem__(self, index: int) -> Example:
+        scene = draw_scene(scene_seed(TRAIN_SCENES_SEED, index), self._SIZES_WH[index % len(self._SIZES_WH)])
+        dialogues = [*scene.dialogues, word_dialogue(index)]
+        prompts = [self._processor.render(turns) for turns in dialogues]
+        input_ids, labels, sequence_ids = pack_prompts(prompts, self._processor.image_token_id)
+        nothing = torch.zeros(self._processor.grid_hw, dtype=torch.long)
+        return Example(
+            kind="dialogue",
+            image_id=str(index),
+            input_ids=input_ids,
+            labels=labels,
+            sequence_ids=sequence_ids,
+            pixel_values=self._processor.pixel_values(scene.image),
+            semantic_ids=nothing,
+            numbering_ids=nothing,
+        )
+
+
+def word_dialogue(index: int) -> Turns:
+    """A question about numbers or words that needs no picture: to copy, compare, continue, or put into the plural."""
+    rng = np.random.Generator(np.random.Philox(key=[_NUMBERS_SEED, index]))
+    kind = int(rng.integers(4))
+    if kind == 0:
+        numbers = ", ".join(f"{value:.2f}" for value in rng.random(int(rng.integers(1, 9))))
+        return [("human", f"Write it again: [{numbers}]"), ("gpt", f"[{numbers}]")]
+    if kind == 1:
+        first, second = (round(float(value), 2) for value in rng.random(2))
+        return [("human", f"Which is more, {first:.2f} or {second:.2f}?"), ("gpt", f"{max(first, second):.2f}")]
+    if kind == 2:
+        start = int(rng.integers(20))
+        return [
+            ("human", f"Go on: {', '.join(str(start + i) for i in range(4))}"),
+            ("gpt", ", ".join(str(start + i) for i in range(4, 10))),
+        ]
+    thing = THINGS[int(rng.integers(len(THINGS)))]
+    return [("human", f"What is the plural of {thing.singular}?"), ("gpt", thing.plural)]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of `VOCABULARY` tokens that keeps digits apart, the same on every machine."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>", "<pad>", IMAGE_TOKEN],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_tokenizer_texts(), trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", model_max_length=2048
+    )
+
+
+def base_config() -> CollavoConfig:
+    """A model of 7.5 million weights: pictures of 192 px in 12 x 12 patches, a Llama of six layers."""
+    return CollavoConfig(
+        vision_config={
+            "model_type": "clip_vision_model",
+            "hidden_size": 192,
+            "intermediate_size": 576,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 3,
+            "image_size": 192,
+            "patch_size": 16,
+        },
+        text_config={
+            "model_type": "llama",
+            "hidden_size": 256,
+            "intermediate_size": 704,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": True,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 2,
+        },
+        image_token_index=3,
+        image_seq_length=144,
+        crayon_width=128,
+        chat_format="paper",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; see the module's text."""
+    arguments = _parser().parse_args(argv)
+    run = Path(arguments.output)
+    torch.manual_seed(arguments.seed)
+    config = base_config()
+    model = CollavoForConditionalGeneration(config)
+    processor = build_processor(config, build_tokenizer())
+    # The Crayon Prompt is no part of the base: it waits, closed, for Crayon Prompt Tuning.
+    model.model.crayon_prompt.requires_grad_(False)
+
+    def loss_of(batch: MicroBatch) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
+            loss: torch.Tensor = model(**batch.inputs, supervised_only=True, use_cache=False).loss
+        return loss
+
+    options = ScratchOptions(
+        steps=arguments.steps, batch_size=arguments.batch_size, learning_rate=arguments.learning_rate
+    )
+    pad = partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
+    train_from_scratch(run, model, DialogueExamples(processor), pad, loss_of, options, Console())
+    model.bfloat16().save_pretrained(run / "model")
+    processor.save_pretrained(run / "model")
+    return 0
+
+
+def _tokenizer_texts() -> Iterator[str]:
+    for index in range(TOKENIZER_SCENES):
+        scene = draw_scene(scene_seed(TRAIN_SCENES_SEED, index), (64, 64))
+        yield from (value for turns in (*scene.dialogues, word_dialogue(index)) for _, value in turns)
+    for phrasings in load_phrasebook().phrasings.values():
+        yield from (f"{phrasing.question} {phrasing.present}" for phrasing in phrasings)
+    yield from (category.display_name for category in CATEGORIES)
+    yield from (f"User: {thing.singular} Assistant: {thing.plural}" for thing in THINGS)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m collavo.training.pretrain",
+        description="Pre-train the embedded base on drawn scenes; a stopped run goes on when the command is repeated.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="checkpoints, metrics and the model")
+    parser.add_argument("--steps", type=int, default=10000, metavar="N", help="updates (default: 10000)")
+    parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="scenes per update (default: 16)")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, metavar="X", help="its peak (default: 1e-3)")
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 products")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the initial weights")
+    return parser
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
