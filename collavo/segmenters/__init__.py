@@ -5,12 +5,22 @@ imports its framework there: `mask2former` (transformers) and `detectron2` (Pano
 are read by `collavo.coco_panoptic`.
 """
 
+import importlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from collavo.panoptic.maps import PanopticMap
+
+_CLASSES = {"mask2former": "Mask2FormerSegmenter", "detectron2": "Detectron2Segmenter"}
+
+SEGMENTERS = tuple(_CLASSES)
+"""Names for a flag; each is also the name of its module."""
+
+
+class SegmenterError(RuntimeError):
+    """A segmenter cannot be set up as asked; the message is one line: which flag, what was found, what would work."""
 
 
 class Segmenter(Protocol):
@@ -29,3 +39,18 @@ class Segmenter(Protocol):
             one map per image, at the image's own size, in order; an image in which nothing is found has no segments.
         """
         ...
+
+
+def load_segmenter(name: str, **options: Any) -> Segmenter:
+    """Load one of `SEGMENTERS`, importing its framework only now.
+
+    Args:
+        name: `mask2former` or `detectron2`.
+        options: keyword arguments of its class.
+
+    Raises:
+        SegmenterError: where its framework or checkpoint is missing or unsuitable.
+        collavo.device.DeviceError: where the device asked for is missing or too small.
+    """
+    segmenter: Segmenter = getattr(importlib.import_module(f"{__name__}.{name}"), _CLASSES[name])(**options)
+    return segmenter

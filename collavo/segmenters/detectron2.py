@@ -1,0 +1,180 @@
+"""Panoptic-FPN through detectron2, the segmenter of choice where Mask2Former is too slow.
+
+An optional extra: detectron2 is on no package index and is built from source, see `INSTALL`. It stands apart from the
+rest in one more way: the weights of its model zoo are Python pickles, and loading a pickle can run code. Give it zoo
+weights or files of your own, nothing else. (Configs are read as plain YAML, which detectron2 by itself would not do.)
+
+Images run one by one, resized as detectron2's own predictor does it, so no image sees the padding of another.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from collavo.device import device_name, move_to_device, resolve_device
+from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
+from collavo.segmenters import SegmenterError
+from schemas.categories import BY_CATEGORY_ID, CATEGORIES
+
+INSTALL = (
+    'pip install torchvision "setuptools<81" && pip install --no-build-isolation "detectron2 @ '
+    'git+https://github.com/facebookresearch/detectron2@02b5c4e295e990042a714712c21dc79b731e8833"'
+)
+
+try:
+    import detectron2
+    from detectron2 import model_zoo
+    from detectron2.checkpoint import DetectionCheckpointer
+    from detectron2.config import CfgNode, get_cfg
+    from detectron2.data import MetadataCatalog
+    from detectron2.data.transforms import ResizeShortestEdge
+    from detectron2.modeling import build_model
+except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for another torch
+    raise SegmenterError(f"--segmenter detectron2: cannot be imported ({error}); install it with: {INSTALL}") from error
+
+DEFAULT_CONFIG = "COCO-PanopticSegmentation/panoptic_fpn_R_101_3x.yaml"
+
+
+class Detectron2Segmenter:
+    """A COCO Panoptic-FPN as a `collavo.segmenters.Segmenter`; only things have scores."""
+
+    def __init__(self, config: str = DEFAULT_CONFIG, *, checkpoint: str | None = None, device: str = "auto") -> None:
+        """Load the weights and move them to the device.
+
+        Args:
+            config: a name in detectron2's model zoo, or a YAML file.
+            checkpoint: file or URL of the weights; by default the zoo's, or those a YAML file names.
+            device: `auto`, `cpu`, `cuda` or `cuda:N`.
+
+        Raises:
+            SegmenterError: for a config or checkpoint that is missing, incomplete, no Panoptic-FPN or not of COCO.
+            DeviceError: for a device that is missing or too small.
+        """
+        self._device = resolve_device(device)
+        cfg = _load_config(config, checkpoint)
+        self._label_of = _label_tables(config, cfg)
+        self._model = _load_model(cfg)
+        move_to_device(self._model, self._device)
+        self._is_bgr = cfg.INPUT.FORMAT == "BGR"
+        self._resizing = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+        combine = cfg.MODEL.PANOPTIC_FPN.COMBINE
+        self.facts: dict[str, Any] = {
+            "segmenter": "detectron2",
+            "config": config,
+            "checkpoint": cfg.MODEL.WEIGHTS,
+            "short_side": cfg.INPUT.MIN_SIZE_TEST,
+            "max_long_side": cfg.INPUT.MAX_SIZE_TEST,
+            "thresholds": {
+                "min_instance_score": combine.INSTANCES_CONFIDENCE_THRESH,
+                "max_overlap": combine.OVERLAP_THRESH,
+                "min_stuff_area": combine.STUFF_AREA_LIMIT,
+            },
+            "device": device_name(self._device),
+            "dtype": "float32",
+            "batch_size": 1,
+            "versions": {"torch": torch.__version__, "detectron2": detectron2.__version__},
+        }
+
+    def segment(self, images: Sequence[np.ndarray]) -> list[PanopticMap]:
+        """Segment uint8 RGB arrays [height, width, 3] of any sizes; see `Segmenter.segment`."""
+        return [self._segment_one(image) for image in images]
+
+    @torch.inference_mode()
+    def _segment_one(self, image: np.ndarray) -> PanopticMap:
+        height, width = image.shape[:2]
+        oriented = image[:, :, ::-1] if self._is_bgr else image
+        resized = self._resizing.get_transform(oriented).apply_image(oriented)
+        pixels = torch.as_tensor(resized.astype(np.float32).transpose(2, 0, 1))
+        (result,) = self._model([{"image": pixels, "height": height, "width": width}])
+        ids, segments_info = result["panoptic_seg"]
+        return self._as_map(ids.cpu().numpy(), segments_info)
+
+    def _as_map(self, ids: np.ndarray, segments_info: Sequence[dict[str, Any]]) -> PanopticMap:
+        """What is listed and has pixels becomes a segment; pixels of anything else are unlabelled."""
+        present = set(np.unique(ids).tolist())
+        infos = [
+            SegmentInfo(info["id"], self._label_of[info["isthing"]][info["category_id"]], score=info.get("score"))
+            for info in segments_info
+            if info["id"] in present
+        ]
+        return build_panoptic_map(np.where(np.isin(ids, [info.id for info in infos]), ids, 0), infos)
+
+
+def _load_config(config: str, checkpoint: str | None) -> CfgNode:
+    cfg = get_cfg()
+    is_file = Path(config).is_file()
+    try:
+        cfg.merge_from_file(config if is_file else model_zoo.get_config_file(config), allow_unsafe=False)
+        zoo_weights = None if is_file or checkpoint else model_zoo.get_checkpoint_url(config)
+    except Exception as error:  # RuntimeError, KeyError, YAML's own
+        reason = " ".join(str(error).split())
+        raise SegmenterError(
+            f"--segmenter_config {config}: {reason}; use a YAML file or a model zoo name such as {DEFAULT_CONFIG}"
+        ) from error
+    cfg.MODEL.WEIGHTS = checkpoint or zoo_weights or cfg.MODEL.WEIGHTS
+    cfg.MODEL.DEVICE = "cpu"
+    if cfg.MODEL.META_ARCHITECTURE != "PanopticFPN":
+        raise SegmenterError(
+            f"--segmenter_config {config}: a {cfg.MODEL.META_ARCHITECTURE}, but PanopticFPN is needed, "
+            f"such as {DEFAULT_CONFIG}"
+        )
+    if not cfg.MODEL.WEIGHTS:
+        raise SegmenterError(f"--segmenter_config {config}: names no weights; give them with --segmenter_checkpoint")
+    return cfg
+
+
+def _label_tables(config: str, cfg: CfgNode) -> dict[bool, dict[int, int]]:
+    """Labels by detectron2's own class ids, for things (True) and for stuff (False).
+
+    detectron2 counts things and stuff apart. In the "separated" data sets that Panoptic-FPN is trained on, things are
+    0..79, and stuff is 1..53, because stuff class 0 stands for all things together; in the others stuff is 80..132. The
+    data set's metadata says which, as a table from COCO's category ids.
+    """
+    data_set = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else ""
+    metadata = MetadataCatalog.get(data_set)
+    tables = {}
+    for is_thing, attribute in (
+        (True, "thing_dataset_id_to_contiguous_id"),
+        (False, "stuff_dataset_id_to_contiguous_id"),
+    ):
+        class_ids = {key: value for key, value in getattr(metadata, attribute, {}).items() if key != 0}
+        if class_ids.keys() != {category.category_id for category in CATEGORIES if category.is_thing == is_thing}:
+            raise SegmenterError(
+                f"--segmenter_config {config}: DATASETS.TEST is {data_set!r}, but COCO panoptic's 133 classes are "
+                "needed, as in coco_2017_val_panoptic_separated"
+            )
+        tables[is_thing] = {class_id: BY_CATEGORY_ID[key].label for key, class_id in class_ids.items()}
+    return tables
+
+
+class _Checkpointer(DetectionCheckpointer):
+    """Remembers which weights a checkpoint left at their random initial values; detectron2 only logs it."""
+
+    absent: Sequence[str] = ()
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        incompatible = super()._load_model(checkpoint)
+        self.absent = [*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)]
+        return incompatible
+
+
+def _load_model(cfg: CfgNode) -> torch.nn.Module:
+    model = build_model(cfg)
+    checkpointer = _Checkpointer(model)
+    try:
+        checkpointer.load(cfg.MODEL.WEIGHTS)
+    except Exception as error:  # network, file system and pickle raise a dozen types
+        reason = " ".join(str(error).split())
+        raise SegmenterError(
+            f"--segmenter_checkpoint {cfg.MODEL.WEIGHTS}: {type(error).__name__}: {reason}; use a .pkl or .pth file "
+            "with weights for this config, or a URL that can be reached from here"
+        ) from error
+    if checkpointer.absent:
+        raise SegmenterError(
+            f"--segmenter_checkpoint {cfg.MODEL.WEIGHTS}: {len(checkpointer.absent)} weights are missing or have "
+            f"another shape, first {checkpointer.absent[0]}; use weights trained with this config"
+        )
+    return model.eval()

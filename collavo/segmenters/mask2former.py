@@ -1,0 +1,223 @@
+"""Mask2Former through transformers: the default segmenter.
+
+Images are squeezed to one fixed input size, without padding, so that an image's result cannot depend on what else is in
+its batch. On a GPU every batch is filled up to the same size: the last one runs on the same kernels as the first. On a
+CPU every image is a batch of its own, which is no slower, and with Intel's MKL no sum is split among threads: one, two,
+four or eight of them compute the same bits. Bits would show, for the decoder attends to where its last mask was.
+
+Weights are read from safetensors only, and no code comes with them.
+"""
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+import transformers
+from PIL import Image
+from safetensors import SafetensorError
+from transformers import AutoConfig, Mask2FormerForUniversalSegmentation
+
+from collavo.device import DeviceError, device_name, move_to_device, resolve_device
+from collavo.panoptic.maps import PanopticMap
+from collavo.panoptic.postprocess import panoptic_from_logits
+from collavo.panoptic.thresholds import PRESETS, MaskThresholds
+from collavo.segmenters import SegmenterError
+from schemas.categories import CATEGORIES
+
+DEFAULT_CHECKPOINT = "facebook/mask2former-swin-large-coco-panoptic"
+
+DEFAULT_INPUT_SIZE = 768
+"""The published PQ was measured at a short side of 800; the processors on the hub shrink to 384 without saying so. 768
+is the nearest size that Swin's windows of 12 divide at all strides: at 800 the last stage would pad 25 cells to 36."""
+
+_SIZE_DIVISOR = 32  # the coarsest stride; masks then lie on exactly a quarter of the input
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Mask2FormerSegmenter:
+    """A COCO panoptic Mask2Former checkpoint as a `collavo.segmenters.Segmenter`."""
+
+    def __init__(
+        self,
+        checkpoint: str = DEFAULT_CHECKPOINT,
+        *,
+        revision: str | None = None,
+        input_size: int | tuple[int, int] = DEFAULT_INPUT_SIZE,
+        thresholds: MaskThresholds = PRESETS["default"],
+        device: str = "auto",
+        batch_size: int = 8,
+    ) -> None:
+        """Load the weights and move them to the device.
+
+        Args:
+            checkpoint: a Hugging Face model id, or a folder with `config.json` and `model.safetensors`.
+            revision: branch, tag or commit of a model id.
+            input_size: side of a square, or (height, width), in pixels; multiples of 32.
+            thresholds: what makes a segment.
+            device: `auto`, `cpu`, `cuda` or `cuda:N`.
+            batch_size: images per forward pass on a GPU, kept constant; a CPU always takes one.
+
+        Raises:
+            SegmenterError: for a checkpoint that is missing, incomplete, of another architecture or with other classes,
+                and for an unusable input size.
+            DeviceError: for a device that is missing or too small.
+        """
+        self._input_hw = _checked_size(input_size)
+        self._thresholds = thresholds
+        self._device = resolve_device(device)
+        on_cpu = self._device.type == "cpu"
+        if on_cpu:
+            # MKL reads this when the process first uses it, which may be to draw weights that are then overwritten.
+            os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+        self._batch_size = 1 if on_cpu else batch_size
+        self._dtype = torch.float32 if on_cpu else _half_dtype(self._device)
+        self._model = _load_model(checkpoint, revision)
+        move_to_device(self._model, self._device)
+        self.facts: dict[str, Any] = {
+            "segmenter": "mask2former",
+            "checkpoint": checkpoint,
+            "revision": getattr(self._model.config, "_commit_hash", None) or revision,
+            "input_size_hw": list(self._input_hw),
+            "thresholds": asdict(thresholds),
+            "device": device_name(self._device),
+            "dtype": str(self._dtype).removeprefix("torch."),
+            "batch_size": self._batch_size,
+            "versions": {module.__name__: module.__version__ for module in (torch, transformers, PIL)},
+        }
+        if not on_cpu:
+            self._try_batch()
+
+    def segment(self, images: Sequence[np.ndarray]) -> list[PanopticMap]:
+        """Segment uint8 RGB arrays [height, width, 3] of any sizes; see `Segmenter.segment`."""
+        maps = []
+        for first in range(0, len(images), self._batch_size):
+            part = images[first : first + self._batch_size]
+            class_logits, mask_logits = self._logits(part)
+            for image, classes, masks in zip(part, class_logits, mask_logits, strict=False):
+                maps.append(panoptic_from_logits(classes, masks, image.shape[:2], self._thresholds))
+        return maps
+
+    @torch.inference_mode()
+    def _logits(self, images: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Class logits [batch, queries, 134] and mask logits [batch, queries, height / 4, width / 4].
+
+        The batch is filled up with black images, whose results come last.
+        """
+        pixels = np.zeros((self._batch_size, *self._input_hw, 3), dtype=np.uint8)
+        for position, image in enumerate(images):
+            pixels[position] = resize(image, self._input_hw)
+        with self._arithmetic():
+            outputs = self._model(pixel_values=normalise(torch.from_numpy(pixels).to(self._device)))
+        return outputs.class_queries_logits, outputs.masks_queries_logits
+
+    def _arithmetic(self) -> AbstractContextManager[None]:
+        if self._device.type == "cpu":
+            return _sums_unsplit()
+        # Weights stay float32 and autocast rounds the products, as in the authors' training: in pure half precision
+        # the sampling points of deformable attention would be off by a good part of a pixel.
+        return torch.autocast(self._device.type, self._dtype)
+
+    def _try_batch(self) -> None:
+        """Every batch has this shape: what fits now fits later, the maps of very large images apart."""
+        try:
+            self._logits([])
+        except torch.OutOfMemoryError as error:
+            height, width = self._input_hw
+            raise DeviceError(
+                f"--device {self._device}: batches of {self._batch_size} at {height} x {width} pixels do not fit the "
+                "GPU's memory; lower --batch_size or --segmenter_input_size"
+            ) from error
+
+
+def resize(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """Squeeze a uint8 RGB image to `size_hw` with Pillow's antialiased bilinear filter."""
+    height, width = size_hw
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 [batch, height, width, 3] to float32 [batch, 3, height, width] with ImageNet's mean and deviation.
+
+    Every published Mask2Former has these. Scaled in float64, then float32, as transformers does: the same bits.
+    """
+    mean, std = (
+        torch.tensor(values, device=pixels.device)[:, None, None] for values in (_IMAGENET_MEAN, _IMAGENET_STD)
+    )
+    return pixels.permute(0, 3, 1, 2).double().mul_(1 / 255).float().sub_(mean).div_(std)
+
+
+_onednn_switch = threading.Lock()
+
+
+@contextmanager
+def _sums_unsplit() -> Iterator[None]:
+    """Keep convolutions from oneDNN, whose bits depend on the number of threads; MKL's do not in its strict mode."""
+    with _onednn_switch:  # the switch is the process's, and threads may share a model
+        was_enabled = torch.backends.mkldnn.set_flags(_enabled=False, _fp32_precision=None)[0]
+        try:
+            yield
+        finally:
+            torch.backends.mkldnn.set_flags(_enabled=was_enabled, _fp32_precision=None)
+
+
+def _half_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16, which overflows no sooner than float32, where the GPU computes it natively; else float16 (T4, V100)."""
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def _checked_size(input_size: int | tuple[int, int]) -> tuple[int, int]:
+    height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
+    if min(height, width) < _SIZE_DIVISOR or height % _SIZE_DIVISOR or width % _SIZE_DIVISOR:
+        raise SegmenterError(
+            f"--segmenter_input_size {height} x {width}: both sides must be multiples of {_SIZE_DIVISOR}, such as 768"
+        )
+    return height, width
+
+
+def _load_model(checkpoint: str, revision: str | None) -> Mask2FormerForUniversalSegmentation:
+    arguments: dict[str, Any] = {"revision": revision} if revision else {}
+    try:
+        config = AutoConfig.from_pretrained(checkpoint, **arguments)
+        _check_config(checkpoint, config)
+        arguments |= {"config": config, "use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+        loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(checkpoint, **arguments)
+    except (OSError, ValueError, SafetensorError) as error:
+        is_absent_folder = checkpoint.startswith(("/", ".", "~")) and not Path(checkpoint).is_dir()
+        reason = "there is no such folder." if is_absent_folder else str(error).strip().splitlines()[0]
+        raise SegmenterError(
+            f"--segmenter_checkpoint {checkpoint}: {reason} Use a folder that holds config.json and model.safetensors, "
+            f"or a Hugging Face model id that can be downloaded from here, such as {DEFAULT_CHECKPOINT}"
+        ) from error
+    model, info = loaded
+    absent = sorted(str(key) for key in (*info["missing_keys"], *info["mismatched_keys"]))
+    if absent:
+        raise SegmenterError(
+            f"--segmenter_checkpoint {checkpoint}: {len(absent)} weights are missing or have another shape, "
+            f"first {absent[0]}; use a complete Mask2Former checkpoint"
+        )
+    return model.eval()
+
+
+def _check_config(checkpoint: str, config: transformers.PreTrainedConfig) -> None:
+    if config.model_type != "mask2former":
+        raise SegmenterError(
+            f"--segmenter_checkpoint {checkpoint}: a {config.model_type} model, but mask2former is needed, "
+            f"such as {DEFAULT_CHECKPOINT}"
+        )
+    names: dict[Any, str] = dict(config.id2label or {})
+    expected = {category.label: category.name for category in CATEGORIES}
+    if names != expected:
+        label = next((label for label in expected if names.get(label) != expected[label]), len(expected))
+        raise SegmenterError(
+            f"--segmenter_checkpoint {checkpoint}: class {label} of {len(names)} is {names.get(label)!r}, but in COCO "
+            f"panoptic's 133 classes it is {expected.get(label)!r}; use a coco-panoptic checkpoint such as "
+            f"{DEFAULT_CHECKPOINT}"
+        )

@@ -1,0 +1,260 @@
+"""The factory and the Mask2Former segmenter, on tiny random weights. `test_detectron2.py` has the other one."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig, SwinModel
+from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
+
+from collavo.device import DeviceError
+from collavo.panoptic.maps import PanopticError, PanopticMap
+from collavo.panoptic.thresholds import PRESETS
+from collavo.segmenters import SEGMENTERS, Segmenter, SegmenterError, load_segmenter
+from collavo.segmenters.mask2former import Mask2FormerSegmenter, normalise, resize
+from schemas.categories import CATEGORIES
+
+COCO_NAMES = {category.label: category.name for category in CATEGORIES}
+INPUT_HW = (96, 128)
+THRESHOLDS = replace(PRESETS["default"], min_class_score=0.02, overlap=0.1, min_area=0)
+
+
+def tiny_model(id2label: dict[int, str] = COCO_NAMES, width: int = 16) -> Mask2FormerForUniversalSegmentation:
+    torch.manual_seed(0)
+    backbone = SwinConfig(
+        embed_dim=width,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 2, 2, 2],
+        window_size=4,
+        image_size=64,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    sizes = dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim"), 2 * width)
+    model = Mask2FormerForUniversalSegmentation(
+        Mask2FormerConfig(
+            backbone_config=backbone,
+            dim_feedforward=32,
+            encoder_layers=1,
+            decoder_layers=3,
+            num_attention_heads=2,
+            num_queries=20,
+            id2label=id2label,
+            label2id={name: label for label, name in id2label.items()},
+            **sizes,
+        )
+    )
+    with torch.no_grad():  # as drawn, every query says nearly nothing of nearly everything
+        model.class_predictor.weight.mul_(20)
+        for parameter in model.model.transformer_module.decoder.mask_predictor.parameters():
+            parameter.mul_(4)
+    return model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("tiny_mask2former")
+    tiny_model().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def segmenter(checkpoint) -> Segmenter:
+    return load_segmenter(
+        "mask2former", checkpoint=checkpoint, input_size=INPUT_HW, thresholds=THRESHOLDS, device="cpu"
+    )
+
+
+@pytest.fixture(scope="module")
+def images() -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    sizes_hw = [(50, 60), (90, 40), (33, 77), (96, 128), (1, 9)]
+    coarse = [random.integers(0, 256, (4, 5, 3), dtype=np.uint8) for _ in sizes_hw]
+    return [resize(image, size_hw) for image, size_hw in zip(coarse, sizes_hw, strict=True)]
+
+
+def assert_same(one: PanopticMap, other: PanopticMap) -> None:
+    assert np.array_equal(one.index_map, other.index_map)
+    assert one.segments == other.segments
+
+
+def test_every_image_gets_a_map_of_its_own_size(segmenter, images):
+    maps = segmenter.segment(images)
+    assert [panoptic.index_map.shape for panoptic in maps] == [image.shape[:2] for image in images]
+    assert max(len(panoptic.segments) for panoptic in maps) > 2
+
+
+def test_batch_of_one_equals_batch_of_many_in_any_order(segmenter, images):
+    together = segmenter.segment(images)
+    backwards = segmenter.segment(images[::-1])[::-1]
+    for image, one, other in zip(images, together, backwards, strict=True):
+        assert_same(segmenter.segment([image])[0], one)
+        assert_same(one, other)
+    assert segmenter.segment([]) == []
+
+
+def test_pixels_are_those_of_transformers_at_the_same_size():
+    random = np.random.default_rng(1)
+    processor = Mask2FormerImageProcessorPil(size={"height": 96, "width": 128}, do_pad=False)
+    for size_hw in [(480, 640), (31, 47), (96, 128)]:
+        image = random.integers(0, 256, (*size_hw, 3), dtype=np.uint8)
+        theirs = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"]
+        ours = normalise(torch.from_numpy(resize(image, INPUT_HW))[None])
+        assert torch.equal(ours, theirs)
+
+
+def test_paper_preset_repeats_what_transformers_makes_of_an_image(checkpoint, images):
+    paper = replace(PRESETS["paper"], min_class_score=0.02, mask_probability=0.02, overlap=0.1)
+    segmenter = Mask2FormerSegmenter(checkpoint, input_size=INPUT_HW, thresholds=paper, device="cpu")
+    processor = Mask2FormerImageProcessorPil(size={"height": 96, "width": 128}, do_pad=False)
+    model = Mask2FormerForUniversalSegmentation.from_pretrained(checkpoint).eval()
+    for image in images[:3]:
+        with torch.inference_mode():
+            outputs = model(**processor(Image.fromarray(image), return_tensors="pt"))
+        (theirs,) = processor.post_process_panoptic_segmentation(
+            outputs,
+            threshold=0.02,
+            mask_threshold=0.02,
+            overlap_mask_area_threshold=0.1,
+            label_ids_to_fuse=(),
+            target_sizes=[image.shape[:2]],
+        )
+        (ours,) = segmenter.segment([image])
+        assert sorted(segment.label for segment in ours.segments) == sorted(
+            info["label_id"] for info in theirs["segments_info"]
+        )
+        ids = np.array([0, *(segment.id for segment in ours.segments)])[ours.index_map]
+        # transformers runs on oneDNN here, whose last bits are others.
+        assert (ids == theirs["segmentation"].numpy()).mean() > 0.999
+
+
+def test_twice_the_threads_do_not_change_a_bit(tmp_path):
+    """Wide enough for threads to split the sums of a layer; in a process of its own, where nothing used MKL before."""
+    if not torch.backends.mkl.is_available():
+        pytest.skip("this torch has no MKL")
+    tiny_model(width=96).save_pretrained(tmp_path)
+    code = f"""
+import numpy as np, torch
+from collavo.segmenters.mask2former import Mask2FormerSegmenter
+segmenter = Mask2FormerSegmenter({str(tmp_path)!r}, input_size=128, device="cpu")
+image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
+results = []
+for threads in (1, 2, 4):
+    torch.set_num_threads(threads)
+    results.append(segmenter._logits([image]))
+assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_facts_say_what_is_needed_to_repeat_a_run(segmenter, checkpoint):
+    facts = json.loads(json.dumps(segmenter.facts))
+    assert facts["checkpoint"] == checkpoint
+    assert facts["input_size_hw"] == [96, 128]
+    assert facts["thresholds"]["min_class_score"] == 0.02
+    assert (facts["device"], facts["dtype"], facts["batch_size"]) == ("cpu", "float32", 1)
+    assert facts["versions"]["torch"] == torch.__version__
+
+
+def refusal(checkpoint: str | Path, **options) -> str:
+    with pytest.raises(SegmenterError) as caught:
+        Mask2FormerSegmenter(str(checkpoint), device="cpu", **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_other_classes_are_refused(tmp_path):
+    swapped = {**COCO_NAMES, 3: "airplane", 4: "motorcycle"}
+    tiny_model(swapped).save_pretrained(tmp_path / "swapped")
+    assert "class 3 of 133 is 'airplane'" in refusal(tmp_path / "swapped")
+    tiny_model({label: name for label, name in COCO_NAMES.items() if label < 80}).save_pretrained(tmp_path / "things")
+    assert "class 80 of 80 is None" in refusal(tmp_path / "things")
+
+
+def test_other_architectures_are_refused(tmp_path):
+    SwinModel(SwinConfig(embed_dim=16, depths=[1], num_heads=[1])).save_pretrained(tmp_path)
+    assert "a swin model, but mask2former is needed" in refusal(tmp_path)
+
+
+def test_missing_weights_are_refused_and_not_drawn_at_random(checkpoint, tmp_path):
+    weights = load_file(f"{checkpoint}/model.safetensors")
+    del weights["class_predictor.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes(Path(checkpoint, "config.json").read_bytes())
+    assert "1 weights are missing or have another shape, first class_predictor.weight" in refusal(tmp_path)
+
+
+def test_pickled_weights_are_not_read(checkpoint, tmp_path):
+    torch.save(load_file(f"{checkpoint}/model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_bytes(Path(checkpoint, "config.json").read_bytes())
+    assert "model.safetensors" in refusal(tmp_path)
+
+
+def test_damaged_weights_are_refused(checkpoint, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(Path(checkpoint, "model.safetensors").read_bytes()[:1000])
+    (tmp_path / "config.json").write_bytes(Path(checkpoint, "config.json").read_bytes())
+    assert str(tmp_path) in refusal(tmp_path)
+
+
+def test_missing_checkpoint_names_the_flag_and_what_would_work(tmp_path, monkeypatch):
+    assert "there is no such folder" in refusal(tmp_path / "absent")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    message = refusal("facebook/mask2former-swin-large-coco-panoptic")
+    assert message.startswith("--segmenter_checkpoint facebook/mask2former-swin-large-coco-panoptic: ")
+    assert "a folder that holds config.json and model.safetensors" in message
+
+
+@pytest.mark.parametrize("input_size", [100, (96, 100), 0, (-32, 32)])
+def test_input_sizes_off_the_grid_are_refused(checkpoint, input_size):
+    assert "--segmenter_input_size" in refusal(checkpoint, input_size=input_size)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with CUDA has nothing to refuse")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_cuda_without_cuda_is_an_error_and_not_a_slow_run(checkpoint, device):
+    with pytest.raises(DeviceError, match=rf"--device {device}: .* finds 0 CUDA devices"):
+        Mask2FormerSegmenter(checkpoint, device=device)
+
+
+def test_unknown_devices_are_refused(checkpoint):
+    with pytest.raises(DeviceError, match="--device gpu: not a device"):
+        Mask2FormerSegmenter(checkpoint, device="gpu")
+
+
+def test_overflow_is_an_error_and_not_an_image_without_objects(checkpoint, images):
+    segmenter = Mask2FormerSegmenter(checkpoint, input_size=INPUT_HW, device="cpu")
+    with torch.no_grad():
+        segmenter._model.class_predictor.weight.fill_(float("inf"))
+    with pytest.raises(PanopticError, match="class logits are not finite"):
+        segmenter.segment(images[:1])
+
+
+def test_factory_knows_both_segmenters_and_says_how_to_install_the_optional_one():
+    assert SEGMENTERS == ("mask2former", "detectron2")
+    try:
+        import detectron2  # noqa: F401
+    except ImportError:
+        with pytest.raises(SegmenterError, match=r"install it with: pip install .*detectron2"):
+            load_segmenter("detectron2")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gpu_batches_are_filled_up_so_that_company_changes_nothing(checkpoint, images):
+    segmenter = Mask2FormerSegmenter(
+        checkpoint, input_size=INPUT_HW, thresholds=THRESHOLDS, device="cuda", batch_size=4
+    )
+    together = segmenter.segment(images)
+    for image, panoptic in zip(images, together, strict=True):
+        assert_same(segmenter.segment([image])[0], panoptic)
