@@ -118,7 +118,7 @@ def _read_sources(pipeline: beam.Pipeline, job: CrayonJob) -> tuple[beam.PCollec
     readers: list[tuple[str, tuple[Any, ...], beam.DoFn]] = [
         ("Coco", job.sources.coco, ReadCoco()),
         ("Llava", job.sources.llava, ReadLlava()),
-        ("Images", job.sources.images, ReadImageList()),
+        ("ImageList", job.sources.images, ReadImageList()),
     ]
     for name, sources, reader in readers:
         if sources:
