@@ -1,19 +1,23 @@
 """Runs the build: draws sample scenes where no source is named, shows progress, and sums up in the end."""
 
 import fcntl
+import io
 import json
+import logging
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import StandardOptions
+from apache_beam.options.pipeline_options import DirectOptions, StandardOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from apache_beam.transforms.environments import SubprocessSDKEnvironment
 from rich.console import Console
 from rich.table import Table
 
@@ -44,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         line = _user_line(error)
         if line is None:
             raise
-        console.print(f"build_crayon.py: error: {line}", markup=False, highlight=False, soft_wrap=True)
+        print(f"build_crayon.py: error: {line}", file=sys.stderr)
         return 1
     _print_summary(output, time.perf_counter() - start, console)
     return 0
@@ -57,8 +61,11 @@ def _sole_writer(output: str) -> Iterator[None]:
         yield
         return
     folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise JobError(f"--output {output}: {error.strerror}; name a folder that can be written to") from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -84,15 +91,30 @@ def _draw_scenes(command: Command, console: Console) -> None:
 
 def _run(command: Command, console: Console) -> None:
     runner: Any = command.beam_options.view_as(StandardOptions).runner
+    direct = command.beam_options.view_as(DirectOptions)
+    # In threads, Beam prints each traceback before it raises it.
+    quiet = redirect_stderr(io.StringIO()) if direct.direct_running_mode == "multi_threading" else nullcontext()
     if runner == "DirectRunner":
-        # Beam's switch would first try to download its Prism runner; this is the one it falls back to.
-        runner = FnApiRunner()
+        runner = _local_runner(direct)
     staging = command.job.staging
     local = isinstance(runner, FnApiRunner) and is_local(staging)
-    with ProgressDisplay(staging, console) if local else nullcontext():
+    with ProgressDisplay(staging, console) if local else nullcontext(), quiet:
         pipeline = beam.Pipeline(runner=runner, options=command.beam_options)
         build_graph(pipeline, command.job)
         pipeline.run().wait_until_finish()
+
+
+def _local_runner(options: DirectOptions) -> FnApiRunner:
+    """What Beam's DirectRunner falls back to after it tried to download another one, without its log.
+
+    Whatever fails is raised here in the end, with its traceback; Beam would log that several times before.
+    """
+    logging.getLogger("apache_beam").setLevel(logging.CRITICAL)
+    if options.direct_running_mode != "multi_processing":
+        return FnApiRunner()
+    options.direct_running_mode = "in_memory"  # in other modes the runner chooses the environment by itself
+    command = f"{shlex.quote(sys.executable)} -m pipelines.local_worker"
+    return FnApiRunner(default_environment=SubprocessSDKEnvironment.from_command_string(command))
 
 
 def _user_line(error: BaseException | None) -> str | None:
