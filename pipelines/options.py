@@ -6,9 +6,9 @@ neither knows is refused, and so is every contradiction, in one line, before any
 
 import argparse
 import math
+import re
 import uuid
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import partial
@@ -23,10 +23,12 @@ from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, PhrasebookError,
 from collavo.instructions.write import InstructionOptions
 from collavo.panoptic.thresholds import PRESETS
 from collavo.segmenters import SEGMENTERS, load_segmenter
+from pipelines.beam_options import check_file_systems, check_workers, parse_beam_options
 from pipelines.crayon_job import CrayonJob, ModelConfig
 from pipelines.finish import Publication, published_files
 from pipelines.sources import CocoSource, ImagesSource, LlavaSource, Sources
 from pipelines.storage import exists, is_local, join, list_files
+from pipelines.usage import Parser, UsageError
 from schemas.crayon_row import TASKS
 
 _DESCRIPTION = """\
@@ -50,8 +52,33 @@ examples:
 """
 
 
-class UsageError(ValueError):
-    """A command line that cannot work; the message names the flag, what was found and what would work."""
+_PATH_FLAGS = (
+    "coco_panoptic",
+    "coco_images",
+    "coco_masks",
+    "llava_json",
+    "image_root",
+    "images",
+    "from_crayon",
+    "output",
+)
+"""Flags whose values may lie on any file system that Beam knows."""
+
+_MASK2FORMER_FLAGS = ("segmenter_preset", "segmenter_input_size")
+
+_MODEL_FLAGS = ("segmenter_checkpoint", "segmenter_config", *_MASK2FORMER_FLAGS, "model_copies")
+"""Flags that say nothing where no model runs; the device and the bounds of a batch may stand for all cases."""
+
+_IMAGE_FLAGS = (
+    "segmenter",
+    *_MODEL_FLAGS,
+    "device",
+    "batch_size",
+    "max_batch_pixels",
+    "validation_ratio",
+    "max_pixels",
+)
+"""Flags about what is settled in finished rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +104,24 @@ def parse_command(argv: Sequence[str]) -> Command:
     parser = build_parser()
     flags, rest = parser.parse_known_args(argv)
     try:
-        beam_options = _beam_options(rest)
+        beam_options = parse_beam_options(parser.prog, rest)
         _check_values(flags)
+        given = {name for name, value in vars(flags).items() if value != parser.get_default(name)}
+        _check_unused(flags, given)
+        check_file_systems(beam_options, _paths(flags))
         _check_output(flags)
         scenes = _scene_request(flags)
         sources = _scene_sources(scenes) if scenes else _named_sources(flags)
-        return Command(_job(flags, beam_options, sources), beam_options, scenes)
-    except (UsageError, PhrasebookError) as error:
+        job = _job(flags, beam_options, sources)
+        _check_model_flags(given, job)
+        check_workers(beam_options, flags.device if job.model else None, flags.model_copies)
+        return Command(job, beam_options, scenes)
+    except UsageError as error:
         parser.error(str(error))
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="build_crayon.py",
         usage="build_crayon.py [sources] [options] [Beam's options]",
         description=_DESCRIPTION,
@@ -183,27 +216,16 @@ def _add_flag(
     group.add_argument(f"--{name}", metavar=metavar, help=shown, default=default, choices=choices, type=kind)
 
 
-def _beam_options(rest: Sequence[str]) -> PipelineOptions:
-    """Beam's options out of what our parser did not know, refusing what Beam does not know either."""
-    beam_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for options_class in PipelineOptions.__subclasses__():
-        with suppress(argparse.ArgumentError):  # a few options are declared by two of Beam's classes
-            options_class._add_argparse_args(beam_parser)  # type: ignore[arg-type]
-    _, unknown = beam_parser.parse_known_args(list(rest))
-    if unknown:
-        raise UsageError(f"unknown flag {unknown[0]}; --help lists the build's own, the rest must be one of Beam's")
-    options = PipelineOptions(list(rest))
-    standard = options.view_as(StandardOptions)
-    standard.runner = standard.runner or "DirectRunner"
-    return options
-
-
 def _check_values(flags: argparse.Namespace) -> None:
-    at_least_one = ("scenes", "batch_size", "max_batch_pixels", "model_copies", "max_instructions", "num_shards")
-    for name in (*at_least_one, "max_pixels"):
+    at_least_one = ("scenes", "segmenter_input_size", "batch_size", "max_batch_pixels", "model_copies")
+    for name in (*at_least_one, "max_instructions", "num_shards", "max_pixels"):
         value = getattr(flags, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name} is {value}, but must be at least 1")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", flags.device):
+        raise UsageError(f"--device is {flags.device}, but must be auto, cpu, cuda or cuda:N")
+    if flags.max_listed_objects < 0:
+        raise UsageError(f"--max_listed_objects is {flags.max_listed_objects}, but must be 0 or more")
     for name in ("validation_ratio", "max_reject_ratio"):
         if not 0 <= getattr(flags, name) <= 1:
             raise UsageError(f"--{name} is {getattr(flags, name)}, but must be within 0 and 1")
@@ -213,7 +235,37 @@ def _check_values(flags: argparse.Namespace) -> None:
         raise UsageError(f"--max_pixels is {flags.max_pixels}, but Pillow decodes no more than {HARD_MAX_PIXELS}")
 
 
+def _check_unused(flags: argparse.Namespace, given: Set[str]) -> None:
+    """Refuse flags that the others leave without effect: whoever sets one expects it to act."""
+    sources = flags.coco_panoptic or flags.llava_json or flags.images or flags.from_crayon
+    rules = [
+        *((name, flags.coco_panoptic, "with --coco_panoptic") for name in ("coco_images", "coco_masks")),
+        ("image_root", flags.llava_json or flags.images, "with --llava_json or --images"),
+        *((name, not sources, "where no source is named") for name in ("scenes", "scene_size")),
+        ("segmenter_config", flags.segmenter == "detectron2", "with --segmenter detectron2"),
+        *((name, flags.segmenter != "detectron2", "with mask2former") for name in _MASK2FORMER_FLAGS),
+        *((name, not flags.from_crayon, "on images; --from_crayon reads finished rows") for name in _IMAGE_FLAGS),
+    ]
+    for name, acts, where in rules:
+        if name in given and not acts:
+            raise UsageError(f"--{name} acts only {where}")
+
+
+def _check_model_flags(given: Set[str], job: CrayonJob) -> None:
+    for name in _MODEL_FLAGS:
+        if name in given and job.model is None:
+            raise UsageError(f"--{name}: no model runs, annotations are all there is; --segmenter mask2former runs one")
+
+
+def _paths(flags: argparse.Namespace) -> list[tuple[str, str]]:
+    """Flag and path of every path given."""
+    values = {name: getattr(flags, name) or [] for name in _PATH_FLAGS}
+    return [(name, path) for name, value in values.items() for path in ([value] if isinstance(value, str) else value)]
+
+
 def _check_output(flags: argparse.Namespace) -> None:
+    if is_local(flags.output) and Path(flags.output).exists() and not Path(flags.output).is_dir():
+        raise UsageError(f"--output {flags.output}: is a file; name a folder")
     present = published_files(flags.output)
     if present and not flags.overwrite:
         raise UsageError(
@@ -290,7 +342,10 @@ def _job(flags: argparse.Namespace, beam_options: PipelineOptions, sources: Sour
     templates = Path(flags.templates) if flags.templates else DEFAULT_PHRASEBOOK
     names = [field.name for field in fields(InstructionOptions)]
     options = InstructionOptions(**{name: _tupled(getattr(flags, name)) for name in names})
-    phrasebook = load_phrasebook(templates)
+    try:
+        phrasebook = load_phrasebook(templates)
+    except PhrasebookError as error:
+        raise UsageError(f"--templates {error}") from error
     if not set(options.tasks) & set(phrasebook.phrasings):
         known = ", ".join(phrasebook.phrasings)
         raise UsageError(f"--tasks {' '.join(options.tasks)}: {templates} has phrasings for {known} only")
@@ -330,13 +385,13 @@ def _model(flags: argparse.Namespace, sources: Sources) -> ModelConfig | None:
     if flags.segmenter == "annotations" or sources.crayon_files or (flags.segmenter == "auto" and annotated_only):
         return None
     name = "mask2former" if flags.segmenter == "auto" else flags.segmenter
-    options: dict[str, Any] = {"thresholds": PRESETS[flags.segmenter_preset], "device": flags.device}
-    if flags.segmenter_checkpoint:
-        options["checkpoint"] = flags.segmenter_checkpoint
+    options: dict[str, Any] = {"checkpoint": flags.segmenter_checkpoint, "device": flags.device}
     if name == "mask2former":
-        options["batch_size"] = flags.batch_size
-        if flags.segmenter_input_size:
-            options["input_size"] = flags.segmenter_input_size
+        options |= {"input_size": flags.segmenter_input_size, "batch_size": flags.batch_size}
+        options["thresholds"] = PRESETS[flags.segmenter_preset]
+    else:
+        options["config"] = flags.segmenter_config
+    options = {name: value for name, value in options.items() if value is not None}
     return ModelConfig(
         load=partial(load_segmenter, name, **options),
         batch_size=flags.batch_size,

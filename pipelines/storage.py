@@ -31,6 +31,14 @@ def is_local(uri: str) -> bool:
     return "://" not in uri
 
 
+def has_file_system(uri: str) -> bool:
+    """Whether files of this kind can be reached at all: some need an extra of Beam's, some schemes nobody knows."""
+    try:
+        return is_local(uri) or bool(FileSystems.get_filesystem(uri))
+    except ValueError:
+        return False
+
+
 def join(root: str, relative: str) -> str:
     """A path below a root, on any file system."""
     return posixpath.join(root, relative) if is_local(root) else FileSystems.join(root, *relative.split("/"))
@@ -55,6 +63,8 @@ def read_bytes(uri: str) -> bytes:
     Raises:
         StorageError: `missing_file`, `not_a_file`, `unreadable_file`, or `oversized_file` above `MAX_FILE_BYTES`.
     """
+    if not has_file_system(uri):
+        raise StorageError("unreadable_file", f"{uri}: Beam has no file system for it here")
     try:
         if is_local(uri) and not stat.S_ISREG(os.stat(uri).st_mode):
             raise StorageError("not_a_file", uri)  # opening a named pipe would wait for ever
