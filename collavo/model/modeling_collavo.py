@@ -1,5 +1,6 @@
 """CoLLaVO as a transformers model: LLaVA, and the Crayon Prompt added to the image tokens at every attention input.
- The signal travels as a keyword argument of the ordinary call, through the language model and its layers to each
+
+The signal travels as a keyword argument of the ordinary call, through the language model and its layers to each
 attention module, where a hook takes it out and adds it. So gradient checkpointing recomputes it, the KV cache holds
 what came of it, and beams and batches need nothing special. Any language model works whose layers hand their keyword
 arguments on to a `self_attn`: transformers' Llama, Qwen, Mistral and InternLM3, among others.
@@ -64,7 +65,8 @@ class CollavoModel(LlavaModel):
             sequence_ids: int [batch, tokens] for packed sequences; see `collavo.model.packing`.
         """
         if sequence_ids is not None:
-            attention_mask = packing_mask(sequence_ids, self.config.text_config._attn_implementation, self.dtype)
+            attention = self.language_model.config._attn_implementation
+            attention_mask = packing_mask(sequence_ids, attention, self.dtype)
         has_images = pixel_values is not None or (mm_encoder_outputs or {}).get("image") is not None
         if has_images and self.config.has_crayon_prompt:
             kwargs[CRAYON_SIGNAL] = self.signal(input_ids, semantic_ids, numbering_ids)

@@ -1,5 +1,6 @@
 """Which samples make up which step.
- Every step is of one kind: crayon instructions or dialogues. The plan walks through the data in windows of a few row
+
+Every step is of one kind: crayon instructions or dialogues. The plan walks through the data in windows of a few row
 groups, in shuffled order; within a window all samples are shuffled, and so are the batches of both kinds. What does
 not fill a batch is carried into the next window. So every file is read about once, in order of use; and since the plan
 of an epoch follows from the seed alone, a resumed run skips what is done, and each rank takes its share of each batch.

@@ -1,5 +1,6 @@
 """From samples to tensors: rows read, images decoded, maps gridded, texts rendered, sequences padded.
- All of it happens in the loader's workers. A worker keeps the row groups it has read until the plan has moved on, so
+
+All of it happens in the loader's workers. A worker keeps the row groups it has read until the plan has moved on, so
 that one worker reads every byte once.
 """
 

@@ -1,5 +1,6 @@
 """Steps: forward, backward, update, and what goes with them - metrics, evaluation, checkpoints.
- A step takes one batch of one kind. Its loss is the mean over all supervised tokens of the batch, wherever they are
+
+A step takes one batch of one kind. Its loss is the mean over all supervised tokens of the batch, wherever they are
 computed, so that micro-batches and ranks change nothing but the time. Gradients are summed over ranks here, by hand:
 the weights that learn differ from step to step, which a wrapper that fixes them once cannot follow.
 """

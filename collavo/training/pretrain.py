@@ -1,7 +1,8 @@
 """Pre-train the embedded base: a small LLaVA-shaped model with its tokenizer, from scratch, on drawn scenes.
 
     python -m collavo.training.pretrain --output runs/base --steps 10000
- It learns what a large base would bring along: to see (colours, places, what stands where), to speak (the dialogues
+
+It learns what a large base would bring along: to see (colours, places, what stands where), to speak (the dialogues
 that come with the scenes), to write numbers and plurals. No crayon task is among it: nothing is counted, boxed, listed
 or asked for by class, and no crayon map is shown. The folder `model` in the output is a base for `collavo.train
 --preset`. A stopped run goes on when the command is repeated.

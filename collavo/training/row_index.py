@@ -1,5 +1,6 @@
 """What a data set holds, without its images: where each row lies, and how long its texts are.
- Built by reading the text columns once; everything that decides which samples there are, and in which order, rests on
+
+Built by reading the text columns once; everything that decides which samples there are, and in which order, rests on
 it.
 """
 

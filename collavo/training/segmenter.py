@@ -1,7 +1,8 @@
 """Train the embedded segmenter: a small Mask2Former, from scratch, on drawn scenes.
 
     python -m collavo.training.segmenter --output runs/segmenter --steps 60000
- Writes checkpoints and metrics into the output folder, and in the end the model itself: `config.json` and
+
+Writes checkpoints and metrics into the output folder, and in the end the model itself: `config.json` and
 `model.safetensors`, which `--segmenter mask2former --segmenter_checkpoint runs/segmenter/model` loads. A stopped run
 goes on when the command is repeated. How good it is: `benchmarks/segmenter_quality.py`.
 """

@@ -3,7 +3,8 @@
     cpt         queries and connector learn; no adapter is active
     image_cit   queries, connector and the first adapter learn; the second is active and stays as it is
     vl_cit      queries, connector and the second adapter learn; the first is active and stays as it is
- Everything that has to agree about a stage - active adapters, trainable weights, the optimizer's groups - is set here
+
+Everything that has to agree about a stage - active adapters, trainable weights, the optimizer's groups - is set here
 and checked here. A stage changes between complete steps only: a backward pass under another stage than its forward
 pass would give wrong gradients without a word.
 """
