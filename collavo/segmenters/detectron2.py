@@ -55,7 +55,7 @@ class Detectron2Segmenter:
         """
         self._device = resolve_device(device)
         cfg = _load_config(config, checkpoint)
-        self._label_of = _label_tables(config, cfg)
+        self._label_of = label_tables(cfg)
         self._model = _load_model(cfg)
         move_to_device(self._model, self._device)
         self._is_bgr = cfg.INPUT.FORMAT == "BGR"
@@ -90,17 +90,26 @@ class Detectron2Segmenter:
         pixels = torch.as_tensor(resized.astype(np.float32).transpose(2, 0, 1))
         (result,) = self._model([{"image": pixels, "height": height, "width": width}])
         ids, segments_info = result["panoptic_seg"]
-        return self._as_map(ids.cpu().numpy(), segments_info)
+        return as_panoptic_map(ids.cpu().numpy(), segments_info, self._label_of)
 
-    def _as_map(self, ids: np.ndarray, segments_info: Sequence[dict[str, Any]]) -> PanopticMap:
-        """What is listed and has pixels becomes a segment; pixels of anything else are unlabelled."""
-        present = set(np.unique(ids).tolist())
-        infos = [
-            SegmentInfo(info["id"], self._label_of[info["isthing"]][info["category_id"]], score=info.get("score"))
-            for info in segments_info
-            if info["id"] in present
-        ]
-        return build_panoptic_map(np.where(np.isin(ids, [info.id for info in infos]), ids, 0), infos)
+
+def as_panoptic_map(
+    ids: np.ndarray, segments_info: Sequence[dict[str, Any]], label_of: dict[bool, dict[int, int]]
+) -> PanopticMap:
+    """What is listed and has pixels becomes a segment; pixels of anything else are unlabelled.
+
+    Args:
+        ids: integer [height, width], the first half of detectron2's `panoptic_seg`.
+        segments_info: the second half.
+        label_of: see `label_tables`.
+    """
+    present = set(np.unique(ids).tolist())
+    infos = [
+        SegmentInfo(info["id"], label_of[info["isthing"]][info["category_id"]], score=info.get("score"))
+        for info in segments_info
+        if info["id"] in present
+    ]
+    return build_panoptic_map(np.where(np.isin(ids, [info.id for info in infos]), ids, 0), infos)
 
 
 def _load_config(config: str, checkpoint: str | None) -> CfgNode:
@@ -126,7 +135,7 @@ def _load_config(config: str, checkpoint: str | None) -> CfgNode:
     return cfg
 
 
-def _label_tables(config: str, cfg: CfgNode) -> dict[bool, dict[int, int]]:
+def label_tables(cfg: CfgNode) -> dict[bool, dict[int, int]]:
     """Labels by detectron2's own class ids, for things (True) and for stuff (False).
 
     detectron2 counts things and stuff apart. In the "separated" data sets that Panoptic-FPN is trained on, things are
@@ -136,17 +145,15 @@ def _label_tables(config: str, cfg: CfgNode) -> dict[bool, dict[int, int]]:
     data_set = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else ""
     metadata = MetadataCatalog.get(data_set)
     tables = {}
-    for is_thing, attribute in (
-        (True, "thing_dataset_id_to_contiguous_id"),
-        (False, "stuff_dataset_id_to_contiguous_id"),
-    ):
-        class_ids = {key: value for key, value in getattr(metadata, attribute, {}).items() if key != 0}
+    for is_thing, kind in ((True, "thing"), (False, "stuff")):
+        listed: dict[int, int] = getattr(metadata, f"{kind}_dataset_id_to_contiguous_id", {})
+        class_ids = {category_id: class_id for category_id, class_id in listed.items() if category_id != 0}
         if class_ids.keys() != {category.category_id for category in CATEGORIES if category.is_thing == is_thing}:
             raise SegmenterError(
-                f"--segmenter_config {config}: DATASETS.TEST is {data_set!r}, but COCO panoptic's 133 classes are "
+                f"--segmenter_config: its DATASETS.TEST is {data_set!r}, but COCO panoptic's 133 classes are "
                 "needed, as in coco_2017_val_panoptic_separated"
             )
-        tables[is_thing] = {class_id: BY_CATEGORY_ID[key].label for key, class_id in class_ids.items()}
+        tables[is_thing] = {class_id: BY_CATEGORY_ID[category_id].label for category_id, class_id in class_ids.items()}
     return tables
 
 
