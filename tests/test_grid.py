@@ -108,6 +108,6 @@ def test_crowds_of_more_than_twenty_stay_within_the_table_of_numbers():
     assert sorted(set(numbering.ravel().tolist())) == list(range(21))
 
 
-def test_more_segments_than_cells_are_refused():
-    with pytest.raises(ValueError, match="5 segments do not fit a grid of 2 x 2 cells"):
-        segment_grid(np.arange(1, 6).reshape(1, 5), 5, (2, 2))
+def test_of_more_segments_than_cells_the_largest_are_kept():
+    index_map = np.repeat(np.arange(1, 6), [4, 1, 3, 2, 6]).reshape(1, 16)
+    assert sorted(segment_grid(index_map, 5, (2, 2)).ravel().tolist()) == [1, 3, 4, 5]

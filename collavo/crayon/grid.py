@@ -1,7 +1,8 @@
 """The crayon map on the model's patch grid: one semantic and one numbering index per cell.
 
 A cell belongs to the segment that covers most of it. A segment that wins no cell still gets one - the cell it covers
-most, the smallest segment first - because an object that is asked about must not be invisible in the prompt.
+most, the smallest segment first - because an object that is asked about must not be invisible in the prompt. Only
+where there are more segments than cells do the smallest go without.
 """
 
 import heapq
@@ -24,9 +25,6 @@ def crayon_grid(
 
     Returns:
         two int64 arrays of shape `grid_hw`: 0..133 (0 unknown, else label + 1) and 0..20 (0 not numbered).
-
-    Raises:
-        ValueError: if there are more segments than cells.
     """
     positions = segment_grid(index_map, len(segments), grid_hw)
     semantic = np.array([0, *(segment.label + 1 for segment in segments)])
@@ -37,9 +35,8 @@ def crayon_grid(
 def segment_grid(index_map: np.ndarray, segment_count: int, grid_hw: tuple[int, int]) -> np.ndarray:
     """Which segment each cell belongs to: int64 of shape `grid_hw`, position in the segments + 1, 0 = unknown."""
     rows, columns = grid_hw
-    if segment_count > rows * columns:
-        raise ValueError(f"{segment_count} segments do not fit a grid of {rows} x {columns} cells")
     covered = _covered_pixels(index_map, segment_count, rows, columns)
+    _forget_smallest(covered, segment_count - rows * columns)
     best = covered[:, 1:].argmax(axis=1) + 1 if segment_count else np.zeros(len(covered), dtype=np.int64)
     owner = np.where(covered[np.arange(len(covered)), best] >= covered[:, 0], best, 0)
     _rescue_vanished(owner, covered, columns)
@@ -57,6 +54,15 @@ def _covered_pixels(index_map: np.ndarray, segment_count: int, rows: int, column
     bins = (row_cells[:, None] + column_cells) * (segment_count + 1) + index_map
     counts = np.bincount(bins.ravel(), minlength=rows * columns * (segment_count + 1))
     return counts.reshape(rows * columns, segment_count + 1)
+
+
+def _forget_smallest(covered: np.ndarray, count: int) -> None:
+    """Make the smallest segments unknown, in place; with more segments than cells, they are those that find no
+    place."""
+    if count > 0:
+        smallest = 1 + np.argsort(covered[:, 1:].sum(axis=0), kind="stable")[:count]
+        covered[:, 0] += covered[:, smallest].sum(axis=1)
+        covered[:, smallest] = 0
 
 
 def _rescue_vanished(owner: np.ndarray, covered: np.ndarray, columns: int) -> None:

@@ -1,0 +1,102 @@
+"""The plan of an epoch: everything once, one kind a batch, the same for everyone."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from collavo.training.batch_plan import Batch, PlanOptions, plan_epoch
+from collavo.training.batches import micro_batches
+from collavo.training.row_index import KINDS, Kind, RowGroup, RowIndex, Texts
+
+
+def index(instructions: list[int], dialogues: list[int], group_rows: int = 3) -> RowIndex:
+    """Rows with so many instructions and dialogues each, every text ten tokens long."""
+    groups = [
+        RowGroup(Path("a.parquet"), i, first, min(group_rows, len(instructions) - first))
+        for i, first in enumerate(range(0, len(instructions), group_rows))
+    ]
+    texts = {}
+    for kind, counts in zip(KINDS, (instructions, dialogues), strict=True):
+        numbers = [n for count in counts for n in range(count)]
+        offsets = np.concatenate(([0], np.cumsum(counts)))
+        texts[kind] = Texts(offsets, np.array(numbers, np.int32), np.full(len(numbers), 10, np.int32))
+    return RowIndex(tuple(groups), texts, {"crayon": 0, "dialogue": 0}, False)
+
+
+def options(**changes: object) -> PlanOptions:
+    plain = {"batch_size": 1, "seed": 0, "instructions_per_sequence": 4, "max_tokens": 100}
+    return PlanOptions(**{**plain, **changes})  # type: ignore[arg-type]
+
+
+def texts_in(batches: list[Batch]) -> Counter[tuple[Kind, int, int]]:
+    return Counter((s.kind, s.row, number) for batch in batches for s in batch.samples for number in s.numbers)
+
+
+COUNTS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=12)
+
+
+@given(COUNTS, st.integers(0, 3))
+def test_an_epoch_holds_every_text_once(counts: list[tuple[int, int]], seed: int) -> None:
+    rows = index([c for c, _ in counts], [d for _, d in counts])
+    found = texts_in(plan_epoch(rows, KINDS, options(seed=seed), epoch=0))
+    expected = {
+        (kind, row, number)
+        for row, pair in enumerate(counts)
+        for kind, count in zip(KINDS, pair, strict=True)
+        for number in range(count)
+    }
+    assert set(found) == expected
+    assert not found or set(found.values()) == {1}
+
+
+@given(COUNTS, st.integers(1, 4))
+def test_a_batch_is_full_and_of_one_kind_and_only_a_remainder_is_left_out(
+    counts: list[tuple[int, int]], batch_size: int
+) -> None:
+    rows = index([c for c, _ in counts], [d for _, d in counts])
+    whole = plan_epoch(rows, KINDS, options(), epoch=0)
+    batches = plan_epoch(rows, KINDS, options(batch_size=batch_size), epoch=0)
+    for batch in batches:
+        assert {sample.kind for sample in batch.samples} == {batch.kind}
+        assert len(batch.samples) == batch_size
+    for kind in KINDS:
+        sequences = sum(batch.kind == kind for batch in whole)
+        assert sum(batch.kind == kind for batch in batches) == sequences // batch_size
+
+
+def test_packs_are_bounded_by_number_and_by_tokens() -> None:
+    rows = index([20], [0])
+    for bounds, largest in (({}, 4), ({"max_tokens": 25}, 2), ({"instructions_per_sequence": 1}, 1)):
+        packs = [s for batch in plan_epoch(rows, ("crayon",), options(**bounds), 0) for s in batch.samples]
+        assert max(len(pack.numbers) for pack in packs) == largest
+
+
+def test_the_plan_follows_from_the_seed_and_differs_between_epochs() -> None:
+    rows = index([8] * 12, [2] * 12)
+    plans = [plan_epoch(rows, KINDS, options(seed=seed), epoch) for seed, epoch in ((0, 0), (0, 0), (1, 0), (0, 1))]
+    assert plans[0] == plans[1]
+    assert plans[0] != plans[2]
+    assert plans[0] != plans[3]
+
+
+def test_kinds_are_mixed_as_asked_and_the_scarce_kind_is_kept_whole() -> None:
+    rows = index([40] * 60, [1] * 60)  # 600 packs, 60 dialogues
+    batches = plan_epoch(rows, KINDS, options(crayon_share=0.5), epoch=0)
+    kinds = Counter(batch.kind for batch in batches)
+    assert kinds["dialogue"] == 60
+    assert 40 <= kinds["crayon"] <= 80
+
+
+def test_ranks_share_every_batch_and_see_the_same_kind_at_the_same_step() -> None:
+    for batch in plan_epoch(index([8] * 12, [4] * 12), KINDS, options(batch_size=4), epoch=0):
+        shares = [[s for piece in micro_batches(batch, 1, rank, 2) for s in piece] for rank in range(2)]
+        assert sorted(shares[0] + shares[1]) == sorted(batch.samples)
+        assert len(shares[0]) == len(shares[1]) == 2
+
+
+def test_crayon_prompt_tuning_sees_no_dialogue() -> None:
+    batches = plan_epoch(index([8] * 5, [4] * 5), ("crayon",), options(), epoch=0)
+    assert {batch.kind for batch in batches} == {"crayon"}

@@ -1,0 +1,127 @@
+"""From Parquet rows to tensors."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_model import GRID, scene_rows, tiny_processor, write_crayon_file
+
+from collavo.crayon.grid import crayon_grid
+from collavo.crayon.index_png import decode_index_map
+from collavo.crayon_files import DataError, crayon_files
+from collavo.images import decode_rgb
+from collavo.training import batches as batches_module
+from collavo.training.batch_plan import PlanOptions, Sample, plan_epoch
+from collavo.training.batches import ExampleDataset, ExampleOptions, build_loader, collate
+from collavo.training.row_index import KINDS, build_row_index
+from schemas.crayon_row import CrayonRow
+
+PROCESSOR = tiny_processor()
+
+
+def dataset(
+    folder: Path, rows: list[CrayonRow], object_list: str = "dialogues", image_root: Path | None = None
+) -> ExampleDataset:
+    files = crayon_files([str(write_crayon_file(folder / "rows.parquet", rows))])
+    index = build_row_index(files, "train", len, max_tokens=600)
+    return ExampleDataset(index, PROCESSOR, ExampleOptions(object_list, image_root))
+
+
+def text_of(ids: torch.Tensor) -> str:
+    return PROCESSOR.tokenizer.decode(ids.tolist())
+
+
+def test_an_example_is_the_row_it_came_from(tmp_path: Path) -> None:
+    rows = scene_rows(2)
+    example = dataset(tmp_path, rows)[Sample("crayon", 1, (0, 3))]
+    asked = [rows[1].instructions[0], rows[1].instructions[3]]
+    semantic, numbering = crayon_grid(decode_index_map(rows[1].panoptic_png), rows[1].segments, (GRID, GRID))
+    assert example.image_id == rows[1].image_id
+    assert torch.equal(example.semantic_ids, torch.from_numpy(semantic))
+    assert torch.equal(example.numbering_ids, torch.from_numpy(numbering))
+    assert torch.equal(example.pixel_values, PROCESSOR.pixel_values(decode_rgb(rows[1].image_bytes or b"")))
+    for number, instruction in enumerate(asked, start=1):
+        own = example.sequence_ids == number
+        assert instruction.question in text_of(example.input_ids[own])
+        supervised = example.labels[own]
+        assert text_of(supervised[supervised != -100]) == f" {instruction.answer}</s>"
+
+
+def test_a_dialogue_is_rendered_turn_by_turn(tmp_path: Path) -> None:
+    rows = scene_rows(1)
+    example = dataset(tmp_path, rows, "none")[Sample("dialogue", 0, (0,))]
+    turns = rows[0].conversations[0].turns
+    assert text_of(example.labels[example.labels != -100]) == "".join(f" {v}</s>" for s, v in turns if s == "gpt")
+
+
+@pytest.mark.parametrize(
+    ("object_list", "listed"), [("dialogues", ["dialogue"]), ("all", ["crayon", "dialogue"]), ("none", [])]
+)
+def test_the_object_list_goes_where_it_is_wanted(tmp_path: Path, object_list: str, listed: list[str]) -> None:
+    examples = dataset(tmp_path, scene_rows(1), object_list)
+    for kind in KINDS:
+        text = text_of(examples[Sample(kind, 0, (0,))].input_ids)
+        assert ("The image includes (" in text) == (kind in listed)
+
+
+def test_texts_that_no_sequence_could_hold_are_left_out_and_counted(tmp_path: Path) -> None:
+    files = [write_crayon_file(tmp_path / "rows.parquet", scene_rows(3))]
+    everything = build_row_index(files, "train", len, max_tokens=10_000)
+    bounded = build_row_index(files, "train", len, max_tokens=60)
+    for kind in KINDS:
+        assert len(bounded.texts[kind]) + bounded.too_long[kind] == len(everything.texts[kind])
+    assert bounded.too_long["crayon"]
+
+
+def test_only_the_rows_of_the_split_are_learned_from(tmp_path: Path) -> None:
+    files = [write_crayon_file(tmp_path / "rows.parquet", scene_rows(8))]
+    options = PlanOptions(batch_size=1, seed=0, instructions_per_sequence=8, max_tokens=600)
+    for split, rows in (("train", {0, 1, 2, 4, 5, 6}), ("validation", {3, 7})):
+        plan = plan_epoch(build_row_index(files, split, len, 600), KINDS, options, 0)
+        assert {sample.row for batch in plan for sample in batch.samples} == rows
+    with pytest.raises(DataError, match="'validation'"):
+        build_row_index([write_crayon_file(tmp_path / "b.parquet", scene_rows(1))], "validation", len, 600)
+
+
+def test_every_row_group_is_read_once_by_one_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [replace(row, image_id=f"{n}-{row.image_id}") for n in range(60) for row in scene_rows(5)]
+    examples = dataset(tmp_path, rows)
+    reads = []
+    read_row_group = batches_module.pq.ParquetFile.read_row_group
+    monkeypatch.setattr(
+        batches_module.pq.ParquetFile,
+        "read_row_group",
+        lambda file, group, **more: (reads.append(group), read_row_group(file, group, **more))[1],
+    )
+    options = PlanOptions(batch_size=4, seed=0, instructions_per_sequence=8, max_tokens=600)
+    plan = plan_epoch(examples.index, KINDS, options, 0)
+    for batch in plan:
+        for sample in batch.samples:
+            examples._reader.read(sample.row)
+    assert len(examples.index.row_groups) == 3
+    assert sorted(reads) == [0, 1, 2]
+
+
+def test_rows_that_refer_to_their_image_need_its_root(tmp_path: Path) -> None:
+    embedded, referring = scene_rows(1), scene_rows(1, embed=False)
+    with pytest.raises(DataError, match="--image_root"):
+        dataset(tmp_path, referring)
+    (tmp_path / referring[0].image_path).write_bytes(embedded[0].image_bytes or b"")
+    sample = Sample("crayon", 0, (0,))
+    found = dataset(tmp_path, referring, image_root=tmp_path)[sample]
+    assert torch.equal(found.pixel_values, dataset(tmp_path, embedded)[sample].pixel_values)
+    (tmp_path / referring[0].image_path).unlink()
+    with pytest.raises(DataError, match="scene-000"):
+        dataset(tmp_path, referring, image_root=tmp_path)[sample]
+
+
+def test_workers_give_the_batches_of_the_plan_in_order(tmp_path: Path) -> None:
+    examples = dataset(tmp_path, scene_rows(4))
+    samples = [[Sample("crayon", row, (0, 1))] for row in (2, 0, 1)]
+    apart = [collate([examples[s] for s in piece], 2) for piece in samples]
+    loaded = list(build_loader(examples, samples, 2, workers=2, pin_memory=False))
+    assert [piece.image_ids for piece in loaded] == [["scene-002"], ["scene-000"], ["scene-001"]]
+    for one, other in zip(loaded, apart, strict=True):
+        assert one.inputs.keys() == other.inputs.keys()
+        assert all(torch.equal(one.inputs[name], other.inputs[name]) for name in one.inputs)

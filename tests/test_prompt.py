@@ -1,0 +1,82 @@
+"""One function renders every conversation: what is supervised, and how a prompt continues into its answer."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_model import GRID, tiny_processor, tiny_tokenizer
+
+from collavo.model.prompt import CHAT_FORMATS, PromptError, render_conversation, show_supervision
+
+TURNS = [
+    ("human", "What colour is the car?\n<image>"),
+    ("gpt", "Red."),
+    ("human", "And the boat?"),
+    ("gpt", "It is blue and white."),
+]
+TOKENIZER = tiny_tokenizer()
+TOKENIZER.add_tokens(["[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]", "<|im_start|>", "<|im_end|>", "<|eot_id|>"])
+
+
+def supervised_text(name: str, turns: list[tuple[str, str]]) -> str:
+    prompt = render_conversation(TOKENIZER, CHAT_FORMATS[name], turns, 1)
+    return TOKENIZER.decode([i for i, s in zip(prompt.input_ids, prompt.supervised, strict=True) if s])
+
+
+@pytest.mark.parametrize("name", CHAT_FORMATS)
+def test_exactly_the_answers_and_their_stops_are_supervised(name: str) -> None:
+    chat = CHAT_FORMATS[name]
+    stop = chat.stop or "</s>"
+    lead = chat.answer_lead
+    assert supervised_text(name, TURNS) == f"{lead}Red.{stop}{lead}It is blue and white.{stop}"
+
+
+@pytest.mark.parametrize("name", CHAT_FORMATS)
+@pytest.mark.parametrize("answered", [1, 3])
+def test_a_prompt_to_be_answered_is_the_beginning_of_the_text_that_was_trained_on(name: str, answered: int) -> None:
+    whole = render_conversation(TOKENIZER, CHAT_FORMATS[name], TURNS, 9, "(#1 car) [0.10, 0.20, 0.30, 0.40]")
+    asked = render_conversation(TOKENIZER, CHAT_FORMATS[name], TURNS[:answered], 9, "(#1 car) [0.10, 0.20, 0.30, 0.40]")
+    assert whole.input_ids[: len(asked.input_ids)] == asked.input_ids
+    assert whole.supervised[len(asked.input_ids)]
+
+
+def test_the_paper_format_reads_as_in_the_paper() -> None:
+    prompt = render_conversation(TOKENIZER, CHAT_FORMATS["paper"], TURNS[:2], 1)
+    assert TOKENIZER.decode(prompt.input_ids) == "User: <image>\nWhat colour is the car? Assistant: Red.</s>"
+
+
+@given(st.integers(0, 3))
+def test_the_image_stands_once_and_first_wherever_the_data_have_it(position: int) -> None:
+    question = "What is the weather like?"
+    texts = [question, f"<image>\n{question}", f"{question}\n<image>", f"{question} <image> <image>"]
+    prompt = render_conversation(TOKENIZER, CHAT_FORMATS["paper"], [("human", texts[position]), ("gpt", "Fine.")], 9)
+    image = TOKENIZER.convert_tokens_to_ids("<image>")
+    assert prompt.input_ids.count(image) == 9
+    plain = render_conversation(TOKENIZER, CHAT_FORMATS["paper"], [("human", question), ("gpt", "Fine.")], 9)
+    assert prompt == plain
+
+
+@pytest.mark.parametrize(
+    ("objects", "said"),
+    [
+        ("(#1 car)", "The image includes (#1 car). Where?"),  # recognised objects
+        ("", "None of detailed object information for image. Where?"),  # an image in which nothing was recognised
+        (None, "\nWhere?"),  # the model is to do without
+    ],
+)
+def test_the_object_list_precedes_the_first_question(objects: str | None, said: str) -> None:
+    prompt = render_conversation(TOKENIZER, CHAT_FORMATS["paper"], [("human", "Where?")], 1, objects)
+    assert said in TOKENIZER.decode(prompt.input_ids)
+
+
+@pytest.mark.parametrize("turns", [[], [("gpt", "Yes.")], [("human", "a"), ("human", "b")]])
+def test_turns_that_do_not_alternate_are_refused(turns: list[tuple[str, str]]) -> None:
+    with pytest.raises(PromptError, match="alternate"):
+        render_conversation(TOKENIZER, CHAT_FORMATS["paper"], turns, 1)
+
+
+def test_the_supervised_part_is_shown_in_green() -> None:
+    processor = tiny_processor()
+    shown = show_supervision(processor.tokenizer, processor.render(TURNS[:2]))
+    assert f"<image> x {GRID * GRID}" in shown.plain
+    green = "".join(shown.plain[span.start : span.end] for span in shown.spans if "green" in str(span.style))
+    assert green == " Red.</s>"

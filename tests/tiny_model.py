@@ -1,0 +1,126 @@
+"""A tiny world to train in: a tokenizer, a CoLLaVO base of 60,000 weights, and crayon data of a few drawn scenes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import encoded
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from collavo.crayon.index_png import encode_index_map
+from collavo.instructions.choose import ClassStatistics
+from collavo.instructions.phrasebook import load_phrasebook
+from collavo.instructions.write import InstructionOptions, present_thing_labels, write_instructions
+from collavo.model import CollavoConfig, CollavoForConditionalGeneration
+from collavo.model.processing_collavo import CollavoProcessor, build_processor
+from collavo.panoptic.maps import SegmentInfo, build_panoptic_map
+from collavo.scenes import draw_scene
+from pipelines.parquet_shard import ShardWriter
+from schemas.categories import BY_CATEGORY_ID
+from schemas.crayon_row import CrayonRow, Dialogue
+
+GRID = 6
+"""Rows and columns of the crayon map: 84 pixels in patches of 14."""
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    texts = [f"{p.question} {p.present}" for ps in load_phrasebook().phrasings.values() for p in ps]
+    special = ["<s>", "</s>", "<pad>", "<image>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def tiny_config(text: dict[str, Any] | None = None, **changes: Any) -> CollavoConfig:
+    """A two-layer language model of width 64, and a two-layer vision tower; changes go on top."""
+    vision = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 14 * GRID,
+        "patch_size": 14,
+    }
+    language = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 400,
+        "max_position_embeddings": 1024,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+        **(text or {}),
+    }
+    plain: dict[str, Any] = {"image_token_index": 3, "image_seq_length": GRID * GRID, "crayon_width": 16}
+    return CollavoConfig(vision_config=vision, text_config=language, **{**plain, **changes})
+
+
+def tiny_model(config: CollavoConfig | None = None, *, open_prompt: bool = True) -> CollavoForConditionalGeneration:
+    """Random weights, the same every time; `open_prompt` gives the Crayon Prompt an effect from the start."""
+    torch.manual_seed(0)
+    model = CollavoForConditionalGeneration(config or tiny_config()).eval()
+    if open_prompt and model.config.has_crayon_prompt:
+        torch.nn.init.normal_(model.model.crayon_prompt.linear_2.weight, std=0.3)
+    return model
+
+
+def tiny_processor(config: CollavoConfig | None = None) -> CollavoProcessor:
+    return build_processor(config or tiny_config(), tiny_tokenizer())
+
+
+def save_tiny_base(folder: Path) -> Path:
+    """A base for `collavo.train --preset`."""
+    tiny_model(open_prompt=False).save_pretrained(folder)
+    tiny_processor().save_pretrained(folder)
+    return folder
+
+
+def scene_rows(count: int, first_seed: int = 0, embed: bool = True) -> list[CrayonRow]:
+    """Rows of drawn scenes with instructions and dialogues; every fourth is in the validation split."""
+    phrasebook, options = load_phrasebook(), InstructionOptions(max_instructions=12)
+    rows = []
+    for seed in range(first_seed, first_seed + count):
+        scene = draw_scene(seed, (96, 72))
+        infos = [SegmentInfo(s.id, BY_CATEGORY_ID[s.category_id].label, s.is_crowd) for s in scene.segments]
+        panoptic = build_panoptic_map(scene.ids, infos)
+        statistics = ClassStatistics()
+        statistics.add_image(present_thing_labels(panoptic.segments))
+        name = f"scene-{seed:03d}"
+        rows.append(
+            CrayonRow(
+                image_id=name,
+                image_bytes=encoded(Image.fromarray(scene.image), "JPEG") if embed else None,
+                image_path=f"{name}.jpg",
+                width=96,
+                height=72,
+                sources=("scenes",),
+                license_id=None,
+                split="validation" if seed % 4 == 3 else "train",
+                panoptic_png=encode_index_map(panoptic.index_map, panoptic.segments),
+                segments=panoptic.segments,
+                instructions=write_instructions(name, (96, 72), panoptic.segments, phrasebook, statistics, options),
+                conversations=tuple(Dialogue(f"{name}-{i}", tuple(t)) for i, t in enumerate(scene.dialogues)),
+            )
+        )
+    return rows
+
+
+def write_crayon_file(path: Path, rows: list[CrayonRow]) -> Path:
+    writer = ShardWriter(str(path), {})
+    for row in rows:
+        writer.write(row)
+    writer.close({})
+    return path
