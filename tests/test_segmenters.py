@@ -101,6 +101,15 @@ def test_batch_of_one_equals_batch_of_many_in_any_order(segmenter, images):
     assert segmenter.segment([]) == []
 
 
+def test_filled_up_batches_give_each_image_its_own_map(segmenter, images, monkeypatch):
+    """A GPU's way through `segment`, here on the CPU."""
+    one_by_one = segmenter.segment(images)
+    monkeypatch.setattr(segmenter, "_batch_size", 2)  # 5 images: the third batch is half filled
+    for one, other in zip(one_by_one, segmenter.segment(images), strict=True):
+        assert [segment.label for segment in one.segments] == [segment.label for segment in other.segments]
+        assert (one.index_map == other.index_map).mean() > 0.999
+
+
 def test_pixels_are_those_of_transformers_at_the_same_size():
     random = np.random.default_rng(1)
     processor = Mask2FormerImageProcessorPil(size={"height": 96, "width": 128}, do_pad=False)
@@ -187,12 +196,15 @@ def test_other_architectures_are_refused(tmp_path):
     assert "a swin model, but mask2former is needed" in refusal(tmp_path)
 
 
-def test_missing_weights_are_refused_and_not_drawn_at_random(checkpoint, tmp_path):
+@pytest.mark.parametrize("fault", ["missing", "of another shape"])
+def test_missing_weights_are_refused_and_not_drawn_at_random(checkpoint, tmp_path, fault):
     weights = load_file(f"{checkpoint}/model.safetensors")
-    del weights["class_predictor.weight"]
+    bias = weights.pop("class_predictor.bias")
+    if fault == "of another shape":
+        weights["class_predictor.bias"] = bias[:-1].clone()
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_bytes(Path(checkpoint, "config.json").read_bytes())
-    assert "1 weights are missing or have another shape, first class_predictor.weight" in refusal(tmp_path)
+    assert "1 weights are missing or have another shape, first class_predictor.bias" in refusal(tmp_path)
 
 
 def test_pickled_weights_are_not_read(checkpoint, tmp_path):
