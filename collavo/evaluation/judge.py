@@ -1,0 +1,148 @@
+"""How an answer is judged: what a text says, compared with the truth.
+
+Truth and answer are read by the same functions. An answer that cannot be read as what was asked for is wrong, and told
+apart from one that says something else.
+"""
+
+import re
+import string
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from collavo.instructions.text import Box, ObjectMention, TextError, find_boxes, parse_objects
+from schemas.categories import CATEGORIES, Category
+
+IOU_OF_A_HIT = 0.5
+"""From which overlap on a box counts as found, where boxes are judged right or wrong."""
+
+_NUMBER_WORDS = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+)  # fmt: skip
+_NUMBERS = {"no": 0, "none": 0, **{word: number for number, word in enumerate(_NUMBER_WORDS)}}
+# `#2` is an ordinal and 0.25 a coordinate, not a count.
+_COUNT = re.compile(rf"(?<![#\d.])(\d+)(?![\d.]*\d)|\b({'|'.join(_NUMBERS)})\b", re.IGNORECASE | re.ASCII)
+_PARENTHESIS = re.compile(r"\([^()]*\)")
+_DENIAL = re.compile(r"\b(?:no|not|none|nothing)\b", re.IGNORECASE)
+_ARTICLES = {"a", "an", "the"}
+
+_BY_FORM: dict[str, Category] = {
+    form.casefold(): category
+    for category in reversed(CATEGORIES)
+    for form in (category.plural, category.singular, category.display_name)
+    if form
+}
+# Longest first, so that a hot dog is no dog.
+_ANY_FORM = re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(_BY_FORM, key=len, reverse=True)))})\b", re.IGNORECASE)
+
+
+class Judgement(NamedTuple):
+    """What became of an answer; `score` is 0 or 1, for boxes the mean overlap, and `read` None if it was unreadable."""
+
+    score: float
+    correct: bool
+    read: str | None
+
+
+def judge(task: str, answer: str, truth: str) -> Judgement:
+    """Judge the answer to a question of `schemas.crayon_row.TASKS`, or of a `dialogue`.
+
+    Args:
+        truth: by task `yes` or `no`, an object like `(#1 person)`, a number in digits, boxes like
+            `[0.00, 0.16, 0.29, 0.88]`, or a short answer.
+    """
+    return _JUDGES[task](answer, truth)
+
+
+def named_category(text: str) -> Category | None:
+    """The class that a free text names first, by its name, singular or plural; None for none of the 133."""
+    match = _ANY_FORM.search(text)
+    return _BY_FORM[match[0].casefold()] if match else None
+
+
+def box_iou(first: Box, second: Box) -> float:
+    """Intersection over union; 1 for equal boxes even if they have no area."""
+    if first == second:
+        return 1.0
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (first, second)]
+    return width * height / (sum(areas) - width * height)
+
+
+def matched_ious(found: Sequence[Box], true: Sequence[Box]) -> np.ndarray:
+    """IoU of each pair when boxes are matched one to one, for the largest sum: float64 [min(found, true)]."""
+    ious = np.array([[box_iou(one, other) for other in true] for one in found]).reshape(len(found), len(true))
+    return ious[linear_sum_assignment(ious, maximize=True)]
+
+
+def normalised(text: str) -> str:
+    """A short answer without what two ways of saying it differ in: case, punctuation, articles."""
+    words = text.casefold().translate(str.maketrans("", "", string.punctuation)).split()
+    return " ".join([word for word in words if word not in _ARTICLES] or words)  # the answer may be option A
+
+
+def _judge_binary(answer: str, truth: str) -> Judgement:
+    first = normalised(answer).partition(" ")[0]
+    return _exact(first if first in ("yes", "no") else None, truth)
+
+
+def _judge_count(answer: str, truth: str) -> Judgement:
+    match = _COUNT.search(answer)
+    if match is None:
+        return _exact(None, truth)
+    return _exact(str(int(match[1]) if match[1] else _NUMBERS[match[2].casefold()]), truth)
+
+
+def _judge_class(answer: str, truth: str) -> Judgement:
+    """Right if the class is; `read` tells the number too."""
+    said, true = _mentioned(answer), parse_objects(truth)[0]
+    if said is None:
+        return _exact(None, truth)
+    read = f"(#{said.numbering} {said.name})" if said.numbering else f"({said.name})"
+    return Judgement(float(said.name == true.name), said.name == true.name, read)
+
+
+def _mentioned(answer: str) -> ObjectMention | None:
+    """The first object in the form `(#2 person)`, or else the first class that is named."""
+    for match in _PARENTHESIS.finditer(answer):
+        try:
+            return parse_objects(match[0])[0]
+        except TextError:
+            continue
+    category = named_category(answer)
+    return ObjectMention(category.display_name, 0, None) if category else None
+
+
+def _judge_boxes(answer: str, truth: str) -> Judgement:
+    """The mean IoU over matched boxes, in which each box too many or too few counts 0."""
+    found, true = find_boxes(answer), find_boxes(truth)
+    if not found and not _DENIAL.search(answer):
+        return Judgement(0.0, False, None)
+    most = max(len(found), len(true))
+    ious = matched_ious(found, true)
+    hits = int((ious >= IOU_OF_A_HIT).sum())
+    score = float(ious.sum()) / most if most else 1.0
+    return Judgement(score, hits == most, f"{len(found)} boxes")
+
+
+def _judge_short_answer(answer: str, truth: str) -> Judgement:
+    return _exact(normalised(answer) or None, normalised(truth))
+
+
+def _exact(read: str | None, truth: str) -> Judgement:
+    return Judgement(float(read == truth), read == truth, read)
+
+
+_JUDGES: Mapping[str, Callable[[str, str], Judgement]] = {
+    "class_to_binary": _judge_binary,
+    "counting": _judge_count,
+    "box_to_class": _judge_class,
+    "class_to_box": _judge_boxes,
+    "dialogue": _judge_short_answer,
+}

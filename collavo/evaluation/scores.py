@@ -1,0 +1,106 @@
+"""Figures out of judged answers: per class as in the paper (mean, top 20, bottom 20), and what belongs to each task."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from collavo.evaluation.judge import Judgement, judge
+from collavo.evaluation.questions import Question
+
+EXTREME_CLASSES = 20
+"""How many classes the paper's top and bottom hold."""
+
+_WRONG_SHOWN = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A question with a model's answer, judged."""
+
+    question: Question
+    answer: str
+    judgement: Judgement
+
+
+def judged(question: Question, answer: str) -> Answered:
+    return Answered(question, answer, judge(question.task, answer, question.truth))
+
+
+def summarise(answers: Iterable[Answered]) -> dict[str, dict[str, Any]]:
+    """All figures by task, as plain values.
+
+    Every task has `questions`, `correct` (a share), `unreadable` (a number) and `wrong_answers` (a sample). Where
+    classes are known there are `classes` with their numbers of questions and mean scores, best first, and `mean`,
+    `top_20` and `bottom_20` over them: of accuracies, for class_to_box of mean IoUs where the class is there. Fewer
+    than 20 classes are all in both.
+    """
+    by_task: dict[str, list[Answered]] = defaultdict(list)
+    for answered in answers:
+        by_task[answered.question.task].append(answered)
+    return {task: _task_figures(task, answers) for task, answers in by_task.items()}
+
+
+def _task_figures(task: str, answers: Sequence[Answered]) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        "questions": len(answers),
+        "correct": _mean(a.judgement.correct for a in answers),
+        "unreadable": sum(a.judgement.read is None for a in answers),
+    }
+    for polarity in ("present", "absent"):
+        if some := [a.judgement.correct for a in answers if a.question.polarity == polarity]:
+            figures[f"correct_{polarity}"] = _mean(some)
+    # Where nothing is to be located, no overlap is to be measured.
+    measured = [a for a in answers if task != "class_to_box" or a.question.polarity != "absent"]
+    figures |= _class_figures(measured)
+    match task:
+        case "class_to_binary":
+            figures |= binary_figures(answers)
+        case "box_to_class":
+            figures["correct_with_number"] = _mean(a.judgement.read == a.question.truth for a in answers)
+        case "class_to_box":
+            figures["mean_iou"] = _mean(a.judgement.score for a in measured) if measured else None
+        case "counting":
+            errors = [abs(int(a.judgement.read) - int(a.question.truth)) for a in answers if a.judgement.read]
+            figures["mean_absolute_error"] = _mean(errors) if errors else None
+    wrong = [a for a in answers if not a.judgement.correct]
+    figures["wrong_answers"] = [
+        {**asdict(a.question), "answer": a.answer, "read": a.judgement.read}
+        for a in wrong[:: max(len(wrong) // _WRONG_SHOWN, 1)][:_WRONG_SHOWN]
+    ]
+    return figures
+
+
+def binary_figures(answers: Sequence[Answered]) -> dict[str, float]:
+    """Precision, recall and F1 of `yes`, and the share of questions answered with it, as POPE has them."""
+    said = np.array([a.judgement.read == "yes" for a in answers])
+    true = np.array([a.question.truth == "yes" for a in answers])
+    hits = int((said & true).sum())
+    precision, recall = hits / max(int(said.sum()), 1), hits / max(int(true.sum()), 1)
+    f1 = 2 * hits / max(int(said.sum() + true.sum()), 1)
+    return {"precision": precision, "recall": recall, "f1": f1, "yes_ratio": float(said.mean())}
+
+
+def _class_figures(answers: Sequence[Answered]) -> dict[str, Any]:
+    scores: dict[str, list[float]] = defaultdict(list)
+    for answered in answers:
+        if answered.question.category is not None:
+            scores[answered.question.category].append(answered.judgement.score)
+    if not scores:
+        return {}
+    ranked = sorted(
+        ((_mean(of_class), name) for name, of_class in scores.items()), key=lambda entry: (-entry[0], entry[1])
+    )
+    means = [mean for mean, _ in ranked]
+    return {
+        "mean": _mean(means),
+        "top_20": _mean(means[:EXTREME_CLASSES]),
+        "bottom_20": _mean(means[-EXTREME_CLASSES:]),
+        "classes": {name: {"questions": len(scores[name]), "score": mean} for mean, name in ranked},
+    }
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
