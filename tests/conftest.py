@@ -1,6 +1,7 @@
 """What the tests share: a hypothesis profile, the real photograph, and builders of tiny images, maps and rows."""
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from PIL import Image
 
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
 from schemas.crayon_row import CrayonRow, Segment
+
+# Tensors here are tiny: threads that wait for one another cost more than they compute. Subprocesses inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that names a model of the hub wants the refusal, without five attempts
 
 settings.register_profile("collavo", deadline=None, derandomize=True)
 settings.load_profile("collavo")

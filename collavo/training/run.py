@@ -30,8 +30,18 @@ from collavo.training.checkpoint import (
     save_checkpoint,
 )
 from collavo.training.loop import Phase, StepResult, Trainer
+from collavo.training.model_card import write_model_card
 from collavo.training.row_index import Kind, build_row_index
-from collavo.training.run_directory import CRAYON, METRICS, TRAIN_ARGS, load_base, load_crayon_prompt, save_run
+from collavo.training.run_directory import (
+    CARD,
+    CRAYON,
+    METRICS,
+    TRAIN_ARGS,
+    load_base,
+    load_crayon_prompt,
+    read_train_args,
+    save_run,
+)
 from collavo.training.run_display import RunDisplay
 from collavo.training.stages import CPT, Stage, StagedModel
 
@@ -75,9 +85,9 @@ class TrainingRun:
 
     def train(self) -> None:
         """Take all steps, then write the run directory."""
+        phases = self._phases()
         checkpoint, done = self._resume_point()
         self._write_train_args()
-        phases = self._phases()
         example = show_supervision(self.processor.tokenizer, self.train_set.prompt_of(phases[-1].batches[0].samples[0]))
         self.display.begin(phases, self._facts(phases), example, done.total_steps)
         trainer = Trainer(self.staged, self.accelerator, self.arguments, self.dtype)
@@ -94,6 +104,7 @@ class TrainingRun:
         if self.accelerator.is_main_process:
             adapters = self.adapters if self.arguments.stage != "cpt" else []
             save_run(self.folder, self.staged.model, adapters, self.processor)
+            write_model_card(self.folder / CARD, read_train_args(self.folder), self.folder / METRICS)
         self.display.end()
         self.accelerator.end_training()
 

@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
 from collavo.model import CollavoForConditionalGeneration
+from collavo.model.assemble import assemble_from_llava
 from collavo.model.processing_collavo import CollavoProcessor
 from collavo.training.adapters import AdapterError, quantize_language_model
 
@@ -44,8 +45,9 @@ def save_run(run: Path, model: PeftModel, adapters: Sequence[str], processor: Co
     save_file(
         {name: p.detach().cpu().contiguous() for name, p in _crayon_prompt(model).state_dict().items()}, run / CRAYON
     )
-    model.save_pretrained(str(run / ADAPTERS), selected_adapters=list(adapters))
-    (run / ADAPTERS / CARD).unlink(missing_ok=True)  # peft's own card, which says less than the run's
+    if adapters:
+        model.save_pretrained(str(run / ADAPTERS), selected_adapters=list(adapters))
+        (run / ADAPTERS / CARD).unlink(missing_ok=True)  # peft's own card, which says less than the run's
     model.config.save_pretrained(run)
     processor.save_pretrained(run)
 
@@ -90,14 +92,15 @@ def load_base(
     try:
         config = AutoConfig.from_pretrained(base)
     except (OSError, ValueError) as error:
-        raise RunError(f"{base}: not a folder or hub id of a model that can be reached ({error})") from error
+        reason = str(error).strip().splitlines()[0]
+        raise RunError(f"--preset {base}: not a folder or hub id of a model that can be reached ({reason})") from error
     switches: dict[str, Any] = {"semantic_queries": queries != "none", "numbering_queries": queries == "both"}
     if config.model_type == "llava":
-        from collavo.model.assemble import assemble_from_llava
-
         return assemble_from_llava(base, dtype=dtype, attention=attention, **switches)
     if config.model_type != "collavo":
-        raise RunError(f"{base}: a {config.model_type} model; python -m collavo.convert makes a base out of one")
+        raise RunError(
+            f"--preset {base}: a {config.model_type} model; python -m collavo.convert makes a base out of one"
+        )
     model = CollavoForConditionalGeneration.from_pretrained(
         base, dtype=dtype, attn_implementation=attention, **switches
     )

@@ -1,0 +1,279 @@
+"""Training through its command: what a run leaves, that it can be killed, shared out, loaded, and refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tiny_model import save_tiny_base, scene_rows, write_crayon_file
+
+from collavo import train
+from collavo.training.adapters import AdapterError
+from collavo.training.batches import MicroBatch
+from collavo.training.loop import Trainer, TrainingError, learning_rate_at
+from collavo.training.run_directory import load_base, load_run
+
+COMMON = "--device cpu --batch_size 4 --micro_batch_size 2 --lora_rank 4 --max_length 700 --max_steps 6 --workers 0"
+RATES = "--cpt_learning_rate 1e-2 --cit_learning_rate 1e-2"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base and data, for all tests of this file."""
+    folder = tmp_path_factory.mktemp("world")
+    save_tiny_base(folder / "base")
+    write_crayon_file(folder / "rows.parquet", scene_rows(12))
+    return folder
+
+
+def command(world: Path, output: Path, *flags: str) -> list[str]:
+    data = ["--data", str(world / "rows.parquet"), "--preset", str(world / "base"), "--output_dir", str(output)]
+    return [*data, *COMMON.split(), *RATES.split(), *flags]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[tuple[int, str, float]]:
+    return [(line["step"], line["stage"], line["loss"]) for line in metrics(run) if "loss" in line]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    files = [run / "crayon.safetensors", *sorted(run.glob("adapters/*/adapter_model.safetensors"))]
+    return {f"{file.relative_to(run)}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path) -> Path:
+    """An uninterrupted run."""
+    run = world / "finished"
+    assert train.main(command(world, run)) == 0
+    return run
+
+
+def test_a_run_leaves_what_its_directory_promises(finished: Path) -> None:
+    for name in ("config.json", "train_args.json", "metrics.jsonl", "README.md", "crayon.safetensors"):
+        assert (finished / name).stat().st_size
+    for adapter in ("image_cit", "vl_cit"):
+        assert (finished / "adapters" / adapter / "adapter_model.safetensors").exists()
+    assert [phase for step, phase, _ in losses(finished) if step <= 6] == ["cpt"] * 6
+    assert {stage for step, stage, _ in losses(finished) if step > 6} == {"image_cit", "vl_cit"}
+    assert [line["step"] for line in metrics(finished) if "validation_crayon_loss" in line] == [6, 12]
+
+
+def test_every_phase_learns(finished: Path) -> None:
+    for stage in ("cpt", "image_cit"):
+        found = [loss for _, name, loss in losses(finished) if name == stage]
+        assert found[-1] < found[0]
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(world: Path, finished: Path) -> None:
+    run = world / "killed"
+    flags = command(world, run, "--checkpoint_steps", "2")
+    process = subprocess.Popen([sys.executable, "-m", "collavo.train", *flags], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "step-000008").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "crayon.safetensors").exists()
+    assert train.main([*flags, "--resume"]) == 0
+    assert losses(run) == losses(finished)
+    expected = weights(finished)
+    assert weights(run).keys() == expected.keys()
+    for name, tensor in weights(run).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_two_processes_take_the_steps_of_one(world: Path, finished: Path) -> None:
+    run = world / "two"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    flags = command(world, run)
+    subprocess.run([*launch, "-m", "collavo.train", *flags], check=True, env=environment, capture_output=True)
+    for (step, stage, loss), (_, of_stage, expected) in zip(losses(run), losses(finished), strict=True):
+        assert stage == of_stage
+        assert loss == pytest.approx(expected, rel=1e-4), step
+    for name, tensor in weights(run).items():
+        torch.testing.assert_close(tensor, weights(finished)[name], rtol=1e-2, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("flags", [("--micro_batch_size", "4"), ("--gradient_checkpointing",), ("--workers", "2")])
+def test_what_only_costs_memory_or_time_changes_no_loss(world: Path, finished: Path, flags: tuple[str, ...]) -> None:
+    run = world / flags[0].strip("-")
+    assert train.main(command(world, run, *flags)) == 0
+    for (_, _, loss), (_, _, expected) in zip(losses(run), losses(finished), strict=True):
+        assert loss == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "stages", "adapters"),
+    [
+        (("--adapters", "single"), {"cpt", "cit"}, ["cit"]),  # one adapter for both kinds
+        (("--adapters", "vl_only"), {"cpt", "vl_cit"}, ["vl_cit"]),  # no crayon batches after cpt
+        (("--queries", "none"), {"image_cit", "vl_cit"}, ["image_cit", "vl_cit"]),  # nothing to tune in cpt
+        (("--queries", "semantic"), {"cpt", "image_cit", "vl_cit"}, ["image_cit", "vl_cit"]),
+    ],
+)
+def test_ablations_train_what_they_name(
+    world: Path, tmp_path: Path, flags: tuple[str, ...], stages: set[str], adapters: list[str]
+) -> None:
+    assert train.main(command(world, tmp_path / "run", *flags, "--max_steps", "4")) == 0
+    assert {stage for _, stage, _ in losses(tmp_path / "run")} == stages
+    assert sorted(path.name for path in (tmp_path / "run" / "adapters").iterdir()) == adapters
+    names = set(load_file(tmp_path / "run" / "crayon.safetensors"))
+    assert ("numbering_queries.weight" in names) == ("--queries" not in flags)
+
+
+def test_the_phases_can_be_run_one_after_the_other(world: Path, finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train.main(command(world, run, "--stage", "cpt")) == 0
+    assert not (run / "adapters").exists()
+    assert train.main(command(world, run, "--stage", "cit")) == 0
+    assert sorted(path.name for path in (run / "adapters").iterdir()) == ["image_cit", "vl_cit"]
+    assert losses(finished)[:6] == losses(run)[:6]
+
+
+def batch_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    from test_packing import QUESTIONS, example
+
+    from collavo.training.batches import collate
+
+    return collate([example(QUESTIONS)], 2).inputs
+
+
+def test_a_loaded_run_answers_like_the_trained_model(finished: Path) -> None:
+    from collavo.training.stages import StagedModel
+
+    model, processor = load_run(finished, torch.device("cpu"), torch.float32, quantize=False)
+    assert isinstance(model, PeftModel)
+    assert processor.grid_hw == (6, 6)
+    assert tuple(model.base_model.active_adapters) == ("image_cit", "vl_cit")
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    StagedModel(model, ("image_cit", "vl_cit"))
+    inputs = batch_inputs(model)
+    with torch.no_grad():
+        both = model(**inputs).logits
+        model.base_model.set_adapter("image_cit")
+        alone = model(**inputs).logits
+    assert not torch.allclose(both, alone)
+
+
+def test_each_adapter_loads_in_plain_peft(finished: Path) -> None:
+    model, _ = load_run(finished, torch.device("cpu"), torch.float32, quantize=False)
+    inputs = batch_inputs(model)
+    for adapter in ("image_cit", "vl_cit"):
+        base, _ = load_base(json.loads((finished / "train_args.json").read_text())["base"], torch.float32)
+        base.model.crayon_prompt.load_state_dict(load_file(finished / "crayon.safetensors"))
+        plain = PeftModel.from_pretrained(base, str(finished / "adapters" / adapter)).eval()
+        model.base_model.set_adapter(adapter)
+        with torch.no_grad():
+            torch.testing.assert_close(plain(**inputs).logits, model(**inputs).logits)
+
+
+def test_an_adapter_that_lacks_weights_is_an_error(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(finished), str(run)], check=True)
+    file = run / "adapters" / "vl_cit" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: t for name, t in tensors.items() if "layers.1.mlp.up_proj" not in name}, file)
+    with pytest.raises(AdapterError, match="2 weights missing"):
+        load_run(run, torch.device("cpu"), torch.float32, quantize=False)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    subprocess.run(["cp", "-r", str(world / "base"), str(base)], check=True)
+    tensors = load_file(base / "model.safetensors")
+    name = next(name for name in tensors if "multi_modal_projector.linear_1.bias" in name)
+    tensors[name][:] = float("nan")
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    flags = command(world, tmp_path / "run", "--preset", str(base))
+    assert train.main(flags) == 1
+    assert "step 0: the loss is nan; images scene-" in capsys.readouterr().err
+
+
+def test_a_batch_without_a_supervised_token_stops_the_run() -> None:
+    class Nobody:
+        device, process_index, num_processes = torch.device("cpu"), 0, 1
+
+        def reduce(self, tensor: torch.Tensor, how: str) -> torch.Tensor:
+            return tensor
+
+    inputs = {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.full((1, 4), -100)}
+    trainer = Trainer(None, Nobody(), None, torch.float32)  # type: ignore[arg-type]
+    with pytest.raises(TrainingError, match=r"step 3: no token .* images odd"):
+        trainer._step(3, [MicroBatch("crayon", ["odd"], inputs)], None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--batch_size", "0"], "--batch_size is 0"),
+        (["--stage", "cpt", "--queries", "none"], "--queries none"),
+        (["--attention", "flash_attention_2"], "--instructions_per_sequence 1"),
+        (["--device", "cuda"], "--device cuda"),
+        (["--data", "missing.parquet"], "missing.parquet"),
+        (["--preset", "no/such-model"], "no/such-model"),
+        (["--batch_size", "4000"], "lower --batch_size"),
+        (["--max_length", "20"], "--max_length 20 leaves no room"),
+        (["--stage", "cit"], "crayon.safetensors"),
+        (["--crayon_share", "1.5"], "--crayon_share is 1.5"),
+        (["--resume", "--overwrite"], "choose one"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_status_2(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+) -> None:
+    assert train.main(command(world, tmp_path / "run", *flags)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("collavo.train: error: ")
+    assert said in error
+
+
+def test_a_run_is_not_mixed_with_another(world: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(command(world, finished)) == 2
+    assert "--resume goes on with it, --overwrite replaces it" in capsys.readouterr().err
+    assert train.main(command(world, finished, "--resume", "--seed", "7")) == 2
+    assert "other arguments" in capsys.readouterr().err
+
+
+def test_data_without_the_wanted_kind_are_refused(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dataclasses import replace
+
+    rows = [replace(row, conversations=()) for row in scene_rows(6)]
+    data = write_crayon_file(tmp_path / "rows.parquet", rows)
+    assert train.main([*command(world, tmp_path / "run"), "--data", str(data)]) == 2
+    assert "0 dialogues of the split 'train' make no batch" in capsys.readouterr().err
+    assert (
+        train.main([*command(world, tmp_path / "run", "--stage", "cpt", "--max_steps", "1"), "--data", str(data)]) == 0
+    )
+
+
+def test_the_learning_rate_is_a_cosine_between_its_ends() -> None:
+    rates = [learning_rate_at(step, 11, 1e-4, 1e-6) for step in range(11)]
+    assert rates[0] == 1e-4
+    assert rates[-1] == pytest.approx(1e-6)
+    assert rates[5] == pytest.approx((1e-4 + 1e-6) / 2)
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_help_reads_every_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--help"])
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{name}" in shown for name in ("data", "adapters", "lora_rank", "resume", "object_list"))
