@@ -89,7 +89,7 @@ class TrainingRun:
         checkpoint, done = self._resume_point()
         self._write_train_args()
         example = show_supervision(self.processor.tokenizer, self.train_set.prompt_of(phases[-1].batches[0].samples[0]))
-        self.display.begin(phases, self._facts(phases), example, done.total_steps)
+        self.display.begin(phases, self._facts(phases), example, max(done.total_steps, phases[0].steps_before))
         trainer = Trainer(self.staged, self.accelerator, self.arguments, self.dtype)
         for phase in phases:
             if phase.steps_before + len(phase.batches) <= done.total_steps:
@@ -159,10 +159,16 @@ class TrainingRun:
         if arguments.stage != "cpt":
             active = tuple(self.adapters)
             stages = {kind: Stage(adapter, active, adapter) for kind, adapter in self.adapter_of.items()}
-            steps_before = sum(len(phase.batches) for phase in phases)
+            steps_before = sum(len(phase.batches) for phase in phases) or self._steps_of_cpt()
             plan = self._plan(tuple(stages))
             phases.append(Phase("cit", stages, plan, arguments.cit_learning_rate, steps_before))
         return phases
+
+    def _steps_of_cpt(self) -> int:
+        """Steps of an earlier `--stage cpt` in the same folder, on which this run goes on."""
+        metrics = self.folder / METRICS
+        lines = map(json.loads, metrics.read_text().splitlines()) if metrics.exists() else ()
+        return max((line["step"] for line in lines if line["phase"] == "cpt"), default=0)
 
     def _plan(self, kinds: tuple[Kind, ...]) -> list[Batch]:
         """All batches of a phase.
