@@ -34,7 +34,8 @@ _USER_ERROR = re.compile(r"\b(?:JobError|SegmenterError|DeviceError): ([^\n]+)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit status: 0, or 1 where the job could not be done; usage errors exit with 2."""
+    """The command. Returns its exit status: 0, 1 where the job could not be done, 130 where it was interrupted; usage
+    errors exit with 2."""
     command = parse_command(sys.argv[1:] if argv is None else argv)
     output = command.job.publication.output
     console = Console()
@@ -44,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             if command.scenes:
                 _draw_scenes(command, console)
             _run(command, console)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
+        if "KeyboardInterrupt" in f"{type(error).__name__}: {error}":  # Beam makes a RuntimeError of it
+            print("build_crayon.py: interrupted", file=sys.stderr)
+            return 130
         line = _user_line(error)
         if line is None:
             raise
@@ -71,13 +75,18 @@ def _sole_writer(output: str) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise JobError(f"--output {output}: another build is writing there; let it end, or name another") from error
-        for abandoned in folder.glob(".staging-*"):
-            remove_staging(str(abandoned))
-        yield
+        _clear_staging(folder)
+        try:
+            yield
+        finally:
+            _clear_staging(folder)
     finally:
-        for staging in folder.glob(".staging-*"):
-            remove_staging(str(staging))
         os.close(handle)
+
+
+def _clear_staging(folder: Path) -> None:
+    for staging in folder.glob(".staging-*"):
+        remove_staging(str(staging))
 
 
 def _draw_scenes(command: Command, console: Console) -> None:
