@@ -129,6 +129,8 @@ def _local_runner(options: DirectOptions) -> FnApiRunner:
 def _user_line(error: BaseException | None) -> str | None:
     """The line for the user out of an exception that Beam has wrapped, or None if it is a fault of ours."""
     while error is not None:
+        if str(error) == "Channel closed prematurely.":
+            return "a worker process died, as when memory runs out; fewer --direct_num_workers would need less of it"
         if match := _USER_ERROR.search(f"{type(error).__name__}: {error}"):
             return re.sub(r" \[while running .*", "", match[1])
         error = error.__cause__ or error.__context__
