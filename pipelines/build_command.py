@@ -122,7 +122,9 @@ def _local_runner(options: DirectOptions) -> FnApiRunner:
     if options.direct_running_mode != "multi_processing":
         return FnApiRunner()
     options.direct_running_mode = "in_memory"  # in other modes the runner chooses the environment by itself
-    command = f"{shlex.quote(sys.executable)} -m pipelines.local_worker"
+    cores = os.cpu_count() or 1
+    threads = max(1, cores // (options.direct_num_workers or cores))  # torch would start as many as cores in each
+    command = f"OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads}}} {shlex.quote(sys.executable)} -m pipelines.local_worker"
     return FnApiRunner(default_environment=SubprocessSDKEnvironment.from_command_string(command))
 
 
