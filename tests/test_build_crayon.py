@@ -1,0 +1,392 @@
+"""The build, end to end: what a user gets out of it."""
+
+import io
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import jsonlines
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from builds import IDS, PICTURE, REPOSITORY, CocoFolder, DataSet, build, scene_sources
+from conftest import coco_png, encoded
+from PIL import Image
+
+from collavo.crayon.index_png import decode_index_map
+from collavo.images import decode_rgb
+from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK
+from collavo.scenes import write_scenes
+from schemas.crayon_row import CRAYON_SCHEMA, TASKS, file_facts
+
+COUNT = 30
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes")
+    write_scenes(folder / "scenes", COUNT, size_wh=(128, 96))
+    return folder / "scenes"
+
+
+@pytest.fixture(scope="module")
+def built(scenes, tmp_path_factory) -> DataSet:
+    return build(tmp_path_factory.mktemp("built") / "out", *scene_sources(scenes), "--num_shards", 2)
+
+
+def check_sums(data: DataSet) -> None:
+    """The manifest agrees with the rows, the rejects and itself."""
+    manifest, rows, rejects = data.manifest, data.rows, data.rejects
+    assert manifest["rows"] == len(rows) == sum(file["rows"] for file in manifest["files"])
+    assert Counter(reject["reason"] for reject in rejects) == manifest["rejects"]
+    assert Counter(reject["source"] for reject in rejects) == manifest["rejects_by_source"]
+    assert Counter(manifest["inputs_in_rows"]) + Counter(manifest["rejects_by_source"]) == manifest["inputs"]
+    assert Counter(i.task for row in rows.values() for i in row.instructions) == manifest["instructions"]
+    assert Counter(row.split for row in rows.values()) == manifest["rows_by_split"]
+    assert Counter(source for row in rows.values() for source in row.sources) == manifest["rows_by_source"]
+    assert sum(len(row.conversations) for row in rows.values()) == manifest["conversations"]
+    assert all(set(reject) == {"id", "source", "stage", "reason", "detail"} for reject in rejects)
+    assert all(value.strip() for reject in rejects for value in reject.values())
+    assert [file["name"] for file in manifest["files"]] == [file.name for file in data.files]
+    assert [file["bytes"] for file in manifest["files"]] == [file.stat().st_size for file in data.files]
+
+
+def test_one_command_draws_scenes_and_makes_a_data_set_of_them(tmp_path, capsys):
+    data = build(tmp_path / "out", "--scenes", 12, "--scene_size", "96x72")
+    check_sums(data)
+    assert sorted(data.rows) == [f"images/scene-{i:06d}" for i in range(12)]
+    assert data.manifest["instructions"].keys() == set(TASKS)
+    assert all(row.sources == ("scenes",) and row.conversations for row in data.rows.values())
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "scene-0000" in report and "<img" in report
+    assert not list((tmp_path / "out").glob(".staging*"))
+    shown = capsys.readouterr().out
+    assert "12" in shown and "report.html" in shown and "crayon-*.parquet" in shown
+
+
+def test_the_real_photograph_keeps_what_is_published_of_it(tmp_path, real):
+    data = build(
+        tmp_path / "out",
+        *("--coco_panoptic", real / "coco" / "panoptic.json", "--coco_images", real / "coco" / "images"),
+        *("--llava_json", real / "llava_sample.json", "--image_root", real, "--segmenter", "annotations"),
+    )
+    (row,) = data.rows.values()
+    published = json.loads((real / "coco" / "panoptic.json").read_text())["annotations"][0]["segments_info"]
+    assert len(row.segments) == len(published) == 18
+    by_id = {segment.id: segment for segment in row.segments}
+    for info in published:
+        x, y, width, height = info["bbox"]
+        assert by_id[info["id"]].box_xyxy == (x, y, x + width, y + height)
+        assert by_id[info["id"]].area == info["area"]
+    people = [segment for segment in row.segments if segment.category.name == "person"]
+    assert sorted(person.numbering for person in people if not person.is_crowd) == list(range(1, 14))
+    assert [person.numbering for person in people if person.is_crowd] == [0]
+    assert row.image_bytes == (real / "coco" / "images" / "000000142238.jpg").read_bytes()
+
+    entries = json.loads((real / "llava_sample.json").read_text())
+    assert row.sources == ("coco", "llava")
+    assert [d.as_record() for d in row.conversations] == [
+        {"id": entry["id"], "turns": entry["conversations"]} for entry in entries[:2]
+    ]
+    assert {(reject["id"], reject["reason"]) for reject in data.rejects} == {
+        ("text-only-1", "text_only"),
+        ("missing-1", "missing_file"),
+    }
+    check_sums(data)
+
+
+def test_rows_carry_what_the_sources_hold(built, scenes):
+    check_sums(built)
+    annotations = json.loads((scenes / "panoptic.json").read_text())["annotations"]
+    dialogues = json.loads((scenes / "dialogues.json").read_text())
+    rows = built.rows
+    assert len(rows) == COUNT
+    for annotation in annotations:
+        row = rows[annotation["file_name"].removesuffix(".png")]
+        found = {segment.id: (segment.area, segment.box_xyxy, segment.is_crowd) for segment in row.segments}
+        assert found == {
+            info["id"]: (info["area"], (x, y, x + width, y + height), bool(info["iscrowd"]))
+            for info in annotation["segments_info"]
+            for x, y, width, height in [info["bbox"]]
+        }
+        assert row.image_bytes == (scenes / "images" / row.image_path).read_bytes()
+        assert {dialogue.id for dialogue in row.conversations} == {
+            entry["id"] for entry in dialogues if entry["image"] == f"images/{row.image_path}"
+        }
+        assert row.license_id == 1 and row.sources == ("coco", "llava")
+
+
+def test_the_panoptic_map_points_into_the_segments(built):
+    for row in built.rows.values():
+        index_map = decode_index_map(row.panoptic_png)
+        assert index_map.shape == (row.height, row.width)
+        assert np.bincount(index_map.ravel(), minlength=len(row.segments) + 1)[1:].tolist() == [
+            segment.area for segment in row.segments
+        ]
+
+
+def test_files_are_those_that_the_contract_states(built):
+    for file in built.files:
+        parquet = pq.ParquetFile(file)
+        assert parquet.schema_arrow.remove_metadata() == CRAYON_SCHEMA.remove_metadata()
+        for column in CRAYON_SCHEMA:
+            assert parquet.schema_arrow.field(column.name) == column
+        facts = file_facts(parquet.metadata.metadata)
+        assert facts["schema_version"] == 1 and facts["instructions"]["seed"] == 0 and facts["code_version"]
+        assert [json.loads(segmenter)["name"] for segmenter in facts["segmenters"]] == ["annotations"]
+        assert len(facts["templates_sha256"]) == 64
+    assert sorted(path.name for path in built.folder.iterdir()) == [
+        *("crayon-00000-of-00002.parquet", "crayon-00001-of-00002.parquet"),
+        *("manifest.json", "rejects.jsonl", "report.html"),
+    ]
+
+
+def test_datasets_shows_both_pictures_decoded(built):
+    loaded = datasets.load_dataset("parquet", data_files=str(built.folder / "*.parquet"), split="train")
+    rows = built.rows
+    assert len(loaded) == COUNT
+    for record in loaded.select(range(5)):
+        row = rows[record["image_id"]]
+        assert record["image"].size == record["panoptic_map"].size == (row.width, row.height)
+        assert np.array_equal(np.asarray(record["image"].convert("RGB")), decode_rgb(row.image_bytes))
+        assert np.array_equal(np.asarray(record["panoptic_map"]), decode_index_map(row.panoptic_png))
+
+
+def test_a_reference_data_set_holds_paths_instead_of_bytes(scenes, built, tmp_path):
+    references = build(tmp_path / "out", *scene_sources(scenes), "--image_storage", "reference", "--num_shards", 2)
+    for image_id, row in references.rows.items():
+        assert row.image_bytes is None
+        assert (scenes / "images" / row.image_path).read_bytes() == built.rows[image_id].image_bytes
+    without_images = [name for name in CRAYON_SCHEMA.names if name != "image"]
+    assert references.table.select(without_images) == built.table.select(without_images)
+
+
+def test_an_annotations_build_loads_no_torch(scenes, tmp_path):
+    code = (
+        "import sys; from pipelines.build_command import main; status = main(sys.argv[1:]); "
+        "print(status, sorted({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    arguments = [*map(str, scene_sources(scenes)), "--segmenter", "annotations", "--output", str(tmp_path / "out")]
+    run = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.splitlines()[-1] == "0 []"
+
+
+# --- new instructions for finished rows
+
+
+@pytest.fixture(scope="module")
+def phrasebook(tmp_path_factory) -> Path:
+    phrasings = {"counting": [{"id": "c", "question": "{plural}?", "present": "{count}", "absent": "no {plural}"}]}
+    path = tmp_path_factory.mktemp("templates") / "mine.json"
+    path.write_text(json.dumps(phrasings))
+    return path
+
+
+def test_finished_rows_get_the_same_instructions_from_the_same_arguments(built, tmp_path):
+    again = build(tmp_path / "a", "--from_crayon", built.folder / "*.parquet", "--num_shards", 2)
+    assert again.table == built.table
+    assert [h for _, h in again.hashes] == [h for _, h in built.hashes]
+    twice = build(tmp_path / "b", "--from_crayon", again.folder, "--num_shards", 2)
+    assert twice.hashes == again.hashes
+
+
+@pytest.mark.parametrize("change", [["--seed", 1], ["--tasks", "counting", "box_to_class"], ["--templates", "mine"]])
+def test_only_instructions_change_when_finished_rows_get_new_ones(built, phrasebook, tmp_path, change):
+    change = [phrasebook if value == "mine" else value for value in change]
+    data = build(tmp_path / "out", "--from_crayon", built.folder / "*.parquet", *change)
+    check_sums(data)
+    kept = [name for name in CRAYON_SCHEMA.names if name != "instructions"]
+    assert data.table.select(kept) == built.table.select(kept)
+    assert data.table["instructions"] != built.table["instructions"]
+    assert data.manifest["inputs"] == {"crayon": COUNT} and data.rejects == []
+    old_facts, new_facts = (file_facts(pq.read_metadata(d.files[0]).metadata) for d in (built, data))
+    assert new_facts["segmenters"] == old_facts["segmenters"]
+
+
+def test_new_instructions_are_those_of_a_build_with_the_same_flags(scenes, built, phrasebook, tmp_path):
+    flags = ["--seed", 5, "--negative_ratio", 0.5, "--templates", phrasebook, "--num_shards", 1]
+    direct = build(tmp_path / "direct", *scene_sources(scenes), *flags)
+    renewed = build(tmp_path / "renewed", "--from_crayon", built.folder, *flags)
+    assert {i.question for row in renewed.rows.values() for i in row.instructions} <= {
+        i.question for row in direct.rows.values() for i in row.instructions
+    }
+    assert renewed.table == direct.table
+    assert json.loads(DEFAULT_PHRASEBOOK.read_text()).keys() == set(TASKS)  # the user's file has one of them
+    assert direct.manifest["instructions"].keys() == {"counting"}
+
+
+def test_finished_rows_can_be_replaced_in_their_own_folder(built, tmp_path):
+    first = build(tmp_path / "out", "--from_crayon", built.folder)
+    before = first.table
+    second = build(tmp_path / "out", "--from_crayon", first.folder, "--seed", 3, "--overwrite")
+    assert second.table.drop(["instructions"]) == before.drop(["instructions"])
+    assert second.table["instructions"] != before["instructions"]
+
+
+# --- every input leaves one trace
+
+
+def jpeg(image: Image.Image, **options: object) -> bytes:
+    return encoded(image, "JPEG", **options)
+
+
+def gif(frames: int = 1) -> bytes:
+    pictures = [Image.new("P", (8, 6), color) for color in range(frames)]
+    file = io.BytesIO()
+    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:])
+    return file.getvalue()
+
+
+def lying() -> bytes:
+    """A picture 8 pixels wide and 6 high, stored lying on its side."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return jpeg(Image.new("RGB", (6, 8), "red"), exif=exif)
+
+
+def listed(*segments: tuple[int, int], is_crowd: int = 0) -> dict[str, object]:
+    """An annotation's segments, given their ids and category ids."""
+    return {"segments_info": [{"id": i, "category_id": c, "iscrowd": is_crowd} for i, c in segments]}
+
+
+NOISE_16_BIT = Image.fromarray(np.random.default_rng(0).integers(0, 65536, (6, 8), dtype=np.uint16))
+
+IMAGE_CASES = {
+    # Becomes a row, whatever the file calls itself.
+    "plain.jpg": (PICTURE, {}, "row"),
+    "turned.jpg": (lying(), {}, "row"),
+    "four_inks.jpg": (jpeg(Image.new("CMYK", (8, 6), (9, 80, 3, 40))), {}, "row"),
+    "deep.png": (encoded(NOISE_16_BIT), {}, "row"),
+    "grey.png": (encoded(Image.new("LA", (8, 6), (7, 90))), {}, "row"),
+    "palette.png": (encoded(Image.new("P", (8, 6), 3)), {}, "row"),
+    "moving.gif": (gif(frames=3), {}, "row"),
+    "disguised.jpg": (gif(), {}, "row"),
+    "dots/and spaces/ünï.v2.jpg": (PICTURE, {}, "row"),
+    "crowded.jpg": (PICTURE, listed((7, 1), (300, 3), is_crowd=1), "row"),
+    # Is refused.
+    "absent.jpg": (None, {}, ("read", "missing_file")),
+    "cut.jpg": (PICTURE[:-40], {}, ("decode", "broken_image")),
+    "text.jpg": (b"<html>404</html>", {}, ("decode", "not_an_image")),
+    "empty.jpg": (b"", {}, ("decode", "not_an_image")),
+    "huge.png": (encoded(Image.new("1", (100, 101))), {}, ("decode", "oversized_image")),
+    "unknown_class.jpg": (PICTURE, listed((7, 12), (300, 3)), ("segment", "unknown_category")),
+    "unlisted.jpg": (PICTURE, listed((7, 1)), ("segment", "unlisted_segment")),
+    "empty_segment.jpg": (PICTURE, listed((7, 1), (300, 1), (9, 1)), ("segment", "empty_segment")),
+    "twice_listed.jpg": (PICTURE, listed((7, 1), (300, 1), (7, 1)), ("segment", "repeated_segment")),
+    "narrow_mask.jpg": (PICTURE, {"mask": coco_png(IDS[:, :-1])}, ("segment", "mask_size_mismatch")),
+    "lying_mask.jpg": (lying(), {"mask": coco_png(IDS.T)}, ("segment", "mask_size_mismatch")),
+    "broken_mask.jpg": (PICTURE, {"mask": b"\x89PNG\r\n"}, ("segment", "broken_mask")),
+    "no_mask.jpg": (PICTURE, {"mask": None}, ("segment", "missing_file")),
+    "mask_outside.jpg": (PICTURE, {"file_name": "../images/x.png", "mask": None}, ("list", "path_escapes_root")),
+    "../outside.jpg": (None, {}, ("list", "path_escapes_root")),
+    "/etc/passwd": (None, {}, ("list", "path_escapes_root")),
+    "http://somewhere/a.jpg": (None, {}, ("list", "path_escapes_root")),
+}
+
+
+@pytest.fixture(scope="module")
+def traced(tmp_path_factory) -> tuple[CocoFolder, DataSet]:
+    folder = tmp_path_factory.mktemp("cases")
+    coco = CocoFolder(folder / "coco")
+    for name, (data, changes, _) in IMAGE_CASES.items():
+        coco.add(name, data, **changes)
+    coco.json["images"] += [
+        {"id": 900, "file_name": "unannotated.jpg"},
+        {"id": 1, "file_name": "second_of_id_1.jpg"},
+    ]
+    (folder / "coco" / "images" / "unannotated.jpg").write_bytes(PICTURE)
+    coco.json["annotations"] += [
+        coco.json["annotations"][0],
+        {"image_id": 999, "file_name": "999.png", "segments_info": []},
+    ]
+    turns = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "Nobody. \ud83d\ude00 <b>"}]
+    entries = [
+        {"id": "plain", "image": "plain.jpg", "conversations": turns},
+        {"id": "other", "image": "plain.jpg", "conversations": turns[::-1]},
+        {"id": "other extension", "image": "deep.jpg", "conversations": turns},
+        {"id": "listed", "image": ["turned.jpg"], "conversations": turns},
+        {"id": "again", "image": "plain.jpg", "conversations": turns},
+        {"id": "plain", "image": "plain.jpg", "conversations": turns},
+        {"id": "text", "conversations": turns},
+        {"id": "several", "image": ["plain.jpg", "deep.png"], "conversations": turns},
+        {"id": "robot", "image": "plain.jpg", "conversations": [{"from": "robot", "value": "?"}]},
+        {"id": "no turns", "image": "plain.jpg", "conversations": []},
+        {"id": "number", "image": 5, "conversations": turns},
+        {"id": "outside", "image": "../../x.jpg", "conversations": turns},
+        {"id": "absent", "image": "nowhere/x.jpg", "conversations": turns},
+        {"id": "of a cut image", "image": "cut.jpg", "conversations": turns},
+        "not an object",
+        {"image": "plain.jpg", "conversations": [{"from": "human"}]},
+    ]
+    (folder / "llava.json").write_text(json.dumps(entries))
+    llava = ["--llava_json", folder / "llava.json", "--image_root", folder / "coco" / "images"]
+    arguments = [*coco.flags(), *llava, "--segmenter", "annotations", "--max_pixels", 10_000]
+    return coco, build(folder / "out", *arguments)
+
+
+@pytest.mark.parametrize("name", IMAGE_CASES)
+def test_every_annotated_image_becomes_a_row_or_a_reject_with_its_reason(traced, name):
+    coco, data = traced
+    data_of_file, _, outcome = IMAGE_CASES[name]
+    entry_id = str(next(image["id"] for image in coco.json["images"] if image["file_name"] == name))
+    # A second annotation of image 1 is a reject of its own.
+    rejects = [
+        r for r in data.rejects if (r["source"], r["id"]) == ("coco", entry_id) and r["reason"] != "duplicate_id"
+    ]
+    if outcome == "row":
+        assert rejects == []
+        row = data.rows[name.rpartition(".")[0]]
+        assert (row.width, row.height, row.image_path, row.image_bytes) == (8, 6, name, data_of_file)
+        assert decode_rgb(row.image_bytes).shape == (6, 8, 3)
+        assert [(segment.id, segment.area) for segment in row.segments] == [(7, 24), (300, 24)]
+    else:
+        assert [(reject["stage"], reject["reason"]) for reject in rejects] == [outcome]
+
+
+def test_entries_that_no_image_belongs_to_are_rejected(traced):
+    _, data = traced
+    found = [(r["id"], r["stage"], r["reason"]) for r in data.rejects if r["source"] == "coco"]
+    assert found.count(("1", "list", "duplicate_id")) == 2  # a second image and a second annotation of the id
+    assert ("999", "list", "unknown_image") in found
+    assert ("900", "segment", "no_annotation") in found
+
+
+def test_every_dialogue_ends_in_a_row_or_a_reject(traced):
+    _, data = traced
+    found = Counter((r["id"], r["stage"], r["reason"]) for r in data.rejects if r["source"] == "llava")
+    assert found == Counter(
+        [
+            ("plain", "merge", "duplicate_entry"),
+            ("text", "list", "text_only"),
+            ("several", "list", "several_images"),
+            ("robot", "list", "malformed_entry"),
+            ("no turns", "list", "malformed_entry"),
+            ("number", "list", "malformed_entry"),
+            ("outside", "list", "path_escapes_root"),
+            ("absent", "read", "missing_file"),
+            ("of a cut image", "decode", "broken_image"),
+            ("#14", "list", "malformed_entry"),
+            ("#15", "list", "malformed_entry"),
+        ]
+    )
+    rows = data.rows
+    assert [dialogue.id for dialogue in rows["plain"].conversations] == ["again", "other", "plain"]
+    assert rows["plain"].conversations[0].turns == (
+        ("human", "<image>\nWho?"),
+        ("gpt", "Nobody. \U0001f600 <b>"),
+    )
+    assert [dialogue.id for dialogue in rows["deep"].conversations] == ["other extension"]
+    assert [dialogue.id for dialogue in rows["turned"].conversations] == ["listed"]
+
+
+def test_inputs_are_rows_and_rejects_by_source(traced):
+    _, data = traced
+    check_sums(data)
+    assert data.manifest["inputs"] == {"coco": len(IMAGE_CASES) + 4, "llava": 16}
+    with jsonlines.open(data.folder / "rejects.jsonl") as lines:
+        assert sum(1 for _ in lines) == sum(data.manifest["rejects"].values())

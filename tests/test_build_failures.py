@@ -1,0 +1,214 @@
+"""Builds that fail, are killed or get in each other's way: one line for the user, and no half data set."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from builds import PICTURE, CocoFolder, DataSet, build, scene_sources, start
+
+from collavo.scenes import write_scenes
+from pipelines.build_command import main
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes") / "scenes"
+    write_scenes(folder, 10, size_wh=(96, 72))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory) -> list[object]:
+    """Flags for a source of ten images, of which three are no images."""
+    coco = CocoFolder(tmp_path_factory.mktemp("spoilt") / "coco")
+    for i in range(10):
+        coco.add(f"{i}.jpg", b"no" if i < 3 else PICTURE)
+    return [*coco.flags(), "--segmenter", "annotations"]
+
+
+def fails(capfd, *arguments: object) -> str:
+    """The one line that the command ends with; it must fail with status 1 and print nothing else to stderr."""
+    capfd.readouterr()
+    assert main([*map(str, arguments)]) == 1
+    shown = capfd.readouterr()
+    assert "Traceback" not in shown.out + shown.err
+    (line,) = shown.err.splitlines()
+    assert line.startswith("build_crayon.py: error: ")
+    return line
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_too_many_rejects_fail_the_job_and_leave_the_old_data_alone(scenes, spoilt, tmp_path, capfd):
+    old = build(tmp_path / "out", *scene_sources(scenes))
+    before = listing(old.folder)
+    refused = [*spoilt, "--output", old.folder, "--overwrite", "--max_reject_ratio", 0.2]
+    line = fails(capfd, *refused)
+    assert "3 of 10 inputs were rejected (3 not_an_image)" in line and "--max_reject_ratio 0.2" in line
+    after = listing(old.folder)
+    rejects = [json.loads(reject) for reject in after.pop("failed-rejects.jsonl").splitlines()]
+    assert [reject["reason"] for reject in rejects] == ["not_an_image"] * 3
+    assert str(old.folder / "failed-rejects.jsonl") in line
+    assert after == before
+
+    data = build(old.folder, *spoilt, "--overwrite", "--max_reject_ratio", 0.3)  # 3 of 10 is not more than 0.3
+    assert len(data.rows) == 7 and len(data.rejects) == 3
+    assert not (old.folder / "failed-rejects.jsonl").exists()
+
+
+def test_a_job_without_a_single_row_fails(tmp_path, capfd):
+    coco = CocoFolder(tmp_path / "coco")
+    coco.add("a.jpg", b"")
+    coco.add("b.jpg", None)
+    line = fails(capfd, *coco.flags(), "--segmenter", "annotations", "--output", tmp_path / "out")
+    assert "no rows: all 2 inputs were rejected" in line
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["failed-rejects.jsonl"]
+
+
+def test_data_are_replaced_when_asked_and_not_otherwise(scenes, spoilt, tmp_path, capfd):
+    first = build(tmp_path / "out", *scene_sources(scenes), "--num_shards", 3)
+    (first.folder / "notes.txt").write_text("mine")
+    before = listing(first.folder)
+    with pytest.raises(SystemExit) as refusal:
+        main([*map(str, spoilt), "--output", str(first.folder)])
+    assert refusal.value.code == 2
+    assert "--overwrite" in capfd.readouterr().err
+    assert listing(first.folder) == before
+    second = build(first.folder, *spoilt, "--overwrite")
+    assert len(second.rows) == 7
+    assert sorted(listing(second.folder)) == [
+        *("crayon-00000-of-00001.parquet", "manifest.json", "notes.txt", "rejects.jsonl", "report.html"),
+    ]
+
+
+CUT_COCO = ("--coco_panoptic", '{"images": [{"id": 1, "file_name": "a"}], "annota', "not COCO panoptic JSON to its end")
+OBJECT_FOR_LLAVA = ("--llava_json", '{"a": 1}', "no entries: expected a JSON list")
+
+
+@pytest.mark.parametrize(
+    ("flag", "content", "expected", "mode"),
+    [
+        (*CUT_COCO, "in_memory"),
+        (*CUT_COCO, "multi_processing"),
+        ("--coco_panoptic", '{"images": [], "annotations": []}', "it lists no 'images'", "in_memory"),
+        (*OBJECT_FOR_LLAVA, "in_memory"),
+        (*OBJECT_FOR_LLAVA, "multi_threading"),
+        ("--llava_json", '[{"id": "a", "conversations": [{"from": "human', "not a JSON list to its end", "in_memory"),
+    ],
+)
+def test_a_source_that_cannot_be_read_ends_the_job_in_one_line(scenes, tmp_path, capfd, flag, content, expected, mode):
+    broken = tmp_path / "broken.json"
+    broken.write_text(content)
+    good = scene_sources(scenes)
+    coco = ["--coco_panoptic", broken, *good[2:4], "--coco_masks", scenes / "panoptic"]
+    sources = [*coco, *good[8:]] if flag == "--coco_panoptic" else [*good[:4], flag, broken, *good[6:]]
+    line = fails(capfd, *sources, "--output", tmp_path / "out", "--direct_running_mode", mode)
+    assert f"error: {flag} {broken}: {expected}" in line
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_other_parquet_is_not_taken_for_crayon_rows(tmp_path, capfd):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 not really")
+    line = fails(capfd, "--from_crayon", tmp_path / "x.parquet", "--output", tmp_path / "out")
+    assert f"--from_crayon {tmp_path / 'x.parquet'}: " in line
+
+
+def test_an_output_that_cannot_be_made_is_said_in_one_line(scenes, tmp_path, capfd):
+    (tmp_path / "file").touch()
+    line = fails(capfd, *scene_sources(scenes), "--output", tmp_path / "file" / "out")
+    assert f"--output {tmp_path / 'file' / 'out'}: Not a directory" in line
+
+
+def wait_until(reached, process) -> None:
+    deadline = time.monotonic() + 60
+    while not reached():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def long_build(tmp_path_factory) -> list[object]:
+    """Flags for a job that is busy for a second or two: one drawn scene under many names."""
+    folder = tmp_path_factory.mktemp("many") / "scenes"
+    write_scenes(folder, 1, size_wh=(320, 240))
+    content = json.loads((folder / "panoptic.json").read_text())
+    (image,), (annotation,) = content["images"], content["annotations"]
+    content["images"] = [{**image, "id": i, "file_name": f"{i}.jpg"} for i in range(600)]
+    content["annotations"] = [{**annotation, "image_id": i} for i in range(600)]
+    (folder / "panoptic.json").write_text(json.dumps(content))
+    for i in range(600):
+        os.link(folder / "images" / image["file_name"], folder / "images" / f"{i}.jpg")
+    return ["--coco_panoptic", folder / "panoptic.json", "--coco_images", folder / "images"]
+
+
+@pytest.mark.parametrize("when", ["segmented", "written"])
+def test_a_killed_run_leaves_nothing_that_looks_whole_and_the_next_clears_it_away(long_build, tmp_path, when):
+    output = tmp_path / "out"
+    process = start(*long_build, "--output", output, "--num_shards", 2)
+
+    def busy() -> bool:
+        return any(file.stat().st_size > 20 for file in output.glob(f".staging-*/progress/{when}/*"))
+
+    wait_until(busy, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    left = list(output.iterdir())
+    assert len(left) == 1 and left[0].name.startswith(".staging-")
+
+    data = build(output, *long_build)
+    assert len(data.rows) == 600
+    assert not list(output.glob(".*"))
+
+
+def test_a_killed_replacement_does_not_touch_the_old_data_before_it_has_new_ones(scenes, long_build, tmp_path):
+    old = build(tmp_path / "out", *scene_sources(scenes))
+    before = listing(old.folder)
+    process = start(*long_build, "--output", old.folder, "--overwrite")
+    wait_until(lambda: list(old.folder.glob(".staging-*/drafts/*")), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (staging,) = old.folder.glob(".staging-*")
+    assert {path.name: path.read_bytes() for path in old.folder.iterdir() if path != staging} == before
+    assert DataSet(old.folder).manifest["rows"] == 10
+
+
+def test_a_second_build_into_the_same_folder_is_refused_while_the_first_runs(long_build, tmp_path, capfd):
+    output = tmp_path / "out"
+    first = start(*long_build, "--output", output)
+    wait_until(lambda: list(output.glob(".staging-*/drafts/*")), first)
+    line = fails(capfd, *long_build, "--output", output)
+    assert f"--output {output}: another build is writing there" in line
+    stdout, stderr = first.communicate(timeout=60)
+    assert first.returncode == 0 and stderr == "" and "600" in stdout
+    assert len(DataSet(output).rows) == 600
+
+
+def test_an_interrupted_run_says_so_in_one_line_and_cleans_up(long_build, tmp_path):
+    output = tmp_path / "out"
+    process = start(*long_build, "--output", output)
+    wait_until(lambda: list(output.glob(".staging-*/drafts/*")), process)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert stderr.splitlines() == ["build_crayon.py: interrupted"]
+    assert list(output.iterdir()) == []
+
+
+def test_the_last_word_on_a_worker_that_died_is_what_to_do(long_build, tmp_path):
+    output = tmp_path / "out"
+    process = start(*long_build, "--output", output, "--direct_running_mode", "multi_processing")
+    wait_until(lambda: list(output.glob(".staging-*/drafts/*")), process)
+    workers = [child for child in psutil.Process(process.pid).children(recursive=True) if "python" in child.name()]
+    workers[0].kill()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    line = stderr.splitlines()[-1]
+    assert "a worker process died" in line and "--direct_num_workers" in line
+    assert list(output.iterdir()) == []

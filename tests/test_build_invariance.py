@@ -1,0 +1,145 @@
+"""The rows are a matter of the input and the flags alone: not of workers, batches, order or shards."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from builds import DataSet, build, scene_sources, tiny_mask2former
+
+from collavo.scenes import write_scenes
+
+IN_TWO_PROCESSES = ["--direct_running_mode", "multi_processing", "--direct_num_workers", 2]
+IN_TWO_THREADS = ["--direct_running_mode", "multi_threading", "--direct_num_workers", 2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # threads that wait for each other on busy cores take fifty times as long
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("scenes") / "scenes"
+    write_scenes(folder, 24, size_wh=(96, 72))
+    for name in ("scene-000003.jpg", "scene-000011.jpg"):  # so that rejects, too, are seen to be the same
+        (folder / "images" / name).write_bytes(b"GIF89a")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def annotated(scenes, tmp_path_factory) -> DataSet:
+    return build(tmp_path_factory.mktemp("annotated") / "out", *scene_sources(scenes), "--num_shards", 3)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return tiny_mask2former(tmp_path_factory.mktemp("model"))
+
+
+def by_model(scenes: Path, checkpoint: Path) -> list[object]:
+    return ["--images", scenes / "images", "--segmenter_checkpoint", checkpoint, "--segmenter_input_size", 64]
+
+
+@pytest.fixture(scope="module")
+def segmented(scenes, checkpoint, tmp_path_factory) -> DataSet:
+    folder = tmp_path_factory.mktemp("segmented") / "out"
+    return build(folder, *by_model(scenes, checkpoint), "--num_shards", 3)
+
+
+def assert_same(one: DataSet, other: DataSet) -> None:
+    """The same rows in the same bytes, and the same rejects."""
+    assert one.rows == other.rows
+    assert one.hashes == other.hashes
+    assert one.rejects == other.rejects
+
+
+def shuffled(path: Path, copy: Path) -> Path:
+    """A JSON file with every list of records in it in another order."""
+    content = json.loads(path.read_text())
+    for records in content.values() if isinstance(content, dict) else [content]:
+        if isinstance(records, list):
+            random.Random(1).shuffle(records)
+    if isinstance(content, dict):
+        for annotation in content["annotations"]:
+            annotation["segments_info"].reverse()
+    copy.write_text(json.dumps(content))
+    return copy
+
+
+@pytest.mark.parametrize("workers", [IN_TWO_PROCESSES, IN_TWO_THREADS], ids=["processes", "threads"])
+def test_annotated_rows_do_not_depend_on_workers(scenes, annotated, tmp_path, workers):
+    assert_same(build(tmp_path / "out", *scene_sources(scenes), "--num_shards", 3, *workers), annotated)
+
+
+def test_annotated_rows_do_not_depend_on_the_order_of_their_sources(scenes, annotated, tmp_path):
+    panoptic = shuffled(scenes / "panoptic.json", tmp_path / "panoptic.json")
+    dialogues = shuffled(scenes / "dialogues.json", tmp_path / "dialogues.json")
+    data = build(
+        tmp_path / "out",
+        *("--llava_json", dialogues, "--image_root", scenes, "--coco_masks", scenes / "panoptic"),
+        *("--coco_panoptic", panoptic, "--coco_images", scenes / "images", "--num_shards", 3),
+        *("--segmenter", "annotations"),
+    )
+    assert_same(data, annotated)
+
+
+def test_sources_split_over_files_make_the_same_rows(scenes, annotated, tmp_path):
+    content = json.loads((scenes / "panoptic.json").read_text())
+    dialogues = json.loads((scenes / "dialogues.json").read_text())
+    for part in (0, 1):
+        images = content["images"][part::2]
+        annotations = [a for a in content["annotations"] if a["image_id"] in {image["id"] for image in images}]
+        (tmp_path / f"{part}.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+        (tmp_path / f"llava{part}.json").write_text(json.dumps(dialogues[part::2]))
+    data = build(
+        tmp_path / "out",
+        *("--coco_panoptic", tmp_path / "1.json", tmp_path / "0.json", "--coco_images", *[scenes / "images"] * 2),
+        *("--coco_masks", *[scenes / "panoptic"] * 2, "--llava_json", tmp_path / "llava1.json"),
+        *(tmp_path / "llava0.json", "--image_root", scenes, "--num_shards", 3, "--segmenter", "annotations"),
+    )
+    assert_same(data, annotated)
+
+
+@pytest.mark.parametrize("shards", [1, 7, 100])
+def test_the_number_of_shards_changes_files_and_not_rows(scenes, annotated, tmp_path, shards):
+    data = build(tmp_path / "out", *scene_sources(scenes), "--num_shards", shards)
+    assert data.rows == annotated.rows
+    assert sorted(map(str, data.rejects)) == sorted(map(str, annotated.rejects))
+    assert len(data.files) <= min(shards, len(data.rows)) and all(file["rows"] for file in data.manifest["files"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--batch_size", 1],
+        ["--batch_size", 4],
+        ["--max_batch_pixels", 96 * 72 * 3],
+        IN_TWO_PROCESSES,
+        IN_TWO_THREADS,
+        [*IN_TWO_PROCESSES, "--model_copies", 1, "--batch_size", 3],
+    ],
+    ids=["one by one", "in fours", "few pixels", "processes", "threads", "a shared copy"],
+)
+def test_segmented_rows_do_not_depend_on_batches_and_workers(scenes, checkpoint, segmented, tmp_path, flags):
+    data = build(tmp_path / "out", *by_model(scenes, checkpoint), "--num_shards", 3, *flags)
+    assert data.rows == segmented.rows
+    assert data.rejects == segmented.rejects
+    assert any(row.segments for row in data.rows.values())
+
+
+def test_segmented_rows_do_not_depend_on_how_their_images_are_named(scenes, checkpoint, segmented, tmp_path):
+    names = sorted((path.name for path in (scenes / "images").iterdir()), reverse=True)
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    _, _, *model = by_model(scenes, checkpoint)
+    listed = ["--images", tmp_path / "list.txt", "--image_root", scenes / "images", *model]
+    assert build(tmp_path / "listed", *listed).rows == segmented.rows
+    matched = ["--images", scenes / "images" / "*.jpg", *model]
+    assert build(tmp_path / "matched", *matched).rows == segmented.rows
+
+
+def test_where_the_input_lies_does_not_enter_the_rows(scenes, annotated, tmp_path):
+    shutil.copytree(scenes, tmp_path / "elsewhere")
+    assert_same(build(tmp_path / "out", *scene_sources(tmp_path / "elsewhere"), "--num_shards", 3), annotated)

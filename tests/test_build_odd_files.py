@@ -1,0 +1,192 @@
+"""A folder of a thousand odd and broken files: each ends in a row or in a reject with a reason."""
+
+import io
+import json
+import os
+import random
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builds import DataSet, build, tiny_mask2former
+from PIL import Image
+
+from collavo.crayon.index_png import decode_index_map
+from collavo.images import decode_rgb
+
+FORMATS = {
+    "JPEG": ("L", "RGB", "CMYK"),
+    "PNG": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
+    "GIF": ("L", "P", "RGB"),
+    "WEBP": ("RGB", "RGBA"),
+    "BMP": ("1", "L", "P", "RGB"),
+    "TIFF": ("1", "L", "P", "RGB", "CMYK", "I;16", "F"),
+    "PPM": ("L", "RGB"),
+}
+EXTENSIONS = {
+    "JPEG": ".jpg",
+    "PNG": ".png",
+    "GIF": ".gif",
+    "WEBP": ".webp",
+    "BMP": ".bmp",
+    "TIFF": ".tif",
+    "PPM": ".ppm",
+}
+ODD_NAMES = [
+    "with space",
+    " ",
+    "ünïcödé 😀",
+    "new\nline",
+    "tab\t",
+    "'quote'",
+    '"double"',
+    "a;b|c&d",
+    "-flag",
+    "%41",
+    "[x]",
+    "*",
+    "a" * 200,
+]
+
+
+def pictures(chance: random.Random) -> Iterator[tuple[str, bytes]]:
+    """Format and bytes of small pictures in every mode that the format has."""
+    noise = np.random.default_rng(0)
+    while True:
+        for format, modes in FORMATS.items():
+            for mode in modes:
+                width, height = chance.randint(1, 40), chance.randint(1, 40)
+                if mode == "I;16":
+                    image = Image.fromarray(noise.integers(0, 65536, (height, width), dtype=np.uint16))
+                else:
+                    rgb = noise.integers(0, 256, (height, width, 3), dtype=np.uint8)
+                    image = Image.fromarray(rgb).convert(mode if mode != "LA" else "L")
+                    image = image.convert("LA") if mode == "LA" else image
+                file = io.BytesIO()
+                image.save(file, format)
+                yield format, file.getvalue()
+
+
+def write_odd_files(folder: Path) -> int:
+    """Fill a folder with a thousand files; how many there are to be found in it."""
+    chance = random.Random(0)
+    picture = pictures(chance)
+    contents: list[tuple[str, bytes]] = []
+    for i in range(960):
+        format, data = next(picture)
+        extension = EXTENSIONS[format]
+        kind = i % 10
+        if kind == 0:
+            data = data[: chance.randrange(len(data))]  # truncated anywhere, to nothing at times
+        elif kind == 1:
+            extension = chance.choice(list(EXTENSIONS.values()))  # disguised
+        elif kind == 2:
+            extension = chance.choice(["", ".", ".JPG", ".jpeg.txt", ".json", ".tar.gz"])
+        elif kind == 3:
+            data = chance.randbytes(chance.randrange(300))
+        elif kind == 4:
+            place = chance.randrange(len(data))
+            data = data[:place] + chance.randbytes(chance.randint(1, 9)) + data[place:]  # damaged in the middle
+        elif kind == 5:
+            data = data[:8] + chance.randbytes(100)  # an image by its first bytes only
+        name = f"{i:03}{extension}"
+        contents.append((f"{'/'.join('abc'[: i % 4])}/{name}" if i % 4 else name, data))
+    contents += [(f"{name}.png", next(picture)[1]) for name in ODD_NAMES]
+    contents += [(f"names/{name}/x.jpg", next(picture)[1]) for name in ODD_NAMES[:-1]]
+    contents += [(f"same{extension}", next(picture)[1]) for extension in EXTENSIONS.values()]  # one id seven times
+    contents += [
+        ("empty.jpg", b""),
+        ("page.jpg", b"<!DOCTYPE html><title>404</title>"),
+        ("list.json", json.dumps([{"id": 1}]).encode()),
+        ("notes.txt", "Notizen über Bilder\n".encode("utf-16")),
+        ("vector.svg", b"<svg xmlns='http://www.w3.org/2000/svg' width='9' height='9'/>"),
+        ("script.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"),
+        ("bomb.png", _png_claiming(60_000, 60_000)),
+        ("wide.png", _png_claiming(2**31 - 1, 1)),
+        ("flat.png", _png_claiming(0, 5)),
+        ("archive.jpg.gz", b"\x1f\x8b\x08" + bytes(20)),
+    ]
+    for name, data in contents:
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+    for name in (b"latin-\xe9.jpg", b"\xff\xfe.png", b"deep\xe9/x.jpg"):
+        path = os.path.join(os.fsencode(folder), name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(next(picture)[1])
+    target = folder / "008.webp"
+    links = {"link.webp": target, "broken_link.jpg": folder / "nowhere.jpg", "loop.jpg": folder / "loop.jpg"}
+    for name, path in links.items():
+        os.symlink(path, folder / name)
+    os.mkfifo(folder / "pipe.jpg")
+    (folder / "folder.jpg").mkdir()  # no file of its own
+    return len(contents) + 3 + len(links) + 1
+
+
+def _png_claiming(width: int, height: int) -> bytes:
+    """A PNG of one pixel whose header claims another size."""
+    file = io.BytesIO()
+    Image.new("L", (1, 1)).save(file, "PNG")
+    data = bytearray(file.getvalue())
+    data[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    return bytes(data)
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory) -> tuple[int, DataSet]:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("odd") / "files"
+    folder.mkdir()
+    count = write_odd_files(folder)
+    checkpoint = tiny_mask2former(tmp_path_factory.mktemp("model"))
+    output = tmp_path_factory.mktemp("built") / "out"
+    model = ["--segmenter_checkpoint", checkpoint, "--segmenter_input_size", 64, "--device", "cpu"]
+    return count, build(output, "--images", folder, *model)
+
+
+def test_rows_and_rejects_are_all_the_files(odd):
+    count, data = odd
+    assert count >= 1000
+    assert len(data.rows) + len(data.rejects) == count
+    assert data.manifest["inputs"] == {"folder": count}
+    assert data.manifest["rows"] == len(data.rows) and sum(data.manifest["rejects"].values()) == len(data.rejects)
+
+
+def test_every_reject_says_why(odd):
+    _, data = odd
+    for reject in data.rejects:
+        assert all(reject[key].strip() for key in ("id", "source", "stage", "reason", "detail")), reject
+    reasons = {reject["reason"] for reject in data.rejects}
+    assert reasons == {
+        *("not_an_image", "broken_image", "oversized_image", "duplicate_id"),
+        *("missing_file", "unreadable_file", "not_a_file", "bad_path"),
+    }
+    assert len({reject["id"] for reject in data.rejects}) == len(data.rejects)
+
+
+def test_every_row_can_be_decoded_and_has_a_map_of_its_size(odd):
+    _, data = odd
+    assert len(data.rows) > 500
+    for row in data.rows.values():
+        assert decode_rgb(row.image_bytes).shape == (row.height, row.width, 3)
+        assert decode_index_map(row.panoptic_png).shape == (row.height, row.width)
+    assert any(row.segments for row in data.rows.values())
+
+
+def test_odd_names_make_ids_that_find_the_file(odd):
+    _, data = odd
+    rows = data.rows
+    for name in ODD_NAMES:
+        assert rows[name].image_path == f"{name}.png"
+    by_reason = {name: reject["reason"] for reject in data.rejects for name in [reject["id"].rpartition("/")[2]]}
+    assert by_reason["pipe.jpg"] == "not_a_file"
+    assert by_reason["broken_link.jpg"] == "missing_file"
+    assert by_reason["loop.jpg"] == "unreadable_file"
+    assert by_reason["latin-\\xe9.jpg"] == by_reason["x.jpg"] == "bad_path"
+    assert by_reason["bomb.png"] == by_reason["wide.png"] == "oversized_image"
+    assert sum("same" in reject["id"] for reject in data.rejects) == len(EXTENSIONS) - 1
