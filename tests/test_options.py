@@ -1,0 +1,190 @@
+"""Command lines that cannot work are refused in one line, before anything is read or written."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from pipelines.build_command import main
+from pipelines.options import build_parser, parse_command
+from schemas.crayon_row import TASKS
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch) -> Path:
+    """A current folder with one of everything a flag could name."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("pictures", "masks", "p"):
+        (tmp_path / folder).mkdir()
+    for name in ("p.json", "q.json", "l.json", "pictures/a.jpg", "rows.parquet", "a_file"):
+        (tmp_path / name).touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "manifest.json").touch()
+    (tmp_path / "t.json").write_text('{"counting": []}')
+    return tmp_path
+
+
+COCO = "--coco_panoptic p.json --coco_images pictures"
+
+WRONG = [
+    # unknown, misspelt, cut short
+    ("--nosuch 1", "unknown flag --nosuch"),
+    ("--segmentr auto", "unknown flag --segmentr"),
+    ("--outp x", "unknown flag --outp"),
+    ("pictures", "unknown flag pictures"),
+    ("--output", "--output: expected one argument"),
+    # values
+    ("--scenes many", "--scenes: invalid int value: 'many'"),
+    ("--scenes 0", "--scenes is 0, but must be at least 1"),
+    ("--scene_size 320", "--scene_size is '320', but must be like 320x240"),
+    ("--scene_size 320x9", "--scene_size is '320x9'"),
+    ("--scene_size 1x1x1", "--scene_size is '1x1x1'"),
+    ("--batch_size -1", "--batch_size is -1"),
+    ("--max_batch_pixels 0", "--max_batch_pixels is 0"),
+    ("--max_instructions 0", "--max_instructions is 0"),
+    ("--max_listed_objects -1", "--max_listed_objects is -1"),
+    ("--num_shards 0", "--num_shards is 0"),
+    ("--max_pixels 0", "--max_pixels is 0"),
+    ("--max_pixels 99999999999", "--max_pixels is 99999999999, but Pillow decodes no more than"),
+    ("--seed 1.5", "--seed: invalid int value: '1.5'"),
+    ("--negative_ratio nan", "--negative_ratio is nan"),
+    ("--negative_ratio inf", "--negative_ratio is inf"),
+    ("--negative_ratio -1", "--negative_ratio is -1.0"),
+    ("--validation_ratio 1.1", "--validation_ratio is 1.1, but must be within 0 and 1"),
+    ("--validation_ratio nan", "--validation_ratio is nan"),
+    ("--max_reject_ratio 5%", "--max_reject_ratio: invalid float value: '5%'"),
+    ("--tasks counting chess", "--tasks: invalid choice: 'chess'"),
+    ("--tasks", "--tasks: expected at least one argument"),
+    ("--segmenter yolo", "--segmenter: invalid choice: 'yolo'"),
+    ("--segmenter_preset sharp", "--segmenter_preset: invalid choice: 'sharp'"),
+    ("--image_storage zip", "--image_storage: invalid choice: 'zip'"),
+    ("--images pictures --device tpu", "--device is tpu, but must be auto, cpu, cuda or cuda:N"),
+    ("--images pictures --segmenter_input_size -64", "--segmenter_input_size is -64"),
+    # files
+    (f"{COCO} --coco_masks nowhere", "--coco_masks nowhere: there is no such file or folder"),
+    ("--coco_panoptic q.json --coco_images pictures", "--coco_masks q: there is no such file or folder"),
+    ("--coco_panoptic nowhere.json --coco_images pictures", "--coco_panoptic nowhere.json: there is no such"),
+    ("--coco_panoptic p.json --coco_images nowhere", "--coco_images nowhere: there is no such"),
+    ("--llava_json nowhere.json --image_root pictures", "--llava_json nowhere.json: there is no such"),
+    ("--llava_json l.json --image_root nowhere", "--image_root nowhere: there is no such"),
+    ("--from_crayon p.json", "--from_crayon p.json: names no .parquet file"),
+    ("--from_crayon pictures", "--from_crayon pictures: names no .parquet file"),
+    ("--templates nowhere.json", "--templates nowhere.json: cannot be read as JSON"),
+    ("--templates t.json", "--templates t.json: task 'counting' needs a list of at least one phrasing"),
+    ("--output full", "--output full holds a data set already (full/manifest.json); --overwrite would replace it"),
+    ("--output a_file", "--output a_file: is a file"),
+    ("--output gs://bucket/out", "--output gs://bucket/out: Beam has no file system for it here; collavo[dataflow]"),
+    ("--images nope://x/*.jpg", "--images nope://x/*.jpg: Beam has no file system for it here"),
+    # contradictions
+    ("--coco_panoptic p.json", "--coco_images names 0 folders for 1 --coco_panoptic files"),
+    ("--coco_panoptic p.json p.json --coco_images p", "--coco_images names 1 folders for 2 --coco_panoptic files"),
+    (f"{COCO} --coco_masks p masks", "--coco_masks names 2 folders for 1 --coco_panoptic files"),
+    ("--llava_json l.json", "--llava_json needs --image_root"),
+    ("--coco_images pictures", "--coco_images acts only with --coco_panoptic"),
+    ("--images pictures --coco_masks p", "--coco_masks acts only with --coco_panoptic"),
+    ("--image_root pictures", "--image_root acts only with --llava_json or --images"),
+    ("--images pictures --scenes 5", "--scenes acts only where no source is named"),
+    (f"{COCO} --scene_size 64x64", "--scene_size acts only where no source is named"),
+    ("--from_crayon rows.parquet --images pictures", "--from_crayon starts from finished rows"),
+    ("--from_crayon rows.parquet --device cuda", "--device acts only on images; --from_crayon reads finished rows"),
+    ("--from_crayon rows.parquet --validation_ratio 0.2", "--validation_ratio acts only on images"),
+    ("--images pictures --segmenter annotations", "--segmenter annotations needs --coco_panoptic"),
+    ("--images pictures --segmenter_config x.yaml", "--segmenter_config acts only with --segmenter detectron2"),
+    ("--images pictures --segmenter detectron2 --segmenter_preset paper", "--segmenter_preset acts only with mask2f"),
+    (f"{COCO} --segmenter_checkpoint x", "--segmenter_checkpoint: no model runs"),
+    (f"{COCO} --model_copies 2", "--model_copies: no model runs"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), WRONG, ids=[line for line, _ in WRONG])
+def test_a_wrong_command_line_is_refused_in_one_line(workspace, capsys, line, message):
+    before = sorted(workspace.rglob("*"))
+    with pytest.raises(SystemExit) as refusal:
+        main(line.split())
+    shown = capsys.readouterr()
+    assert refusal.value.code == 2
+    assert shown.out == "" and shown.err.count("\n") == 1
+    assert shown.err.startswith("build_crayon.py: error: ") and message in shown.err
+    assert sorted(workspace.rglob("*")) == before
+
+
+def test_tasks_without_phrasings_are_refused(workspace, capsys):
+    phrasing = {"id": "a", "question": "{plural}?", "present": "{count}", "absent": "none"}
+    (workspace / "t.json").write_text(json.dumps({"counting": [phrasing]}))
+    with pytest.raises(SystemExit) as refusal:
+        main(["--templates", "t.json", "--tasks", "box_to_class"])
+    assert refusal.value.code == 2
+    assert "--tasks box_to_class: t.json has phrasings for counting only" in capsys.readouterr().err
+
+
+def test_help_tells_of_every_flag_and_exits_well(capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    flags = [option for action in build_parser()._actions for option in action.option_strings]
+    assert len(flags) > 30
+    for flag in flags:
+        assert re.search(rf"(^|[\s,]){flag}\b", text), flag
+    assert all(task in text for task in TASKS)
+    assert "--runner DirectRunner" in text and "(default: " in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_without_flags_scenes_are_drawn_below_the_output(workspace):
+    command = parse_command([])
+    assert command.scenes is not None
+    assert (command.scenes.folder, command.scenes.count, command.scenes.size_wh) == ("out/scenes", 600, (320, 240))
+    job = command.job
+    assert job.model is None and job.use_annotations and job.embed_images
+    assert [source.name for source in (*job.sources.coco, *job.sources.llava)] == ["scenes", "scenes"]
+
+
+def test_masks_are_looked_for_beside_their_json(workspace):
+    (source,) = parse_command(COCO.split()).job.sources.coco
+    assert source == ("coco", "p.json", "pictures", "p")
+
+
+@pytest.mark.parametrize(
+    ("line", "annotations", "model"),
+    [
+        (COCO, True, False),
+        ("--images pictures", True, True),
+        (f"{COCO} --images pictures", True, True),
+        (f"{COCO} --images pictures --segmenter annotations", True, False),
+        (f"{COCO} --segmenter mask2former", False, True),
+        (f"{COCO} --llava_json l.json --image_root pictures", True, True),
+        ("--from_crayon rows.parquet", True, False),
+    ],
+)
+def test_a_model_is_used_where_annotations_are_not_all_there_is(workspace, line, annotations, model):
+    job = parse_command(line.split()).job
+    assert (job.use_annotations, job.model is not None) == (annotations, model)
+
+
+def test_flags_reach_the_segmenter_that_they_are_for(workspace):
+    line = "--images pictures --segmenter_checkpoint x --segmenter_input_size 96 --segmenter_preset paper --device cpu"
+    model = parse_command(f"{line} --batch_size 3 --max_batch_pixels 9 --model_copies 2".split()).job.model
+    assert model is not None
+    assert model.load.args == ("mask2former",)
+    options = model.load.keywords
+    assert options.pop("thresholds").like_transformers
+    assert options == {"checkpoint": "x", "input_size": 96, "device": "cpu", "batch_size": 3}
+    assert (model.batch_size, model.max_batch_pixels, model.model_copies) == (3, 9, 2)
+    line = "--images pictures --segmenter detectron2 --segmenter_config c.yaml --segmenter_checkpoint w.pkl"
+    model = parse_command(line.split()).job.model
+    assert model is not None
+    assert (model.load.args, model.load.keywords) == (
+        ("detectron2",),
+        {"checkpoint": "w.pkl", "config": "c.yaml", "device": "auto"},
+    )
+
+
+def test_what_was_asked_for_is_recorded(workspace):
+    job = parse_command(["--seed", "3", "--tasks", "counting", "--scenes", "7"]).job
+    configuration = job.publication.configuration
+    assert (configuration["seed"], configuration["tasks"], configuration["scenes"]) == (3, ["counting"], 7)
+    assert configuration["runner"] == "DirectRunner"
+    assert job.facts["instructions"]["seed"] == 3
+    assert "scenes" not in parse_command(COCO.split()).job.publication.configuration
