@@ -15,9 +15,11 @@ ADAPTERS = ("image_cit", "vl_cit")
 
 
 def talkative_model() -> CollavoForConditionalGeneration:
-    """The tiny model with weights large enough that every prompt has an answer of its own."""
+    """The tiny model with weights large enough that every prompt, image and map has an answer of its own."""
     model = tiny_model()
     with torch.no_grad():
+        for parameter in model.model.crayon_prompt.parameters():
+            parameter.normal_(std=0.5)
         for parameter in model.model.language_model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(6)

@@ -57,7 +57,7 @@ class Answerer:
         self.model = model
         self.processor = processor
         self.listed = tuple(listed)
-        self._beams = beams
+        self.beams = beams
 
     @torch.inference_mode()
     def answer(
@@ -113,7 +113,7 @@ class Answerer:
     ) -> torch.Tensor:
         """The tokens that follow prompts whose beginnings are rows of the cache, which stays as it is."""
         device = self.model.device
-        repeated = rows.repeat_interleave(self._beams).to(device)
+        repeated = rows.repeat_interleave(self.beams).to(device)
         generated: torch.Tensor = self.model.generate(
             **{name: tensor.to(device) for name, tensor in prompt.items()},
             # Told, for `generate` leaves no room for padding in the middle.
@@ -122,7 +122,7 @@ class Answerer:
                 [(layer.keys[repeated], layer.values[repeated]) for layer in cache.layers], config=self.model.config
             ),
             max_new_tokens=max_new_tokens,
-            num_beams=self._beams,
+            num_beams=self.beams,
             do_sample=False,
             pad_token_id=self.processor.tokenizer.pad_token_id,
             streamer=streamer,
@@ -155,7 +155,7 @@ def load_answerer(source: str, device: torch.device, quantize: bool | None = Non
     try:
         whole, processor = load_base(source, dtype)
     except (RunError, CheckpointError) as error:
-        raise RunError(f"--model {' '.join(str(error).split())}") from error
+        raise RunError(f"--model {str(error).removeprefix('--preset ')}") from error
     if quantize:
         quantize_language_model(whole, dtype, device)
     move_to_device(whole, device)

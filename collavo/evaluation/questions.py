@@ -87,6 +87,8 @@ def _instruction_question(row: CrayonRow, instruction: Instruction) -> Question:
 
 
 def _dialogue_questions(row: CrayonRow, dialogue: Dialogue) -> Iterator[Question]:
+    if any(speaker != ("human", "gpt")[i % 2] for i, (speaker, _) in enumerate(dialogue.turns)):
+        return  # nobody knows what answers what
     for position, (speaker, value) in enumerate(dialogue.turns):
         if speaker == "gpt" and 0 < len(value.split()) <= _SHORT_ANSWER_WORDS:
             yield Question(row.image_id, DIALOGUE, dialogue.turns[:position], value)

@@ -1,0 +1,105 @@
+"""CoLLaVO in lmms-eval, the field's own harness, as a plug-in: `lmms-eval --model collavo --tasks mme,pope ...`.
+
+Needs lmms-eval, which `pip install 'collavo[lmms-eval]'` brings; it finds `MANIFEST` by the entry point in
+pyproject.toml. Images are segmented here. A prompt has one image: of several the first is shown, which is warned of.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from rich.progress import track
+
+from collavo.device import resolve_device
+from collavo.evaluation.answering import Request, load_answerer
+from collavo.evaluation.pictures import Picture, open_segmenter, segmented
+
+MANIFEST = ModelManifest("collavo", simple_class_path="collavo.evaluation.harness.CollavoHarness")
+
+_MAX_NEW_TOKENS = 256  # for tasks that name no limit
+
+
+class CollavoHarness(lmms):
+    """The model as lmms-eval sees it; its arguments are those of `--model_args`.
+
+    Args:
+        pretrained: a run directory or a whole model, as `--model` of the commands.
+        segmenter, segmenter_checkpoint, segmenter_config, segmenter_preset, device, beams, quantize: as the flags of
+            `python -m collavo.chat`.
+        object_list: `trained`, `with` or `none`: whether prompts begin with the recognised objects.
+        batch_size: prompts answered together.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str,
+        segmenter: str = "auto",
+        segmenter_checkpoint: str | None = None,
+        segmenter_config: str | None = None,
+        segmenter_preset: str = "default",
+        object_list: str = "trained",
+        beams: int = 1,
+        quantize: bool | None = None,
+        device: str = "auto",
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self._answerer = load_answerer(pretrained, resolve_device(device), quantize, beams)
+        self._segmenter = open_segmenter(
+            segmenter, device, checkpoint=segmenter_checkpoint, config=segmenter_config, preset=segmenter_preset
+        )
+        self._listed = object_list == "with" or (object_list == "trained" and "dialogue" in self._answerer.listed)
+        self._batch_size = int(batch_size)
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Answer each request, up to the first of its stop texts."""
+        answers: list[str] = []
+        for start in track(range(0, len(requests), self._batch_size), "Answering"):
+            part = [instance.args for instance in requests[start : start + self._batch_size]]
+            pictures, numbers = self._pictures([self._image(*args[2:6]) for args in part])
+            asked = [
+                Request(
+                    number,
+                    [("human", context)],
+                    pictures[number].objects if self._listed else None,
+                    int(options.get("max_new_tokens") or _MAX_NEW_TOKENS),
+                )
+                for (context, options, *_), number in zip(part, numbers, strict=True)
+            ]
+            texts = self._answerer.answer(pictures, asked, self._batch_size)
+            answers += [_until(text, args[1].get("until")) for text, args in zip(texts, part, strict=True)]
+        return answers
+
+    def loglikelihood(self, requests: list[Instance]) -> NoReturn:
+        raise NotImplementedError("collavo answers in words; choose the generate_until variant of this task")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> NoReturn:
+        raise NotImplementedError("collavo answers one prompt about one image; this task has several rounds")
+
+    def _image(self, doc_to_visual: Any, doc_id: int, task: str, split: str) -> np.ndarray:
+        visuals = doc_to_visual(self.task_dict[task][split][doc_id])
+        if not visuals or not hasattr(visuals[0], "convert"):
+            raise ValueError(f"task {task}, document {doc_id}: has no image, and collavo answers about images only")
+        if len(visuals) > 1:
+            warnings.warn(f"task {task}: collavo sees the first image only where a prompt has several", stacklevel=2)
+        return np.asarray(visuals[0].convert("RGB"))
+
+    def _pictures(self, images: Sequence[np.ndarray]) -> tuple[list[Picture], list[int]]:
+        """The distinct images, segmented, and which of them each image is."""
+        keys = [(image.shape, image.tobytes()) for image in images]
+        distinct = dict(zip(keys, images, strict=True))
+        numbers = {key: number for number, key in enumerate(distinct)}
+        return [segmented(image, self._segmenter) for image in distinct.values()], [numbers[key] for key in keys]
+
+
+def _until(text: str, stops: str | Sequence[str] | None) -> str:
+    for stop in [stops] if isinstance(stops, str) else stops or ():
+        text = text.partition(stop)[0] if stop else text
+    return text.strip()

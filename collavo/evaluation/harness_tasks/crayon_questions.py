@@ -1,0 +1,35 @@
+"""What crayon_c2b.yaml asks of the rows of a data set: one question a document, judged as `collavo.evaluate` does."""
+
+from typing import Any
+
+from datasets import Dataset, Features, Value
+
+from collavo.evaluation.judge import judge
+
+_TASK = "class_to_binary"
+
+
+def questions(rows: Dataset) -> Dataset:
+    """The questions of the validation split, each beside its image."""
+
+    def spread(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        asked = [
+            (image, instruction["question"], instruction["label"])
+            for image, split, instructions in zip(batch["image"], batch["split"], batch["instructions"], strict=True)
+            for instruction in instructions
+            if split == "validation" and instruction["task"] == _TASK
+        ]
+        images, texts, truths = zip(*asked, strict=True) if asked else ((), (), ())
+        return {"image": list(images), "question": list(texts), "truth": list(truths)}
+
+    features = Features({"image": rows.features["image"], "question": Value("string"), "truth": Value("string")})
+    return rows.map(spread, batched=True, batch_size=8, remove_columns=rows.column_names, features=features)
+
+
+def visuals(document: dict[str, Any]) -> list[Any]:
+    return [document["image"]]
+
+
+def verdicts(document: dict[str, Any], results: list[str]) -> dict[str, float]:
+    judgement = judge(_TASK, results[0], document["truth"])
+    return {"accuracy": float(judgement.correct), "yes_ratio": float(judgement.read == "yes")}

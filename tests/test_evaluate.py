@@ -1,0 +1,215 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from conftest import crayon_row, segment
+from PIL import Image
+from tiny_model import scene_rows, write_crayon_file
+from tiny_run import save_tiny_run
+
+from collavo.evaluate import main
+from collavo.evaluation.questions import EVALUATED_TASKS, Question, questions_of
+from collavo.evaluation.scores import judged, summarise
+from schemas.categories import THINGS
+from schemas.crayon_row import Dialogue, Instruction
+
+ROWS = scene_rows(12)
+VALIDATION = [row for row in ROWS if row.split == "validation"]
+DOG = 16
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A run, and data in one file."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    return save_tiny_run(folder / "run"), write_crayon_file(folder / "crayon.parquet", ROWS)
+
+
+def evaluated(world, *flags: str) -> dict:
+    run, data = world
+    assert main(["--model", str(run), "--data", str(data), *flags]) == 0
+    return json.loads((run / "evaluation" / "evaluation.json").read_text())
+
+
+def binary(category: str, truth: str, answer: str):
+    polarity = "present" if truth == "yes" else "absent"
+    return judged(Question("a", "class_to_binary", (("human", "?"),), truth, category, polarity), answer)
+
+
+def test_every_question_of_the_split_is_asked_and_accounted_for(world, capsys):
+    report = evaluated(world, "--object_list", "both", "--tasks", "class_to_binary", "box_to_class", "dialogue")
+    assert set(report["results"]) == {"none", "with"}
+    for tasks in report["results"].values():
+        for task, figures in tasks.items():
+            asked = [question for row in VALIDATION for question in questions_of(row, [task])]
+            assert figures["questions"] == len(asked) > 0
+            counted = sum(of_class["questions"] for of_class in figures.get("classes", {}).values())
+            assert counted == (0 if task == "dialogue" else len(asked))
+            assert len(figures["wrong_answers"]) == min(10, round((1 - figures["correct"]) * len(asked)))
+    run, _ = world
+    with Image.open(run / "evaluation" / "evaluation.png") as plot:
+        assert plot.width > 500
+    table = capsys.readouterr().out
+    assert "Object list: none" in table
+    assert "Class2Binary" in table
+    assert "yes-ratio" in table
+
+
+def test_the_object_list_changes_what_a_model_is_asked_and_the_default_is_how_it_was_trained(world):
+    def answers(condition: str, report: dict) -> dict[str, list]:
+        tasks = report["results"][condition]
+        return {task: [wrong["answer"] for wrong in tasks[task]["wrong_answers"]] for task in ("counting", "dialogue")}
+
+    both = evaluated(world, "--object_list", "both", "--tasks", "counting", "dialogue")
+    trained = answers("trained", evaluated(world, "--tasks", "counting", "dialogue"))
+    assert answers("none", both) != answers("with", both)
+    assert trained["counting"] == answers("none", both)["counting"]
+    assert trained["dialogue"] == answers("with", both)["dialogue"]
+
+
+def test_fewer_images_and_images_by_reference_are_asked_about(world, tmp_path):
+    run, _ = world
+    rows = [replace(row, image_bytes=None) for row in VALIDATION]
+    data = write_crayon_file(tmp_path / "crayon.parquet", rows)
+    for row in VALIDATION[:1]:
+        (tmp_path / row.image_path).write_bytes(row.image_bytes)
+    flags = ["--data", str(data), "--image_root", str(tmp_path), "--max_images", "1", "--output", str(tmp_path / "o")]
+    assert main(["--model", str(run), *flags, "--tasks", "counting"]) == 0
+    report = json.loads((tmp_path / "o" / "evaluation.json").read_text())
+    asked = len(questions_of(VALIDATION[0], ["counting"]))
+    assert report["results"]["trained"]["counting"]["questions"] == asked
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (["--model", "nowhere"], "--model nowhere is no folder here; --output must name one for the report"),
+        (["--model", "nowhere", "--output", "o"], "--model nowhere: not a folder or hub id"),
+        (["--data", "nowhere.parquet"], "--data nowhere.parquet: there is no such file"),
+        (["--batch_size", "0"], "--batch_size is 0, but must be at least 1"),
+        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--data", "TRAIN"], "--split validation: none of the 1 rows of --data is in it"),
+        (["--data", "UNASKED"], "--tasks class_to_binary box_to_class counting class_to_box dialogue: the rows"),
+        (["--data", "REFERENCE"], "--image_root must name the folder"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(world, tmp_path, monkeypatch, capsys, flags, complaint):
+    run, data = world
+    monkeypatch.chdir(tmp_path)
+    write_crayon_file(tmp_path / "TRAIN", ROWS[:1])
+    write_crayon_file(tmp_path / "UNASKED", [replace(VALIDATION[0], instructions=(), conversations=())])
+    write_crayon_file(tmp_path / "REFERENCE", [replace(VALIDATION[0], image_bytes=None)])
+    given = {"--model": str(run), "--data": str(data), **dict(zip(flags[::2], flags[1::2], strict=True))}
+    assert main([part for flag in given.items() for part in flag]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("collavo.evaluate: error: ")]
+    assert len(errors) == 1
+    assert complaint in errors[0]
+
+
+def test_questions_carry_their_truth_their_class_and_their_history():
+    asked = (
+        Instruction("class_to_binary", "Is there any hot dog?", "No.", "no", "absent", (), "c2b-1"),
+        Instruction("box_to_class", "What is in [0.00, 0.00, 1.00, 1.00]?", "A dog.", "dog", "present", (7,), "b2c-1"),
+        Instruction("class_to_box", "Where is each dog?", "There.", None, "present", (7,), "c2x-1"),
+        Instruction("counting", "Wie viele?", "0", "0", "absent", (), "mine-1"),  # a phrasing that we cannot read
+        Instruction("list_objects", "What is there?", "(#2 dog)", None, None, (7,), "list-1"),
+    )
+    turns = (("human", "Who?"), ("gpt", "A dog."), ("human", "What does it do?"), ("gpt", "It lies in the sun."))
+    row = crayon_row(
+        segments=(segment(id=7, label=DOG, numbering=2, box_xyxy=(0, 0, 5, 20)),),
+        instructions=asked,
+        conversations=(Dialogue("d", turns), Dialogue("broken", turns[:1] + turns[2:])),
+    )
+    questions = {question.task: question for question in questions_of(row, EVALUATED_TASKS)}
+    assert {task: (q.truth, q.category) for task, q in questions.items()} == {
+        "class_to_binary": ("no", "hot dog"),
+        "box_to_class": ("(#2 dog)", "dog"),
+        "class_to_box": ("[0.00, 0.00, 0.50, 1.00]", "dog"),
+        "counting": ("0", None),
+        "dialogue": ("A dog.", None),  # the longer answer is not asked for
+    }
+    assert questions["dialogue"].turns == turns[:1]
+    later = replace(row, conversations=(Dialogue("d", (*turns, ("human", "Sure?"), ("gpt", "Yes."))),))
+    assert questions_of(later, ["dialogue"])[-1].turns == (*turns, ("human", "Sure?"))
+
+
+def test_every_default_phrasing_shows_the_class_it_asks_for():
+    for row in ROWS:
+        by_id = {segment.id: segment for segment in row.segments}
+        for question, instruction in zip(
+            questions_of(row, EVALUATED_TASKS[:4]),
+            [i for i in row.instructions if not i.task.startswith("list")],
+            strict=True,
+        ):
+            unsaid = replace(row, instructions=(replace(instruction, segment_ids=(), task="counting"),))
+            if instruction.task != "box_to_class":
+                (from_text,) = questions_of(unsaid, ["counting"])
+                assert from_text.category == question.category
+            if instruction.segment_ids:
+                assert question.category == by_id[instruction.segment_ids[0]].category.display_name
+
+
+def test_binary_figures_follow_their_definitions():
+    answers = [
+        *[binary("dog", "yes", "Yes.")] * 6,  # hits
+        *[binary("dog", "yes", "No.")] * 2,  # misses
+        *[binary("cat", "no", "Yes.")] * 3,  # false alarms
+        *[binary("cat", "no", "No.")] * 8,
+        binary("cat", "no", "Perhaps."),  # unreadable, and wrong
+    ]
+    figures = summarise(answers)["class_to_binary"]
+    expected = {
+        "questions": 20,
+        "unreadable": 1,
+        "correct": 14 / 20,
+        "correct_present": 6 / 8,
+        "correct_absent": 8 / 12,
+        "precision": 6 / 9,
+        "recall": 6 / 8,
+        "f1": 2 * (6 / 9) * (6 / 8) / (6 / 9 + 6 / 8),
+        "yes_ratio": 9 / 20,
+        "mean": (6 / 8 + 8 / 12) / 2,
+    }
+    assert {name: figures[name] for name in expected} == pytest.approx(expected)
+    assert figures["classes"] == {
+        "dog": {"questions": 8, "score": 6 / 8},
+        "cat": {"questions": 12, "score": pytest.approx(8 / 12)},
+    }
+
+
+def test_classes_count_alike_and_the_twenty_best_and_worst_make_top_and_bottom():
+    random = np.random.default_rng(0)
+    answers, accuracies = [], []
+    for category in THINGS:
+        right, wrong = random.integers(0, 9, 2) + 1
+        accuracies.append(right / (right + wrong))
+        answers += [binary(category.display_name, "yes", "yes")] * right
+        answers += [binary(category.display_name, "yes", "no")] * wrong
+    figures = summarise(answers)["class_to_binary"]
+    ordered = np.sort(accuracies)
+    assert figures["mean"] == pytest.approx(ordered.mean())
+    assert figures["top_20"] == pytest.approx(ordered[-20:].mean())
+    assert figures["bottom_20"] == pytest.approx(ordered[:20].mean())
+    shown = [of_class["score"] for of_class in figures["classes"].values()]
+    assert shown == pytest.approx(list(ordered[::-1]))
+
+
+def test_overlap_is_measured_where_there_is_something_and_absence_judged_where_there_is_nothing():
+    def located(category: str, truth: str, answer: str):
+        polarity = "present" if truth else "absent"
+        return judged(Question("a", "class_to_box", (("human", "?"),), truth, category, polarity), answer)
+
+    left, right = "[0.00, 0.00, 0.50, 1.00]", "[0.50, 0.00, 1.00, 1.00]"
+    figures = summarise(
+        [
+            located("dog", left, left),
+            located("dog", left, right),
+            located("cat", "", "There is no cat."),
+            located("cat", "", left),
+        ]
+    )["class_to_box"]
+    assert figures["mean_iou"] == figures["mean"] == 0.5
+    assert list(figures["classes"]) == ["dog"]
+    assert figures["correct_absent"] == 0.5
+    assert figures["correct"] == 0.5
