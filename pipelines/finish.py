@@ -97,7 +97,7 @@ def remove_staging(staging: str) -> None:
     if is_local(staging):
         shutil.rmtree(staging, ignore_errors=True)
     else:
-        delete([staging])
+        delete(list_files(f"{staging}/"))  # an object store has files alone: to delete the folder would delete nothing
 
 
 def _check_accounts(counts: Counts, inputs: Mapping[str, int]) -> None:
