@@ -258,12 +258,12 @@ def _build_parser() -> argparse.ArgumentParser:
 
 
 def _check(flags: argparse.Namespace) -> None:
-    if flags.gradio and find_spec("gradio") is None:
-        raise ChatError("--gradio needs gradio; pip install 'collavo[demo]' brings it")
     sources = [name for name in ("image", "data", "gradio") if getattr(flags, name)]
     if len(sources) != 1:
         found = " and ".join(f"--{name}" for name in sources) or "none of them"
         raise ChatError(f"one of --image, --data with --image_id, or --gradio is needed; given: {found}")
+    if flags.gradio and find_spec("gradio") is None:
+        raise ChatError("--gradio needs gradio; pip install 'collavo[demo]' brings it")
     if bool(flags.data) != bool(flags.image_id):
         raise ChatError("--data and --image_id go together: the files, and which of their rows is meant")
     if flags.image and not Path(flags.image).is_file():

@@ -30,7 +30,7 @@ from schemas.categories import MAX_NUMBERING, SEMANTIC_INDICES
 _DESCRIPTION = """\
 Turn a run directory into something simpler.
 
-  merged   a whole model: the adapters added to the unquantised base, in float32, then rounded to --dtype;
+  merged   a whole model: the adapters added to the unquantised base in --dtype, each sum in float32, rounded once;
            CollavoForConditionalGeneration.from_pretrained(DIR) loads it, without peft
   adapter  a run directory with one adapter in place of two, its rank the sum of theirs; plain peft loads it
 

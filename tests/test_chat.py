@@ -1,0 +1,168 @@
+import io
+import socket
+import threading
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from builds import tiny_mask2former
+from PIL import Image
+from tiny_model import scene_rows, write_crayon_file
+from tiny_run import save_tiny_run
+
+from collavo.chat import main
+from collavo.crayon.colors import crayon_color
+from collavo.evaluation.answering import Request, load_answerer
+from collavo.evaluation.pictures import NoSegmenter, colored, picture_of_row, segmented
+from collavo.panoptic.thresholds import PRESETS
+from collavo.segmenters import load_segmenter
+
+ROW = scene_rows(1)[0]
+PICTURE = picture_of_row(ROW, None)
+QUESTION = "What is in the image?"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A run, a data file, and an image file."""
+    folder = tmp_path_factory.mktemp("chat")
+    image = folder / "scene.jpg"
+    image.write_bytes(ROW.image_bytes)
+    return save_tiny_run(folder / "run"), write_crayon_file(folder / "crayon.parquet", [ROW]), image
+
+
+def answer(run, turns, picture=PICTURE, objects=PICTURE.objects, **options) -> str:
+    answerer = load_answerer(str(run), torch.device("cpu"), **options)
+    return answerer.answer([picture], [Request(0, turns, objects, 12)])[0]
+
+
+def of_row(world, *flags: str) -> list[str]:
+    run, data, _ = world
+    return ["--model", str(run), "--data", str(data), "--image_id", ROW.image_id, "--max_new_tokens", "12", *flags]
+
+
+def of_file(world, *flags: str) -> list[str]:
+    run, _, image = world
+    return ["--model", str(run), "--image", str(image), "--max_new_tokens", "12", *flags]
+
+
+def said(capsys) -> str:
+    return capsys.readouterr().out
+
+
+def test_a_question_about_a_row_is_answered_with_the_rows_own_map(world, tmp_path, capsys):
+    assert main(of_row(world, "--prompt", QUESTION, "--save_map", str(tmp_path / "map.png"))) == 0
+    out = said(capsys)
+    assert answer(world[0], [("human", QUESTION)]) in out
+    for segment in ROW.segments:
+        assert f"(#{segment.numbering} {segment.category.display_name})" in out
+    with Image.open(tmp_path / "map.png") as saved:
+        assert np.array_equal(np.asarray(saved), colored(PICTURE))
+
+
+@pytest.mark.parametrize(
+    "flags, objects, options",
+    [
+        ([], "", {}),  # as trained: with the phrase that nothing was recognised
+        (["--object_list", "none"], None, {}),
+        (["--beams", "3"], "", {"beams": 3}),
+    ],
+)
+def test_an_image_file_is_segmented_here(world, capsys, flags, objects, options):
+    assert main(of_file(world, "--segmenter", "none", "--prompt", QUESTION, *flags)) == 0
+    out = said(capsys)
+    assert "Nothing was recognised." in out
+    blank = segmented(PICTURE.image, NoSegmenter())
+    assert answer(world[0], [("human", QUESTION)], blank, objects, **options) in out
+
+
+def test_the_segmenter_is_the_one_asked_for(world, tmp_path, capsys):
+    checkpoint = tiny_mask2former(tmp_path / "segmenter")
+    flags = ["--segmenter_checkpoint", str(checkpoint), "--segmenter_preset", "paper", "--prompt", QUESTION]
+    assert main(of_file(world, *flags)) == 0
+    segmenter = load_segmenter("mask2former", checkpoint=str(checkpoint), thresholds=PRESETS["paper"], device="cpu")
+    found = segmented(PICTURE.image, segmenter)
+    assert found.panoptic.segments
+    assert answer(world[0], [("human", QUESTION)], found, found.objects) in said(capsys)
+
+
+def test_a_conversation_remembers_until_told_to_forget(world, tmp_path, monkeypatch, capsys):
+    run, _, image = world
+    saved = tmp_path / "map.png"
+    lines = ["", "Who?", "Where?", "/new", "Where?", "/nonsense", f"/map {saved}", "/image nowhere.jpg", "/objects",
+             f"/image {image}", "/quit", "never asked"]  # fmt: skip
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert main(of_row(world, "--segmenter", "none")) == 0
+    out = said(capsys)
+    first = answer(run, [("human", "Who?")])
+    second = answer(run, [("human", "Who?"), ("gpt", first), ("human", "Where?")])
+    afresh = answer(run, [("human", "Where?")])
+    assert second != afresh
+    position = 0
+    for text in (first, second, afresh, "/objects", "--image nowhere.jpg", "(#1", "Nothing was recognised."):
+        position = out.index(text, position)
+    assert saved.exists()
+
+
+def test_a_conversation_ends_with_its_input(world, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert main(of_row(world)) == 0
+
+
+def test_the_map_lies_over_the_image_in_crayon_colours():
+    shown = colored(PICTURE, opacity=1)
+    index_map = PICTURE.panoptic.index_map
+    assert np.array_equal(shown[index_map == 0], PICTURE.image[index_map == 0])
+    for position, segment in enumerate(ROW.segments, start=1):
+        color = crayon_color(segment.label, segment.numbering)
+        assert (shown[index_map == position] == color).all()
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        ([], "one of --image, --data with --image_id, or --gradio is needed; given: none of them"),
+        (["--image", "scene.jpg", "--gradio"], "given: --image and --gradio"),
+        (["--data", "crayon.parquet"], "--data and --image_id go together"),
+        (["--data", "crayon.parquet", "--image_id", "nobody"], "--image_id nobody: --data has no such row"),
+        (["--image", "nowhere.jpg"], "--image nowhere.jpg: there is no such file"),
+        (["--image", "crayon.parquet"], "--image crayon.parquet: "),
+        (["--image", "scene.jpg", "--segmenter_checkpoint", "./none"], "--segmenter_checkpoint ./none: "),
+        (["--image", "scene.jpg", "--max_new_tokens", "0"], "--max_new_tokens is 0, but must be at least 1"),
+        (["--image", "scene.jpg", "--segmenter", "none", "--save_map", "none/map.png"], "none/map.png"),
+        (["--image", "scene.jpg", "--model", "nowhere"], "--model nowhere: not a folder or hub id"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(world, monkeypatch, capsys, flags, complaint):
+    run, data, _ = world
+    monkeypatch.chdir(data.parent)
+    model = [] if "--model" in flags else ["--model", str(run)]
+    assert main([*model, "--prompt", QUESTION, *flags]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("collavo.chat: error: ")]
+    assert len(errors) == 1
+    assert complaint in errors[0]
+
+
+def test_the_page_answers_over_http(world):
+    pytest.importorskip("gradio", reason="needs pip install 'collavo[demo]'")
+    from gradio_client import Client, handle_file
+
+    run, _, image = world
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = ["--model", str(run), "--gradio", "--segmenter", "none", "--max_new_tokens", "12", "--port", str(port)]
+    threading.Thread(target=main, args=[flags], daemon=True).start()
+    for _ in range(100):
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}").close()
+            break
+        except OSError:
+            time.sleep(0.2)
+    client = Client(f"http://127.0.0.1:{port}", verbose=False)
+    client.predict(handle_file(str(image)), api_name="/choose")
+    _, shown = client.predict(QUESTION, [], api_name="/ask")
+    blank = segmented(PICTURE.image, NoSegmenter())
+    assert shown[-1]["content"][0]["text"] == answer(run, [("human", QUESTION)], blank, "")
