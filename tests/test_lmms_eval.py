@@ -65,7 +65,7 @@ def test_the_local_task_runs_in_lmms_eval_and_agrees_with_our_own_judge(run, tmp
     figures = json.loads(results.read_text())["results"]["crayon_c2b"]
     assert figures["accuracy,none"] == pytest.approx(sum(verdicts) / len(verdicts))
     (samples,) = (tmp_path / "results").rglob("*samples_crayon_c2b.jsonl")
-    assert [json.loads(line)["filtered_resps"][0] for line in samples.read_text().splitlines()] == texts
+    assert [json.loads(line)["filtered_resps"] for line in samples.read_text().splitlines()] == texts
 
 
 def instance(context: str, visuals: list, **options) -> Instance:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from datasets import Dataset, Features, Value
+from datasets import Dataset, Features, Image, Value
 
 from collavo.evaluation.judge import judge
 
@@ -22,8 +22,9 @@ def questions(rows: Dataset) -> Dataset:
         images, texts, truths = zip(*asked, strict=True) if asked else ((), (), ())
         return {"image": list(images), "question": list(texts), "truth": list(truths)}
 
-    features = Features({"image": rows.features["image"], "question": Value("string"), "truth": Value("string")})
-    return rows.map(spread, batched=True, batch_size=8, remove_columns=rows.column_names, features=features)
+    encoded = rows.cast_column("image", Image(decode=False))  # bytes pass through; decoded, they would be encoded anew
+    features = Features({"image": Image(), "question": Value("string"), "truth": Value("string")})
+    return encoded.map(spread, batched=True, batch_size=8, remove_columns=rows.column_names, features=features)
 
 
 def visuals(document: dict[str, Any]) -> list[Any]:
