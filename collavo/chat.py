@@ -106,9 +106,7 @@ class Chat:
         )
 
     def about(self, picture: Picture) -> Conversation:
-        listed = self._flags.object_list == "with" or (
-            self._flags.object_list == "trained" and "dialogue" in self.answerer.listed
-        )
+        listed = self.answerer.lists_objects("dialogue", self._flags.object_list)
         return Conversation(self.answerer, picture, listed, self._flags.max_new_tokens)
 
     def about_file(self, path: str) -> Conversation:
@@ -171,10 +169,7 @@ def _converse(chat: Chat, conversation: Conversation, console: Console) -> None:
     while True:
         try:
             line = console.input("[bold]> [/bold]").strip()
-        except (EOFError, KeyboardInterrupt):
-            return
-        command, _, argument = line.partition(" ")
-        try:
+            command, _, argument = line.partition(" ")
             match command:
                 case "":
                     continue
@@ -193,6 +188,8 @@ def _converse(chat: Chat, conversation: Conversation, console: Console) -> None:
                     console.print(_COMMANDS, style="dim")
                 case _:
                     _tell(conversation, line, chat.answerer, console)
+        except (EOFError, KeyboardInterrupt):
+            return
         except (ChatError, SegmenterError, DeviceError) as error:
             console.print(str(error), style="red", markup=False)
 

@@ -24,6 +24,7 @@ from collavo.evaluation.questions import DIALOGUE, EVALUATED_TASKS, Question, qu
 from collavo.evaluation.report import REPORT, Results, save_report, terminal_report
 from collavo.evaluation.scores import Answered, judged, summarise
 from collavo.training.adapters import AdapterError
+from collavo.training.row_index import Kind
 from collavo.training.run_directory import RunError
 from schemas.crayon_row import SPLITS
 
@@ -144,7 +145,7 @@ def _evaluate(answerer: Answerer, flags: argparse.Namespace, files: Sequence[Pat
                     Request(
                         number,
                         question.turns,
-                        pictures[number].objects if _is_listed(question.task, condition, answerer) else None,
+                        pictures[number].objects if answerer.lists_objects(_kind(question), condition) else None,
                         _MAX_NEW_TOKENS[question.task],
                     )
                     for number, question in questions
@@ -174,10 +175,8 @@ def _groups(
         yield pictures, questions
 
 
-def _is_listed(task: str, condition: str, answerer: Answerer) -> bool:
-    if condition == "trained":
-        return ("dialogue" if task == DIALOGUE else "crayon") in answerer.listed
-    return condition == "with"
+def _kind(question: Question) -> Kind:
+    return "dialogue" if question.task == DIALOGUE else "crayon"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ padded on the left, once before the beginning and once before the rest; position
 the one that the whole prompt would have had, alone.
 """
 
+import copy
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from collavo.device import move_to_device
 from collavo.evaluation.pictures import Picture
@@ -58,6 +58,11 @@ class Answerer:
         self.processor = processor
         self.listed = tuple(listed)
         self.beams = beams
+
+    def lists_objects(self, kind: Kind, object_list: str) -> bool:
+        """Whether prompts of a kind begin with the object list, if that is to be `with`, `none`, or as in training:
+        `trained`."""
+        return object_list == "with" or (object_list == "trained" and kind in self.listed)
 
     @torch.inference_mode()
     def answer(
@@ -113,14 +118,13 @@ class Answerer:
     ) -> torch.Tensor:
         """The tokens that follow prompts whose beginnings are rows of the cache, which stays as it is."""
         device = self.model.device
-        repeated = rows.repeat_interleave(self.beams).to(device)
+        cache = copy.deepcopy(cache)  # for `generate` adds to it
+        cache.batch_select_indices(rows.repeat_interleave(self.beams).to(device))
         generated: torch.Tensor = self.model.generate(
             **{name: tensor.to(device) for name, tensor in prompt.items()},
             # Told, for `generate` leaves no room for padding in the middle.
             position_ids=_positions(prompt["attention_mask"]).to(device),
-            past_key_values=DynamicCache(
-                [(layer.keys[repeated], layer.values[repeated]) for layer in cache.layers], config=self.model.config
-            ),
+            past_key_values=cache,
             max_new_tokens=max_new_tokens,
             num_beams=self.beams,
             do_sample=False,

@@ -55,7 +55,7 @@ class CollavoHarness(lmms):
         self._segmenter = open_segmenter(
             segmenter, device, checkpoint=segmenter_checkpoint, config=segmenter_config, preset=segmenter_preset
         )
-        self._listed = object_list == "with" or (object_list == "trained" and "dialogue" in self._answerer.listed)
+        self._listed = self._answerer.lists_objects("dialogue", object_list)
         self._batch_size = int(batch_size)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:

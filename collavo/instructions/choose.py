@@ -54,7 +54,7 @@ def draw_absent_labels(
     """Thing labels that are not in an image, to ask for all the same.
 
     The three kinds of POPE (arXiv 2305.10355) take turns: any class of the data set, a frequent class, a class that
-    often goes with those present. Each kind is a weighted draw (exponential race), without replacement over all kinds.
+    often goes with those present. Each kind is a weighted draw, without replacement over all kinds.
 
     Args:
         present_labels: thing labels (0..79) that occur in the image.
@@ -62,22 +62,20 @@ def draw_absent_labels(
         statistics: of the whole data set.
         key: what the draw is about; the first kind and the order follow from it.
     """
+    present = list(present_labels)
     frequency = np.diagonal(statistics.together)
-    weights = {
-        "random": (frequency > 0).astype(np.float64),
-        "popular": frequency.astype(np.float64),
-        "cooccurring": statistics.together[list(present_labels)].sum(axis=0).astype(np.float64),
-    }
-    absent = np.ones(len(THINGS), dtype=bool)
-    absent[list(present_labels)] = False
+    weights = np.stack([frequency > 0, frequency, statistics.together[present].sum(axis=0)]).astype(np.float64)
+    # An exponential race for each kind. Where nothing goes with those present, any class of the data set will do; where
+    # all of those are present, any at all.
+    preference = np.where(weights > 0, 0, np.where(frequency > 0, 1, 2))
+    waiting = -np.log(stable_uniforms(weights.size, "absent", *key)).reshape(weights.shape)
+    arrivals = np.lexsort((waiting / np.where(weights > 0, weights, 1.0), preference))
+    races = [iter(labels) for labels in arrivals.tolist()]
     first_kind = stable_hash("kind", *key) % len(NEGATIVE_KINDS)
+    taken = set(present)
     drawn: list[int] = []
-    while len(drawn) < count and absent.any():
-        kind = NEGATIVE_KINDS[(first_kind + len(drawn)) % len(NEGATIVE_KINDS)]
-        # Where nothing goes with those present, any class of the data set will do; where all are present, any at all.
-        weight = next(w for w in (weights[kind] * absent, weights["random"] * absent, absent * 1.0) if w.any())
-        waiting = -np.log(stable_uniforms(len(THINGS), kind, len(drawn), *key))
-        label = int(np.argmin(np.where(weight > 0, waiting / np.maximum(weight, 1e-300), np.inf)))
-        drawn.append(label)
-        absent[label] = False
+    for turn in range(min(count, len(THINGS) - len(present))):
+        race = races[(first_kind + turn) % len(races)]
+        drawn.append(next(label for label in race if label not in taken))
+        taken.add(drawn[-1])
     return drawn

@@ -117,7 +117,7 @@ def _candidates(
 ) -> Iterator[_Candidate]:
     if task in ("list_objects", "list_objects_with_boxes"):
         if 0 < len(segments) <= options.max_listed_objects:
-            yield _listing(segments, size_wh)
+            yield _listing(task, segments, size_wh)
         return
     things = [segment for segment in segments if segment.category.is_thing]
     if task == "box_to_class":
@@ -137,11 +137,11 @@ def _candidates(
         yield _class_question(task, label, [], size_wh)
 
 
-def _listing(segments: Sequence[Segment], size_wh: tuple[int, int]) -> _Candidate:
-    words = {
-        "objects": format_objects(segments),
-        "objects_with_boxes": format_objects_with_boxes(segments, size_wh),
-    }
+def _listing(task: str, segments: Sequence[Segment], size_wh: tuple[int, int]) -> _Candidate:
+    if task == "list_objects":
+        words = {"objects": format_objects(segments)}
+    else:
+        words = {"objects_with_boxes": format_objects_with_boxes(segments, size_wh)}
     return _Candidate("all", words, None, None, tuple(segment.id for segment in segments))
 
 
@@ -170,12 +170,18 @@ def _class_question(task: str, label: int, group: Sequence[Segment], size_wh: tu
         "singular": category.singular,
         "a_name": category.with_article,
         "plural": category.plural,
-        "count": str(len(group)),
-        "counted": category.counted(len(group)),
-        "are": "is" if len(group) == 1 else "are",
-        "boxes": ", ".join(format_box(segment.box_xyxy, size_wh) for segment in group),
-        "objects_with_boxes": format_objects_with_boxes(group, size_wh),
     }
+    if task == "counting":
+        words |= {
+            "count": str(len(group)),
+            "counted": category.counted(len(group)),
+            "are": "is" if len(group) == 1 else "are",
+        }
+    elif task == "class_to_box":
+        words |= {
+            "boxes": ", ".join(format_box(segment.box_xyxy, size_wh) for segment in group),
+            "objects_with_boxes": format_objects_with_boxes(group, size_wh),
+        }
     answers = {"counting": str(len(group)), "class_to_binary": "yes" if group else "no"}
     polarity = "present" if group else "absent"
     return _Candidate(str(label), words, answers.get(task), polarity, tuple(segment.id for segment in group))

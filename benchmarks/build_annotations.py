@@ -1,0 +1,192 @@
+"""Time the build from annotations beside the script that one would write without it.
+
+    python benchmarks/build_annotations.py [--count 2000] [--size 640x480] [--repeats 5]
+
+Both read the same drawn scenes as COCO panoptic and LLaVA files and write the same rows, on one core each, in turns.
+The plain script is Pillow and numpy as in most tutorials: it decodes image and mask, and makes one boolean mask per
+segment, whose area, box and place in the index map it takes from numpy; class statistics and phrasings come from the
+same functions as in the build, and pyarrow writes one table in the end. Before anything is timed, the rows of both are
+compared, every column of every row; of the maps' PNGs, which are compressed in different ways, the pixels.
+
+Start-up (imports, the graph, the report) is what the same command takes for one image; rates are given without it and
+with it. Prints a table, how the build's seconds divide into steps, and one line of JSON last.
+"""
+
+import argparse
+import io
+import json
+import statistics
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from measure import add_common_flags, build, cached_scenes, circumstances, run, source_flags, spread, summary
+from PIL import Image
+
+from collavo.crayon.colors import segment_palette
+from collavo.crayon.index_png import decode_index_map
+from collavo.instructions.choose import ClassStatistics
+from collavo.instructions.phrasebook import load_phrasebook
+from collavo.instructions.write import InstructionOptions, present_thing_labels, write_instructions
+from schemas.categories import BY_CATEGORY_ID, MAX_NUMBERING
+from schemas.crayon_row import CRAYON_SCHEMA, CrayonRow, Dialogue, Segment
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=2000)
+    parser.add_argument("--size", default="640x480")
+    parser.add_argument("--core", type=int, default=0, help="the core that both run on")
+    add_common_flags(parser)
+    parser.add_argument("--plain", nargs=2, type=Path, metavar=("SCENES", "OUTPUT"), help="only run the plain script")
+    args = parser.parse_args()
+    if args.plain:
+        plain_script(*args.plain)
+        return
+
+    size_wh = tuple(map(int, args.size.split("x")))
+    many, one = cached_scenes(args.cache, args.count, size_wh), cached_scenes(args.cache, 1, size_wh)
+    ours_output, plain_output = args.cache / "out-build", args.cache / "out-plain.parquet"
+
+    def ours(scenes: Path) -> float:
+        return run(build(*source_flags(scenes), "--output", str(ours_output)), {args.core}).seconds
+
+    def plain(scenes: Path) -> float:
+        command = [sys.executable, __file__, "--plain", str(scenes), str(plain_output)]
+        return run(command, {args.core}).seconds
+
+    ours(many), plain(many)  # not timed: fills the page cache, and makes what is compared
+    check_equal(ours_output, plain_output)
+    print(f"{args.count} rows are equal; load average {circumstances()['load_average']}", flush=True)
+
+    figures: dict[str, list[float]] = {name: [] for name in ("ours", "plain", "ours 1", "plain 1")}
+    steps: Counter[str] = Counter()
+    for repeat in range(args.repeats):
+        for name, runner in (("ours", ours), ("plain", plain)):
+            figures[f"{name} 1"].append(runner(one))
+            figures[name].append(runner(many))
+            if name == "ours":
+                steps.update(json.loads((ours_output / "manifest.json").read_text())["seconds"])
+        print(f"repeat {repeat + 1}: ours {figures['ours'][-1]:.1f} s, plain {figures['plain'][-1]:.1f} s", flush=True)
+    report(args, figures, {step: seconds / args.repeats for step, seconds in steps.items()})
+
+
+def report(args: argparse.Namespace, figures: dict[str, list[float]], steps: dict[str, float]) -> None:
+    rates: dict[str, list[float]] = {}
+    for name in ("ours", "plain"):
+        pairs = list(zip(figures[name], figures[f"{name} 1"], strict=True))
+        rates[name] = [(args.count - 1) / (all_images - startup) for all_images, startup in pairs]
+        rates[f"{name} with start-up"] = [args.count / all_images for all_images, _ in pairs]
+    ratios = [a / b for a, b in zip(rates["ours"], rates["plain"], strict=True)]
+    whole = [a / b for a, b in zip(rates["ours with start-up"], rates["plain with start-up"], strict=True)]
+    print(f"{'images/s, one core':<22}{'build':>24}{'plain script':>24}{'ratio':>22}")
+    for label, suffix, ratio in (("without start-up", "", ratios), ("with start-up", " with start-up", whole)):
+        print(
+            f"{label:<22}{spread(rates['ours' + suffix]):>24}{spread(rates['plain' + suffix]):>24}{spread(ratio):>22}"
+        )
+    print(f"{'start-up, s':<22}{spread(figures['ours 1']):>24}{spread(figures['plain 1']):>24}")
+    total = statistics.mean(figures["ours"])
+    rest = {"start-up": statistics.mean(figures["ours 1"])}
+    rest["runner and the rest"] = total - sum(steps.values()) - rest["start-up"]
+    print("of the build's time: " + ", ".join(f"{k} {v / total:.0%}" for k, v in {**steps, **rest}.items()))
+    result = {name: summary(values) for name, values in rates.items()}
+    result |= {"ratio": summary(ratios), "ratio with start-up": summary(whole)}
+    result |= {f"start-up s, {name}": summary(figures[f"{name} 1"]) for name in ("ours", "plain")}
+    shares = {step: round(seconds / total, 3) for step, seconds in {**steps, **rest}.items()}
+    setting = {"benchmark": "build_annotations", "count": args.count, "size": args.size, "repeats": args.repeats}
+    print(json.dumps({**setting, **result, "shares": shares, **circumstances()}))
+
+
+def check_equal(ours_output: Path, plain_output: Path) -> None:
+    """All rows, column by column; the index maps by their pixels."""
+    ours = pa.concat_tables(pq.read_table(file) for file in sorted(ours_output.glob("*.parquet"))).sort_by("image_id")
+    plain = pq.read_table(plain_output).sort_by("image_id")
+    for name in CRAYON_SCHEMA.names:
+        if name != "panoptic_map" and ours[name] != plain[name]:
+            raise SystemExit(f"the rows differ in {name}")
+    for a, b in zip(ours["panoptic_map"], plain["panoptic_map"], strict=True):
+        if a["path"] != b["path"] or not np.array_equal(*(decode_index_map(m["bytes"].as_py()) for m in (a, b))):
+            raise SystemExit(f"the maps differ: {a['path']}")
+
+
+def plain_script(scenes: Path, output: Path) -> None:
+    """What the build does for annotated images, written down straight."""
+    coco = json.loads((scenes / "panoptic.json").read_text())
+    dialogues: dict[str, list[Dialogue]] = {}
+    for entry in json.loads((scenes / "dialogues.json").read_text()):
+        turns = tuple((turn["from"], turn["value"]) for turn in entry["conversations"])
+        dialogues.setdefault(entry["image"], []).append(Dialogue(entry["id"], turns))
+    annotations = {annotation["image_id"]: annotation for annotation in coco["annotations"]}
+    statistics_ = ClassStatistics()
+    rows = []
+    for image in coco["images"]:
+        row = plain_row(scenes, image, annotations[image["id"]], dialogues.get(f"images/{image['file_name']}", []))
+        statistics_.add_image(present_thing_labels(row.segments))
+        rows.append(row)
+
+    phrasebook, options = load_phrasebook(), InstructionOptions()
+    records: list[dict[str, Any]] = []
+    for row in rows:
+        record = row.as_record()
+        size_wh = (row.width, row.height)
+        instructions = write_instructions(row.image_id, size_wh, row.segments, phrasebook, statistics_, options)
+        records.append({**record, "instructions": [instruction.as_record() for instruction in instructions]})
+    pq.write_table(pa.Table.from_pylist(records, schema=CRAYON_SCHEMA), output, compression="zstd")
+
+
+def plain_row(scenes: Path, image: dict[str, Any], annotation: dict[str, Any], dialogues: list[Dialogue]) -> CrayonRow:
+    image_bytes = (scenes / "images" / image["file_name"]).read_bytes()
+    pixels = np.array(Image.open(io.BytesIO(image_bytes)).convert("RGB"))
+    rgb = np.array(Image.open(scenes / "panoptic" / annotation["file_name"]).convert("RGB")).astype(np.uint32)
+    ids = rgb[:, :, 0] + 256 * rgb[:, :, 1] + 65536 * rgb[:, :, 2]
+    assert ids.shape == pixels.shape[:2]
+
+    found = []
+    for info in annotation["segments_info"]:
+        mask = ids == info["id"]
+        ys, xs = np.where(mask)
+        box = (float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1))
+        category = BY_CATEGORY_ID[info["category_id"]]
+        found.append((category.label, bool(info["iscrowd"]), -int(mask.sum()), box[1], box[0], box, info["id"], mask))
+    found.sort(key=lambda item: item[:5])
+
+    index_map = np.zeros(ids.shape, dtype=np.uint8)
+    segments = []
+    ordinals: Counter[int] = Counter()
+    for position, (label, is_crowd, negative_area, _, _, box, id_, mask) in enumerate(found):
+        index_map[mask] = position + 1
+        ordinals[label] += 1
+        numbering = 0 if is_crowd or ordinals[label] > MAX_NUMBERING else ordinals[label]
+        segments.append(Segment(id_, label, box, -negative_area, numbering, is_crowd))
+
+    png = Image.fromarray(index_map)
+    png.putpalette([channel for color in segment_palette(segments) for channel in color])
+    encoded = io.BytesIO()
+    png.save(encoded, "PNG")
+    return CrayonRow(
+        image_id=image["file_name"].removesuffix(".jpg"),
+        image_bytes=image_bytes,
+        image_path=image["file_name"],
+        width=ids.shape[1],
+        height=ids.shape[0],
+        sources=("coco", "llava") if dialogues else ("coco",),
+        license_id=image["license"],
+        split=split_of(image["file_name"].removesuffix(".jpg")),
+        panoptic_png=encoded.getvalue(),
+        segments=tuple(segments),
+        conversations=tuple(sorted(dialogues, key=lambda dialogue: dialogue.id)),
+    )
+
+
+def split_of(image_id: str) -> str:
+    from pipelines.image_steps import split_of  # here, so that the plain script's start-up is its own
+
+    return split_of(image_id, 0.05)
+
+
+if __name__ == "__main__":
+    main()
