@@ -9,12 +9,12 @@ A checkpoint appears whole or not at all: it is written beside its place and the
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
@@ -35,7 +35,7 @@ class Progress:
 def save_checkpoint(
     run: Path,
     progress: Progress,
-    parameters: dict[str, nn.Parameter],
+    parameters: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     fingerprint: str,
     keep: int,
@@ -80,7 +80,7 @@ def read_progress(checkpoint: Path, fingerprint: str) -> Progress:
     return Progress(**state)
 
 
-def load_weights(checkpoint: Path, parameters: dict[str, nn.Parameter]) -> None:
+def load_weights(checkpoint: Path, parameters: Mapping[str, torch.Tensor]) -> None:
     """Put a checkpoint's weights into parameters, in place.
 
     Raises:
@@ -94,7 +94,7 @@ def load_weights(checkpoint: Path, parameters: dict[str, nn.Parameter]) -> None:
             parameter.copy_(weights[name])
 
 
-def load_optimizer(checkpoint: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer(checkpoint: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
     """Put a checkpoint's optimizer state back; weights that never learned have none, as before."""
     tensors = load_file(checkpoint / OPTIMIZER)
     for key, tensor in tensors.items():
@@ -105,7 +105,7 @@ def load_optimizer(checkpoint: Path, parameters: dict[str, nn.Parameter], optimi
 
 
 def _optimizer_tensors(
-    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, torch.Tensor]:
     return {
         f"{entry}/{name}": value.detach().cpu().contiguous()

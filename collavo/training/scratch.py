@@ -39,7 +39,7 @@ class ScratchOptions:
     steps: int
     batch_size: int
     learning_rate: float
-    warmup_steps: int = 500
+    warmup_steps: int = 200
     weight_decay: float = 0.05
     max_grad_norm: float = 1.0
     log_steps: int = 50
@@ -64,8 +64,9 @@ def train_from_scratch(
     """
     run.mkdir(parents=True, exist_ok=True)
     parameters = dict(model.named_parameters())
+    state = {**parameters, **dict(model.named_buffers())}
     optimizer = torch.optim.AdamW(_decay_groups(parameters, options.weight_decay), lr=options.learning_rate)
-    first = _resume(run, parameters, optimizer)
+    first = _resume(run, state, optimizer)
     indices = [range(s * options.batch_size, (s + 1) * options.batch_size) for s in range(first, options.steps)]
     loader = DataLoader(examples, batch_sampler=indices, collate_fn=collate, num_workers=options.workers)  # type: ignore[arg-type]
     model.train()
@@ -90,15 +91,15 @@ def train_from_scratch(
                 _log(run, {"step": done, "loss": sum(losses) / len(losses), "seconds": time.monotonic() - began})
                 losses.clear()
             if done % options.checkpoint_steps == 0 or done == options.steps:
-                save_checkpoint(run, Progress("scratch", done, done), parameters, optimizer, "", keep=2)
+                save_checkpoint(run, Progress("scratch", done, done), state, optimizer, "", keep=2)
 
 
-def _resume(run: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+def _resume(run: Path, state: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> int:
     checkpoints = list_checkpoints(run)
     if not checkpoints:
         return 0
-    load_weights(checkpoints[-1], parameters)
-    load_optimizer(checkpoints[-1], parameters, optimizer)
+    load_weights(checkpoints[-1], state)
+    load_optimizer(checkpoints[-1], state, optimizer)
     return read_progress(checkpoints[-1], "").total_steps
 
 
