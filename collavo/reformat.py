@@ -1,6 +1,6 @@
 """Export crayon data for other trainers: `python -m collavo.reformat --data out/*.parquet --to llava --output DIR`.
 
-The formats are those of `collavo.exports`. An export appears whole, in a folder of its own, and ends with an account of
+The formats are those of `collavo.formats`. An export appears whole, in a folder of its own, and ends with an account of
 every row.
 """
 
@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 
 from collavo.crayon_files import DataError, crayon_files, read_rows
-from collavo.exports import FORMATS, Picture, WriteRow, entries_of, fault_of, with_image_token
+from collavo.formats import FORMATS, Picture, WriteRow, entries_of, fault_of, with_image_token
 from collavo.images import ImageError
 from collavo.sources.image_paths import PathError, checked_relative
 from schemas.crayon_row import SPLITS, CrayonRow

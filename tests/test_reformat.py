@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageDraw
 
 from collavo.crayon.index_png import encode_index_map
-from collavo.exports import FORMATS, IMAGE_TOKEN, fault_of, with_image_token
+from collavo.formats import FORMATS, IMAGE_TOKEN, fault_of, with_image_token
 from collavo.instructions.choose import ClassStatistics
 from collavo.instructions.phrasebook import load_phrasebook
 from collavo.instructions.write import InstructionOptions, write_instructions
