@@ -120,7 +120,7 @@ class SupervisedSegmenter(nn.Module):
     are what queries need. The head that answers is thrown away.
     """
 
-    def __init__(self, model: Mask2FormerForUniversalSegmentation, dense_weight: float = 2.0) -> None:
+    def __init__(self, model: Mask2FormerForUniversalSegmentation, dense_weight: float = 5.0) -> None:
         super().__init__()
         self.model = model
         config: Any = model.config
@@ -137,7 +137,11 @@ class SupervisedSegmenter(nn.Module):
         dense = self.dense_head(outputs.pixel_decoder_last_hidden_state)
         of_class, of_middle = dense.split((len(CATEGORIES), math.prod(MIDDLES_HW)), dim=1)
         class_loss = functional.cross_entropy(
-            of_class, torch.stack([example.cell_labels for example in batch]), ignore_index=IGNORED
+            of_class,
+            torch.stack([example.cell_labels for example in batch]),
+            # Things have a tenth of the cells, and most of what there is to learn.
+            weight=torch.tensor([4.0 if category.is_thing else 1.0 for category in CATEGORIES]),
+            ignore_index=IGNORED,
         )
         middle_loss = functional.cross_entropy(
             of_middle, torch.stack([example.cell_middles for example in batch]), ignore_index=IGNORED
