@@ -7,6 +7,7 @@ the one that the whole prompt would have had, alone.
 """
 
 import copy
+import inspect
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlavaModel
 
 from collavo.device import move_to_device
 from collavo.evaluation.pictures import Picture
@@ -26,6 +28,9 @@ from collavo.training.run_directory import TRAIN_ARGS, RunError, load_base, load
 
 EXPORT = "export.json"
 """What `collavo.export` tells of a merged model, beside its weights."""
+
+# What transformers calls the keys and values of earlier tokens; it is past_key_values before version 5.24.
+_CACHE = "cache" if "cache" in inspect.signature(LlavaModel.forward).parameters else "past_key_values"
 
 _LISTED: dict[str, tuple[Kind, ...]] = {"all": KINDS, "dialogues": ("dialogue",), "none": ()}
 
@@ -106,7 +111,7 @@ class Answerer:
         }
         device = self.model.device
         outputs = self.model(**{k: v.to(device) for k, v in inputs.items()}, use_cache=True, logits_to_keep=1)
-        return outputs.past_key_values
+        return outputs[_CACHE]
 
     def _go_on(
         self,
@@ -122,9 +127,9 @@ class Answerer:
         cache.batch_select_indices(rows.repeat_interleave(self.beams).to(device))
         generated: torch.Tensor = self.model.generate(
             **{name: tensor.to(device) for name, tensor in prompt.items()},
+            **{_CACHE: cache},
             # Told, for `generate` leaves no room for padding in the middle.
             position_ids=_positions(prompt["attention_mask"]).to(device),
-            past_key_values=cache,
             max_new_tokens=max_new_tokens,
             num_beams=self.beams,
             do_sample=False,

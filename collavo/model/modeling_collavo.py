@@ -50,7 +50,6 @@ class CollavoModel(LlavaModel):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         semantic_ids: torch.Tensor | None = None,
         numbering_ids: torch.Tensor | None = None,
@@ -63,6 +62,7 @@ class CollavoModel(LlavaModel):
         Args:
             semantic_ids, numbering_ids: int [images, rows, columns]; see `CrayonPrompt`.
             sequence_ids: int [batch, tokens] for packed sequences; see `collavo.model.packing`.
+            kwargs: of LLaVA's forward, keys and values computed before among them.
         """
         if sequence_ids is not None:
             attention = self.language_model.config._attn_implementation
@@ -75,7 +75,6 @@ class CollavoModel(LlavaModel):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
