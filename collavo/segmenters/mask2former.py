@@ -5,11 +5,18 @@ its batch. On a GPU every batch is filled up to the same size: the last one runs
 CPU every image is a batch of its own, which is no slower, and with Intel's MKL no sum is split among threads: one, two,
 four or eight of them compute the same bits. Bits would show, for the decoder attends to where its last mask was.
 
-Weights are read from safetensors only, and no code comes with them.
+So near-ties are settled by the same bits wherever the same machine and versions run: a score just above a threshold is
+above it for any number of workers and threads, any batch size and any order. Exact ties go to the lower query, see
+`collavo.panoptic.postprocess`. On another kind of CPU or GPU a near-tie may fall the other way; `facts` tell them apart.
+
+Weights are read from safetensors only, and no code comes with them. Stored in half precision, they are widened to
+float32 when they are read, which changes none of them.
 """
 
+import logging
 import os
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
@@ -25,6 +32,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, Mask2FormerForUniversalSegmentation
 
 from collavo.device import DeviceError, device_name, move_to_device, resolve_device
+from collavo.embedded import SCENES, EmbeddedError, find_embedded
 from collavo.panoptic.maps import PanopticMap
 from collavo.panoptic.postprocess import panoptic_from_logits
 from collavo.panoptic.thresholds import PRESETS, MaskThresholds
@@ -49,7 +57,7 @@ class Mask2FormerSegmenter:
         self,
         checkpoint: str = DEFAULT_CHECKPOINT,
         *,
-        input_size: int | tuple[int, int] = DEFAULT_INPUT_SIZE,
+        input_size: int | tuple[int, int] | None = None,
         thresholds: MaskThresholds = PRESETS["default"],
         device: str = "auto",
         batch_size: int = 8,
@@ -57,8 +65,10 @@ class Mask2FormerSegmenter:
         """Load the weights and move them to the device.
 
         Args:
-            checkpoint: a Hugging Face model id, or a folder with `config.json` and `model.safetensors`.
-            input_size: side of a square, or (height, width), in pixels; multiples of 32.
+            checkpoint: a Hugging Face model id, a folder with `config.json` and `model.safetensors`, or `scenes`, the
+                embedded one.
+            input_size: side of a square, or (height, width), in pixels; multiples of 32. By default that which the
+                checkpoint was trained at, where its configuration tells one as `input_size_hw`, else 768.
             thresholds: what makes a segment.
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
             batch_size: images per forward pass on a GPU, kept constant; a CPU always takes one.
@@ -68,7 +78,7 @@ class Mask2FormerSegmenter:
                 and for an unusable input size.
             DeviceError: for a device that is missing or too small.
         """
-        self._input_hw = _checked_size(input_size)
+        input_hw = None if input_size is None else _checked_size(input_size)
         self._thresholds = thresholds
         self._device = resolve_device(device)
         on_cpu = self._device.type == "cpu"
@@ -77,12 +87,13 @@ class Mask2FormerSegmenter:
             os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
         self._batch_size = 1 if on_cpu else batch_size
         self._dtype = torch.float32 if on_cpu else torch.float16
-        self._model = _load_model(checkpoint)
+        self._model, revision = _load_model(checkpoint)
+        self._input_hw = input_hw or _own_size_hw(self._model.config)
         move_to_device(self._model, self._device)
         self.facts: dict[str, Any] = {
             "segmenter": "mask2former",
             "checkpoint": checkpoint,
-            "revision": getattr(self._model.config, "_commit_hash", None),
+            "revision": revision,
             "input_size_hw": list(self._input_hw),
             "thresholds": asdict(thresholds),
             "device": device_name(self._device),
@@ -175,24 +186,55 @@ def _checked_size(input_size: int | tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
-def _load_model(checkpoint: str) -> Mask2FormerForUniversalSegmentation:
+def _own_size_hw(config: Any) -> tuple[int, int]:
+    """The size that a checkpoint was trained at; published ones tell none."""
+    height, width = getattr(config, "input_size_hw", (DEFAULT_INPUT_SIZE, DEFAULT_INPUT_SIZE))
+    return _checked_size((height, width))
+
+
+@contextmanager
+def without_backbone_warnings() -> Iterator[None]:
+    """Keep off the terminal what transformers says of every Mask2Former that is not built as its authors' were: that
+    the backbone is no Swin, and that heads of 24 channels are slower in the authors' CUDA code, which nothing runs."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Backbone resnet is not a supported model")
+
+    log = logging.getLogger("transformers.models.mask2former.configuration_mask2former")
+    log.addFilter(is_news)
     try:
-        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-        _check_config(checkpoint, config)
-        loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
-            checkpoint,
-            config=config,
-            use_safetensors=True,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,  # they are listed, and refused below
-            output_loading_info=True,
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", r"You'd better set embed_dim \(d_model\)", UserWarning)
+            yield
+    finally:
+        log.removeFilter(is_news)
+
+
+def _load_model(checkpoint: str) -> tuple[Mask2FormerForUniversalSegmentation, str | None]:
+    """The model, and what tells its weights from others of the same name."""
+    try:
+        embedded = find_embedded(checkpoint)
+        source = str(embedded.folder) if embedded else checkpoint
+        with without_backbone_warnings():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            _check_config(checkpoint, config)
+            loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
+                source,
+                config=config,
+                use_safetensors=True,
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,  # they are listed, and refused below
+                output_loading_info=True,
+            )
+    except EmbeddedError as error:
+        raise SegmenterError(f"--segmenter_checkpoint {checkpoint}: {error}") from error
     except (OSError, ValueError, SafetensorError) as error:
         is_absent_folder = checkpoint.startswith(("/", ".", "~")) and not Path(checkpoint).is_dir()
         reason = "there is no such folder." if is_absent_folder else str(error).strip().splitlines()[0]
         raise SegmenterError(
             f"--segmenter_checkpoint {checkpoint}: {reason} Use a folder that holds config.json and model.safetensors, "
-            f"or a Hugging Face model id that can be downloaded from here, such as {DEFAULT_CHECKPOINT}"
+            f"or a Hugging Face model id that can be downloaded from here, such as {DEFAULT_CHECKPOINT}; {SCENES}, the "
+            "embedded one, knows drawn scenes only"
         ) from error
     model, info = loaded
     absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
@@ -201,7 +243,7 @@ def _load_model(checkpoint: str) -> Mask2FormerForUniversalSegmentation:
             f"--segmenter_checkpoint {checkpoint}: {len(absent)} weights are missing or have another shape, "
             f"first {absent[0]}; use a complete Mask2Former checkpoint"
         )
-    return model.eval()
+    return model.eval(), f"sha256:{embedded.sha256}" if embedded else getattr(model.config, "_commit_hash", None)
 
 
 def _check_config(checkpoint: str, config: transformers.PreTrainedConfig) -> None:

@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
 from collavo.scenes import draw_scene, scene_seed
-from collavo.segmenters.mask2former import normalise, resize
+from collavo.segmenters.mask2former import normalise, resize, without_backbone_warnings
 from collavo.training.scratch import TRAIN_SCENES_SEED, ScratchOptions, train_from_scratch
 from schemas.categories import BY_CATEGORY_ID, CATEGORIES
 
@@ -186,10 +186,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     run = Path(arguments.output)
     torch.manual_seed(arguments.seed)
-    if arguments.init_from:
-        model = Mask2FormerForUniversalSegmentation.from_pretrained(arguments.init_from)
-    else:
-        model = Mask2FormerForUniversalSegmentation(segmenter_config())
+    with without_backbone_warnings():
+        if arguments.init_from:
+            model = Mask2FormerForUniversalSegmentation.from_pretrained(arguments.init_from, dtype=torch.float32)
+        else:
+            model = Mask2FormerForUniversalSegmentation(segmenter_config())
+    model.config.input_size_hw = [arguments.height, arguments.width]  # what `Mask2FormerSegmenter` shows it by default
 
     options = ScratchOptions(
         steps=arguments.steps, batch_size=arguments.batch_size, learning_rate=arguments.learning_rate
@@ -197,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     supervised = SupervisedSegmenter(model)
     examples = SceneExamples((arguments.height, arguments.width), arguments.pool)
     train_from_scratch(run, supervised, examples, list, supervised, options, Console())
-    model.save_pretrained(run / "model")
+    model.half().save_pretrained(run / "model")
     return 0
 
 
