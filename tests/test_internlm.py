@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sentencepiece
 import torch
 from internlm_reference import (
     Weights,
@@ -22,8 +23,6 @@ from collavo.model.assemble import assemble_from_parts
 from collavo.model.checkpoints import CheckpointError
 from collavo.model.internlm_tokenizer import internlm_tokenizer
 from collavo.model.prompt import CHAT_FORMATS, render_conversation
-
-sentencepiece = pytest.importorskip("sentencepiece")
 
 MARKERS = ["[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]", "——"]
 TEXTS = [
