@@ -32,7 +32,12 @@ from transformers import Trainer as HFTrainer
 
 from collavo.model import CollavoConfig, CollavoForConditionalGeneration
 from collavo.model.packing import SHARED, packed_positions
-from collavo.training.adapters import add_adapters, linear_layer_names, quantize_language_model
+from collavo.training.adapters import (
+    add_adapters,
+    enable_checkpointing,
+    linear_layer_names,
+    quantize_language_model,
+)
 from collavo.training.stages import Stage, StagedModel
 
 ADAPTERS = ("image_cit", "vl_cit")
@@ -224,7 +229,7 @@ def sweep(sizes: Sizes, micro_batches: Sequence[int], repeats: int, device: torc
     for checkpointing in (False, True):
         model = our_model(sizes, device)
         if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model)
         staged = with_two_adapters(model, sizes, device)
         for packed in (1, 8):
             for micro in micro_batches:

@@ -4,4 +4,9 @@ The paper is arXiv 2402.11248. Importing this package loads nothing heavy; the m
 `segmenters/`, `model/`, `training/` and `evaluation/`, and `panoptic/postprocess.py`.
 """
 
+import logging
+
+# On some CPUs bitsandbytes advises, whenever it is imported, to install kernels that nothing here needs.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 __version__ = "0.1.0"

@@ -98,5 +98,7 @@ def test_a_whole_model_is_loaded_like_a_run(run):
 
 
 def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path):
-    with pytest.raises(RunError, match=r"^--model .*: holds neither a run's train_args.json nor a model's config.json$"):
+    with pytest.raises(
+        RunError, match=r"^--model .*: holds neither a run's train_args.json nor a model's config.json$"
+    ):
         load_answerer(str(tmp_path), CPU)

@@ -7,6 +7,7 @@ from typing import Any
 
 import peft
 import pytest
+import sentencepiece
 import torch
 from internlm_reference import Weights, random_weights, release_logits, release_shapes, save_checkpoint
 
@@ -15,9 +16,7 @@ from collavo.model.checkpoints import CheckpointError
 from collavo.model.processing_collavo import CollavoProcessor
 from collavo.model.prompt import IMAGE_TOKEN
 from collavo.model.release import load_release
-from collavo.training.adapters import quantize_language_model
-
-sentencepiece = pytest.importorskip("sentencepiece")
+from collavo.training.adapters import enable_checkpointing, quantize_language_model
 
 GRID, PATCH, RANK, WIDTH = 3, 14, 8, 128
 CONFIG = {
@@ -188,7 +187,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable_checkpointing(model)
         model.train()
         model.zero_grad()
         model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()

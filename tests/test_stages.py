@@ -7,7 +7,13 @@ from peft.tuners.lora import LoraLayer
 from test_packing import QUESTIONS, example
 from tiny_model import tiny_config, tiny_model
 
-from collavo.training.adapters import IMAGE_ADAPTER, LINEAR_LAYERS, add_adapters, quantize_language_model
+from collavo.training.adapters import (
+    IMAGE_ADAPTER,
+    LINEAR_LAYERS,
+    add_adapters,
+    enable_checkpointing,
+    quantize_language_model,
+)
 from collavo.training.batches import MicroBatch, collate
 from collavo.training.stages import CPT, Stage, StagedModel, StageError
 
@@ -21,7 +27,7 @@ def staged_model(quantized: bool = True, checkpointing: bool = False) -> StagedM
     if quantized:
         quantize_language_model(model, torch.float32, torch.device("cpu"))
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model)
     torch.manual_seed(1)
     return StagedModel(add_adapters(model, ADAPTERS, rank=4, alpha=4).train(), ADAPTERS)
 

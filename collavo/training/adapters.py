@@ -5,7 +5,9 @@ embeddings and head keep their precision and get no adapter.
 """
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -78,10 +80,27 @@ def add_adapters(model: CollavoForConditionalGeneration, names: Sequence[str], r
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=linear_layer_names(model)
     )
-    adapted: PeftModel = get_peft_model(model, config, adapter_name=names[0])
+    with without_peft_warnings():
+        adapted: PeftModel = get_peft_model(model, config, adapter_name=names[0])
     for name in names[1:]:
         adapted.add_adapter(name, config)
     return adapted
+
+
+def enable_checkpointing(model: CollavoForConditionalGeneration) -> None:
+    """Recompute activations in the backward pass, without reentrance, which frozen inputs would leave without
+    gradients."""
+    # Before version 5.24 of transformers, `activation` is `gradient`.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+@contextmanager
+def without_peft_warnings() -> Iterator[None]:
+    """While peft is put on a model: it asks for checkpointing by a name that transformers deprecates."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`is_gradient_checkpointing`", FutureWarning)
+        yield
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:

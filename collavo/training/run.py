@@ -17,7 +17,13 @@ from collavo.crayon_files import DataError, crayon_files
 from collavo.device import resolve_device
 from collavo.model.processing_collavo import CollavoProcessor
 from collavo.model.prompt import show_supervision
-from collavo.training.adapters import DIALOGUE_ADAPTER, IMAGE_ADAPTER, add_adapters, quantize_language_model
+from collavo.training.adapters import (
+    DIALOGUE_ADAPTER,
+    IMAGE_ADAPTER,
+    add_adapters,
+    enable_checkpointing,
+    quantize_language_model,
+)
 from collavo.training.arguments import ArgumentsError, TrainArguments
 from collavo.training.batch_plan import Batch, PlanOptions, plan_epoch
 from collavo.training.batches import ExampleDataset, ExampleOptions
@@ -207,7 +213,7 @@ class TrainingRun:
         if arguments.quantize:
             quantize_language_model(model, self.dtype, device)
         if arguments.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(model)
         adapted = add_adapters(model, self.adapters, arguments.lora_rank, arguments.lora_alpha)
         staged = StagedModel(adapted.to(device).train(), self.adapters)
         for parameter in staged.parameters_of(self.adapters).values():

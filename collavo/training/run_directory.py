@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoProcessor
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.assemble import assemble_from_llava
 from collavo.model.processing_collavo import CollavoProcessor
-from collavo.training.adapters import AdapterError, quantize_language_model
+from collavo.training.adapters import AdapterError, quantize_language_model, without_peft_warnings
 
 CONFIG, TRAIN_ARGS, METRICS, CRAYON, ADAPTERS, CARD = (
     "config.json",
@@ -134,7 +134,8 @@ def load_adapters(model: CollavoForConditionalGeneration, folders: dict[str, Pat
     for name, folder in folders.items():
         config = LoraConfig.from_pretrained(str(folder))
         if adapted is None:
-            adapted = PeftModel(model, config, adapter_name=name)
+            with without_peft_warnings():
+                adapted = PeftModel(model, config, adapter_name=name)
         else:
             adapted.add_adapter(name, config)
         weights = load_file(folder / "adapter_model.safetensors")
