@@ -34,8 +34,8 @@ _USER_ERROR = re.compile(r"\b(?:JobError|SegmenterError|DeviceError): ([^\n]+)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit status: 0, 1 where the job could not be done, 130 where it was interrupted; usage
-    errors exit with 2."""
+    """The command. Returns its exit status: 0, 1 where the job could not be done, 2 where a flag turned out to name
+    what cannot be used, 130 where the job was interrupted; usage errors exit with 2 before anything is done."""
     command = parse_command(sys.argv[1:] if argv is None else argv)
     output = command.job.publication.output
     console = Console()
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if line is None:
             raise
         print(f"build_crayon.py: error: {line}", file=sys.stderr)
-        return 1
+        return 2 if line.startswith("--") else 1
     _print_summary(output, time.perf_counter() - start, console)
     return 0
 

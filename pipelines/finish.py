@@ -78,7 +78,8 @@ def publish(publication: Publication, shards: Sequence[WrittenShard], inputs: Ma
         rename(shard.data_uri, join(publication.output, name))
         files.append({"name": name, "rows": shard.counts.rows, "bytes": shard.bytes, "sha256": shard.sha256})
     rename(rejects_file, join(publication.output, REJECTS))
-    manifest = _manifest(publication, counts, inputs, files)
+    segmenters = sorted({segmenter for shard in written for segmenter in shard.segmenters})
+    manifest = _manifest(publication, counts, inputs, files, segmenters)
     write_report(publication.output, manifest)
     _write_manifest(publication, manifest)
     if not is_local(publication.staging):  # a local launcher still watches the progress in it, and removes it then
@@ -137,7 +138,11 @@ def _remove_published(output: str, staging: str) -> None:
 
 
 def _manifest(
-    publication: Publication, counts: Counts, inputs: Mapping[str, int], files: list[dict[str, Any]]
+    publication: Publication,
+    counts: Counts,
+    inputs: Mapping[str, int],
+    files: list[dict[str, Any]],
+    segmenters: list[str],
 ) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
@@ -146,6 +151,7 @@ def _manifest(
         "inputs": dict(sorted(inputs.items())),
         **counts.as_json(),
         "files": files,
+        "segmenters": [json.loads(segmenter) for segmenter in segmenters],
         "configuration": publication.configuration,
         "versions": {
             "collavo": collavo.__version__,

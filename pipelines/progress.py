@@ -68,6 +68,7 @@ class ProgressDisplay:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        self._progress.live.transient = self._total() is None  # bars that never began would only hide why
         self._progress.stop()
 
     def _watch(self) -> None:

@@ -26,6 +26,8 @@ class WrittenShard(NamedTuple):
     bytes: int
     sha256: str
     counts: Counts
+    segmenters: tuple[str, ...]
+    """What segmented its images, each as the JSON text of `Segmenter.facts`."""
 
 
 def write_shard(
@@ -49,9 +51,9 @@ def write_shard(
     attempt = f"shards/{shard:05d}-{uuid.uuid4().hex}"  # a retried bundle must not write into this one's file
     data_uri = join(staging, f"{attempt}.parquet") if ordered else ""
     size, sha256 = 0, ""
+    segmenters: set[str] = set()
     if ordered:
         writer = ShardWriter(data_uri, facts)
-        segmenters: set[str] = set()
         previous_id = None
         for draft in read_drafts(ordered):
             start = time.perf_counter()
@@ -76,7 +78,7 @@ def write_shard(
         size, sha256 = writer.close({"segmenters": sorted(segmenters)})
         counts.add_seconds({"write": time.perf_counter() - start})
     rejects_uri = _write_rejects(join(staging, f"{attempt}.rejects.jsonl"), all_rejects, counts)
-    return WrittenShard(shard, data_uri, rejects_uri, size, sha256, counts)
+    return WrittenShard(shard, data_uri, rejects_uri, size, sha256, counts, tuple(sorted(segmenters)))
 
 
 def _write_rejects(uri: str, rejects: list[Reject], counts: Counts) -> str:

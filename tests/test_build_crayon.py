@@ -136,8 +136,9 @@ def test_files_are_those_that_the_contract_states(built):
             assert parquet.schema_arrow.field(column.name) == column
         facts = file_facts(parquet.metadata.metadata)
         assert facts["schema_version"] == 1 and facts["instructions"]["seed"] == 0 and facts["code_version"]
-        assert [json.loads(segmenter)["name"] for segmenter in facts["segmenters"]] == ["annotations"]
+        assert [json.loads(segmenter) for segmenter in facts["segmenters"]] == built.manifest["segmenters"]
         assert len(facts["templates_sha256"]) == 64
+    assert built.manifest["segmenters"] == [{"name": "annotations"}]
     assert sorted(path.name for path in built.folder.iterdir()) == [
         *("crayon-00000-of-00002.parquet", "crayon-00001-of-00002.parquet"),
         *("manifest.json", "rejects.jsonl", "report.html"),

@@ -31,13 +31,14 @@ def spoilt(tmp_path_factory) -> list[object]:
 
 
 def fails(capfd, *arguments: object) -> str:
-    """The one line that the command ends with; it must fail with status 1 and print nothing else to stderr."""
+    """The one line that the command ends with; it must print nothing else to stderr, and blame a flag with status 2."""
     capfd.readouterr()
-    assert main([*map(str, arguments)]) == 1
+    status = main([*map(str, arguments)])
     shown = capfd.readouterr()
     assert "Traceback" not in shown.out + shown.err
     (line,) = shown.err.splitlines()
     assert line.startswith("build_crayon.py: error: ")
+    assert status == (2 if line.startswith("build_crayon.py: error: --") else 1)
     return line
 
 
@@ -111,6 +112,16 @@ def test_a_source_that_cannot_be_read_ends_the_job_in_one_line(scenes, tmp_path,
     line = fails(capfd, *sources, "--output", tmp_path / "out", "--direct_running_mode", mode)
     assert f"error: {flag} {broken}: {expected}" in line
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_model_that_cannot_be_had_is_a_wrong_flag_and_shows_no_bars(tmp_path, capfd):
+    (tmp_path / "a.png").write_bytes(PICTURE)
+    model = ["--segmenter", "mask2former", "--segmenter_checkpoint", tmp_path / "nowhere"]
+    arguments = ["--images", tmp_path / "*.png", *model, "--device", "cpu", "--output", tmp_path / "out"]
+    assert main([*map(str, arguments)]) == 2
+    shown = capfd.readouterr()
+    assert f"--segmenter_checkpoint {tmp_path / 'nowhere'}: there is no such folder" in shown.err
+    assert "Segmenting" not in shown.out
 
 
 def test_other_parquet_is_not_taken_for_crayon_rows(tmp_path, capfd):
