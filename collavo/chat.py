@@ -35,7 +35,7 @@ from collavo.instructions.text import format_object
 from collavo.panoptic.thresholds import PRESETS
 from collavo.segmenters import Segmenter, SegmenterError
 from collavo.training.adapters import AdapterError
-from collavo.training.run_directory import RunError
+from collavo.training.run_directory import RunError, base_of
 
 _DESCRIPTION = """\
 Ask a model about an image, once with --prompt, or in a conversation without it. The image is segmented first; what was
@@ -103,6 +103,8 @@ class Chat:
             checkpoint=flags.segmenter_checkpoint,
             config=flags.segmenter_config,
             preset=flags.segmenter_preset,
+            input_size=flags.segmenter_input_size,
+            base=base_of(flags.model),
         )
 
     def about(self, picture: Picture) -> Conversation:
@@ -242,10 +244,14 @@ def _build_parser() -> argparse.ArgumentParser:
     add("--beams", type=int, choices=(1, 3), default=1, help="1 for greedy decoding, 3 as in the paper (default: 1)")
     add("--segmenter", choices=SEGMENTER_CHOICES, default="auto",
         help="auto (mask2former), none (nothing is recognised), mask2former or detectron2 (default: auto)")  # fmt: skip
-    add("--segmenter_checkpoint", metavar="ID_OR_PATH", help="hub id or folder; for detectron2 a weights file")
+    add("--segmenter_checkpoint", metavar="ID_OR_PATH",
+        help="hub id, folder, or scenes for the embedded network, which knows drawn scenes only; for detectron2 a "
+        "weights file (default: scenes for auto and a model made from --preset tiny, else the paper's)")  # fmt: skip
     add("--segmenter_config", metavar="YAML", help="detectron2's config, of the model zoo or a file")
     add("--segmenter_preset", choices=tuple(PRESETS), default="default",
         help="mask2former's thresholds: default, or paper for the authors' call (default: default)")  # fmt: skip
+    add("--segmenter_input_size", metavar="PIXELS", type=int,
+        help="side of the square that mask2former sees (default: 256x192 for scenes, else 768)")  # fmt: skip
     add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--quantize", action=argparse.BooleanOptionalAction, default=None,
         help="NF4 for the language model (default: as it was trained)")  # fmt: skip

@@ -19,12 +19,11 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from collavo.device import DeviceError, resolve_device
-from collavo.evaluation.answering import EXPORT
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.checkpoints import CheckpointError
 from collavo.model.processing_collavo import CollavoProcessor
 from collavo.training.adapters import AdapterError
-from collavo.training.run_directory import CRAYON, TRAIN_ARGS, RunError, load_run, read_train_args, save_run
+from collavo.training.run_directory import CRAYON, EXPORT, TRAIN_ARGS, RunError, load_run, read_train_args, save_run
 from schemas.categories import MAX_NUMBERING, SEMANTIC_INDICES
 
 _DESCRIPTION = """\
@@ -82,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     facts = {
         "run": str(flags.model),
+        "base": args["base"],
         "form": flags.form,
         "dtype": str(dtype).removeprefix("torch."),
         "object_list": args["object_list"],

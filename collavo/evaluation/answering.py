@@ -24,10 +24,7 @@ from collavo.model.processing_collavo import CollavoProcessor
 from collavo.model.prompt import Turns
 from collavo.training.adapters import quantize_language_model
 from collavo.training.row_index import KINDS, Kind
-from collavo.training.run_directory import TRAIN_ARGS, RunError, load_base, load_run, read_train_args
-
-EXPORT = "export.json"
-"""What `collavo.export` tells of a merged model, beside its weights."""
+from collavo.training.run_directory import EXPORT, TRAIN_ARGS, RunError, load_base, load_run, read_train_args
 
 # What transformers calls the keys and values of earlier tokens; it is past_key_values before version 5.24.
 _CACHE = "cache" if "cache" in inspect.signature(LlavaModel.forward).parameters else "past_key_values"

@@ -17,6 +17,7 @@ from rich.progress import track
 from collavo.device import resolve_device
 from collavo.evaluation.answering import Request, load_answerer
 from collavo.evaluation.pictures import Picture, open_segmenter, segmented
+from collavo.training.run_directory import base_of
 
 MANIFEST = ModelManifest("collavo", simple_class_path="collavo.evaluation.harness.CollavoHarness")
 
@@ -28,8 +29,8 @@ class CollavoHarness(lmms):
 
     Args:
         pretrained: a run directory or a whole model, as `--model` of the commands.
-        segmenter, segmenter_checkpoint, segmenter_config, segmenter_preset, device, beams, quantize: as the flags of
-            `python -m collavo.chat`.
+        segmenter, segmenter_checkpoint, segmenter_config, segmenter_preset, segmenter_input_size, device, beams,
+            quantize: as the flags of `python -m collavo.chat`.
         object_list: `trained`, `with` or `none`: whether prompts begin with the recognised objects.
         batch_size: prompts answered together.
     """
@@ -43,6 +44,7 @@ class CollavoHarness(lmms):
         segmenter_checkpoint: str | None = None,
         segmenter_config: str | None = None,
         segmenter_preset: str = "default",
+        segmenter_input_size: int | None = None,
         object_list: str = "trained",
         beams: int = 1,
         quantize: bool | None = None,
@@ -53,7 +55,13 @@ class CollavoHarness(lmms):
         super().__init__()
         self._answerer = load_answerer(pretrained, resolve_device(device), quantize, beams)
         self._segmenter = open_segmenter(
-            segmenter, device, checkpoint=segmenter_checkpoint, config=segmenter_config, preset=segmenter_preset
+            segmenter,
+            device,
+            checkpoint=segmenter_checkpoint,
+            config=segmenter_config,
+            preset=segmenter_preset,
+            input_size=segmenter_input_size,
+            base=base_of(pretrained),
         )
         self._listed = self._answerer.lists_objects("dialogue", object_list)
         self._batch_size = int(batch_size)

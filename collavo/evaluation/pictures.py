@@ -10,6 +10,7 @@ import numpy as np
 from collavo.crayon.colors import segment_palette
 from collavo.crayon.index_png import decode_index_map
 from collavo.crayon_files import DataError
+from collavo.embedded import SCENES, TINY
 from collavo.images import ImageError, decode_rgb
 from collavo.instructions.text import format_objects_with_boxes
 from collavo.panoptic.maps import PanopticMap, build_panoptic_map
@@ -45,15 +46,25 @@ class NoSegmenter:
 
 
 def open_segmenter(
-    name: str, device: str, *, checkpoint: str | None = None, config: str | None = None, preset: str = "default"
+    name: str,
+    device: str,
+    *,
+    checkpoint: str | None = None,
+    config: str | None = None,
+    preset: str = "default",
+    input_size: int | None = None,
+    base: str | None = None,
 ) -> Segmenter:
     """Load a segmenter by the values of a command's flags.
 
     Args:
-        name: one of `SEGMENTER_CHOICES`; `auto` is mask2former, the paper's own.
+        name: one of `SEGMENTER_CHOICES`; `auto` is mask2former: the embedded one for a model whose base is the embedded
+            one, for it has seen drawn scenes only, and the paper's own for all others.
         checkpoint: `--segmenter_checkpoint`; None for the segmenter's default.
         config: `--segmenter_config`, for detectron2.
         preset: `--segmenter_preset`, for mask2former.
+        input_size: `--segmenter_input_size`, for mask2former; None for the checkpoint's own.
+        base: what the model that answers was trained on, see `base_of`.
 
     Raises:
         SegmenterError: where the checkpoint cannot be used, or a framework is missing.
@@ -61,10 +72,11 @@ def open_segmenter(
     """
     if name == "none":
         return NoSegmenter()
+    if name == "auto":
+        name, checkpoint = "mask2former", checkpoint or (SCENES if base == TINY else None)
     options: dict[str, Any] = {"device": device, "checkpoint": checkpoint, "config": config}
-    if name != "detectron2":
-        name = "mask2former"
-        options |= {"thresholds": PRESETS[preset], "batch_size": 1}
+    if name == "mask2former":
+        options |= {"thresholds": PRESETS[preset], "batch_size": 1, "input_size": input_size}
     return load_segmenter(name, **{key: value for key, value in options.items() if value is not None})
 
 

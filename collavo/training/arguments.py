@@ -3,9 +3,9 @@
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
+from collavo.embedded import TINY
 from schemas.crayon_row import TASKS
 
 
@@ -80,7 +80,7 @@ class Preset:
 
 PRESETS = {
     "tiny": Preset(
-        str(Path(__file__).parents[1] / "assets" / "tiny_base"),
+        TINY,
         {
             "cpt_learning_rate": 2e-3,
             "cit_learning_rate": 1e-3,

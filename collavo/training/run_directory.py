@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
+from collavo.embedded import EmbeddedError, find_embedded
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.assemble import assemble_from_llava
 from collavo.model.processing_collavo import CollavoProcessor
@@ -34,6 +35,9 @@ CONFIG, TRAIN_ARGS, METRICS, CRAYON, ADAPTERS, CARD = (
     "adapters",
     "README.md",
 )
+
+EXPORT = "export.json"
+"""What `collavo.export` tells of a merged model, beside its weights."""
 
 
 class RunError(ValueError):
@@ -80,9 +84,10 @@ def load_run(
 def load_base(
     base: str, dtype: torch.dtype, queries: str = "both", attention: str = "sdpa"
 ) -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
-    """Load the model that training starts from: a folder or hub id, of CoLLaVO's or LLaVA's architecture.
+    """Load the model that training starts from, of CoLLaVO's or LLaVA's architecture.
 
     Args:
+        base: a folder, a hub id, or `tiny`, the embedded one.
         queries: `both`, `semantic` or `none`; what is left out is not there at all.
         attention: transformers' attention implementation.
 
@@ -90,7 +95,11 @@ def load_base(
         RunError: if it cannot be reached, or is of another architecture.
     """
     try:
+        embedded = find_embedded(base)
+        base = str(embedded.folder) if embedded else base
         config = AutoConfig.from_pretrained(base)
+    except EmbeddedError as error:
+        raise RunError(f"--preset {base}: {error}") from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise RunError(f"--preset {base}: not a folder or hub id of a model that can be reached ({reason})") from error
@@ -165,6 +174,16 @@ def read_train_args(run: Path) -> dict[str, Any]:
         raise RunError(f"--model {run}: not a run directory, for it has no {TRAIN_ARGS}; train one with collavo.train")
     args: dict[str, Any] = json.loads(file.read_text())
     return args
+
+
+def base_of(model: str) -> str | None:
+    """What a run was trained on, or a merged model made from; the model itself where it tells of none."""
+    for name in (TRAIN_ARGS, EXPORT):
+        file = Path(model) / name
+        if file.exists():
+            base: str | None = json.loads(file.read_text()).get("base")
+            return base
+    return model
 
 
 def _crayon_prompt(model: CollavoForConditionalGeneration | PeftModel) -> nn.Module:
