@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,26 @@ def test_generation_ends_where_a_turn_of_the_chat_format_ends(clip: Path, llama:
         assert processor.tokenizer.pad_token_id == model.generation_config.pad_token_id == 1
 
 
+@pytest.mark.parametrize(
+    "template, chat_format",
+    [
+        ("{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}", "chatml"),
+        ("{{ message['role'].upper() + ': ' }}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}", "vicuna"),
+        ("{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}", "mistral"),
+        ("{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>' }}", "paper"),  # no token ends its turns
+        (None, "paper"),
+    ],
+)
+def test_a_language_model_converses_as_its_own_template_says(
+    template: str | None, chat_format: str, clip: Path, llama: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    if template:
+        (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    model, processor = assemble_from_parts(clip, tmp_path / "model", image_size=IMAGE_SIZE)
+    assert processor.chat_format == model.config.chat_format == chat_format
+
+
 def test_the_command_writes_a_whole_model(llava: Path, tmp_path: Path) -> None:
     output = tmp_path / "model"
     flags = ["--llava", str(llava), "--image_size", "84", "--chat_format", "chatml", "--output", str(output)]
@@ -376,6 +397,6 @@ def test_a_mistake_is_one_line_that_names_the_flag(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     for name, place in places.items():
         error = error.replace(str(place), name)
-    assert error.startswith("python -m collavo.convert: ")
+    assert error.startswith("collavo.convert: error: ")
     assert re.search(problem, error), error
     assert not (tmp_path / "out").exists() and (tmp_path / "FULL" / "thesis.txt").exists()

@@ -21,6 +21,7 @@ from collavo.model.checkpoints import (
     CheckpointError,
     find_checkpoint,
     one_line_errors,
+    read_chat_template,
     read_config,
     read_tokenizer,
     read_weights,
@@ -30,7 +31,7 @@ from collavo.model.internlm import llama_config, llama_weights
 from collavo.model.internlm_tokenizer import internlm_tokenizer
 from collavo.model.modeling_collavo import CollavoForConditionalGeneration
 from collavo.model.processing_collavo import CollavoProcessor, build_processor
-from collavo.model.prompt import CHAT_FORMATS, IMAGE_TOKEN
+from collavo.model.prompt import CHAT_FORMATS, IMAGE_TOKEN, chat_format_of
 
 NATIVE_LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "internlm3")
 INTERNLM = ("internlm", "internlm2")
@@ -59,6 +60,9 @@ class Ingredients:
 
     normalisation: dict[str, list[float]] = field(default_factory=dict)
     """`image_mean` and `image_std`, if not CLIP's."""
+
+    chat_template: str = ""
+    """The checkpoint's own, which tells its chat format."""
 
 
 def assemble_from_llava(llava: str | Path, **options: Any) -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
@@ -89,6 +93,7 @@ def assemble_from_llava(llava: str | Path, **options: Any) -> tuple[CollavoForCo
             read_tokenizer(folder),
             collavo_entries={name: getattr(config, name) for name in kept},
             normalisation=_normalisation(folder),
+            chat_template=read_chat_template(folder),
         )
         return build(ingredients, **options)
 
@@ -113,7 +118,8 @@ def assemble_from_parts(
         check_weights(CLIPVisionModel, vision_config, vision_weights, "model.vision_tower.")
         normalisation = _normalisation(folder)
     with one_line_errors("language", language):
-        text_config, text_weights, tokenizer = _read_language_model(find_checkpoint(language))
+        folder = find_checkpoint(language)
+        text_config, text_weights, tokenizer = _read_language_model(folder)
         ingredients = Ingredients(
             vision_config,
             text_config,
@@ -121,6 +127,7 @@ def assemble_from_parts(
             tokenizer,
             new=(*NEW, "model.multi_modal_projector."),
             normalisation=normalisation,
+            chat_template=read_chat_template(folder),
         )
         return build(ingredients, **options)
 
@@ -128,7 +135,7 @@ def assemble_from_parts(
 def build(
     ingredients: Ingredients,
     image_size: int = 490,
-    chat_format: str = "paper",
+    chat_format: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     attention: str = "sdpa",
     **entries: Any,
@@ -137,7 +144,8 @@ def build(
 
     Args:
         image_size: in pixels; CLIP's position embeddings are interpolated to its grid.
-        chat_format: a key of `collavo.model.prompt.CHAT_FORMATS`.
+        chat_format: a key of `collavo.model.prompt.CHAT_FORMATS`; None for the checkpoint's own, `paper` where it has
+            none of them.
         attention: transformers' attention implementation.
         entries: further entries of CollavoConfig, such as `crayon_width`.
 
@@ -145,6 +153,7 @@ def build(
         ValueError: if something is missing or does not fit; CheckpointError if an argument is to blame.
     """
     weights = dict(ingredients.weights)
+    chat_format = chat_format or _own_chat_format(ingredients)
     config = CollavoConfig(
         vision_config=ingredients.vision_config,
         text_config=ingredients.text_config,
@@ -266,6 +275,13 @@ def _normalisation(folder: Path) -> dict[str, list[float]]:
             entries = entries.get("image_processor", entries)
             return {key: entries[key] for key in ("image_mean", "image_std") if key in entries}
     return {}
+
+
+def _own_chat_format(ingredients: Ingredients) -> str:
+    """What the checkpoint converses in, if its tokenizer has the token that ends a turn there."""
+    name = chat_format_of(ingredients.chat_template)
+    stop_ids = ingredients.tokenizer(CHAT_FORMATS[name].stop, add_special_tokens=False).input_ids
+    return name if len(stop_ids) <= 1 else "paper"
 
 
 def _generation_config(tokenizer: Any, chat_format: str) -> GenerationConfig:

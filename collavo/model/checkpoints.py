@@ -97,6 +97,18 @@ def read_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
+def read_chat_template(folder: Path) -> str:
+    """The chat template of a checkpoint, all of them where it has several; empty where it has none."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            entries = json.loads((folder / name).read_text(encoding="utf-8"))
+            if template := entries.get("chat_template"):
+                return template if isinstance(template, str) else json.dumps(template)
+    return ""
+
+
 def _weight_files(folder: Path) -> list[Path]:
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         whole, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"

@@ -72,6 +72,8 @@ CHAT_FORMATS: Mapping[str, ChatFormat] = {
 }
 """By name; `chatml` serves Qwen and InternLM2/3 chat models."""
 
+_MARKERS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", "[INST]": "mistral", "ASSISTANT:": "vicuna"}
+
 OBJECTS_KNOWN = "The image includes {objects}. "
 OBJECTS_UNKNOWN = "None of detailed object information for image. "
 """What a general question is preceded by (the authors' release), with and without recognised objects."""
@@ -122,6 +124,11 @@ def render_conversation(
         input_ids += [token_id] * repeats
         supervised += [span is not None and start >= span[0] and end > start] * repeats
     return RenderedPrompt(input_ids, supervised)
+
+
+def chat_format_of(template: str) -> str:
+    """The name of the chat format whose markers stand in a checkpoint's chat template; `paper` where none do."""
+    return next((name for marker, name in _MARKERS.items() if marker in template), "paper")
 
 
 def object_text(objects: str) -> str:
