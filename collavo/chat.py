@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 from transformers import TextStreamer
 
+from collavo.command_line import Parser
 from collavo.crayon.colors import crayon_color
 from collavo.crayon_files import DataError, crayon_files, read_rows
 from collavo.device import DeviceError, resolve_device
@@ -38,8 +39,10 @@ from collavo.training.adapters import AdapterError
 from collavo.training.run_directory import RunError, base_of
 
 _DESCRIPTION = """\
-Ask a model about an image, once with --prompt, or in a conversation without it. The image is segmented first; what was
-recognised is shown in the colours of its crayon map."""
+Ask a model about an image, once with --prompt, or in a conversation without it.
+The image is a file (--image), which is segmented first, a row of crayon data
+(--data, --image_id), which has its map, or what is dropped on a page
+(--gradio). What was recognised is shown in the colours of its crayon map."""
 
 _COMMANDS = """\
   /image PATH   another image
@@ -53,8 +56,10 @@ in a conversation:
 {_COMMANDS}
 
 examples:
-  python -m collavo.chat --model runs/collavo --image street.jpg --prompt "What are the people doing?"
-  python -m collavo.chat --model runs/collavo --data out/*.parquet --image_id scene-000007
+  python -m collavo.chat --model runs/collavo --image street.jpg \\
+      --prompt "What are the people doing?"
+  python -m collavo.chat --model runs/collavo --data out/*.parquet \\
+      --image_id scene-000007
   python -m collavo.chat --model runs/collavo --gradio
 """
 
@@ -222,13 +227,11 @@ def _save_map(picture: Picture, path: Path) -> None:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m collavo.chat",
-        usage="python -m collavo.chat --model RUN (--image FILE | --data PARQUET --image_id ID | --gradio) [options]",
+        usage="python -m collavo.chat --model RUN IMAGE [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--model", metavar="RUN", required=True, help="a run directory, or a whole model: folder or hub id")

@@ -1,55 +1,55 @@
 """The command `python -m collavo.convert`."""
 
-import argparse
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
+from collavo.command_line import Parser
 from collavo.model.assemble import assemble_from_llava, assemble_from_parts
 from collavo.model.checkpoints import CheckpointError
 from collavo.model.prompt import CHAT_FORMATS
 from collavo.model.release import load_release
 
 _DESCRIPTION = """\
-Make a CoLLaVO model from published checkpoints, each a folder or a Hugging Face hub id.
+Make a CoLLaVO model from published checkpoints, each a folder or a hub id:
 
-  --llava                 a LLaVA checkpoint in transformers' layout; its projector stays
-  --vision and --language a CLIP vision encoder, and a language model: Llama, Mistral, Qwen 2 and 3, InternLM 1 to 3;
-                          the projector between them is new and has to be trained
-  --release               the authors' CoLLaVO-7B, which adds the crayon signal through low-rank branches
+  --llava                  a LLaVA checkpoint in transformers' layout; its
+                           projector stays
+  --vision and --language  a CLIP vision encoder, and a language model: Llama,
+                           Mistral, Qwen 2 and 3, InternLM 1 to 3; the projector
+                           between them is new and has to be trained
+  --release                the authors' CoLLaVO-7B, which adds the crayon signal
+                           through low-rank branches
 
-The Crayon Prompt of the first two is new. It starts closed, so that the model answers as it did until it is trained."""
+The Crayon Prompt of the first two is new. It starts closed, so that the model
+answers as it did until it is trained."""
 
 _EPILOG = """\
-OUTPUT is a whole model: config.json, model*.safetensors, tokenizer and processor, for
-  CollavoForConditionalGeneration.from_pretrained(OUTPUT)  and  CollavoProcessor.from_pretrained(OUTPUT)
+What is written is a whole model: config.json, model*.safetensors, tokenizer,
+processor. python -m collavo.train --preset DIR starts from it, and
+CollavoForConditionalGeneration.from_pretrained(DIR) loads it.
 
-No code of a checkpoint is run. Tensors are read from safetensors, or where there are none from pytorch_model*.bin,
-refusing all pickled content but tensors.
+No code of a checkpoint is run. Tensors are read from safetensors, or
+where there are none from pytorch_model*.bin, of which nothing but tensors is
+unpickled.
 
 examples:
-  python -m collavo.convert --llava llava-hf/llava-1.5-7b-hf --chat_format vicuna --output models/llava
-  python -m collavo.convert --vision openai/clip-vit-large-patch14-336 --language internlm/internlm2-7b \\
-      --output models/internlm2
-  python -m collavo.convert --release BK-Lee/CoLLaVO-7B --output models/collavo-7b"""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see --help\n")
+  python -m collavo.convert --llava llava-hf/llava-1.5-7b-hf \\
+      --chat_format vicuna --output models/llava
+  python -m collavo.convert --vision openai/clip-vit-large-patch14-336 \\
+      --language internlm/internlm2-7b --output models/internlm2
+  python -m collavo.convert --release BK-Lee/CoLLaVO-7B --output models/collavo"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m collavo.convert",
+        usage="python -m collavo.convert CHECKPOINTS --output DIR [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--output", metavar="DIR", required=True, type=Path, help="where the model goes; a new or empty folder")
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add(
         "--chat_format",
         choices=sorted(CHAT_FORMATS),
-        help="how the language model converses (default: paper; with --release: collavo_release)",
+        help="how the language model converses (default: as its own template says)",
     )
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights (default: bfloat16)")
     add("--overwrite", action="store_true", help="replace the model that an earlier run left in the folder")

@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from collavo.command_line import Parser
 from collavo.crayon_files import DataError, crayon_files
 from collavo.device import DeviceError, device_name, resolve_device
 from collavo.evaluation.answering import Answerer, Request, load_answerer
@@ -32,20 +33,25 @@ _DESCRIPTION = """\
 Ask a model the questions of a data set and judge its answers.
 
 tasks:
-  class_to_binary  is there any (class)? yes or no      accuracy, F1, precision, recall, yes-ratio
-  box_to_class     which object is in this box?         accuracy, and with the right number
-  counting         how many of a class?                 accuracy, mean error
-  class_to_box     where is each of a class?            mean IoU, boxes matched one to one
-  dialogue         short answers of the dialogues       accuracy, turn by turn with the true history
-All but the last also per thing class, with the mean over the classes, the 20 best and the 20 worst."""
+  class_to_binary  is there any (class)?         accuracy, F1, precision,
+                                                 recall, share of yes
+  box_to_class     which object is in this box?  accuracy, and with the number
+  counting         how many of a class?          accuracy, mean error
+  class_to_box     where is each of a class?     mean IoU, boxes in pairs
+  dialogue         short answers of dialogues    accuracy, each turn after the
+                                                 true ones before it
+All but the last also per thing class, with the mean over the classes, the 20
+best and the 20 worst."""
 
 _EPILOG = """\
-The questions are those that the rows hold, so a data set built with more --max_instructions or another
---negative_ratio makes another test. Answers that cannot be read are wrong, and counted.
+The questions are those that the rows hold, so a data set built with more
+--max_instructions or another --negative_ratio makes another test. Answers that
+cannot be read are wrong, and counted.
 
 examples:
   python -m collavo.evaluate --model runs/collavo --data out/*.parquet
-  python -m collavo.evaluate --model runs/collavo --data coco/*.parquet --object_list both --tasks class_to_binary
+  python -m collavo.evaluate --model runs/collavo --data coco/*.parquet \\
+      --object_list both --tasks class_to_binary
 """
 
 _MAX_NEW_TOKENS = {"class_to_binary": 32, "box_to_class": 32, "counting": 32, "class_to_box": 700, DIALOGUE: 32}
@@ -92,13 +98,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m collavo.evaluate",
-        usage="python -m collavo.evaluate --model RUN --data PARQUET ... [options]",
+        usage="python -m collavo.evaluate --model RUN --data PARQUET [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--model", metavar="RUN", required=True, help="a run directory, or a whole model: folder or hub id")

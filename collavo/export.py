@@ -18,6 +18,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
+from collavo.command_line import Parser
 from collavo.device import DeviceError, resolve_device
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.checkpoints import CheckpointError
@@ -29,12 +30,15 @@ from schemas.categories import MAX_NUMBERING, SEMANTIC_INDICES
 _DESCRIPTION = """\
 Turn a run directory into something simpler.
 
-  merged   a whole model: the adapters added to the unquantised base in --dtype, each sum in float32, rounded once;
-           CollavoForConditionalGeneration.from_pretrained(DIR) loads it, without peft
-  adapter  a run directory with one adapter in place of two, its rank the sum of theirs; plain peft loads it
+  merged   a whole model: the adapters added to the unquantised base in --dtype,
+           each sum in float32, rounded once; without peft,
+           CollavoForConditionalGeneration.from_pretrained(DIR) loads it
+  adapter  a run directory with one adapter in place of two, its rank the sum of
+           theirs; plain peft loads it
 
-What was trained on an NF4 base is merged into the base before quantisation, which is not the same model: its logits
-differ by what quantisation does, and that difference is told."""
+What was trained on an NF4 base is merged into the base before quantisation,
+which is not the same model: its logits differ by what quantisation does, and
+that difference is told."""
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """Largest difference of logits allowed, as a share of the largest logit: sums in another order, in this precision."""
@@ -97,12 +101,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m collavo.export",
         usage="python -m collavo.export --model RUN --output DIR --as FORM [options]",
         description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--model", metavar="RUN", type=Path, required=True, help="a run directory")

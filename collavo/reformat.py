@@ -21,6 +21,7 @@ from PIL import ExifTags, Image
 from rich.console import Console
 from rich.progress import track
 
+from collavo.command_line import Parser
 from collavo.crayon_files import DataError, crayon_files, read_rows
 from collavo.formats import FORMATS, Picture, WriteRow, entries_of, fault_of, with_image_token
 from collavo.images import ImageError
@@ -36,20 +37,27 @@ _EXPORTED = re.compile(
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}
 
 _DESCRIPTION = """\
-Export crayon data for other trainers: as conversations about an image each, or row by row. Dialogues stay as they are;
-the questions about an image make one conversation per task. A summary tells what became of every row.
+Export crayon data for other trainers: as conversations about an image each, or
+row by row. Dialogues stay as they are; the questions about an image make one
+conversation per task. A summary tells what became of every row.
 
 formats:
-  llava         llava.json, images/          LLaVA's --data_path DIR/llava.json --image_folder DIR
-  llamafactory  crayon.jsonl, images/        LLaMA-Factory's dataset_dir: DIR, dataset: crayon
-  trl           train-*.parquet, ...         load_dataset(DIR): columns `images` and `messages` for SFTTrainer
-  jsonl         rows.jsonl, images/, panoptic/   every column of a row, images and maps as paths
+  llava         llava.json, images/
+                for LLaVA's --data_path DIR/llava.json --image_folder DIR
+  llamafactory  crayon.jsonl, dataset_info.json, images/
+                for LLaMA-Factory's dataset_dir: DIR, dataset: crayon
+  trl           train-00000.parquet, validation-00000.parquet, ...
+                for load_dataset("DIR"): columns `images` and `messages`
+  jsonl         rows.jsonl, images/, panoptic/
+                every column of a row, images and maps as paths
 """
 
 _EPILOG = """\
 examples:
-  python -m collavo.reformat --data out/*.parquet --to llava --split train --output exports/llava
-  python -m collavo.reformat --data out --to trl --what instructions --output exports/trl
+  python -m collavo.reformat --data out/*.parquet --to llava --split train \\
+      --output exports/llava
+  python -m collavo.reformat --data out --to trl --what instructions \\
+      --output exports/trl
 """
 
 
@@ -81,13 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m collavo.reformat",
-        usage="python -m collavo.reformat --data PARQUET ... --to FORMAT --output DIR [options]",
+        usage="python -m collavo.reformat --data PARQUET --to FORMAT --output DIR ...",
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     kinds = ("instructions", "conversations", "all")

@@ -107,8 +107,8 @@ def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     with pytest.raises(SystemExit) as exit_:
         main(argv)
     assert exit_.value.code == 2
-    _, line = capsys.readouterr().err.strip().splitlines()
-    return line.removeprefix("python -m collavo.reformat: error: ")
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line.removeprefix("collavo.reformat: error: ")
 
 
 def accounts(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:

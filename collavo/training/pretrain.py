@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from collavo.command_line import Parser, whole_number
 from collavo.instructions.phrasebook import load_phrasebook
 from collavo.model import CollavoConfig, CollavoForConditionalGeneration
 from collavo.model.processing_collavo import CollavoProcessor, build_processor
@@ -170,18 +171,19 @@ def _tokenizer_texts() -> Iterator[str]:
     yield from (f"User: {thing.singular} Assistant: {thing.plural}" for thing in THINGS)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m collavo.training.pretrain",
-        description="Pre-train the embedded base on drawn scenes; a stopped run goes on when the command is repeated.",
-        allow_abbrev=False,
+        usage="python -m collavo.training.pretrain --output DIR [options]",
+        description="Pre-train the embedded base on drawn scenes.\n\nA stopped run goes on when the command is repeated.",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="checkpoints, metrics and the model")
-    parser.add_argument("--steps", type=int, default=10000, metavar="N", help="updates (default: 10000)")
-    parser.add_argument("--batch_size", type=int, default=16, metavar="N", help="scenes per update (default: 16)")
-    parser.add_argument("--learning_rate", type=float, default=1e-3, metavar="X", help="its peak (default: 1e-3)")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 products")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the initial weights")
+    add, count = parser.add_argument, whole_number(1)
+    add("--output", required=True, metavar="DIR", help="checkpoints, metrics and the model")
+    add("--steps", type=count, default=10000, metavar="N", help="updates (default: 10000)")
+    add("--batch_size", type=count, default=16, metavar="N", help="scenes per update (default: 16)")
+    add("--learning_rate", type=float, default=1e-3, metavar="X", help="its peak (default: 1e-3)")
+    add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 products (default: on)")
+    add("--seed", type=whole_number(0), default=0, metavar="N", help="of the initial weights (default: 0)")
     return parser
 
 

@@ -7,7 +7,6 @@ Writes checkpoints and metrics into the output folder, and in the end the model 
 goes on when the command is repeated. How good it is: `benchmarks/segmenter_quality.py`.
 """
 
-import argparse
 import io
 import math
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
+from collavo.command_line import Parser, whole_number
 from collavo.scenes import draw_scene, scene_seed
 from collavo.segmenters.mask2former import normalise, resize, without_backbone_warnings
 from collavo.training.scratch import TRAIN_SCENES_SEED, ScratchOptions, train_from_scratch
@@ -210,21 +210,22 @@ def _through_jpeg(image: np.ndarray) -> np.ndarray:
     return np.asarray(Image.open(encoded))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m collavo.training.segmenter",
-        description="Train the embedded segmenter on drawn scenes; a stopped run goes on when the command is repeated.",
-        allow_abbrev=False,
+        usage="python -m collavo.training.segmenter --output DIR [options]",
+        description="Train the embedded segmenter on drawn scenes.\n\nA stopped run goes on when the command is repeated.",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="checkpoints, metrics and the model")
-    parser.add_argument("--init_from", metavar="DIR", help="a model to go on from, such as one trained at another size")
-    parser.add_argument("--steps", type=int, default=30000, metavar="N", help="updates (default: 30000)")
-    parser.add_argument("--batch_size", type=int, default=8, metavar="N", help="scenes per update (default: 8)")
-    parser.add_argument("--learning_rate", type=float, default=4e-4, metavar="X", help="its peak (default: 4e-4)")
-    parser.add_argument("--pool", type=int, default=16000, metavar="N", help="scenes to draw (default: 16000)")
-    parser.add_argument("--height", type=int, default=INPUT_HW[0], metavar="PIXELS", help="rows that the model sees")
-    parser.add_argument("--width", type=int, default=INPUT_HW[1], metavar="PIXELS", help="columns that it sees")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the initial weights")
+    add, count, (height, width) = parser.add_argument, whole_number(1), INPUT_HW
+    add("--output", required=True, metavar="DIR", help="checkpoints, metrics and the model")
+    add("--init_from", metavar="DIR", help="a model to go on from, such as one trained at another size")
+    add("--steps", type=count, default=30000, metavar="N", help="updates (default: 30000)")
+    add("--batch_size", type=count, default=8, metavar="N", help="scenes per update (default: 8)")
+    add("--learning_rate", type=float, default=4e-4, metavar="X", help="its peak (default: 4e-4)")
+    add("--pool", type=count, default=16000, metavar="N", help="scenes to draw (default: 16000)")
+    add("--height", type=count, default=height, metavar="PIXELS", help=f"rows that it sees (default: {height})")
+    add("--width", type=count, default=width, metavar="PIXELS", help=f"columns that it sees (default: {width})")
+    add("--seed", type=whole_number(0), default=0, metavar="N", help="of the initial weights (default: 0)")
     return parser
 
 
