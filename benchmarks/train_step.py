@@ -1,21 +1,22 @@
 """One training step, side by side with what it stands against; interleaved, median and spread, results compared first.
 
     python benchmarks/train_step.py                         # on a CPU: a 1:8 model of the 7B shape, in its proportions
-    python benchmarks/train_step.py --sizes 7b --device cuda    # the 7B shape with random weights, in NF4
+    python benchmarks/train_step.py --sizes 7b --device cuda                # the 7B shape with random weights, in NF4
+    python benchmarks/train_step.py --sizes 7b --device cuda --parts sweep --repeats 3
 
 Compared:
-    step     a dual-adapter CoLLaVO step (both adapters active, one learning, label-only head, crayon signal) with the
-    same
-             step of transformers' LLaVA under one plain peft QLoRA and full logits: same sizes, tokens, rank, batch
-    head     the same CoLLaVO step with full logits instead of logits at supervised positions only packing  eight
-    instructions of an image in one sequence with one instruction per sequence, in instructions/s sweep    (GPU)
-    samples/s, share of the card's measured bf16 matrix product rate and peak memory over micro-batches, with
-             and without gradient checkpointing and packing, beside Trainer + peft + bitsandbytes as they come
+    step     a dual-adapter CoLLaVO step (both adapters active, one learning, head on supervised positions, crayon
+             signal) with the same step of transformers' LLaVA under one plain peft QLoRA and full logits: same sizes,
+             tokens, rank and batch; and with itself under full logits
+    packing  eight instructions of an image in one sequence with one instruction per sequence, in instructions/s
+    sweep    samples/s, share of the measured bf16 matrix product rate, and peak memory over micro-batches, with and
+             without gradient checkpointing and packing, beside Trainer + peft + bitsandbytes as they come (for a GPU)
 
 The last line is JSON.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -225,22 +226,34 @@ def compare_packing(sizes: Sizes, images: int, instructions: int, repeats: int, 
 def sweep(sizes: Sizes, micro_batches: Sequence[int], repeats: int, device: torch.device) -> list[dict[str, Any]]:
     """Throughput and memory over micro-batches: ours with and without checkpointing and packing, then HF's defaults."""
     peak = matmul_flops(device)
-    rows: list[dict[str, Any]] = []
-    for checkpointing in (False, True):
-        model = our_model(sizes, device)
-        if checkpointing:
-            enable_checkpointing(model)
-        staged = with_two_adapters(model, sizes, device)
-        for packed in (1, 8):
-            for micro in micro_batches:
-                step = Step(staged.model, make_inputs(sizes, micro, packed, device), supervised_only=True)
-                seconds = _seconds_of(step, repeats, device)
-                who = "collavo, checkpointing" if checkpointing else "collavo"
-                rows.append(_row(who, sizes, micro, packed, seconds, device, peak))
-        del staged, model
+    rows = [row for on in (False, True) for row in our_rows(sizes, micro_batches, repeats, on, device, peak)]
     for micro in micro_batches:
         seconds = hf_defaults_seconds(sizes, micro, repeats, device)
         rows.append(_row("Trainer + peft + bitsandbytes", sizes, micro, 1, seconds, device, peak))
+    return rows
+
+
+def our_rows(
+    sizes: Sizes,
+    micro_batches: Sequence[int],
+    repeats: int,
+    checkpointing: bool,
+    device: torch.device,
+    peak: float,
+) -> list[dict[str, Any]]:
+    """The rows of one model, which is gone afterwards."""
+    model = our_model(sizes, device)
+    if checkpointing:
+        enable_checkpointing(model)
+    staged = with_two_adapters(model, sizes, device)
+    who = "collavo, checkpointing" if checkpointing else "collavo"
+    rows: list[dict[str, Any]] = []
+    for packed in (1, 8):
+        for micro in micro_batches:
+            _forget_peak(device)
+            step = Step(staged.model, make_inputs(sizes, micro, packed, device), supervised_only=True)
+            rows.append(_row(who, sizes, micro, packed, _seconds_of(step, repeats, device), device, peak))
+            staged.model.zero_grad(set_to_none=True)  # of a step that did not fit
     return rows
 
 
@@ -258,6 +271,7 @@ def hf_defaults_seconds(sizes: Sizes, micro: int, repeats: int, device: torch.de
             folder, per_device_train_batch_size=micro, max_steps=repeats + 1, bf16=device.type == "cuda", report_to=[],
             save_strategy="no", use_cpu=device.type == "cpu", disable_tqdm=True, logging_strategy="no",
         )  # fmt: skip
+        _forget_peak(device)
         try:
             trainer = HFTrainer(get_peft_model(prepared, config), arguments, train_dataset=rows, callbacks=[clock])
             trainer.train()
@@ -295,7 +309,9 @@ def sample_flops(sizes: Sizes, packed: int) -> float:
             + 3 * (sizes.hidden + sizes.feed_forward)
         )
     )
-    scores = 2 * sizes.layers * sizes.hidden * tokens**2  # causal: half of the square, two products
+    cells, text = sizes.side**2, sizes.text
+    pairs = cells**2 / 2 + packed * (text * cells + text**2 / 2)  # of tokens, one of which attends to the other
+    scores = 4 * sizes.layers * sizes.hidden * pairs  # two products
     head = packed * sizes.labels * sizes.hidden * sizes.vocabulary
     width, layers = sizes.vision["hidden_size"], sizes.vision["num_hidden_layers"]
     vision = layers * (4 * width**2 + 2 * width * sizes.vision["intermediate_size"]) * (sizes.side**2 + 1)
@@ -361,9 +377,15 @@ def _row(
     row["percent_of_matmul_rate"] = round(100 * rate * sample_flops(sizes, packed) / peak, 1)
     if device.type == "cuda":
         row["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
+    return row
+
+
+def _forget_peak(device: torch.device) -> None:
+    """Start to count memory anew, without what an earlier model, or a step that did not fit, has left behind."""
+    if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    return row
 
 
 def _shape(sizes: Sizes) -> dict[str, Any]:

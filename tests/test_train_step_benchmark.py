@@ -1,0 +1,41 @@
+"""The benchmark of a training step runs from end to end where there is no GPU, and counts what it should."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+_SPEC = importlib.util.spec_from_file_location("train_step", Path(__file__).parents[1] / "benchmarks" / "train_step.py")
+assert _SPEC is not None and _SPEC.loader is not None
+train_step = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(train_step)
+
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+TINY = train_step.Sizes(
+    hidden=64, layers=2, heads=4, kv_heads=2, feed_forward=128, vocabulary=256,
+    vision={**VISION, "image_size": 56, "patch_size": 14}, rank=4, crayon_width=16, text=8, labels=5,
+)  # fmt: skip
+
+
+def test_all_parts_run_and_end_in_a_line_of_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(train_step.SIZES, "proxy", TINY)
+    train_step.main(["--parts", "step", "packing", "sweep", "--repeats", "1", "--micro_batches", "1", "2"])
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert all(seconds > 0 for seconds in results["step"]["seconds"].values())
+    assert results["packing"]["instructions per s"].keys() == {"packed", "apart"}
+    rows = [(row["who"], row["packed"], row["micro_batch"]) for row in results["sweep"]]
+    ours = [
+        (who, packed, micro) for who in ("collavo", "collavo, checkpointing") for packed in (1, 8) for micro in (1, 2)
+    ]
+    assert rows == [*ours, *(("Trainer + peft + bitsandbytes", 1, micro) for micro in (1, 2))]
+    assert all(row["samples_per_s"] > 0 for row in results["sweep"])
+
+
+def test_the_7b_shape_takes_the_operations_counted_by_hand() -> None:
+    """CLIP-L/14 at 490 px and InternLM2-7B: 42.6 TFLOP a sample with 150 tokens of text, one adapter and no second."""
+    linear, tokens = 32 * (4096 * 6144 + 4096**2 + 3 * 4096 * 14336), 1225 + 150
+    found = train_step.sample_flops(train_step.SIZES["7b"], packed=1)
+    assert 4 * linear * tokens < found < 1.15 * 4 * linear * tokens
