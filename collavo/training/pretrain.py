@@ -175,7 +175,8 @@ def _parser() -> Parser:
     parser = Parser(
         prog="python -m collavo.training.pretrain",
         usage="python -m collavo.training.pretrain --output DIR [options]",
-        description="Pre-train the embedded base on drawn scenes.\n\nA stopped run goes on when the command is repeated.",
+        description="Pre-train the embedded base on drawn scenes.",
+        epilog="A stopped run goes on when the command is repeated.",
     )
     add, count = parser.add_argument, whole_number(1)
     add("--output", required=True, metavar="DIR", help="checkpoints, metrics and the model")

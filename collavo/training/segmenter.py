@@ -214,7 +214,8 @@ def _parser() -> Parser:
     parser = Parser(
         prog="python -m collavo.training.segmenter",
         usage="python -m collavo.training.segmenter --output DIR [options]",
-        description="Train the embedded segmenter on drawn scenes.\n\nA stopped run goes on when the command is repeated.",
+        description="Train the embedded segmenter on drawn scenes.",
+        epilog="A stopped run goes on when the command is repeated.",
     )
     add, count, (height, width) = parser.add_argument, whole_number(1), INPUT_HW
     add("--output", required=True, metavar="DIR", help="checkpoints, metrics and the model")
