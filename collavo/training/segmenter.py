@@ -56,21 +56,23 @@ class Example(NamedTuple):
 
 
 class SceneExamples(Dataset[Example]):
-    """`pool` scenes, drawn once each at sizes around the default of the build and squeezed to the model's input; every
-    other round shows them mirrored."""
+    """`pool` scenes, drawn at sizes around the default of the build and squeezed to the model's input, or to half of it
+    for the first `half_size_examples`; every other round shows them mirrored."""
 
     _SIZES_WH = ((160, 120), (192, 144), (256, 192), (320, 240))
 
-    def __init__(self, input_hw: tuple[int, int], pool: int) -> None:
+    def __init__(self, input_hw: tuple[int, int], pool: int, half_size_examples: int = 0) -> None:
         self._input_hw = input_hw
         self._pool = pool
-        self._drawn: dict[int, tuple[np.ndarray, np.ndarray, list[int]]] = {}
+        self._half_size_examples = half_size_examples
+        self._drawn: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, list[int]]] = {}
 
     def __getitem__(self, index: int) -> Example:
-        number = index % self._pool
-        if number not in self._drawn:
-            self._drawn[number] = self._draw(number)
-        pixels, positions, labels = self._drawn[number]
+        shrink = 2 if index < self._half_size_examples else 1
+        key = (index % self._pool, shrink)
+        if key not in self._drawn:
+            self._drawn[key] = self._draw(*key)
+        pixels, positions, labels = self._drawn[key]
         if index // self._pool % 2:
             pixels, positions = pixels[:, ::-1], positions[:, ::-1]
         masks = positions == np.arange(1, len(labels) + 1)[:, None, None]
@@ -83,17 +85,17 @@ class SceneExamples(Dataset[Example]):
             torch.from_numpy(cell_middles),
         )
 
-    def _draw(self, number: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    def _draw(self, number: int, shrink: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
         """Pixels, the position of a segment plus 1 at each of them, and the label of each segment."""
         scene = draw_scene(scene_seed(TRAIN_SCENES_SEED, number), self._SIZES_WH[number % len(self._SIZES_WH)])
-        height, width = self._input_hw
+        height, width = (side // shrink for side in self._input_hw)
         ids = np.asarray(Image.fromarray(scene.ids).resize((width, height), Image.Resampling.NEAREST))
         segments = [segment for segment in scene.segments if not segment.is_crowd and (ids == segment.id).any()]
-        positions = np.zeros(self._input_hw, np.uint8)
+        positions = np.zeros((height, width), np.uint8)
         for position, segment in enumerate(segments, start=1):
             positions[ids == segment.id] = position
         labels = [BY_CATEGORY_ID[segment.category_id].label for segment in segments]
-        return resize(_through_jpeg(scene.image), self._input_hw), positions, labels
+        return resize(_through_jpeg(scene.image), (height, width)), positions, labels
 
 
 def _cells(masks: np.ndarray, labels: list[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -187,17 +189,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = Path(arguments.output)
     torch.manual_seed(arguments.seed)
     with without_backbone_warnings():
-        if arguments.init_from:
-            model = Mask2FormerForUniversalSegmentation.from_pretrained(arguments.init_from, dtype=torch.float32)
-        else:
-            model = Mask2FormerForUniversalSegmentation(segmenter_config())
+        model = Mask2FormerForUniversalSegmentation(segmenter_config())
     model.config.input_size_hw = [arguments.height, arguments.width]  # what `Mask2FormerSegmenter` shows it by default
 
     options = ScratchOptions(
         steps=arguments.steps, batch_size=arguments.batch_size, learning_rate=arguments.learning_rate
     )
     supervised = SupervisedSegmenter(model)
-    examples = SceneExamples((arguments.height, arguments.width), arguments.pool)
+    examples = SceneExamples(
+        (arguments.height, arguments.width), arguments.pool, arguments.half_size_steps * arguments.batch_size
+    )
     train_from_scratch(run, supervised, examples, list, supervised, options, Console())
     model.half().save_pretrained(run / "model")
     return 0
@@ -219,13 +220,19 @@ def _parser() -> Parser:
     )
     add, count, (height, width) = parser.add_argument, whole_number(1), INPUT_HW
     add("--output", required=True, metavar="DIR", help="checkpoints, metrics and the model")
-    add("--init_from", metavar="DIR", help="a model to go on from, such as one trained at another size")
     add("--steps", type=count, default=30000, metavar="N", help="updates (default: 30000)")
     add("--batch_size", type=count, default=8, metavar="N", help="scenes per update (default: 8)")
     add("--learning_rate", type=float, default=4e-4, metavar="X", help="its peak (default: 4e-4)")
     add("--pool", type=count, default=16000, metavar="N", help="scenes to draw (default: 16000)")
     add("--height", type=count, default=height, metavar="PIXELS", help=f"rows that it sees (default: {height})")
     add("--width", type=count, default=width, metavar="PIXELS", help=f"columns that it sees (default: {width})")
+    add(
+        "--half_size_steps",
+        type=whole_number(0),
+        default=3000,
+        metavar="N",
+        help="updates in the beginning that see scenes at half the size, three times as fast (default: 3000)",
+    )
     add("--seed", type=whole_number(0), default=0, metavar="N", help="of the initial weights (default: 0)")
     return parser
 
