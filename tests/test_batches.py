@@ -1,5 +1,7 @@
 """From Parquet rows to tensors."""
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,9 +113,21 @@ def test_rows_that_refer_to_their_image_need_its_root(tmp_path: Path) -> None:
     sample = Sample("crayon", 0, (0,))
     found = dataset(tmp_path, referring, image_root=tmp_path)[sample]
     assert torch.equal(found.pixel_values, dataset(tmp_path, embedded)[sample].pixel_values)
-    (tmp_path / referring[0].image_path).unlink()
-    with pytest.raises(DataError, match="scene-000"):
-        dataset(tmp_path, referring, image_root=tmp_path)[sample]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_is_not_there_is_named_in_one_line(tmp_path: Path, workers: int) -> None:
+    examples = dataset(tmp_path, scene_rows(1, embed=False), image_root=tmp_path)
+    loader = build_loader(examples, [[Sample("crayon", 0, (0,))]], 2, workers, pin_memory=False)
+    with pytest.raises(DataError, match=r"^--data: image of scene-000: .*scene-000.jpg'$"):
+        next(loader)
+
+
+def test_a_worker_that_dies_is_told_of_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ExampleDataset, "example", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    loader = build_loader(dataset(tmp_path, scene_rows(1)), [[Sample("crayon", 0, (0,))]], 2, 1, pin_memory=False)
+    with pytest.raises(DataError, match=r"^--workers 1: a process that reads the data died .*lower --workers[^\n]*$"):
+        next(loader)
 
 
 def test_workers_give_the_batches_of_the_plan_in_order(tmp_path: Path) -> None:

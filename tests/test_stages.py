@@ -113,6 +113,20 @@ def test_a_weight_that_learns_without_a_gradient_is_found_out() -> None:
         staged.check_gradients()
 
 
+@pytest.mark.parametrize("group", ["crayon_prompt", "image_cit"])
+def test_gradients_that_are_all_zero_are_found_out(group: str) -> None:
+    """As reentrant checkpointing leaves them, which sees no input that asks for any."""
+    staged = staged_model()
+    staged.enter(IMAGE_CIT)
+    staged.model(**batch().inputs, supervised_only=True).loss.backward()
+    staged.check_gradients()
+    for name, parameter in staged.learning.items():
+        if group in name:
+            parameter.grad.zero_()
+    with pytest.raises(StageError, match=rf"{group}.* got gradients of zero"):
+        staged.check_gradients()
+
+
 def gradients_of(staged: StagedModel) -> dict[str, torch.Tensor]:
     staged.model.zero_grad(set_to_none=True)
     staged.model(**batch().inputs, supervised_only=True).loss.backward()

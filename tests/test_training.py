@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from test_packing import QUESTIONS, example
 from tiny_model import save_tiny_base, scene_rows, write_crayon_file
 
 from collavo import train
+from collavo.training import run as run_module
 from collavo.training.adapters import AdapterError
-from collavo.training.batches import MicroBatch
+from collavo.training.batches import MicroBatch, collate
 from collavo.training.loop import Trainer, TrainingError, learning_rate_at
 from collavo.training.run_directory import load_base, load_run
 
@@ -144,22 +148,15 @@ def test_the_phases_can_be_run_one_after_the_other(world: Path, finished: Path, 
 
 
 def batch_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    from test_packing import QUESTIONS, example
-
-    from collavo.training.batches import collate
-
     return collate([example(QUESTIONS)], 2).inputs
 
 
 def test_a_loaded_run_answers_like_the_trained_model(finished: Path) -> None:
-    from collavo.training.stages import StagedModel
-
     model, processor = load_run(finished, torch.device("cpu"), torch.float32, quantize=False)
     assert isinstance(model, PeftModel)
     assert processor.grid_hw == (6, 6)
     assert tuple(model.base_model.active_adapters) == ("image_cit", "vl_cit")
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    StagedModel(model, ("image_cit", "vl_cit"))
     inputs = batch_inputs(model)
     with torch.no_grad():
         both = model(**inputs).logits
@@ -201,20 +198,34 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     flags = command(world, tmp_path / "run", "--preset", str(base))
     assert train.main(flags) == 1
-    assert "step 0: the loss is nan; images scene-" in capsys.readouterr().err
+    assert "step 1: the loss is nan; images scene-" in capsys.readouterr().err
+
+
+class Nobody:
+    """A lonely process."""
+
+    device, process_index, num_processes = torch.device("cpu"), 0, 1
+
+    def reduce(self, tensor: torch.Tensor, how: str) -> torch.Tensor:
+        return tensor
 
 
 def test_a_batch_without_a_supervised_token_stops_the_run() -> None:
-    class Nobody:
-        device, process_index, num_processes = torch.device("cpu"), 0, 1
-
-        def reduce(self, tensor: torch.Tensor, how: str) -> torch.Tensor:
-            return tensor
-
     inputs = {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.full((1, 4), -100)}
     trainer = Trainer(None, Nobody(), None, torch.float32)  # type: ignore[arg-type]
     with pytest.raises(TrainingError, match=r"step 3: no token .* images odd"):
         trainer._step(3, [MicroBatch("crayon", ["odd"], inputs)], None)  # type: ignore[arg-type]
+
+
+def test_a_gpu_without_memory_stops_the_run_and_tells_what_takes_less() -> None:
+    class Full:
+        def model(self, **_: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it.")
+
+    inputs = {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.ones(1, 4, dtype=torch.long)}
+    trainer = Trainer(Full(), Nobody(), None, torch.float32)  # type: ignore[arg-type]
+    with pytest.raises(TrainingError, match=r"^step 3: .*2.00 GiB.*--resume and a lower --micro_batch_size[^\n]*$"):
+        trainer._step(3, [MicroBatch("crayon", ["a"], inputs)], None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -231,11 +242,18 @@ def test_a_batch_without_a_supervised_token_stops_the_run() -> None:
         (["--stage", "cit"], "crayon.safetensors"),
         (["--crayon_share", "1.5"], "--crayon_share is 1.5"),
         (["--resume", "--overwrite"], "choose one"),
+        (["--report_to", "wandb"], "pip install wandb"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_and_status_2(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    said: str,
 ) -> None:
+    monkeypatch.setattr(run_module, "find_spec", lambda name: None)  # no tracker is installed
     assert train.main(command(world, tmp_path / "run", *flags)) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("collavo.train: error: ")
@@ -249,11 +267,30 @@ def test_a_run_is_not_mixed_with_another(world: Path, finished: Path, capsys: py
     assert "other arguments" in capsys.readouterr().err
 
 
+def test_a_resumed_run_may_take_less_memory_and_find_its_data_elsewhere(
+    world: Path, finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.copy(world / "rows.parquet", tmp_path)
+    flags = ["--resume", "--data", str(tmp_path), "--micro_batch_size", "1", "--gradient_checkpointing"]
+    assert train.main(command(world, tmp_path / "run", *flags)) == 0
+    assert losses(tmp_path / "run") == losses(finished)
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_damaged_image_stops_the_run_in_one_line(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], workers: str
+) -> None:
+    rows = [replace(row, image_bytes=(row.image_bytes or b"")[:300]) for row in scene_rows(12)]
+    data = write_crayon_file(tmp_path / "rows.parquet", rows)
+    assert train.main([*command(world, tmp_path / "run", "--workers", workers), "--data", str(data)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("collavo.train: error: --data: image of scene-")
+
+
 def test_data_without_the_wanted_kind_are_refused(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from dataclasses import replace
-
     rows = [replace(row, conversations=()) for row in scene_rows(6)]
     data = write_crayon_file(tmp_path / "rows.parquet", rows)
     assert train.main([*command(world, tmp_path / "run"), "--data", str(data)]) == 2

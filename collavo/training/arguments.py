@@ -66,7 +66,9 @@ class TrainArguments:
     eval_batches: int = _flag(16, "micro-batches of each kind that an evaluation sees")
     checkpoint_steps: int = _flag(500, "steps between checkpoints")
     keep_checkpoints: int = _flag(2, "checkpoints that are kept")
-    report_to: tuple[str, ...] = _flag((), "trackers: tensorboard, wandb", many=True, metavar="NAME")
+    report_to: tuple[str, ...] = _flag(
+        (), "trackers: tensorboard, wandb", many=True, choices=("tensorboard", "wandb"), metavar="NAME"
+    )
 
 
 @dataclass(frozen=True, slots=True)

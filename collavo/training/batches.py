@@ -103,8 +103,12 @@ class ExampleOptions:
     """Where rows that refer to their image find it."""
 
 
-class ExampleDataset(Dataset[Example]):
-    """Samples, as examples; the index is the sample itself."""
+class ExampleDataset(Dataset[Example | DataError]):
+    """Samples, as examples; the index is the sample itself.
+
+    What is wrong with a sample comes as its example: raised in a worker process, an error would arrive with that
+    process's traceback for a message.
+    """
 
     def __init__(
         self,
@@ -120,7 +124,18 @@ class ExampleDataset(Dataset[Example]):
         self._processor = processor
         self._options = options
 
-    def __getitem__(self, sample: Sample) -> Example:
+    def __getitem__(self, sample: Sample) -> Example | DataError:
+        try:
+            return self.example(sample)
+        except DataError as error:
+            return error
+
+    def example(self, sample: Sample) -> Example:
+        """The example of a sample.
+
+        Raises:
+            DataError: where its image is missing or damaged.
+        """
         record = self._reader.read(sample.row)
         segments = [Segment.from_record(segment) for segment in record["segments"]]
         prompts = self._prompts(sample, record, segments)
@@ -215,13 +230,34 @@ def micro_batches(batch: Batch, size: int, rank: int, ranks: int) -> list[list[S
 def build_loader(
     dataset: ExampleDataset, samples: Sequence[list[Sample]], pad_token_id: int, workers: int, pin_memory: bool
 ) -> Iterator[MicroBatch]:
-    """A loader of micro-batches in the order of the plan."""
-    loader: DataLoader[Example] = DataLoader(
+    """Micro-batches in the order of the plan.
+
+    Raises:
+        DataError: where an image is missing or damaged, or a worker process dies.
+    """
+    loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=samples,  # its indices are samples
-        collate_fn=partial(collate, pad_token_id=pad_token_id),
+        collate_fn=partial(_collate_or_error, pad_token_id=pad_token_id),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=pin_memory,
     )
-    return iter(loader)
+    try:
+        for piece in loader:
+            if isinstance(piece, DataError):
+                raise piece
+            yield piece
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"--workers {workers}: a process that reads the data died ({str(error).splitlines()[0]}); memory, or in a "
+            "container /dev/shm, is too small for it; lower --workers, 0 reads in the training process"
+        ) from error
+
+
+def _collate_or_error(examples: Sequence[Example | DataError], pad_token_id: int) -> MicroBatch | DataError:
+    whole = [example for example in examples if isinstance(example, Example)]
+    errors = [example for example in examples if isinstance(example, DataError)]
+    return errors[0] if errors else collate(whole, pad_token_id)

@@ -40,7 +40,7 @@ class Phase:
 
 @dataclass(slots=True)
 class StepResult:
-    """What is logged of a step."""
+    """What is logged of a step; `peak_memory_gb` is the GPU's so far in its phase, None on a CPU."""
 
     step: int
     phase: str
@@ -50,6 +50,7 @@ class StepResult:
     gradient_norm: float
     samples_per_s: float
     tokens_per_s: float
+    peak_memory_gb: float | None
 
 
 def learning_rate_at(step: int, steps: int, first: float, last: float) -> float:
@@ -82,9 +83,12 @@ class Trainer:
         """Take the steps of a phase from `first_step` on.
 
         Raises:
-            TrainingError: for a loss that is not finite, or a batch without a supervised token.
+            TrainingError: for a loss that is not finite, a batch without a supervised token, or a GPU without memory.
+            DataError: where an image is missing or damaged.
         """
-        arguments = self._arguments
+        arguments, device = self._arguments, self._accelerator.device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         pieces = [
             micro_batches(
                 batch, arguments.micro_batch_size, self._accelerator.process_index, self._accelerator.num_processes
@@ -96,7 +100,7 @@ class Trainer:
             [piece for step_pieces in pieces for piece in step_pieces],
             pad_token_id,
             arguments.workers,
-            self._accelerator.device.type == "cuda",
+            device.type == "cuda",
         )
         steps = len(phase.batches)
         for step, step_pieces in enumerate(pieces, start=first_step):
@@ -105,10 +109,11 @@ class Trainer:
                 group["lr"] = rate
             self._staged.enter(phase.stages[phase.batches[step].kind])
             start = time.perf_counter()
-            loss, norm, tokens = self._step(step, [next(loader) for _ in step_pieces], optimizer)
+            number = phase.steps_before + step + 1
+            loss, norm, tokens = self._step(number, [next(loader) for _ in step_pieces], optimizer)
             seconds = time.perf_counter() - start
             result = StepResult(
-                step=phase.steps_before + step + 1,
+                step=number,
                 phase=phase.name,
                 stage=phase.stages[phase.batches[step].kind].name,
                 loss=loss,
@@ -116,8 +121,9 @@ class Trainer:
                 gradient_norm=norm,
                 samples_per_s=len(phase.batches[step].samples) / seconds,
                 tokens_per_s=tokens / seconds,
+                peak_memory_gb=torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
             )
-            after_step(result, Progress(phase.name, step + 1, phase.steps_before + step + 1))
+            after_step(result, Progress(phase.name, step + 1, number))
 
     def _step(
         self, step: int, pieces: Sequence[MicroBatch], optimizer: torch.optim.Optimizer
@@ -134,10 +140,16 @@ class Trainer:
         if not supervised:
             raise TrainingError(f"step {step}: no token of the batch is supervised; {_images_of(pieces)}")
         loss = torch.zeros((), device=self._accelerator.device)
-        for piece in pieces:
-            piece_loss = self._loss(piece, supervised)
-            piece_loss.backward()
-            loss += piece_loss.detach()
+        try:
+            for piece in pieces:
+                piece_loss = self._loss(piece, supervised)
+                piece_loss.backward()
+                loss += piece_loss.detach()
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"step {step}: the GPU has no memory left ({str(error).splitlines()[0]}); go on with --resume and a "
+                "lower --micro_batch_size, or --gradient_checkpointing"
+            ) from error
         loss = self._accelerator.reduce(loss, "sum")
         if not torch.isfinite(loss):
             raise TrainingError(f"step {step}: the loss is {loss.item()}; {_images_of(pieces)}")

@@ -3,10 +3,12 @@
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -51,10 +53,12 @@ from collavo.training.run_directory import (
 from collavo.training.run_display import RunDisplay
 from collavo.training.stages import CPT, Stage, StagedModel
 
-# Arguments that change neither what is learned nor in which order; a resumed run may change them.
+# Arguments that change neither what is learned nor in which order; a resumed run may change them. Where the data lie is
+# one: their checksums tell what they are.
 _FREE_ARGUMENTS = (
-    "resume", "overwrite", "output_dir", "device", "workers", "log_steps", "eval_steps", "eval_batches",
-    "checkpoint_steps", "keep_checkpoints", "report_to",
+    "data", "image_root", "resume", "overwrite", "output_dir", "micro_batch_size", "device", "gradient_checkpointing",
+    "attention", "workers", "log_steps", "eval_steps", "eval_batches", "checkpoint_steps", "keep_checkpoints",
+    "report_to",
 )  # fmt: skip
 
 _CIT_ADAPTERS: dict[str, dict[Kind, str]] = {
@@ -96,6 +100,18 @@ class TrainingRun:
         self._write_train_args()
         example = show_supervision(self.processor.tokenizer, self.train_set.prompt_of(phases[-1].batches[0].samples[0]))
         self.display.begin(phases, self._facts(phases), example, max(done.total_steps, phases[0].steps_before))
+        try:
+            self._run_phases(phases, checkpoint, done)
+        finally:
+            self.display.end()
+        if self.accelerator.is_main_process:
+            adapters = self.adapters if self.arguments.stage != "cpt" else []
+            save_run(self.folder, self.staged.model, adapters, self.processor)
+            write_model_card(self.folder / CARD, read_train_args(self.folder), self.folder / METRICS)
+        self.accelerator.end_training()
+
+    def _run_phases(self, phases: Sequence[Phase], checkpoint: Path | None, done: Progress) -> None:
+        """Take the steps that are not done yet."""
         trainer = Trainer(self.staged, self.accelerator, self.arguments, self.dtype)
         for phase in phases:
             if phase.steps_before + len(phase.batches) <= done.total_steps:
@@ -107,12 +123,6 @@ class TrainingRun:
                 load_optimizer(checkpoint, parameters, optimizer)
                 first_step = done.phase_steps
             self._run_phase(trainer, phase, optimizer, first_step)
-        if self.accelerator.is_main_process:
-            adapters = self.adapters if self.arguments.stage != "cpt" else []
-            save_run(self.folder, self.staged.model, adapters, self.processor)
-            write_model_card(self.folder / CARD, read_train_args(self.folder), self.folder / METRICS)
-        self.display.end()
-        self.accelerator.end_training()
 
     def _run_phase(self, trainer: Trainer, phase: Phase, optimizer: torch.optim.Optimizer, first_step: int) -> None:
         arguments = self.arguments
@@ -120,10 +130,11 @@ class TrainingRun:
         def after_step(result: StepResult, done: Progress) -> None:
             last = done.phase_steps == len(phase.batches)
             self.display.step(result)
-            if last or done.phase_steps % arguments.checkpoint_steps == 0:
-                self._save_checkpoint(done, optimizer)
             if last or (arguments.eval_steps and done.phase_steps % arguments.eval_steps == 0):
                 self.display.evaluation(result.step, phase.name, self._evaluate(trainer, phase))
+            # After the evaluation of its step, which a run that goes on from here does not repeat.
+            if last or done.phase_steps % arguments.checkpoint_steps == 0:
+                self._save_checkpoint(done, optimizer)
 
         trainer.run(phase, self.train_set, self._pad_token_id, optimizer, first_step, after_step)
 
@@ -145,13 +156,12 @@ class TrainingRun:
         learning = {name: sum(p.numel() for p in self.staged.parameters_of(names).values()) for name, names in (
             ("queries and connector", ()), ("with adapters", tuple(self.adapters)),
         )}  # fmt: skip
-        base = "NF4" if self.arguments.quantize else str(self.dtype).removeprefix("torch.")
         texts = ", ".join(f"{len(texts)} {kind} texts" for kind, texts in index.texts.items())
         left_out = ", ".join(f"{count} {kind}" for kind, count in index.too_long.items() if count)
         return {
-            "base": f"{self.base}, language model in {base}, computing in {self.dtype} on {self.accelerator.device}",
-            "weights": f"{sum(p.numel() for p in model.parameters()):,}; learning: "
-            + ", ".join(f"{count:,} {name}" for name, count in learning.items()),
+            "base": f"{self.base}, computing in {self.dtype} on {self.accelerator.device}",
+            "weights": ", ".join(f"{count:,} in {kind}" for kind, count in _weights_by_type(model).items()),
+            "learning": ", ".join(f"{count:,} {name}" for name, count in learning.items()),
             "data": f"{len(self.files)} files, {texts}" + (f"; too long, left out: {left_out}" if left_out else ""),
             "steps": ", ".join(f"{phase.name} {len(phase.batches)}" for phase in phases)
             + f" of {self.arguments.batch_size} sequences",
@@ -269,7 +279,7 @@ class TrainingRun:
         """Identifies what a run learns from what, in which order: its data and the arguments that matter."""
         arguments = {name: value for name, value in asdict(self.arguments).items() if name not in _FREE_ARGUMENTS}
         data = [_data_digest(file) for file in self.files]
-        facts = {"arguments": arguments, "data": data, "ranks": self.accelerator.num_processes}
+        facts = {"arguments": arguments, "data": data}
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
     def _write_train_args(self) -> None:
@@ -293,8 +303,11 @@ def _accelerator(arguments: TrainArguments) -> Accelerator:
 
     Raises:
         DeviceError: for a GPU that is not there.
-        ArgumentsError: for a batch that the ranks cannot share evenly.
+        ArgumentsError: for a batch that the ranks cannot share evenly, or a tracker that is not installed.
     """
+    for tracker in arguments.report_to:
+        if find_spec(tracker) is None:  # accelerate would go on without it
+            raise ArgumentsError(f"--report_to {tracker}: not installed; pip install {tracker}")
     device = resolve_device(arguments.device)
     accelerator = Accelerator(
         cpu=device.type == "cpu", log_with=list(arguments.report_to) or None, project_dir=arguments.output_dir
@@ -313,6 +326,17 @@ def _dtype(arguments: TrainArguments, device: torch.device) -> torch.dtype:
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _weights_by_type(model: torch.nn.Module) -> Counter[str]:
+    """Numbers of weights by how they are kept: `NF4`, `bfloat16`, `float32`."""
+    counts: Counter[str] = Counter()
+    for parameter in model.parameters():
+        if quantization := getattr(parameter, "quant_state", None):
+            counts["NF4"] += quantization.shape.numel()
+        else:
+            counts[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    return counts
 
 
 def _check_folder(arguments: TrainArguments, folder: Path) -> None:

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
+from collavo.device import move_to_device
 from collavo.embedded import EmbeddedError, find_embedded
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.assemble import assemble_from_llava
@@ -68,16 +69,19 @@ def load_run(
     Raises:
         RunError: if the folder is not a finished run.
         AdapterError: if an adapter's weights do not fit the base, key by key.
+        DeviceError: if the model does not fit the device.
     """
     args = read_train_args(run)
-    model, _ = load_base(args["base"], dtype, args["queries"], args["attention"])
+    # Flash attention, which a CPU lacks, computes the same.
+    attention = args["attention"] if device.type == "cuda" else "sdpa"
+    model, _ = load_base(args["base"], dtype, args["queries"], attention)
     load_crayon_prompt(run / CRAYON, model)
     if args["quantize"] if quantize is None else quantize:
         quantize_language_model(model, dtype, device)
     loaded: PeftModel | CollavoForConditionalGeneration = model
     if args["adapter_names"]:
         loaded = load_adapters(model, {name: run / ADAPTERS / name for name in args["adapter_names"]})
-    loaded.to(device)  # type: ignore[arg-type]
+    move_to_device(loaded, device)
     return loaded.eval(), AutoProcessor.from_pretrained(run)
 
 

@@ -65,7 +65,8 @@ class RunDisplay:
         note = f"{result.stage} loss {result.loss:.3f}, {result.samples_per_s:.1f} sequences/s"
         self._progress.update(bar, advance=1, note=note)
         if result.step % self._log_steps == 0:
-            self._write({name: round(v, 8) if isinstance(v, float) else v for name, v in asdict(result).items()})
+            known = {name: value for name, value in asdict(result).items() if value is not None}
+            self._write({name: round(v, 8) if isinstance(v, float) else v for name, v in known.items()})
 
     def evaluation(self, step: int, phase: str, losses: Mapping[Kind, float]) -> None:
         """Validation losses by kind of batch."""

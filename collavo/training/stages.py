@@ -102,7 +102,8 @@ class StagedModel:
             )
 
     def check_gradients(self) -> None:
-        """After a backward pass: every learning weight has a gradient, and no other weight has any.
+        """After a backward pass: every learning weight has a gradient, and no other weight has any; and neither all
+        those of the Crayon Prompt nor all those of the learning adapter are zero.
 
         Raises:
             StageError: naming a weight.
@@ -113,6 +114,11 @@ class StagedModel:
             if (parameter.grad is not None) != (name in learning):
                 state = "a" if parameter.grad is not None else "no"
                 raise StageError(f"stage {self.stage.name}: {name} got {state} gradient")
+        adapter = self._adapters[self.stage.learning] if self.stage.learning else {}
+        for group in (self._prompt, adapter):
+            # Single ones may be: of a new adapter, all A's are.
+            if group and not any(p.grad.any() for p in group.values() if p.grad is not None):
+                raise StageError(f"stage {self.stage.name}: {min(group)} and its like got gradients of zero")
 
     def _activate(self, adapters: tuple[str, ...]) -> None:
         tuner: Any = self.model.base_model
