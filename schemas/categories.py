@@ -162,18 +162,13 @@ class Category:
     category_id: int
     label: int
     name: str
+    display_name: str
+    """The name as people read it: `wall-other-merged` is `wall` (CoLLaVO's convention)."""
+
     is_thing: bool
     color_rgb: tuple[int, int, int]
     singular: str
     plural: str
-
-    @property
-    def display_name(self) -> str:
-        """The name as people read it: `wall-other-merged` is `wall` (CoLLaVO's convention)."""
-        name = self.name
-        for suffix in _NAME_SUFFIXES:
-            name = name.replace(suffix, "")
-        return name
 
     @property
     def with_article(self) -> str:
@@ -192,8 +187,11 @@ def _parse_table(table: str) -> tuple[Category, ...]:
         category_id, name, kind, color, *forms = line.split("|")
         singular, plural = forms or ("", "")
         red, green, blue = bytes.fromhex(color)
+        display_name = name
+        for suffix in _NAME_SUFFIXES:
+            display_name = display_name.replace(suffix, "")
         categories.append(
-            Category(int(category_id), label, name, kind == "thing", (red, green, blue), singular, plural)
+            Category(int(category_id), label, name, display_name, kind == "thing", (red, green, blue), singular, plural)
         )
     return tuple(categories)
 

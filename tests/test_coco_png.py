@@ -14,6 +14,12 @@ def test_ids_come_back_out_of_a_coco_png(ids: np.ndarray):
     assert decoded.dtype == np.uint32 and np.array_equal(decoded, ids)
 
 
+def test_a_mask_of_many_million_pixels_is_read():  # Pillow then keeps it in several pieces
+    ids = np.zeros((2600, 2000), dtype=np.uint32)
+    ids[::1300, ::7] = 0x030201
+    assert np.array_equal(decode_segment_ids(coco_png(ids), (2000, 2600)), ids)
+
+
 @pytest.mark.parametrize(
     ("pixel", "segment_id"),
     [

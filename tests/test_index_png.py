@@ -35,6 +35,13 @@ def test_maps_of_many_segments_come_back(segments: int, mode: str):
     assert Image.open(io.BytesIO(data)).mode == mode
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_maps_with_many_borders_come_back(dtype: type):
+    index_map = np.random.default_rng(0).integers(0, 200 if dtype == np.uint8 else 60_000, (37, 41), dtype=dtype)
+    data = encode_index_map(index_map, [segment(id=i) for i in range(1, 200)])
+    assert np.array_equal(decode_index_map(data), index_map)
+
+
 def test_every_instance_of_a_class_has_a_colour_of_its_own():
     for thing in THINGS:
         assert len({crayon_color(thing.label, numbering) for numbering in range(21)}) == 21
