@@ -59,7 +59,7 @@ examples:
   python -m collavo.chat --model runs/collavo --image street.jpg \\
       --prompt "What are the people doing?"
   python -m collavo.chat --model runs/collavo --data out/*.parquet \\
-      --image_id scene-000007
+      --image_id images/scene-000007
   python -m collavo.chat --model runs/collavo --gradio
 """
 

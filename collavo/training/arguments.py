@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from collavo.command_line import Parser
 from collavo.embedded import TINY
 from schemas.crayon_row import TASKS
 
@@ -47,7 +48,9 @@ class TrainArguments:
     crayon_share: float | None = _flag(
         None, "share of crayon sequences in instruction tuning (default: the data's)", type=float
     )
-    tasks: tuple[str, ...] = _flag(TASKS, f"of {', '.join(TASKS)}", many=True, choices=TASKS, metavar="TASK")
+    tasks: tuple[str, ...] = _flag(
+        TASKS, f"of {', '.join(TASKS)} (default: all)", many=True, choices=TASKS, metavar="TASK"
+    )
     object_list: str = _flag(
         "dialogues", "prompts that begin with the recognised objects", choices=("dialogues", "all", "none")
     )
@@ -99,6 +102,36 @@ PRESETS = {
 }
 
 
+_GROUPS = {
+    "data": "data and run",
+    "epochs": "optimisation",
+    "lora_rank": "method",
+    "device": "machine",
+    "log_steps": "logs and checkpoints",
+}
+"""Headings of the help, each by the first argument under it."""
+
+_METAVARS = {int: "N", float: "X", str: "NAME"}
+
+_DESCRIPTION = """\
+Train CoLLaVO from crayon data: first the Crayon Prompt alone (cpt), then with
+two QLoRA adapters, of which crayon batches move one and dialogue batches the
+other (cit)."""
+
+_EPILOG = "\n".join(
+    [
+        *(
+            f"--preset {name} has other defaults:\n" + "\n".join(f"  --{k} {v}" for k, v in preset.arguments.items())
+            for name, preset in PRESETS.items()
+            if preset.arguments
+        ),
+        "",
+        "several GPUs:",
+        "  torchrun --nproc_per_node N -m collavo.train --data PARQUET [options]",
+    ]
+)
+
+
 class ArgumentsError(ValueError):
     """A command line that cannot work; the message names the flag, what was found and what would work."""
 
@@ -121,18 +154,17 @@ def parse_arguments(argv: Sequence[str] | None, cuda: bool) -> tuple[TrainArgume
     return arguments, preset
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m collavo.train",
-        description=(
-            "Train CoLLaVO from crayon data: first the Crayon Prompt alone (cpt), then with two QLoRA adapters, of "
-            "which crayon batches move one and dialogue batches the other (cit)."
-        ),
-        epilog="several GPUs: torchrun --nproc_per_node N -m collavo.train ...",
-        allow_abbrev=False,
+        usage="python -m collavo.train --data PARQUET [options]",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
     )
+    group: Any = parser
     for argument in fields(TrainArguments):
         meta, default = argument.metadata, argument.default
+        group = parser.add_argument_group(_GROUPS[argument.name]) if argument.name in _GROUPS else group
         options: dict[str, Any]
         if isinstance(default, bool):
             options = {"action": argparse.BooleanOptionalAction}
@@ -140,21 +172,26 @@ def _parser() -> argparse.ArgumentParser:
             options = {"nargs": "+", "choices": meta.get("choices"), "metavar": meta["metavar"]}
         else:
             options = {"type": meta.get("type", type(default)), "choices": meta.get("choices")}
-            options["metavar"] = None if options["choices"] else meta.get("metavar", options["type"].__name__.upper())
-        shown = (
-            "" if default in (None, ()) or "default" in meta["help"] or meta.get("many") else f" (default: {default})"
-        )
-        parser.add_argument(f"--{argument.name}", help=meta["help"] + shown, default=None, **options)
+            options["metavar"] = None if options["choices"] else meta.get("metavar", _METAVARS[options["type"]])
+        told = "default" in meta["help"] or meta.get("many") or default is None
+        as_told = ("off", "on")[default] if isinstance(default, bool) else default
+        shown = "" if told else f" (default: {as_told})"
+        group.add_argument(f"--{argument.name}", help=meta["help"] + shown, default=None, **options)
     return parser
 
 
 def _check(arguments: TrainArguments) -> None:
     if not arguments.data:
         raise ArgumentsError("--data is missing; name Parquet files of crayon data, such as out/*.parquet")
-    for name in ("epochs", "batch_size", "micro_batch_size", "lora_rank", "lora_alpha", "instructions_per_sequence",
-                 "max_length", "log_steps", "eval_batches", "checkpoint_steps", "keep_checkpoints"):  # fmt: skip
-        if getattr(arguments, name) < 1:
-            raise ArgumentsError(f"--{name} is {getattr(arguments, name)}, but must be at least 1")
+    for name in ("epochs", "max_steps", "batch_size", "micro_batch_size", "lora_rank", "lora_alpha",
+                 "instructions_per_sequence", "max_length", "log_steps", "eval_steps", "eval_batches",
+                 "checkpoint_steps", "keep_checkpoints"):  # fmt: skip
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ArgumentsError(f"--{name} is {value}, but must be at least 1")
+    for name in ("seed", "workers"):
+        if getattr(arguments, name) < 0:
+            raise ArgumentsError(f"--{name} is {getattr(arguments, name)}, but must be 0 or more")
     if arguments.crayon_share is not None and not 0 < arguments.crayon_share < 1:
         raise ArgumentsError(f"--crayon_share is {arguments.crayon_share}, but must lie between 0 and 1")
     if arguments.queries == "none" and arguments.stage == "cpt":
