@@ -15,6 +15,9 @@ from collavo.instructions.write import present_thing_labels
 from pipelines.elements import Draft
 from pipelines.storage import join, open_read, open_write
 
+_MAX_OPEN_FILES = 64
+"""A cluster's shard draws on a file of every bundle, thousands perhaps, and each holds a buffer while it is open."""
+
 
 class SpilledDraft(NamedTuple):
     """Where a draft lies, and what the steps before its reading need to know of it."""
@@ -57,6 +60,8 @@ def read_drafts(spilled: list[SpilledDraft]) -> Iterator[Draft]:
     try:
         for place in spilled:
             if place.uri not in files:
+                if len(files) == _MAX_OPEN_FILES:
+                    files.pop(next(iter(files))).close()
                 files[place.uri] = open_read(place.uri)
             file = files[place.uri]
             file.seek(place.offset)

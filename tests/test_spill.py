@@ -1,5 +1,7 @@
+import os
 import random
 
+import pytest
 from conftest import CAR, PERSON, SKY, crayon_row, segment
 
 from pipelines.elements import Draft, Input
@@ -25,6 +27,18 @@ def test_drafts_are_read_back_in_any_order_and_from_many_files(tmp_path):
     order = random.Random(0).sample(range(9), 9)
     assert list(read_drafts([places[i] for i in order])) == [drafts[i] for i in order]
     assert len({place.uri for place in places}) == 3
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files as Linux shows them")
+def test_a_shard_out_of_very_many_files_keeps_few_of_them_open(tmp_path):
+    drafts = [draft(f"{i}") for i in range(300)]
+    places = [place for one in drafts for place in spill(str(tmp_path), [one])]
+    before = len(os.listdir("/proc/self/fd"))
+    most = 0
+    for i, read in enumerate(read_drafts(places + places)):
+        assert read == drafts[i % 300]
+        most = max(most, len(os.listdir("/proc/self/fd")) - before)
+    assert 1 < most < 100 and len(os.listdir("/proc/self/fd")) == before
 
 
 def test_a_place_tells_what_the_steps_before_the_reading_need(tmp_path):
