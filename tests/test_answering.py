@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -102,3 +103,11 @@ def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path):
         RunError, match=r"^--model .*: holds neither a run's train_args.json nor a model's config.json$"
     ):
         load_answerer(str(tmp_path), CPU)
+
+
+def test_a_run_whose_base_is_gone_is_refused_in_one_line(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    args = json.loads((run / "train_args.json").read_text())
+    (tmp_path / "run" / "train_args.json").write_text(json.dumps({**args, "base": "./gone"}))
+    with pytest.raises(RunError, match=r"^--model .*run: its base, ./gone: not a folder or hub id [^\n]*$"):
+        load_answerer(str(tmp_path / "run"), CPU)

@@ -129,9 +129,15 @@ def test_what_only_costs_memory_or_time_changes_no_loss(world: Path, finished: P
     ],
 )
 def test_ablations_train_what_they_name(
-    world: Path, tmp_path: Path, flags: tuple[str, ...], stages: set[str], adapters: list[str]
+    world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flags: tuple[str, ...],
+    stages: set[str],
+    adapters: list[str],
 ) -> None:
-    assert train.main(command(world, tmp_path / "run", *flags, "--max_steps", "4")) == 0
+    assert train.main(command(world, tmp_path / "run", *flags)) == 0
+    assert "UNEXPECTED" not in capsys.readouterr().err
     assert {stage for _, stage, _ in losses(tmp_path / "run")} == stages
     assert sorted(path.name for path in (tmp_path / "run" / "adapters").iterdir()) == adapters
     names = set(load_file(tmp_path / "run" / "crayon.safetensors"))
@@ -258,6 +264,26 @@ def test_a_wrong_command_line_is_one_line_and_status_2(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("collavo.train: error: ")
     assert said in error
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda file, tensors: save_file(tensors, file, {"format": "pt"}), "1 weights are missing or unknown, such as"),
+        (lambda file, tensors: file.write_bytes(file.read_bytes()[:5000]), "damaged or unsafe weights"),
+    ],
+)
+def test_a_base_that_is_not_whole_is_refused(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], spoil: Any, said: str
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(world / "base", base)
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.language_model.norm.weight"]
+    spoil(base / "model.safetensors", tensors)
+    assert train.main(command(world, tmp_path / "run", "--preset", str(base))) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"collavo.train: error: --preset {base}: {said}")
 
 
 def test_a_run_is_not_mixed_with_another(world: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,6 @@ from transformers import LlavaModel
 
 from collavo.device import move_to_device
 from collavo.evaluation.pictures import Picture
-from collavo.model.checkpoints import CheckpointError
 from collavo.model.processing_collavo import CollavoProcessor
 from collavo.model.prompt import Turns
 from collavo.training.adapters import quantize_language_model
@@ -160,7 +159,7 @@ def load_answerer(source: str, device: torch.device, quantize: bool | None = Non
         raise RunError(f"--model {source}: holds neither a run's {TRAIN_ARGS} nor a model's config.json")
     try:
         whole, processor = load_base(source, dtype)
-    except (RunError, CheckpointError) as error:
+    except RunError as error:
         raise RunError(f"--model {str(error).removeprefix('--preset ')}") from error
     if quantize:
         quantize_language_model(whole, dtype, device)

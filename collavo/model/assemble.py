@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, GenerationConfig, LlavaConfig, PreTrainedModel
-from transformers.utils import logging
 
 from collavo.model.checkpoints import (
     CheckpointError,
@@ -25,6 +24,7 @@ from collavo.model.checkpoints import (
     read_config,
     read_tokenizer,
     read_weights,
+    without_loading_report,
 )
 from collavo.model.configuration_collavo import CollavoConfig
 from collavo.model.internlm import llama_config, llama_weights
@@ -181,14 +181,10 @@ def build(
 
     new = (*ingredients.new, _HEAD) if config.tie_word_embeddings else ingredients.new
     check_weights(CollavoForConditionalGeneration, config, weights, may_lack=new)
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what is initialised here is no news
-    try:
+    with without_loading_report():
         model = CollavoForConditionalGeneration.from_pretrained(
             None, config=config, state_dict=weights, dtype=dtype, attn_implementation=attention
         )
-    finally:
-        logging.set_verbosity(verbosity)
     model.generation_config = generation_config
     return model, processor
 

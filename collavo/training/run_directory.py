@@ -22,9 +22,10 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
 from collavo.device import move_to_device
-from collavo.embedded import EmbeddedError, find_embedded
+from collavo.embedded import find_embedded
 from collavo.model import CollavoForConditionalGeneration
-from collavo.model.assemble import assemble_from_llava
+from collavo.model.assemble import NEW, assemble_from_llava
+from collavo.model.checkpoints import CheckpointError, one_line_errors, without_loading_report
 from collavo.model.processing_collavo import CollavoProcessor
 from collavo.training.adapters import AdapterError, quantize_language_model, without_peft_warnings
 
@@ -74,7 +75,10 @@ def load_run(
     args = read_train_args(run)
     # Flash attention, which a CPU lacks, computes the same.
     attention = args["attention"] if device.type == "cuda" else "sdpa"
-    model, _ = load_base(args["base"], dtype, args["queries"], attention)
+    try:
+        model, _ = load_base(args["base"], dtype, args["queries"], attention)
+    except RunError as error:
+        raise RunError(f"--model {run}: its base, {str(error).removeprefix('--preset ')}") from error
     load_crayon_prompt(run / CRAYON, model)
     if args["quantize"] if quantize is None else quantize:
         quantize_language_model(model, dtype, device)
@@ -96,27 +100,39 @@ def load_base(
         attention: transformers' attention implementation.
 
     Raises:
-        RunError: if it cannot be reached, or is of another architecture.
+        RunError: if it cannot be reached, is incomplete or damaged, or is of another architecture.
     """
+    switches: dict[str, Any] = {"semantic_queries": queries != "none", "numbering_queries": queries == "both"}
     try:
-        embedded = find_embedded(base)
-        base = str(embedded.folder) if embedded else base
-        config = AutoConfig.from_pretrained(base)
-    except EmbeddedError as error:
-        raise RunError(f"--preset {base}: {error}") from error
+        with one_line_errors("llava", base):
+            embedded = find_embedded(base)
+            source = str(embedded.folder) if embedded else base
+            if _architecture(source) == "llava":
+                return assemble_from_llava(source, dtype=dtype, attention=attention, **switches)
+            return _load_whole(source, dtype=dtype, attn_implementation=attention, **switches)
+    except CheckpointError as error:
+        raise RunError(f"--preset {str(error).removeprefix('llava ')}") from error
+
+
+def _architecture(base: str) -> str:
+    try:
+        name: str = AutoConfig.from_pretrained(base).model_type
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise RunError(f"--preset {base}: not a folder or hub id of a model that can be reached ({reason})") from error
-    switches: dict[str, Any] = {"semantic_queries": queries != "none", "numbering_queries": queries == "both"}
-    if config.model_type == "llava":
-        return assemble_from_llava(base, dtype=dtype, attention=attention, **switches)
-    if config.model_type != "collavo":
-        raise RunError(
-            f"--preset {base}: a {config.model_type} model; python -m collavo.convert makes a base out of one"
-        )
-    model = CollavoForConditionalGeneration.from_pretrained(
-        base, dtype=dtype, attn_implementation=attention, **switches
-    )
+        raise ValueError(f"not a folder or hub id of a model that can be reached ({reason})") from error
+    if name not in ("collavo", "llava"):
+        raise ValueError(f"a {name} model; python -m collavo.convert makes a base out of one")
+    return name
+
+
+def _load_whole(base: str, **options: Any) -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
+    with without_loading_report():
+        loaded: Any = CollavoForConditionalGeneration.from_pretrained(base, output_loading_info=True, **options)
+    model, found = loaded
+    # Queries may be switched on that the base lacks, or off that it has; nothing else may be initialised or left out.
+    wrong = [key for key in (*found["missing_keys"], *found["unexpected_keys"]) if not key.startswith(NEW)]
+    if wrong:
+        raise ValueError(f"{len(wrong)} weights are missing or unknown, such as {min(wrong)}")
     return model, AutoProcessor.from_pretrained(base)
 
 
