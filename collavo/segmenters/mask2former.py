@@ -7,7 +7,7 @@ four or eight of them compute the same bits. Bits would show, for the decoder at
 
 So near-ties are settled by the same bits wherever the same machine and versions run: a score just above a threshold is
 above it for any number of workers and threads, any batch size and any order. Exact ties go to the lower query, see
-`collavo.panoptic.postprocess`. On another kind of CPU or GPU a near-tie may fall the other way; `facts` tell them apart.
+`collavo.panoptic.postprocess`. On another kind of CPU or GPU a near-tie may fall the other way.
 
 Weights are read from safetensors only, and no code comes with them. Stored in half precision, they are widened to
 float32 when they are read, which changes none of them.
@@ -29,6 +29,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoConfig, Mask2FormerForUniversalSegmentation
 
 from collavo.device import DeviceError, device_name, move_to_device, resolve_device
@@ -88,6 +89,8 @@ class Mask2FormerSegmenter:
         self._batch_size = 1 if on_cpu else batch_size
         self._dtype = torch.float32 if on_cpu else torch.float16
         self._model, revision = _load_model(checkpoint)
+        if on_cpu:
+            _keep_group_norms_unsplit(self._model)
         self._input_hw = input_hw or _own_size_hw(self._model.config)
         move_to_device(self._model, self._device)
         self.facts: dict[str, Any] = {
@@ -184,6 +187,17 @@ def _checked_size(input_size: int | tuple[int, int]) -> tuple[int, int]:
             f"--segmenter_input_size {height} x {width}: both sides must be multiples of {_SIZE_DIVISOR}, such as 768"
         )
     return height, width
+
+
+def _keep_group_norms_unsplit(model: nn.Module) -> None:
+    """Hand group norms their input channel by channel; by pixels, torch splits its sums among threads."""
+
+    def by_channels(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(tensor.contiguous() for tensor in inputs)
+
+    for module in model.modules():
+        if isinstance(module, nn.GroupNorm):
+            module.register_forward_pre_hook(by_channels)
 
 
 def _own_size_hw(config: Any) -> tuple[int, int]:
