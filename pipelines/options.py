@@ -18,6 +18,7 @@ from typing import Any
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 import collavo
+from collavo.embedded import SCENES
 from collavo.images import HARD_MAX_PIXELS, MAX_PIXELS
 from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, PhrasebookError, load_phrasebook
 from collavo.instructions.write import InstructionOptions
@@ -35,19 +36,21 @@ _DESCRIPTION = """\
 Build crayon instruction data: images in, one Parquet row per image out, with its panoptic segments, templated
 questions and answers about them, and the dialogues that other data sets hold about it.
 
-Without a source it draws sample scenes and builds from them, so that everything can be tried without a download.
+Without a source it draws sample scenes and builds from them, so that everything can be tried without a download. They
+are segmented by a small network that is part of this package; --segmenter annotations takes their exact masks instead.
 """
 
 _EPILOG = """\
 Any flag of Apache Beam's can follow: --runner DirectRunner|DataflowRunner|FlinkRunner|SparkRunner, and the
 options of that runner. Local runs use one process unless told otherwise:
-  --direct_running_mode multi_processing --direct_num_workers 0      all cores, for --segmenter annotations
+  --direct_running_mode multi_processing --direct_num_workers 0      all cores, where no GPU segments
 
 examples:
   build_crayon.py --runner DirectRunner
   build_crayon.py --coco_panoptic annotations/panoptic_train2017.json --coco_images train2017 --output out
   build_crayon.py --llava_json llava_v1_5_mix665k.json --image_root playground/data --device cuda --output out
   build_crayon.py --images 'photos/**/*.jpg' --segmenter mask2former --output out
+  build_crayon.py --images 'drawn/*.jpg' --segmenter_checkpoint scenes --output out
   build_crayon.py --from_crayon 'out/*.parquet' --templates mine.json --seed 1 --output out2
 """
 
@@ -154,14 +157,24 @@ def _add_segmentation_flags(group: argparse._ArgumentGroup) -> None:
     add(
         "segmenter",
         "NAME",
-        "auto (annotations where an image has them, else mask2former), annotations, mask2former or detectron2",
+        "auto (annotations where a named source has them, else mask2former), annotations, mask2former or detectron2",
         default="auto",
         choices=("auto", "annotations", *SEGMENTERS),
     )
-    add("segmenter_checkpoint", "ID_OR_PATH", "hub id or folder; for detectron2 a weights file (default: the paper's)")
+    add(
+        "segmenter_checkpoint",
+        "ID_OR_PATH",
+        "hub id, folder, or scenes for the embedded network, which knows drawn scenes only; for detectron2 a weights "
+        "file (default: scenes where they are drawn here, else the paper's)",
+    )
     add("segmenter_config", "YAML", "detectron2's config, of the model zoo or a file")
     add("segmenter_preset", "NAME", "thresholds: default, or paper for the authors' call", "default", tuple(PRESETS))
-    add("segmenter_input_size", "PIXELS", "side of the square that mask2former sees (default: 768)", kind=int)
+    add(
+        "segmenter_input_size",
+        "PIXELS",
+        "side of the square that mask2former sees (default: the checkpoint's own, 256x192 for scenes; else 768)",
+        kind=int,
+    )
     add("device", "NAME", "auto, cpu, cuda or cuda:N; a missing GPU is an error", default="auto")
     add("batch_size", "N", "images in a batch at most", default=8)
     add("max_batch_pixels", "N", "pixels in a batch at most", default=16_000_000)
@@ -359,7 +372,7 @@ def _job(flags: argparse.Namespace, beam_options: PipelineOptions, sources: Sour
             flags.output, staging, {**configuration, "runner": runner}, flags.max_reject_ratio, started
         ),
         sources=sources,
-        use_annotations=flags.segmenter in ("auto", "annotations"),
+        use_annotations=flags.segmenter == "annotations" or (flags.segmenter == "auto" and not sources.scenes_only),
         model=_model(flags, sources),
         instructions=options,
         phrasebook=phrasebook,
@@ -380,13 +393,18 @@ def _tupled(value: Any) -> Any:
 
 
 def _model(flags: argparse.Namespace, sources: Sources) -> ModelConfig | None:
-    """The model for what no annotation segments; None where annotations, or finished rows, are all there is."""
-    annotated_only = sources.scenes_only or not (sources.llava or sources.images)
+    """The model for what no annotation segments; None where annotations, or finished rows, are all there is.
+
+    Drawn scenes have annotations, but unless these are asked for a network looks at them, as it would at photographs.
+    """
+    annotated_only = not (sources.scenes_only or sources.llava or sources.images)
     if flags.segmenter == "annotations" or sources.crayon_files or (flags.segmenter == "auto" and annotated_only):
         return None
     name = "mask2former" if flags.segmenter == "auto" else flags.segmenter
     options: dict[str, Any] = {"checkpoint": flags.segmenter_checkpoint, "device": flags.device}
     if name == "mask2former":
+        if sources.scenes_only and flags.segmenter_checkpoint is None:
+            options["checkpoint"] = SCENES
         options |= {"input_size": flags.segmenter_input_size, "batch_size": flags.batch_size}
         options["thresholds"] = PRESETS[flags.segmenter_preset]
     else:

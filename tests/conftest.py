@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
+from collavo.embedded import ASSETS
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
 from schemas.crayon_row import CrayonRow, Segment
 
@@ -24,6 +25,13 @@ settings.load_profile("collavo")
 
 REAL = Path(__file__).parents[2] / "shared" / "real"
 """One COCO photograph with its annotation and four LLaVA entries; absent from a plain checkout."""
+
+needs_scenes_model = pytest.mark.skipif(
+    not (ASSETS / "segmenter" / "model.safetensors").exists(), reason="the embedded segmenter has no weights here"
+)
+needs_tiny_base = pytest.mark.skipif(
+    not (ASSETS / "tiny_base" / "model.safetensors").exists(), reason="the embedded base has no weights here"
+)
 
 PERSON, CAR, SCISSORS, SKY, GRASS = 0, 2, 76, 119, 125
 """Labels: two things with ordinary plurals, one counted in pairs, two stuff classes."""

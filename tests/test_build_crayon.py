@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from builds import IDS, PICTURE, REPOSITORY, CocoFolder, DataSet, build, scene_sources
-from conftest import coco_png, encoded
+from conftest import coco_png, encoded, needs_scenes_model
 from PIL import Image
 
 from collavo.crayon.index_png import decode_index_map
@@ -54,9 +54,15 @@ def check_sums(data: DataSet) -> None:
     assert [file["bytes"] for file in manifest["files"]] == [file.stat().st_size for file in data.files]
 
 
-def test_one_command_draws_scenes_and_makes_a_data_set_of_them(tmp_path, capsys):
-    data = build(tmp_path / "out", "--scenes", 12, "--scene_size", "96x72")
+@pytest.mark.parametrize("segmenter", [pytest.param("auto", marks=needs_scenes_model), "annotations"])
+def test_one_command_draws_scenes_and_makes_a_data_set_of_them(tmp_path, capsys, segmenter):
+    """By default a network looks at the scenes; their annotations are taken where they are asked for."""
+    data = build(tmp_path / "out", "--scenes", 12, "--scene_size", "160x120", "--segmenter", segmenter)
     check_sums(data)
+    (facts,) = data.manifest["segmenters"]
+    assert facts.get("checkpoint") == ("scenes" if segmenter == "auto" else None)
+    scores = [found.score for row in data.rows.values() for found in row.segments]
+    assert scores and all((score is None) == (segmenter == "annotations") for score in scores)
     assert sorted(data.rows) == [f"images/scene-{i:06d}" for i in range(12)]
     assert data.manifest["instructions"].keys() == set(TASKS)
     assert all(row.sources == ("scenes",) and row.conversations for row in data.rows.values())

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from builds import DataSet, build, scene_sources, tiny_mask2former
+from conftest import needs_scenes_model
 
 from collavo.scenes import write_scenes
 
@@ -37,6 +38,15 @@ def annotated(scenes, tmp_path_factory) -> DataSet:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     return tiny_mask2former(tmp_path_factory.mktemp("model"))
+
+
+def by_embedded_model(scenes: Path) -> list[object]:
+    return ["--images", scenes / "images", "--segmenter_checkpoint", "scenes", "--num_shards", 3]
+
+
+@pytest.fixture(scope="module")
+def seen(scenes, tmp_path_factory) -> DataSet:
+    return build(tmp_path_factory.mktemp("seen") / "out", *by_embedded_model(scenes))
 
 
 def by_model(scenes: Path, checkpoint: Path) -> list[object]:
@@ -128,6 +138,16 @@ def test_segmented_rows_do_not_depend_on_batches_and_workers(scenes, checkpoint,
     assert data.rows == segmented.rows
     assert data.rejects == segmented.rejects
     assert any(row.segments for row in data.rows.values())
+
+
+@needs_scenes_model
+@pytest.mark.parametrize(
+    "flags", [["--batch_size", 1], IN_TWO_PROCESSES, IN_TWO_THREADS], ids=["one by one", "processes", "threads"]
+)
+def test_rows_of_the_embedded_segmenter_do_not_depend_on_batches_and_workers(scenes, seen, tmp_path, flags):
+    """They are the same in every bit, so that near-ties fall the same way."""
+    assert_same(build(tmp_path / "out", *by_embedded_model(scenes), *flags), seen)
+    assert any(row.segments for row in seen.rows.values())
 
 
 def test_segmented_rows_do_not_depend_on_how_their_images_are_named(scenes, checkpoint, segmented, tmp_path):

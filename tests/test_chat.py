@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from builds import tiny_mask2former
+from conftest import needs_scenes_model
 from PIL import Image
 from tiny_model import scene_rows, write_crayon_file
 from tiny_run import save_tiny_run
@@ -15,9 +16,10 @@ from tiny_run import save_tiny_run
 from collavo.chat import main
 from collavo.crayon.colors import crayon_color
 from collavo.evaluation.answering import Request, load_answerer
-from collavo.evaluation.pictures import NoSegmenter, colored, picture_of_row, segmented
+from collavo.evaluation.pictures import NoSegmenter, colored, open_segmenter, picture_of_row, segmented
 from collavo.panoptic.thresholds import PRESETS
-from collavo.segmenters import load_segmenter
+from collavo.segmenters import SegmenterError, load_segmenter
+from collavo.training.run_directory import base_of
 
 ROW = scene_rows(1)[0]
 PICTURE = picture_of_row(ROW, None)
@@ -86,6 +88,17 @@ def test_the_segmenter_is_the_one_asked_for(world, tmp_path, capsys):
     found = segmented(PICTURE.image, segmenter)
     assert found.panoptic.segments
     assert answer(world[0], [("human", QUESTION)], found, found.objects) in said(capsys)
+
+
+@needs_scenes_model
+def test_a_model_made_from_the_embedded_base_has_the_embedded_segmenter_and_others_the_papers(world, tmp_path):
+    assert base_of(str(world[0])) == str(world[0].with_name("run-base"))
+    (tmp_path / "export.json").write_text('{"base": "tiny"}')
+    assert base_of(str(tmp_path)) == base_of("tiny") == "tiny"
+    assert open_segmenter("auto", "cpu", base="tiny").facts["checkpoint"] == "scenes"
+    for name, base in (("auto", "org/base"), ("mask2former", "tiny")):
+        with pytest.raises(SegmenterError, match="facebook/mask2former-swin-large-coco-panoptic"):
+            open_segmenter(name, "cpu", base=base)
 
 
 def test_a_conversation_remembers_until_told_to_forget(world, tmp_path, monkeypatch, capsys):

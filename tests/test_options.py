@@ -94,6 +94,7 @@ WRONG = [
     ("--images pictures --segmenter detectron2 --segmenter_preset paper", "--segmenter_preset acts only with mask2f"),
     (f"{COCO} --segmenter_checkpoint x", "--segmenter_checkpoint: no model runs"),
     (f"{COCO} --model_copies 2", "--model_copies: no model runs"),
+    ("--segmenter annotations --segmenter_checkpoint scenes", "--segmenter_checkpoint: no model runs"),
 ]
 
 
@@ -137,7 +138,7 @@ def test_without_flags_scenes_are_drawn_below_the_output(workspace):
     assert command.scenes is not None
     assert (command.scenes.folder, command.scenes.count, command.scenes.size_wh) == ("out/scenes", 600, (320, 240))
     job = command.job
-    assert job.model is None and job.use_annotations and job.embed_images
+    assert job.model is not None and not job.use_annotations and job.embed_images
     assert [source.name for source in (*job.sources.coco, *job.sources.llava)] == ["scenes", "scenes"]
 
 
@@ -149,6 +150,9 @@ def test_masks_are_looked_for_beside_their_json(workspace):
 @pytest.mark.parametrize(
     ("line", "annotations", "model"),
     [
+        ("", False, True),
+        ("--segmenter mask2former", False, True),
+        ("--segmenter annotations", True, False),
         (COCO, True, False),
         ("--images pictures", True, True),
         (f"{COCO} --images pictures", True, True),
@@ -161,6 +165,25 @@ def test_masks_are_looked_for_beside_their_json(workspace):
 def test_a_model_is_used_where_annotations_are_not_all_there_is(workspace, line, annotations, model):
     job = parse_command(line.split()).job
     assert (job.use_annotations, job.model is not None) == (annotations, model)
+
+
+@pytest.mark.parametrize(
+    ("line", "checkpoint"),
+    [
+        ("", "scenes"),
+        ("--segmenter mask2former", "scenes"),
+        ("--segmenter_checkpoint mine", "mine"),
+        ("--images pictures", None),
+        ("--images pictures --segmenter_checkpoint scenes", "scenes"),
+        (f"{COCO} --segmenter mask2former", None),
+    ],
+)
+def test_the_embedded_segmenter_is_for_scenes_drawn_here_and_where_it_is_named(workspace, line, checkpoint):
+    """Without a checkpoint, the segmenter's own default is taken: the paper's."""
+    model = parse_command(line.split()).job.model
+    assert model is not None
+    assert model.load.keywords.get("checkpoint") == checkpoint
+    assert "input_size" not in model.load.keywords
 
 
 def test_flags_reach_the_segmenter_that_they_are_for(workspace):

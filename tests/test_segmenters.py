@@ -1,10 +1,13 @@
 """The factory and the Mask2Former segmenter, on tiny random weights. `test_detectron2.py` has the other one."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -20,7 +23,8 @@ from collavo.device import DeviceError
 from collavo.panoptic.maps import PanopticError, PanopticMap
 from collavo.panoptic.thresholds import PRESETS
 from collavo.segmenters import SEGMENTERS, Segmenter, SegmenterError, load_segmenter
-from collavo.segmenters.mask2former import Mask2FormerSegmenter, normalise, resize
+from collavo.segmenters.mask2former import Mask2FormerSegmenter, normalise, resize, without_backbone_warnings
+from collavo.training.segmenter import segmenter_config
 from schemas.categories import CATEGORIES
 
 COCO_NAMES = {category.label: category.name for category in CATEGORIES}
@@ -145,11 +149,18 @@ def test_paper_preset_repeats_what_transformers_makes_of_an_image(checkpoint, im
         assert (ids == theirs["segmentation"].numpy()).mean() > 0.999
 
 
-def test_twice_the_threads_do_not_change_a_bit(tmp_path):
+def embedded_architecture() -> Mask2FormerForUniversalSegmentation:
+    """The embedded segmenter, untrained."""
+    torch.manual_seed(0)
+    return Mask2FormerForUniversalSegmentation(segmenter_config())
+
+
+@pytest.mark.parametrize("model", [partial(tiny_model, width=96), embedded_architecture], ids=["Swin", "ResNet"])
+def test_twice_the_threads_do_not_change_a_bit(tmp_path, model):
     """Wide enough for threads to split the sums of a layer; in a process of its own, where nothing used MKL before."""
     if not torch.backends.mkl.is_available():
         pytest.skip("this torch has no MKL")
-    tiny_model(width=96).save_pretrained(tmp_path)
+    model().save_pretrained(tmp_path)
     code = f"""
 import numpy as np, torch
 from collavo.segmenters.mask2former import Mask2FormerSegmenter
@@ -164,6 +175,32 @@ assert all(torch.equal(a, b) for result in results for a, b in zip(result, resul
     environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+    assert "Backbone" not in run.stderr and "Warning" not in run.stderr
+
+
+def test_only_what_is_always_said_of_backbones_is_kept_off_the_terminal(caplog):
+    log = logging.getLogger("transformers.models.mask2former.configuration_mask2former")
+    with without_backbone_warnings(), pytest.warns(UserWarning) as warned:
+        embedded_architecture()
+        log.error("Backbone resnet is not a supported model and may not be compatible with Mask2Former.")
+        log.error("The weights are older than this configuration.")
+        warnings.warn("You'd better sit down.", stacklevel=1)
+    assert [str(warning.message) for warning in warned] == ["You'd better sit down."]
+    assert not any("Backbone" in record.getMessage() for record in caplog.records)
+
+
+def test_a_checkpoint_may_tell_the_size_it_was_trained_at_and_be_stored_in_half_precision(tmp_path, images):
+    model = tiny_model().half()
+    model.config.input_size_hw = INPUT_HW
+    model.save_pretrained(tmp_path / "half")
+    model.float().save_pretrained(tmp_path / "whole")  # the same numbers, stored wider
+    half, whole = (
+        Mask2FormerSegmenter(str(tmp_path / name), thresholds=THRESHOLDS, device="cpu") for name in ("half", "whole")
+    )
+    assert half.facts["input_size_hw"] == list(INPUT_HW)
+    assert Mask2FormerSegmenter(str(tmp_path / "half"), input_size=64, device="cpu").facts["input_size_hw"] == [64, 64]
+    for one, other in zip(half.segment(images), whole.segment(images), strict=True):
+        assert_same(one, other)
 
 
 def test_facts_say_what_is_needed_to_repeat_a_run(segmenter, checkpoint):
@@ -225,6 +262,7 @@ def test_missing_checkpoint_names_the_flag_and_what_would_work(tmp_path, monkeyp
     message = refusal("facebook/mask2former-swin-large-coco-panoptic")
     assert message.startswith("--segmenter_checkpoint facebook/mask2former-swin-large-coco-panoptic: ")
     assert "a folder that holds config.json and model.safetensors" in message
+    assert "scenes, the embedded one, knows drawn scenes only" in message
 
 
 @pytest.mark.parametrize("input_size", [100, (96, 100), 0, (-32, 32)])

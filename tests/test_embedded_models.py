@@ -1,0 +1,134 @@
+"""The models in the package: opened only if whole, as good as their cards say, and made by the commands named there."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builds import REPOSITORY, tiny_mask2former
+from conftest import needs_scenes_model, needs_tiny_base
+
+from collavo import embedded
+from collavo.embedded import CHECKSUMS, EmbeddedError, find_embedded
+from collavo.segmenters import SegmenterError, load_segmenter
+from collavo.training import pretrain, segmenter
+from collavo.training.run_directory import RunError, load_base
+
+PQ_TOLERANCE = 0.01
+"""On another CPU a near-tie may fall the other way."""
+
+
+@pytest.fixture
+def assets(tmp_path, monkeypatch) -> Path:
+    """Assets of random weights, with their checksums; the base is there in name only."""
+    tiny_mask2former(tmp_path / "segmenter")
+    (tmp_path / "tiny_base").mkdir()
+    (tmp_path / "tiny_base" / "model.safetensors").write_bytes(b"weights")
+    files = ("segmenter/model.safetensors", "tiny_base/model.safetensors")
+    sums = subprocess.run(["sha256sum", *files], cwd=tmp_path, capture_output=True, text=True, check=True)
+    (tmp_path / CHECKSUMS).write_text(sums.stdout)
+    monkeypatch.setattr(embedded, "ASSETS", tmp_path)
+    return tmp_path
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_an_embedded_model_is_found_by_its_name_and_told_apart_by_its_weights(assets):
+    found = find_embedded("scenes")
+    assert found is not None and found.folder == assets / "segmenter"
+    facts = load_segmenter("mask2former", checkpoint="scenes", device="cpu").facts
+    assert (facts["checkpoint"], facts["revision"]) == ("scenes", f"sha256:{found.sha256}")
+    assert find_embedded("./scenes") is find_embedded("org/scenes") is None
+
+
+def test_damaged_weights_are_refused_in_one_line(assets):
+    for folder in ("segmenter", "tiny_base"):
+        flip_a_byte(assets / folder / "model.safetensors")
+    with pytest.raises(SegmenterError) as of_segmenter:
+        load_segmenter("mask2former", checkpoint="scenes", device="cpu")
+    with pytest.raises(RunError) as of_base:
+        load_base("tiny", torch.float32)
+    for error, flag in ((of_segmenter, "--segmenter_checkpoint scenes: "), (of_base, "--preset tiny: ")):
+        message = str(error.value)
+        assert message.startswith(flag) and "model.safetensors: damaged" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("missing", ["segmenter/model.safetensors", CHECKSUMS])
+def test_what_is_missing_is_named(assets, missing):
+    (assets / missing).unlink()
+    with pytest.raises(EmbeddedError, match=rf"{missing}: No such file or directory; .* a new installation"):
+        find_embedded("scenes")
+
+
+def test_weights_without_a_checksum_are_refused(assets):
+    (assets / CHECKSUMS).write_text("")
+    with pytest.raises(EmbeddedError, match="damaged"):
+        find_embedded("scenes")
+
+
+@needs_scenes_model
+def test_the_segmenter_in_the_package_is_whole_and_sees_at_its_own_size():
+    assert find_embedded("scenes") is not None
+    facts = load_segmenter("mask2former", checkpoint="scenes", device="cpu").facts
+    assert facts["input_size_hw"] == list(segmenter.INPUT_HW)
+
+
+@needs_tiny_base
+def test_the_base_in_the_package_is_whole_and_loads():
+    assert find_embedded("tiny") is not None
+    model, processor = load_base("tiny", torch.float32)
+    assert model.config.image_token_index == processor.image_token_id
+
+
+def test_what_is_in_the_package_is_small():
+    files = [file for file in embedded.ASSETS.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 25e6
+
+
+@needs_scenes_model
+def test_the_segmenter_is_as_good_as_its_card_says(tmp_path):
+    """On the first of the scenes that the card's figures come from, which no training has seen."""
+    figures = embedded.ASSETS / "segmenter" / "figures.json"
+    if not figures.exists():
+        pytest.skip("the card of the embedded segmenter has no figures yet")
+    expected = json.loads(figures.read_text())["first_40"]
+    command = [sys.executable, "benchmarks/segmenter_quality.py", "--count", "40", "--device", "cpu"]
+    run = subprocess.run(
+        [*command, "--cache", str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    found = json.loads(run.stdout.splitlines()[-1])["panoptic_quality"]
+    for group in ("all", "things", "stuff"):
+        assert found[group]["pq"] == pytest.approx(expected[group]["pq"], abs=PQ_TOLERANCE)
+
+
+def steps_logged(run: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_segmenters_training_goes_on_where_it_stopped_and_leaves_a_segmenter(tmp_path):
+    run = tmp_path / "run"
+    flags = ["--output", str(run), "--batch_size", "2", "--pool", "4", "--height", "64", "--width", "96"]
+    for steps in ("1", "2"):
+        assert segmenter.main([*flags, "--steps", steps]) == 0
+    assert steps_logged(run) == [1, 2]
+    trained = load_segmenter("mask2former", checkpoint=str(run / "model"), device="cpu")
+    assert trained.facts["input_size_hw"] == [64, 96]
+    (panoptic,) = trained.segment([np.zeros((30, 40, 3), np.uint8)])
+    assert panoptic.index_map.shape == (30, 40)
+
+
+def test_the_bases_training_goes_on_where_it_stopped_and_leaves_a_base(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "TOKENIZER_SCENES", 20)
+    run = tmp_path / "run"
+    for steps in ("1", "2"):
+        assert pretrain.main(["--output", str(run), "--batch_size", "2", "--steps", steps]) == 0
+    assert steps_logged(run) == [1, 2]
+    model, processor = load_base(str(run / "model"), torch.float32)
+    assert model.config.image_token_index == processor.image_token_id
