@@ -5,6 +5,7 @@ Writes:   a run directory, see collavo/training/run_directory.py
 Not here: the steps, see collavo/training/loop.py; which weights move, see collavo/training/stages.py
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -22,8 +23,9 @@ from collavo.training.run_directory import RunError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit status: 0, 1 where training had to stop, 2 for what it was given."""
-    console = Console()
+    """The command. Returns its exit status: 0, 1 where training had to stop, 2 for what it was given, 130 where it was
+    interrupted."""
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several processes one speaks
     try:
         arguments, preset = parse_arguments(argv, torch.cuda.is_available())
         console.print(
@@ -38,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TrainingError as error:
         print(f"collavo.train: stopped: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("collavo.train: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
     console.print(f"Trained: {arguments.output_dir}", highlight=False, soft_wrap=True)
     return 0
 

@@ -37,7 +37,7 @@ def batch(seed: int = 0) -> MicroBatch:
 
 
 def snapshot(staged: StagedModel) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in staged.model.state_dict().items() if tensor.dtype != torch.uint8}
+    return {name: tensor.clone() for name, tensor in staged.model.state_dict().items()}
 
 
 def moved(staged: StagedModel, before: dict[str, torch.Tensor]) -> set[str]:

@@ -126,6 +126,7 @@ def test_what_only_costs_memory_or_time_changes_no_loss(world: Path, finished: P
         (("--adapters", "vl_only"), {"cpt", "vl_cit"}, ["vl_cit"]),  # no crayon batches after cpt
         (("--queries", "none"), {"image_cit", "vl_cit"}, ["image_cit", "vl_cit"]),  # nothing to tune in cpt
         (("--queries", "semantic"), {"cpt", "image_cit", "vl_cit"}, ["image_cit", "vl_cit"]),
+        (("--queries", "numbering"), {"cpt", "image_cit", "vl_cit"}, ["image_cit", "vl_cit"]),
     ],
 )
 def test_ablations_train_what_they_name(
@@ -141,7 +142,8 @@ def test_ablations_train_what_they_name(
     assert {stage for _, stage, _ in losses(tmp_path / "run")} == stages
     assert sorted(path.name for path in (tmp_path / "run" / "adapters").iterdir()) == adapters
     names = set(load_file(tmp_path / "run" / "crayon.safetensors"))
-    assert ("numbering_queries.weight" in names) == ("--queries" not in flags)
+    for kind in ("semantic", "numbering"):
+        assert (f"{kind}_queries.weight" in names) == ("--queries" not in flags or kind in flags)
 
 
 def test_the_phases_can_be_run_one_after_the_other(world: Path, finished: Path, tmp_path: Path) -> None:

@@ -44,7 +44,9 @@ class TrainArguments:
     lora_rank: int = _flag(64, "rank of the adapters")
     lora_alpha: int = _flag(64, "alpha of the adapters")
     adapters: str = _flag("dual", "dual; single or vl_only for an ablation", choices=("dual", "single", "vl_only"))
-    queries: str = _flag("both", "both; semantic or none for an ablation", choices=("both", "semantic", "none"))
+    queries: str = _flag(
+        "both", "both; semantic, numbering or none for an ablation", choices=("both", "semantic", "numbering", "none")
+    )
     crayon_share: float | None = _flag(
         None, "share of crayon sequences in instruction tuning (default: the data's)", type=float
     )

@@ -96,13 +96,13 @@ def load_base(
 
     Args:
         base: a folder, a hub id, or `tiny`, the embedded one.
-        queries: `both`, `semantic` or `none`; what is left out is not there at all.
+        queries: `both`, `semantic`, `numbering` or `none`; what is left out is not there at all.
         attention: transformers' attention implementation.
 
     Raises:
         RunError: if it cannot be reached, is incomplete or damaged, or is of another architecture.
     """
-    switches: dict[str, Any] = {"semantic_queries": queries != "none", "numbering_queries": queries == "both"}
+    switches = {f"{kind}_queries": queries in ("both", kind) for kind in ("semantic", "numbering")}
     try:
         with one_line_errors("llava", base):
             embedded = find_embedded(base)
