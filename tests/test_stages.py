@@ -113,6 +113,16 @@ def test_a_weight_that_learns_without_a_gradient_is_found_out() -> None:
         staged.check_gradients()
 
 
+def test_a_stage_does_not_change_in_the_middle_of_a_step() -> None:
+    staged = staged_model()
+    staged.enter(IMAGE_CIT)
+    staged.model(**batch().inputs, supervised_only=True).loss.backward()
+    with pytest.raises(StageError, match="entered while gradients of stage image_cit wait"):
+        staged.enter(VL_CIT)
+    staged.model.zero_grad(set_to_none=True)
+    staged.enter(VL_CIT)
+
+
 @pytest.mark.parametrize("group", ["crayon_prompt", "image_cit"])
 def test_gradients_that_are_all_zero_are_found_out(group: str) -> None:
     """As reentrant checkpointing leaves them, which sees no input that asks for any."""

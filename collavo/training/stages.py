@@ -70,10 +70,14 @@ class StagedModel:
         """Make a stage the present one.
 
         Raises:
-            StageError: if the model does not follow.
+            StageError: in the middle of a step, or if the model does not follow.
         """
         if stage == self.stage:
             return
+        if self.stage and any(parameter.grad is not None for parameter in self.learning.values()):
+            raise StageError(
+                f"stage {stage.name}: entered while gradients of stage {self.stage.name} wait for its step"
+            )
         if self.stage is None or stage.active != self.stage.active:
             self._activate(stage.active)
         self.stage = stage
