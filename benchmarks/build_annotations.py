@@ -8,8 +8,9 @@ segment, whose area, box and place in the index map it takes from numpy; class s
 same functions as in the build, and pyarrow writes one table in the end. Before anything is timed, the rows of both are
 compared, every column of every row; of the maps' PNGs, which are compressed in different ways, the pixels.
 
-Start-up (imports, the graph, the report) is what the same command takes for one image; rates are given without it and
-with it. Prints a table, how the build's seconds divide into steps, and one line of JSON last.
+Start-up (imports, the graph, the report) is what the same command takes for one image; rates are given without it, with
+it, and, without it, by CPU time, which hardly feels what else the machine does. Prints a table, how the build's seconds
+divide into steps, and one line of JSON last.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from measure import add_common_flags, build, cached_scenes, circumstances, run, source_flags, spread, summary
+from measure import Run, add_common_flags, build, cached_scenes, circumstances, run, source_flags, spread, summary
 from PIL import Image
 
 from collavo.crayon.colors import segment_palette
@@ -52,18 +53,18 @@ def main() -> None:
     many, one = cached_scenes(args.cache, args.count, size_wh), cached_scenes(args.cache, 1, size_wh)
     ours_output, plain_output = args.cache / "out-build", args.cache / "out-plain.parquet"
 
-    def ours(scenes: Path) -> float:
-        return run(build(*source_flags(scenes), "--output", str(ours_output)), {args.core}).seconds
+    def ours(scenes: Path) -> Run:
+        return run(build(*source_flags(scenes), "--output", str(ours_output)), {args.core})
 
-    def plain(scenes: Path) -> float:
+    def plain(scenes: Path) -> Run:
         command = [sys.executable, __file__, "--plain", str(scenes), str(plain_output)]
-        return run(command, {args.core}).seconds
+        return run(command, {args.core})
 
     ours(many), plain(many)  # not timed: fills the page cache, and makes what is compared
     check_equal(ours_output, plain_output)
     print(f"{args.count} rows are equal; load average {circumstances()['load_average']}", flush=True)
 
-    figures: dict[str, list[float]] = {name: [] for name in ("ours", "plain", "ours 1", "plain 1")}
+    figures: dict[str, list[Run]] = {name: [] for name in ("ours", "plain", "ours 1", "plain 1")}
     steps: Counter[str] = Counter()
     for repeat in range(args.repeats):
         for name, runner in (("ours", ours), ("plain", plain)):
@@ -71,31 +72,34 @@ def main() -> None:
             figures[name].append(runner(many))
             if name == "ours":
                 steps.update(json.loads((ours_output / "manifest.json").read_text())["seconds"])
-        print(f"repeat {repeat + 1}: ours {figures['ours'][-1]:.1f} s, plain {figures['plain'][-1]:.1f} s", flush=True)
+        seconds = ", ".join(f"{name} {figures[name][-1].seconds:.1f} s" for name in ("ours", "plain"))
+        print(f"repeat {repeat + 1}: {seconds}", flush=True)
     report(args, figures, {step: seconds / args.repeats for step, seconds in steps.items()})
 
 
-def report(args: argparse.Namespace, figures: dict[str, list[float]], steps: dict[str, float]) -> None:
+def report(args: argparse.Namespace, figures: dict[str, list[Run]], steps: dict[str, float]) -> None:
     rates: dict[str, list[float]] = {}
     for name in ("ours", "plain"):
         pairs = list(zip(figures[name], figures[f"{name} 1"], strict=True))
-        rates[name] = [(args.count - 1) / (all_images - startup) for all_images, startup in pairs]
-        rates[f"{name} with start-up"] = [args.count / all_images for all_images, _ in pairs]
-    ratios = [a / b for a, b in zip(rates["ours"], rates["plain"], strict=True)]
-    whole = [a / b for a, b in zip(rates["ours with start-up"], rates["plain with start-up"], strict=True)]
+        rates[name] = [(args.count - 1) / (whole.seconds - startup.seconds) for whole, startup in pairs]
+        rates[f"{name} with start-up"] = [args.count / whole.seconds for whole, _ in pairs]
+        rates[f"{name} by CPU time"] = [
+            (args.count - 1) / (whole.cpu_seconds - startup.cpu_seconds) for whole, startup in pairs
+        ]
+    result: dict[str, Any] = {name: summary(values) for name, values in rates.items()}
     print(f"{'images/s, one core':<22}{'build':>24}{'plain script':>24}{'ratio':>22}")
-    for label, suffix, ratio in (("without start-up", "", ratios), ("with start-up", " with start-up", whole)):
-        print(
-            f"{label:<22}{spread(rates['ours' + suffix]):>24}{spread(rates['plain' + suffix]):>24}{spread(ratio):>22}"
-        )
-    print(f"{'start-up, s':<22}{spread(figures['ours 1']):>24}{spread(figures['plain 1']):>24}")
-    total = statistics.mean(figures["ours"])
-    rest = {"start-up": statistics.mean(figures["ours 1"])}
+    for suffix in ("", " with start-up", " by CPU time"):
+        ours, plain = rates[f"ours{suffix}"], rates[f"plain{suffix}"]
+        ratio = [a / b for a, b in zip(ours, plain, strict=True)]
+        print(f"{suffix.strip() or 'without start-up':<22}{spread(ours):>24}{spread(plain):>24}{spread(ratio):>22}")
+        result[f"ratio{suffix}"] = summary(ratio)
+    startups = {name: [one.seconds for one in figures[f"{name} 1"]] for name in ("ours", "plain")}
+    print(f"{'start-up, s':<22}{spread(startups['ours']):>24}{spread(startups['plain']):>24}")
+    total = statistics.mean(one.seconds for one in figures["ours"])
+    rest = {"start-up": statistics.mean(startups["ours"])}
     rest["runner and the rest"] = total - sum(steps.values()) - rest["start-up"]
     print("of the build's time: " + ", ".join(f"{k} {v / total:.0%}" for k, v in {**steps, **rest}.items()))
-    result = {name: summary(values) for name, values in rates.items()}
-    result |= {"ratio": summary(ratios), "ratio with start-up": summary(whole)}
-    result |= {f"start-up s, {name}": summary(figures[f"{name} 1"]) for name in ("ours", "plain")}
+    result |= {f"start-up s, {name}": summary(values) for name, values in startups.items()}
     shares = {step: round(seconds / total, 3) for step, seconds in {**steps, **rest}.items()}
     setting = {"benchmark": "build_annotations", "count": args.count, "size": args.size, "repeats": args.repeats}
     print(json.dumps({**setting, **result, "shares": shares, **circumstances()}))

@@ -1,11 +1,11 @@
 """Measure the peak memory of the build, and its rate, as the data set grows.
 
-    python benchmarks/build_memory.py [--counts 2000 20000] [--size 160x120] [--workers 1] [--repeats 3]
+    python benchmarks/build_memory.py [--count 2000] [--times 10] [--size 160x120] [--workers 1] [--repeats 3]
 
-Builds from drawn scenes of both numbers, in turns: small ones, for what could grow with their number - listings,
-shuffles, side inputs, statistics, the manifest - does not depend on their size. Peak memory is the largest sum of the
-resident sets of the command and its processes, sampled 20 times a second. Start-up, what a build of one image takes, is
-taken out of the rates. Prints a table, and one line of JSON last.
+Builds from drawn scenes, and from the same scenes under ten names each, in turns. They are small, for what could grow
+with their number - listings, shuffles, side inputs, statistics, the manifest - does not depend on their size. Peak
+memory is the largest sum of the resident sets of the command and its processes, sampled 20 times a second. Start-up,
+what a build of one image takes, is taken out of the rates. Prints a table, and one line of JSON last.
 """
 
 import argparse
@@ -13,12 +13,24 @@ import json
 import statistics
 from pathlib import Path
 
-from measure import Run, add_common_flags, build, cached_scenes, circumstances, run, source_flags, spread, summary
+from measure import (
+    Run,
+    add_common_flags,
+    build,
+    cached_scenes,
+    circumstances,
+    repeated_scenes,
+    run,
+    source_flags,
+    spread,
+    summary,
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--counts", type=int, nargs="+", default=[2000, 20000])
+    parser.add_argument("--count", type=int, default=2000, help="scenes to draw")
+    parser.add_argument("--times", type=int, default=10, help="names of each scene in the larger data set")
     parser.add_argument("--size", default="160x120")
     parser.add_argument("--workers", type=int, default=1, help="worker processes; 1 runs in one process")
     parser.add_argument("--cores", type=int, nargs="+", default=[0])
@@ -27,7 +39,9 @@ def main() -> None:
     args = parser.parse_args()
 
     width, height = map(int, args.size.split("x"))
-    folders = {count: cached_scenes(args.cache, count, (width, height)) for count in (1, *args.counts)}
+    few, many = args.count, args.times * args.count
+    folders = {count: cached_scenes(args.cache, count, (width, height)) for count in (1, few)}
+    folders[many] = repeated_scenes(folders[few], args.times)
     mode = ["--direct_running_mode", "multi_processing", "--direct_num_workers", str(args.workers)]
 
     def measure(scenes: Path) -> Run:
@@ -39,16 +53,15 @@ def main() -> None:
     for repeat in range(args.repeats):
         for count, scenes in folders.items():
             runs[count].append(measure(scenes))
-            seconds, peak = runs[count][-1]
-            print(f"repeat {repeat + 1}: {count} images, {seconds:.1f} s, {peak:.0f} MiB", flush=True)
+            last = runs[count][-1]
+            print(f"repeat {repeat + 1}: {count} images, {last.seconds:.1f} s, {last.peak_rss_mib:.0f} MiB", flush=True)
 
     startup = statistics.median(result.seconds for result in runs[1])
-    rates = {count: [(count - 1) / (result.seconds - startup) for result in runs[count]] for count in args.counts}
+    rates = {count: [(count - 1) / (result.seconds - startup) for result in runs[count]] for count in (few, many)}
     peaks = {count: [result.peak_rss_mib for result in runs[count]] for count in folders}
     print(f"{'images':>8}{'peak MiB':>26}{'images/s':>26}")
-    for count in args.counts:
+    for count in (few, many):
         print(f"{count:>8}{spread(peaks[count]):>26}{spread(rates[count]):>26}")
-    few, many = args.counts[0], args.counts[-1]
     memory_ratio = statistics.median(peaks[many]) / statistics.median(peaks[few])
     rate_ratio = statistics.median(rates[many]) / statistics.median(rates[few])
     print(f"{many} against {few} images: {memory_ratio:.2f} times the memory, {rate_ratio:.2f} times the rate")

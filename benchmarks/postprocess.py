@@ -11,7 +11,6 @@ within every repeat. Prints a table, and one line of JSON last.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import transformers
+from measure import machine_name
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
 from collavo.panoptic.maps import PanopticMap
@@ -70,7 +70,7 @@ def main() -> None:
             )
     print("per image, median (quartiles)")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    where = {"device": args.device, "machine": platform.processor() or platform.machine(), "date": f"{date.today()}"}
+    where = {"device": args.device, "machine": machine_name(), "date": f"{date.today()}"}
     print(json.dumps({"benchmark": "postprocess", "results": records, **versions, **where}))
 
 
