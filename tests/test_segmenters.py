@@ -42,11 +42,11 @@ def tiny_model(id2label: dict[int, str] = COCO_NAMES, width: int = 16) -> Mask2F
         image_size=64,
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
-    sizes = dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim"), 2 * width)
+    names = ("feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim", "dim_feedforward")
+    sizes = dict.fromkeys(names, 2 * width)
     model = Mask2FormerForUniversalSegmentation(
         Mask2FormerConfig(
             backbone_config=backbone,
-            dim_feedforward=32,
             encoder_layers=1,
             decoder_layers=3,
             num_attention_heads=2,
@@ -180,7 +180,7 @@ assert all(torch.equal(a, b) for result in results for a, b in zip(result, resul
 
 def test_only_what_is_always_said_of_backbones_is_kept_off_the_terminal(caplog):
     log = logging.getLogger("transformers.models.mask2former.configuration_mask2former")
-    with without_backbone_warnings(), pytest.warns(UserWarning) as warned:
+    with pytest.warns(UserWarning) as warned, without_backbone_warnings():  # the inner one has the last word
         embedded_architecture()
         log.error("Backbone resnet is not a supported model and may not be compatible with Mask2Former.")
         log.error("The weights are older than this configuration.")
