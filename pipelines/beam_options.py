@@ -15,8 +15,9 @@ from apache_beam.options.pipeline_options import (
 from apache_beam.options.pipeline_options_validator import PipelineOptionsValidator
 from apache_beam.runners import create_runner
 
+from collavo.command_line import Parser
 from pipelines.storage import has_file_system, is_local
-from pipelines.usage import Parser, UsageError
+from pipelines.usage import UsageError
 
 
 def parse_beam_options(prog: str, rest: Sequence[str]) -> PipelineOptions:
@@ -25,7 +26,7 @@ def parse_beam_options(prog: str, rest: Sequence[str]) -> PipelineOptions:
     Raises:
         UsageError: for what Beam does not know, and for what the runner itself finds missing.
     """
-    parser = Parser(prog=prog, add_help=False, allow_abbrev=False)
+    parser = Parser(prog=prog, add_help=False)
     for options_class in PipelineOptions.__subclasses__():
         with suppress(argparse.ArgumentError):  # a few options are declared by two of Beam's classes
             options_class._add_argparse_args(parser)  # type: ignore[arg-type]

@@ -18,6 +18,7 @@ from typing import Any
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 import collavo
+from collavo.command_line import Parser
 from collavo.embedded import SCENES
 from collavo.images import HARD_MAX_PIXELS, MAX_PIXELS
 from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, PhrasebookError, load_phrasebook
@@ -29,29 +30,35 @@ from pipelines.crayon_job import CrayonJob, ModelConfig
 from pipelines.finish import Publication, published_files
 from pipelines.sources import CocoSource, ImagesSource, LlavaSource, Sources
 from pipelines.storage import exists, is_local, join, list_files
-from pipelines.usage import Parser, UsageError
+from pipelines.usage import UsageError
 from schemas.crayon_row import TASKS
 
 _DESCRIPTION = """\
-Build crayon instruction data: images in, one Parquet row per image out, with its panoptic segments, templated
-questions and answers about them, and the dialogues that other data sets hold about it.
+Build crayon instruction data: images in, one Parquet row per image out, with
+its panoptic segments, templated questions and answers about them, and the
+dialogues that other data sets hold about it.
 
-Without a source it draws sample scenes and builds from them, so that everything can be tried without a download. They
-are segmented by a small network that is part of this package; --segmenter annotations takes their exact masks instead.
+Without a source it draws sample scenes and builds from them, so that everything
+can be tried without a download. They are segmented by a small network that is
+part of this package; --segmenter annotations takes their exact masks instead.
 """
 
 _EPILOG = """\
-Any flag of Apache Beam's can follow: --runner DirectRunner|DataflowRunner|FlinkRunner|SparkRunner, and the
-options of that runner. Local runs use one process unless told otherwise:
-  --direct_running_mode multi_processing --direct_num_workers 0      all cores, where no GPU segments
+Any flag of Apache Beam's can follow: --runner DirectRunner, DataflowRunner,
+FlinkRunner or SparkRunner, and the options of that runner. Local runs use one
+process; where no GPU segments, all cores are put to work by
+  --direct_running_mode multi_processing --direct_num_workers 0
 
 examples:
   build_crayon.py --runner DirectRunner
-  build_crayon.py --coco_panoptic annotations/panoptic_train2017.json --coco_images train2017 --output out
-  build_crayon.py --llava_json llava_v1_5_mix665k.json --image_root playground/data --device cuda --output out
-  build_crayon.py --images 'photos/**/*.jpg' --segmenter mask2former --output out
-  build_crayon.py --images 'drawn/*.jpg' --segmenter_checkpoint scenes --output out
-  build_crayon.py --from_crayon 'out/*.parquet' --templates mine.json --seed 1 --output out2
+  build_crayon.py --coco_panoptic annotations/panoptic_train2017.json \\
+      --coco_images train2017 --output out
+  build_crayon.py --llava_json llava_v1_5_mix665k.json \\
+      --image_root playground/data --device cuda --output out
+  build_crayon.py --images 'photos/**/*.jpg' --segmenter mask2former
+  build_crayon.py --images 'drawn/*.jpg' --segmenter_checkpoint scenes
+  build_crayon.py --from_crayon 'out/*.parquet' --templates mine.json \\
+      --seed 1 --output out2
 """
 
 
@@ -129,8 +136,6 @@ def build_parser() -> argparse.ArgumentParser:
         usage="build_crayon.py [sources] [options] [Beam's options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     _add_source_flags(parser.add_argument_group("sources, in any combination"))
     _add_segmentation_flags(parser.add_argument_group("segmentation"))
