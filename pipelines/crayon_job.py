@@ -22,7 +22,16 @@ from collavo.instructions.choose import ClassStatistics, stable_hash
 from collavo.instructions.phrasebook import Phrasebook
 from collavo.instructions.write import InstructionOptions
 from collavo.segmenters import Segmenter
-from pipelines.elements import Draft, ImageTask, LoadedImage, Mention, Reject, Segmented, SegmentedImage
+from pipelines.elements import (
+    Draft,
+    ImageTask,
+    LoadedImage,
+    Reject,
+    Segmented,
+    SegmentedImage,
+    packed,
+    unpacked,
+)
 from pipelines.finish import Publication, publish
 from pipelines.image_steps import RejectError, draft_row, read_image, segment_by_annotation
 from pipelines.merge import image_key, merge_mentions
@@ -96,14 +105,13 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
         rejects: list[Any] = []
         images = spilled
     else:
-        mentions, list_rejects = _read_sources(pipeline, job)
+        mentions, sources, list_rejects = _read_sources(pipeline, job)
         inputs = (
-            mentions | "SourceOfMention" >> beam.Map(lambda mention: mention.input.source),
+            *sources,
             list_rejects | "SourceOfReject" >> beam.Map(lambda reject: reject.source),
         ) | "AllInputs" >> beam.Flatten()
         images, merge_rejects = (
             mentions
-            | "KeyByImage" >> beam.Map(lambda mention: (image_key(mention), mention))
             | "GroupByImage" >> beam.GroupByKey()
             | "MergeMentions" >> beam.ParDo(MergeMentions()).with_outputs(REJECTS, main="tasks")
         )
@@ -112,9 +120,11 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
     _write(pipeline, job, images, spilled, rejects, inputs)
 
 
-def _read_sources(pipeline: beam.Pipeline, job: CrayonJob) -> tuple[beam.PCollection, beam.PCollection]:
-    """All mentions, and all rejects that come up while sources are read."""
-    mentions, rejects = [], []
+def _read_sources(
+    pipeline: beam.Pipeline, job: CrayonJob
+) -> tuple[beam.PCollection, list[beam.PCollection], beam.PCollection]:
+    """All mentions, packed and keyed by their image; the name of the source of each; and all rejects that come up."""
+    mentions, sources_of_mentions, rejects = [], [], []
     readers: list[tuple[str, tuple[Any, ...], beam.DoFn]] = [
         ("Coco", job.sources.coco, ReadCoco()),
         ("Llava", job.sources.llava, ReadLlava()),
@@ -128,9 +138,12 @@ def _read_sources(pipeline: beam.Pipeline, job: CrayonJob) -> tuple[beam.PCollec
                 | f"Spread{name}Sources" >> beam.Reshuffle()
                 | f"Read{name}" >> beam.ParDo(reader).with_outputs(REJECTS, main="mentions")
             )
-            mentions.append(outputs.mentions)
+            keyed = outputs.mentions | f"KeyByImage{name}" >> beam.Map(lambda m: (image_key(m), packed(m)))
+            mentions.append(keyed)
+            named = outputs.mentions | f"SourceOfMention{name}" >> beam.Map(lambda mention: mention.input.source)
+            sources_of_mentions.append(named)
             rejects.append(outputs[REJECTS])
-    return mentions | "AllMentions" >> beam.Flatten(), rejects | "ListRejects" >> beam.Flatten()
+    return mentions | "AllMentions" >> beam.Flatten(), sources_of_mentions, rejects | "ListRejects" >> beam.Flatten()
 
 
 def _segment(tasks: beam.PCollection, job: CrayonJob) -> tuple[beam.PCollection, list[beam.PCollection]]:
@@ -194,17 +207,17 @@ def _write(
     )
 
 
-def _with_shard(element: SpilledDraft | Reject, shard_count: int) -> tuple[int, SpilledDraft | Reject]:
+def _with_shard(element: SpilledDraft | Reject, shard_count: int) -> tuple[int, bytes]:
     key = element.image_id if isinstance(element, SpilledDraft) else element.id
-    return stable_hash("shard", key) % shard_count, element
+    return stable_hash("shard", key) % shard_count, packed(element)
 
 
 class MergeMentions(beam.DoFn):
-    """Mentions of one image, made into its task."""
+    """Mentions of one image, made into its task; packed both."""
 
-    def process(self, element: tuple[str, Iterable[Mention]]) -> Iterator[ImageTask | Rejected]:
-        task, rejects = merge_mentions(element[1])
-        yield task
+    def process(self, element: tuple[bytes, Iterable[bytes]]) -> Iterator[bytes | Rejected]:
+        task, rejects = merge_mentions(map(unpacked, element[1]))
+        yield packed(task)
         yield from map(rejected, rejects)
 
 
@@ -221,7 +234,8 @@ class ReadImages(beam.DoFn):
         self._segmented = Ticker(self._staging, SEGMENTED)
         self._rejected = Ticker(self._staging, REJECTED)
 
-    def process(self, task: ImageTask) -> Iterator[LoadedImage | Rejected | ToModel]:
+    def process(self, packed_task: bytes) -> Iterator[LoadedImage | Rejected | ToModel]:
+        task: ImageTask = unpacked(packed_task)
         to_model = self._has_model and not (self._use_annotations and task.annotated)
         try:
             image, rejects = read_image(task, self._max_pixels, with_rgb=to_model)
@@ -328,14 +342,14 @@ class WriteShards(beam.DoFn):
         self._written = Ticker(self._job.staging, WRITTEN)
 
     def process(
-        self, element: tuple[int, dict[str, Iterable[Any]]], statistics: ClassStatistics
+        self, element: tuple[int, dict[str, Iterable[bytes]]], statistics: ClassStatistics
     ) -> Iterator[WrittenShard]:
         index, groups = element
         job = self._job
         yield write_shard(
             index,
-            groups["drafts"],
-            groups["rejects"],
+            map(unpacked, groups["drafts"]),
+            map(unpacked, groups["rejects"]),
             statistics,
             job.instructions,
             job.phrasebook,

@@ -4,15 +4,16 @@ Mentions meet by where their image lies, its extension left out: LLaVA's mix nam
 the one on disk. What comes out does not depend on the order in which mentions arrive.
 """
 
+import hashlib
 from collections.abc import Iterable
 
 from collavo.sources.image_paths import without_extension
 from pipelines.elements import SOURCES, ImageTask, Mention, Reject
 
 
-def image_key(mention: Mention) -> str:
-    """What mentions of the same image have in common."""
-    return without_extension(mention.uri)
+def image_key(mention: Mention) -> bytes:
+    """What mentions of the same image, and no others, have in common; short, for every mention is grouped by it."""
+    return hashlib.blake2b(without_extension(mention.uri).encode(), digest_size=16).digest()
 
 
 def merge_mentions(mentions: Iterable[Mention]) -> tuple[ImageTask, list[Reject]]:
