@@ -94,9 +94,9 @@ class SchemaError(ValueError):
 class Segment:
     """One panoptic segment of an image.
 
-    `box_xyxy` is in pixels of the upright image, edges exclusive at the maximum. `numbering` counts the instances of a
-    class, largest first, from 1 to 20; 0 marks what is not numbered: crowds, and instances after the 20th. `score` is
-    None for annotated segments.
+    `box_xyxy` bounds what is visible of it, in pixels of the upright image, edges exclusive at the maximum. `numbering`
+    counts the instances of a class, largest first, from 1 to 20; 0 marks what is not numbered: crowds, and instances
+    after the 20th. `score` is None for annotated segments.
     """
 
     id: int

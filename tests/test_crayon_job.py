@@ -19,7 +19,7 @@ from collavo.instructions.choose import ClassStatistics
 from collavo.sources.coco_panoptic import Annotation
 from pipelines import crayon_job, sources
 from pipelines.crayon_job import CombineStatistics, CrayonJob, build_graph
-from pipelines.elements import ImageTask, Input, Mention
+from pipelines.elements import ImageTask, Input, Mention, packed, unpacked
 from pipelines.model_segmentation import SegmenterHandler
 from pipelines.options import parse_command
 
@@ -142,7 +142,9 @@ print(loaded)
 def test_what_is_shuffled_per_image_is_small():
     annotation = Annotation("000000142238.png", tuple((i * 1000, 1, 0) for i in range(40)))
     mention = Mention(Input("coco", "142238"), "a/b.jpg", "/data/a/b.jpg", 3, annotation, "/data/m/b.png")
-    assert len(pickle.dumps(ImageTask((mention,)))) < 2000
+    task = ImageTask((mention,))
+    assert len(packed(task)) < 400
+    assert unpacked(packed(task)) == task
 
 
 def test_class_statistics_are_the_same_for_any_grouping():
