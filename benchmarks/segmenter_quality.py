@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=500, help="scenes")
     parser.add_argument("--size", default="320x240", help="of the scenes; the default is that of the build")
     parser.add_argument("--seed", type=int, default=HELD_OUT_SEED, help="of the scenes")
-    parser.add_argument("--thresholds", default="default", choices=tuple(PRESETS))
+    parser.add_argument("--thresholds", choices=tuple(PRESETS), help="a preset (default: the checkpoint's own)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--write_card", action="store_true", help="keep the figures with the embedded model")
     parser.add_argument(
@@ -65,9 +65,8 @@ def main() -> None:
         parser.error("--write_card is for the embedded model on the default --seed")
 
     scenes = held_out_scenes(args.cache, args.count, args.size, args.seed)
-    segmenter = load_segmenter(
-        "mask2former", checkpoint=args.checkpoint, thresholds=PRESETS[args.thresholds], device=args.device
-    )
+    thresholds = PRESETS[args.thresholds] if args.thresholds else None
+    segmenter = load_segmenter("mask2former", checkpoint=args.checkpoint, thresholds=thresholds, device=args.device)
     truth = json.loads((scenes / "panoptic.json").read_text())
     predictions = args.cache / "predictions" / scenes.name
     start = time.perf_counter()

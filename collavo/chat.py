@@ -251,8 +251,9 @@ def _build_parser() -> argparse.ArgumentParser:
         help="hub id, folder, or scenes for the embedded network, which knows drawn scenes only; for detectron2 a "
         "weights file (default: scenes for auto and a model made from --preset tiny, else the paper's)")  # fmt: skip
     add("--segmenter_config", metavar="YAML", help="detectron2's config, of the model zoo or a file")
-    add("--segmenter_preset", choices=tuple(PRESETS), default="default",
-        help="mask2former's thresholds: default, or paper for the authors' call (default: default)")  # fmt: skip
+    add("--segmenter_preset", choices=tuple(PRESETS),
+        help="mask2former's thresholds: default, scenes for networks trained on drawn scenes, or paper for the "
+        "authors' call (default: scenes for the embedded network, else default)")  # fmt: skip
     add("--segmenter_input_size", metavar="PIXELS", type=int,
         help="side of the square that mask2former sees (default: 256x192 for scenes, else 768)")  # fmt: skip
     add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")

@@ -173,7 +173,13 @@ def _add_segmentation_flags(group: argparse._ArgumentGroup) -> None:
         "file (default: scenes where they are drawn here, else the paper's)",
     )
     add("segmenter_config", "YAML", "detectron2's config, of the model zoo or a file")
-    add("segmenter_preset", "NAME", "thresholds: default, or paper for the authors' call", "default", tuple(PRESETS))
+    add(
+        "segmenter_preset",
+        "NAME",
+        "thresholds: default, scenes for networks trained on drawn scenes, or paper for the authors' call (default: "
+        "scenes for the embedded network, else default)",
+        choices=tuple(PRESETS),
+    )
     add(
         "segmenter_input_size",
         "PIXELS",
@@ -411,7 +417,7 @@ def _model(flags: argparse.Namespace, sources: Sources) -> ModelConfig | None:
         if sources.scenes_only and flags.segmenter_checkpoint is None:
             options["checkpoint"] = SCENES
         options |= {"input_size": flags.segmenter_input_size, "batch_size": flags.batch_size}
-        options["thresholds"] = PRESETS[flags.segmenter_preset]
+        options["thresholds"] = PRESETS[flags.segmenter_preset] if flags.segmenter_preset else None
     else:
         options["config"] = flags.segmenter_config
     options = {name: value for name, value in options.items() if value is not None}

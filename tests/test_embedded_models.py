@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from conftest import needs_scenes_model, needs_tiny_base
 
 from collavo import embedded
 from collavo.embedded import CHECKSUMS, EmbeddedError, find_embedded
+from collavo.panoptic.thresholds import PRESETS
 from collavo.segmenters import SegmenterError, load_segmenter
 from collavo.training import pretrain, segmenter
 from collavo.training.run_directory import RunError, load_base
@@ -78,6 +80,7 @@ def test_the_segmenter_in_the_package_is_whole_and_sees_at_its_own_size():
     assert find_embedded("scenes") is not None
     facts = load_segmenter("mask2former", checkpoint="scenes", device="cpu").facts
     assert facts["input_size_hw"] == list(segmenter.INPUT_HW)
+    assert facts["thresholds"] == asdict(PRESETS["scenes"])
 
 
 @needs_tiny_base

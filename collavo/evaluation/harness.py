@@ -43,7 +43,7 @@ class CollavoHarness(lmms):
         segmenter: str = "auto",
         segmenter_checkpoint: str | None = None,
         segmenter_config: str | None = None,
-        segmenter_preset: str = "default",
+        segmenter_preset: str | None = None,
         segmenter_input_size: int | None = None,
         object_list: str = "trained",
         beams: int = 1,

@@ -51,7 +51,7 @@ def open_segmenter(
     *,
     checkpoint: str | None = None,
     config: str | None = None,
-    preset: str = "default",
+    preset: str | None = None,
     input_size: int | None = None,
     base: str | None = None,
 ) -> Segmenter:
@@ -62,7 +62,7 @@ def open_segmenter(
             one, for it has seen drawn scenes only, and the paper's own for all others.
         checkpoint: `--segmenter_checkpoint`; None for the segmenter's default.
         config: `--segmenter_config`, for detectron2.
-        preset: `--segmenter_preset`, for mask2former.
+        preset: `--segmenter_preset`, for mask2former; None for the checkpoint's own.
         input_size: `--segmenter_input_size`, for mask2former; None for the checkpoint's own.
         base: what the model that answers was trained on, see `base_of`.
 
@@ -76,7 +76,8 @@ def open_segmenter(
         name, checkpoint = "mask2former", checkpoint or (SCENES if base == TINY else None)
     options: dict[str, Any] = {"device": device, "checkpoint": checkpoint, "config": config}
     if name == "mask2former":
-        options |= {"thresholds": PRESETS[preset], "batch_size": 1, "input_size": input_size}
+        thresholds = PRESETS[preset] if preset else None
+        options |= {"thresholds": thresholds, "batch_size": 1, "input_size": input_size}
     return load_segmenter(name, **{key: value for key, value in options.items() if value is not None})
 
 

@@ -59,7 +59,7 @@ class Mask2FormerSegmenter:
         checkpoint: str = DEFAULT_CHECKPOINT,
         *,
         input_size: int | tuple[int, int] | None = None,
-        thresholds: MaskThresholds = PRESETS["default"],
+        thresholds: MaskThresholds | None = None,
         device: str = "auto",
         batch_size: int = 8,
     ) -> None:
@@ -70,7 +70,7 @@ class Mask2FormerSegmenter:
                 embedded one.
             input_size: side of a square, or (height, width), in pixels; multiples of 32. By default that which the
                 checkpoint was trained at, where its configuration tells one as `input_size_hw`, else 768.
-            thresholds: what makes a segment.
+            thresholds: what makes a segment; by default the preset `scenes` for the embedded one, else `default`.
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
             batch_size: images per forward pass on a GPU, kept constant; a CPU always takes one.
 
@@ -80,7 +80,7 @@ class Mask2FormerSegmenter:
             DeviceError: for a device that is missing or too small.
         """
         input_hw = None if input_size is None else _checked_size(input_size)
-        self._thresholds = thresholds
+        self._thresholds = thresholds or PRESETS["scenes" if checkpoint == SCENES else "default"]
         self._device = resolve_device(device)
         on_cpu = self._device.type == "cpu"
         if on_cpu:
@@ -98,7 +98,7 @@ class Mask2FormerSegmenter:
             "checkpoint": checkpoint,
             "revision": revision,
             "input_size_hw": list(self._input_hw),
-            "thresholds": asdict(thresholds),
+            "thresholds": asdict(self._thresholds),
             "device": device_name(self._device),
             "dtype": str(self._dtype).removeprefix("torch."),
             "batch_size": self._batch_size,
