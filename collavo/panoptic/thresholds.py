@@ -48,4 +48,5 @@ PRESETS = {
         min_class_score=0.5, mask_probability=0.95, overlap=0.8, min_area=0, fuse_stuff=False, like_transformers=True
     ),
 }
-"""Named settings. `default` and `scenes` are ours; `paper` repeats the reference call, its spill and its score test included."""
+"""Named settings. `default` and `scenes` are ours; `paper` repeats the reference call, its spill and its score test
+included."""
