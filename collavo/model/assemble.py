@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, GenerationConfig, LlavaConfig, PreTrainedModel
 
+from collavo.loading import without_loading_report
 from collavo.model.checkpoints import (
     CheckpointError,
     find_checkpoint,
@@ -24,7 +25,6 @@ from collavo.model.checkpoints import (
     read_config,
     read_tokenizer,
     read_weights,
-    without_loading_report,
 )
 from collavo.model.configuration_collavo import CollavoConfig
 from collavo.model.internlm import llama_config, llama_weights

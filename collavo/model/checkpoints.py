@@ -18,7 +18,6 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 _LOG = logging.getLogger(__name__)
 _BUFFERS = ("position_ids", "rotary_emb.inv_freq")
@@ -41,17 +40,6 @@ def one_line_errors(argument: str, source: str | Path) -> Iterator[None]:
         raise CheckpointError(f"{argument} {source}: {problem}") from error
     except (SafetensorError, pickle.UnpicklingError) as error:
         raise CheckpointError(f"{argument} {source}: damaged or unsafe weights: {_first_line(error)}") from error
-
-
-@contextmanager
-def without_loading_report() -> Iterator[None]:
-    """While weights are loaded whose names are checked beside: transformers reports what is initialised or left out."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
 
 
 def find_checkpoint(source: str | Path) -> Path:

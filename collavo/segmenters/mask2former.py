@@ -34,6 +34,7 @@ from transformers import AutoConfig, Mask2FormerForUniversalSegmentation
 
 from collavo.device import DeviceError, device_name, move_to_device, resolve_device
 from collavo.embedded import SCENES, EmbeddedError, find_embedded
+from collavo.loading import without_loading_report
 from collavo.panoptic.maps import PanopticMap
 from collavo.panoptic.postprocess import panoptic_from_logits
 from collavo.panoptic.thresholds import PRESETS, MaskThresholds
@@ -229,7 +230,7 @@ def _load_model(checkpoint: str) -> tuple[Mask2FormerForUniversalSegmentation, s
     try:
         embedded = find_embedded(checkpoint)
         source = str(embedded.folder) if embedded else checkpoint
-        with without_backbone_warnings():
+        with without_backbone_warnings(), without_loading_report():
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             _check_config(checkpoint, config)
             loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(

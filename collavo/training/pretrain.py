@@ -103,7 +103,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def base_config() -> CollavoConfig:
-    """A model of 7.5 million weights: pictures of 192 px in 12 x 12 patches, a Llama of six layers."""
+    """A model of 7.7 million weights: pictures of 192 px in 12 x 12 patches, a Llama of six layers."""
     return CollavoConfig(
         vision_config={
             "model_type": "clip_vision_model",

@@ -23,9 +23,10 @@ from transformers import AutoConfig, AutoProcessor
 
 from collavo.device import move_to_device
 from collavo.embedded import find_embedded
+from collavo.loading import without_loading_report
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.assemble import NEW, assemble_from_llava
-from collavo.model.checkpoints import CheckpointError, one_line_errors, without_loading_report
+from collavo.model.checkpoints import CheckpointError, one_line_errors
 from collavo.model.processing_collavo import CollavoProcessor
 from collavo.training.adapters import AdapterError, quantize_language_model, without_peft_warnings
 
