@@ -89,6 +89,10 @@ PRESETS = {
     "tiny": Preset(
         TINY,
         {
+            # A few thousand sequences in updates enough to learn from, and adapters no larger than the layers beside.
+            "batch_size": 8,
+            "lora_rank": 16,
+            "lora_alpha": 32,
             "cpt_learning_rate": 2e-3,
             "cit_learning_rate": 1e-3,
             "final_learning_rate": 5e-5,
