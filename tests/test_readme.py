@@ -4,6 +4,7 @@ import importlib
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,6 +76,9 @@ def test_commands_name_programs_and_flags_that_there_are(words: list[str], flags
         assert flags <= flags_of(BUILD)
     elif "-m" in words and (module := words[words.index("-m") + 1]).startswith("collavo."):
         assert flags <= flags_of(module.removeprefix("collavo."))
+    elif words[1].startswith("benchmarks/"):
+        help_text = subprocess.run([sys.executable, *words[1:2], "--help"], cwd=ROOT, capture_output=True, check=True)
+        assert flags <= set(re.findall(r"--[a-z_\d]+", help_text.stdout.decode()))
     else:
         assert words[:2] in (["pip", "install"], ["python", "-m"]) and not flags
 
