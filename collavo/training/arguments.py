@@ -93,6 +93,7 @@ PRESETS = {
             "batch_size": 8,
             "lora_rank": 16,
             "lora_alpha": 32,
+            "max_steps": 150,  # of each phase: the whole default run, build included, is to end in a quarter of an hour
             "cpt_learning_rate": 2e-3,
             "cit_learning_rate": 1e-3,
             "final_learning_rate": 5e-5,
