@@ -3,8 +3,8 @@
 Images are squeezed to one fixed input size, without padding, so that an image's result cannot depend on what else is in
 its batch. On a GPU every batch is filled up to the same size: the last one runs on the same kernels as the first. On a
 CPU every image is a batch of its own, which is no slower, and with Intel's MKL sums are not split among threads: in the
-embedded network, one, two and four of them compute the same bits. (Very narrow layers, as toy networks have, were seen to
-differ in the last bit with four.) Bits would show, for the decoder attends to where its last mask was.
+embedded network, one, two and four of them compute the same bits. (Very narrow layers, as toy networks have, were seen
+to differ in the last bit with four.) Bits would show, for the decoder attends to where its last mask was.
 
 So near-ties are settled by the same bits wherever the same machine and versions run: a score just above a threshold is
 above it for any number of workers, any batch size and any order. Exact ties go to the lower query, see
