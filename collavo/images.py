@@ -6,7 +6,9 @@ decoded is refused with a reason; what is larger than a bound is refused before 
 """
 
 import io
+import re
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +34,14 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+_JPEG_SEGMENTS = {*range(0xC0, 0xD0), *range(0xDA, 0xFF)}
+"""Markers that a length follows."""
+
+_JPEG_SCAN, _JPEG_END = 0xDA, b"\xff\xd9"
+_MARKER_IN_JPEG_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+"""The end of entropy-coded data, in which 0xFF is followed by 0 or is a restart marker."""
 
 
 class ImageError(ValueError):
@@ -75,12 +85,21 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 def verify_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     """Make sure that an image decodes to its last byte, without keeping its pixels.
 
-    A JPEG is decoded at an eighth of its size: all entropy-coded data are read, which is where truncation shows, for
-    about half the time of a full decode.
+    Of a JPEG whose segments are whole from start to end, only the headers are decoded. That says what a full decode
+    would: truncation shows in the segments, and of damage inside the entropy-coded data, such as flipped bits, libjpeg
+    makes wrong pixels without complaint, here as there. Any other file is decoded, and that alone refuses one; a JPEG
+    at an eighth of its size, which reads all of its data for about half the time.
 
     Raises:
         ImageError: as `decode_rgb`.
     """
+    if headers := _jpeg_without_entropy_data(data):
+        with suppress(ImageError):
+            return _decoded_header(headers, max_pixels)
+    return _decoded_header(data, max_pixels)
+
+
+def _decoded_header(data: bytes, max_pixels: int) -> ImageHeader:
     with _opened(data, max_pixels) as image:
         width, height = image.size
         try:
@@ -91,6 +110,30 @@ def verify_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
         except Exception as error:
             raise _broken(image, error) from error
         return ImageHeader(image.format or "", (width, height))
+
+
+def _jpeg_without_entropy_data(data: bytes) -> bytes:
+    """A JPEG's segments alone, tables and scan headers included; empty unless they are plainly whole.
+
+    libjpeg reads this as a file that was damaged in its entropy-coded data: it fills in, and checks all the rest.
+    """
+    kept = [data[:2]]
+    position = 2 if data.startswith(b"\xff\xd8") else len(data)
+    has_scan = False
+    while position + 4 <= len(data) and data[position] == 0xFF and data[position + 1] in _JPEG_SEGMENTS:
+        marker = data[position + 1]
+        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        kept.append(data[position:end])
+        if marker == _JPEG_SCAN:
+            has_scan = True
+            following = _MARKER_IN_JPEG_SCAN.search(data, end)
+            if following is None:
+                break
+            end = following.start()
+        position = end
+    if has_scan and data[position : position + 2] == _JPEG_END:
+        return b"".join(kept) + _JPEG_END
+    return b""
 
 
 def _opened(data: bytes, max_pixels: int) -> Image.Image:

@@ -178,6 +178,28 @@ def test_verification_accepts_what_decodes_and_nothing_else(format: tuple[str, d
     assert outcome(verify_image, file) == outcome(decode_rgb, file)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"progressive": True}, {"restart_marker_blocks": 1}, {"subsampling": 0, "optimize": True}],
+    ids=["baseline", "progressive", "restart markers", "optimized"],
+)
+def test_verification_refuses_jpegs_cut_anywhere_that_do_not_decode(options: dict):
+    thumbnail = encoded(PHOTO.resize((8, 8)), "JPEG")  # its own end of image, inside the EXIF, is not the file's
+    whole = encoded(PHOTO, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0" + thumbnail, **options)
+    assert thumbnail in whole
+    for length in range(len(whole) + 1):
+        for file in (whole[:length], whole[:length] + b"\xff\xd9", whole[:length] + whole[length + 1 :]):
+            assert outcome(verify_image, file) == outcome(decode_rgb, file), length
+    assert outcome(verify_image, whole + b"trailer")[0] == "accepted"
+
+
+def test_wrong_bits_in_the_data_of_a_jpeg_make_wrong_pixels_that_nobody_notices():
+    whole = encoded(PHOTO, "JPEG")
+    start = whole.index(b"\xff\xda") + 20
+    zeroed = whole[:start] + bytes(len(whole) - start - 2) + whole[-2:]
+    assert outcome(verify_image, zeroed) == outcome(decode_rgb, zeroed) == ("accepted", (WIDTH, HEIGHT))
+
+
 def png_header(width: int, height: int) -> bytes:
     """The first bytes of a PNG that holds no pixel: decoding it would find it broken, not oversized."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
