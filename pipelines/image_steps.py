@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from collavo.crayon.index_png import encode_index_map
 from collavo.images import ImageError, decode_rgb, verify_image
 from collavo.instructions.choose import stable_hash
-from collavo.panoptic.coco_png import decode_segment_ids
+from collavo.panoptic.coco_png import decode_segment_runs
 from collavo.panoptic.maps import PanopticError, build_panoptic_map
 from collavo.sources.coco_panoptic import segment_infos
 from collavo.sources.image_paths import other_extensions, without_extension
@@ -60,8 +60,8 @@ def segment_by_annotation(image: LoadedImage) -> SegmentedImage:
     with _rejecting(image.task, "segment"), _timed(image.seconds, "segment"):
         if annotated is None or annotated.annotation is None:
             raise StorageError("no_annotation", "no source annotates this image; --segmenter auto would ask a model")
-        ids = decode_segment_ids(read_bytes(annotated.mask_uri), image.size_wh)
-        panoptic = build_panoptic_map(ids, segment_infos(annotated.annotation.segments))
+        runs = decode_segment_runs(read_bytes(annotated.mask_uri), image.size_wh)
+        panoptic = build_panoptic_map(runs, segment_infos(annotated.annotation.segments))
         return SegmentedImage(image, panoptic, _ANNOTATIONS)
 
 

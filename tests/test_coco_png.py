@@ -1,23 +1,34 @@
+import io
+import struct
+import zlib
+
 import numpy as np
 import pytest
 from conftest import coco_png, encoded, id_maps
-from hypothesis import given
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from collavo.images import ImageError
-from collavo.panoptic.coco_png import decode_segment_ids
+from collavo.panoptic.coco_png import decode_segment_runs
+
+
+def decode_ids(data: bytes, size_wh: tuple[int, int]) -> np.ndarray:
+    """The map that the runs stand for, none of which could be longer."""
+    runs = decode_segment_runs(data, size_wh)
+    assert (runs.starts[1:][np.diff(runs.ids) == 0] % size_wh[0] == 0).all()
+    return np.repeat(runs.ids, runs.lengths).reshape(runs.size_hw)
 
 
 @given(id_maps())
 def test_ids_come_back_out_of_a_coco_png(ids: np.ndarray):
-    decoded = decode_segment_ids(coco_png(ids), ids.shape[::-1])
-    assert decoded.dtype == np.uint32 and np.array_equal(decoded, ids)
+    assert np.array_equal(decode_ids(coco_png(ids), ids.shape[::-1]), ids)
 
 
-def test_a_mask_of_many_million_pixels_is_read():  # Pillow then keeps it in several pieces
+def test_a_mask_of_many_million_pixels_is_read():
     ids = np.zeros((2600, 2000), dtype=np.uint32)
     ids[::1300, ::7] = 0x030201
-    assert np.array_equal(decode_segment_ids(coco_png(ids), (2000, 2600)), ids)
+    assert np.array_equal(decode_ids(coco_png(ids), (2000, 2600)), ids)
 
 
 @pytest.mark.parametrize(
@@ -34,13 +45,13 @@ def test_a_mask_of_many_million_pixels_is_read():  # Pillow then keeps it in sev
 def test_a_pixel_is_read_as_coco_packs_it(pixel: tuple[int, int, int], segment_id: int, mode: str):
     mask = Image.new("RGB", (3, 2), pixel)
     mask = mask.quantize(1) if mode == "P" else mask.convert(mode)
-    assert decode_segment_ids(encoded(mask), (3, 2)).tolist() == [[segment_id] * 3] * 2
+    assert decode_ids(encoded(mask), (3, 2)).tolist() == [[segment_id] * 3] * 2
 
 
 def test_a_mask_of_another_size_is_refused_with_both_sizes():
     mask = encoded(Image.new("RGB", (3, 2)))
     with pytest.raises(ImageError, match="the mask is 3 x 2, its image 2 x 3") as refusal:
-        decode_segment_ids(mask, (2, 3))
+        decode_ids(mask, (2, 3))
     assert refusal.value.reason == "mask_size_mismatch"
 
 
@@ -54,5 +65,31 @@ def test_a_mask_of_another_size_is_refused_with_both_sizes():
 )
 def test_what_is_no_whole_png_is_refused(data: bytes):
     with pytest.raises(ImageError) as refusal:
-        decode_segment_ids(data, (200, 200))
+        decode_ids(data, (200, 200))
     assert refusal.value.reason == "broken_mask"
+
+
+def test_a_mask_of_another_size_is_refused_by_its_header():
+    header = b"IHDR" + struct.pack(">IIBBBBB", 9_000, 9_000, 8, 2, 0, 0, 0)
+    mask = b"\x89PNG\r\n\x1a\n\0\0\0\r" + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\0IDAT"
+    with pytest.raises(ImageError, match="the mask is 9000 x 9000, its image 3 x 2"):
+        decode_ids(mask, (3, 2))
+
+
+@settings(max_examples=300)
+@given(st.data())
+def test_damaged_masks_are_refused_or_have_the_pixels_that_pillow_finds(data: st.DataObject):
+    ids = np.add.outer(np.arange(9) // 3, np.arange(11) // 4) * 70_001
+    damaged = bytearray(coco_png(ids))
+    for place in data.draw(st.lists(st.integers(0, len(damaged) - 1), max_size=2)):
+        damaged[place] = data.draw(st.integers(0, 255))
+    file = bytes(damaged[: data.draw(st.integers(0, len(damaged)) | st.just(len(damaged)))])
+    try:
+        pixels = np.asarray(Image.open(io.BytesIO(file), formats=("PNG",)).convert("RGB"))
+    except Exception:
+        pixels = np.empty((0, 0, 3))
+    if pixels.shape == (9, 11, 3):
+        assert np.array_equal(decode_ids(file, (11, 9)), pixels @ np.array([1, 256, 65536]))
+    else:
+        with pytest.raises(ImageError):
+            decode_ids(file, (11, 9))

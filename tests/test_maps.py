@@ -6,7 +6,7 @@ from conftest import PERSON, SKY, id_maps, panoptic_maps
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collavo.panoptic.coco_png import decode_segment_ids
+from collavo.panoptic.coco_png import decode_segment_runs
 from collavo.panoptic.maps import PanopticError, PanopticMap, SegmentInfo, build_panoptic_map
 from collavo.sources.coco_panoptic import segment_infos
 
@@ -83,10 +83,10 @@ def test_a_map_and_a_list_that_contradict_each_other_are_refused(listed: list[in
 
 def test_the_real_annotation_is_measured_as_its_authors_did(real):
     annotation = json.loads((real / "coco" / "panoptic.json").read_text())["annotations"][0]
-    ids = decode_segment_ids((real / "coco" / "panoptic" / annotation["file_name"]).read_bytes(), (640, 427))
+    runs = decode_segment_runs((real / "coco" / "panoptic" / annotation["file_name"]).read_bytes(), (640, 427))
     stated = {s["id"]: s for s in annotation["segments_info"]}
     panoptic = build_panoptic_map(
-        ids, segment_infos([(s["id"], s["category_id"], s["iscrowd"]) for s in stated.values()])
+        runs, segment_infos([(s["id"], s["category_id"], s["iscrowd"]) for s in stated.values()])
     )
     assert len(panoptic.segments) == 18
     for segment in panoptic.segments:

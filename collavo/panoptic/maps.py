@@ -36,6 +36,31 @@ class PanopticMap:
     segments: tuple[Segment, ...]
 
 
+class IdRuns(NamedTuple):
+    """An id map as its runs of equal pixels, in reading order; no run crosses the end of a row."""
+
+    size_hw: tuple[int, int]
+    starts: np.ndarray
+    """int [N], where each run begins in the flattened map."""
+
+    ids: np.ndarray
+    """int [N], the id that each run's pixels have."""
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.starts, append=self.size_hw[0] * self.size_hw[1])
+
+
+def id_runs(ids: np.ndarray) -> IdRuns:
+    """The runs of an integer id map [height, width]."""
+    flat = ids.ravel()
+    begins = np.empty(flat.size, dtype=bool)
+    np.not_equal(flat[1:], flat[:-1], out=begins[1:])
+    begins[:: ids.shape[1]] = True
+    starts = np.flatnonzero(begins)
+    return IdRuns(ids.shape, starts, flat[starts])
+
+
 class PanopticError(ValueError):
     """A map and its list of segments contradict each other. `reason` is one word for tallies."""
 
@@ -44,25 +69,25 @@ class PanopticError(ValueError):
         self.reason = reason
 
 
-def build_panoptic_map(ids: np.ndarray, infos: Sequence[SegmentInfo]) -> PanopticMap:
+def build_panoptic_map(ids: np.ndarray | IdRuns, infos: Sequence[SegmentInfo]) -> PanopticMap:
     """Measure, order and number the segments of an id map.
 
     Args:
-        ids: integer [height, width]; 0 is unlabelled, any other value the id of an entry of `infos`.
+        ids: integer [height, width], or its runs; 0 is unlabelled, any other value the id of an entry of `infos`.
         infos: the segments, in any order; the result does not depend on it.
 
     Raises:
         PanopticError: `repeated_segment` for an id listed twice, or a listed 0, `unlisted_segment` for a pixel whose id
             is not listed, `empty_segment` for a listed segment without a pixel.
     """
-    height, width = ids.shape
-    starts, lengths = _row_runs(ids)
+    runs = ids if isinstance(ids, IdRuns) else id_runs(ids)
+    lengths = runs.lengths
     known_ids = np.array(sorted({0, *(info.id for info in infos)}), dtype=np.int64)
     if len(known_ids) != len(infos) + 1:
         distinct = f"{len(known_ids) - 1} distinct ids other than 0"
         raise PanopticError("repeated_segment", f"{len(infos)} segments listed, but {distinct}")
-    run_positions = _positions(ids.ravel()[starts], known_ids)
-    areas, boxes_xyxy = _measure(run_positions, starts, lengths, width, len(known_ids))
+    run_positions = _positions(runs.ids, known_ids)
+    areas, boxes_xyxy = _measure(run_positions, runs.starts, lengths, runs.size_hw[1], len(known_ids))
     if not areas[1:].all():
         raise PanopticError("empty_segment", f"segment {known_ids[1:][areas[1:] == 0][0]} has no pixel")
 
@@ -75,7 +100,7 @@ def build_panoptic_map(ids: np.ndarray, infos: Sequence[SegmentInfo]) -> Panopti
 
     new_positions = np.zeros(len(known_ids), dtype=np.uint8 if len(infos) < 256 else np.uint16)
     new_positions[order + 1] = np.arange(1, len(infos) + 1)
-    index_map = np.repeat(new_positions[run_positions], lengths).reshape(height, width)
+    index_map = np.repeat(new_positions[run_positions], lengths).reshape(runs.size_hw)
     areas_list, boxes_list = areas.tolist(), boxes_xyxy.astype(float).tolist()
     segments = tuple(
         Segment(
@@ -90,16 +115,6 @@ def build_panoptic_map(ids: np.ndarray, infos: Sequence[SegmentInfo]) -> Panopti
         for position, number in zip(order.tolist(), numbering.tolist(), strict=True)
     )
     return PanopticMap(index_map, segments)
-
-
-def _row_runs(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each run of equal pixels begins in the flattened map, and its length; no run crosses the end of a row."""
-    flat = ids.ravel()
-    begins = np.empty(flat.size, dtype=bool)
-    np.not_equal(flat[1:], flat[:-1], out=begins[1:])
-    begins[:: ids.shape[1]] = True
-    starts = np.flatnonzero(begins)
-    return starts, np.diff(starts, append=flat.size)
 
 
 def _positions(run_ids: np.ndarray, known_ids: np.ndarray) -> np.ndarray:
