@@ -66,7 +66,7 @@ def make_sample(place: str, row: CrayonRow) -> Sample:
     try:
         index_map = np.asarray(_thumbnail(decode_index_map(row.panoptic_png), Image.Resampling.NEAREST))
         palette = np.array(segment_palette(row.segments), dtype=np.uint8)
-        crayon_map = _data_uri(Image.fromarray(palette[index_map]), "png", optimize=True)
+        crayon_map = _data_uri(Image.fromarray(palette[index_map]), "png", compress_level=1)
         anchors_xy = _anchors_xy(index_map)
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged data
         map_fault = f"The map cannot be decoded ({type(error).__name__})"
@@ -90,7 +90,7 @@ def _image(row: CrayonRow) -> tuple[str | None, str]:
         rgb = decode_rgb(row.image_bytes)
     except ImageError as error:
         return None, f"The image cannot be decoded: {error}"
-    return _data_uri(_thumbnail(rgb, Image.Resampling.LANCZOS), "webp", quality=75), ""
+    return _data_uri(_thumbnail(rgb, Image.Resampling.LANCZOS), "webp", quality=75, method=1), ""
 
 
 def _shown(position: int, segment: Segment, anchor_xy: tuple[float, float] | None) -> ShownSegment:
@@ -114,9 +114,12 @@ def _anchors_xy(index_map: np.ndarray) -> dict[int, tuple[float, float]]:
     y, x = np.divmod(np.arange(values.size), width)
     counts = np.maximum(np.bincount(values), 1)
     y_mean, x_mean = np.bincount(values, y) / counts, np.bincount(values, x) / counts
-    by_distance = np.argsort((y - y_mean[values]) ** 2 + (x - x_mean[values]) ** 2, kind="stable")
-    found, first = np.unique(values[by_distance], return_index=True)
-    nearest = by_distance[first]
+    distances = (y - y_mean[values]) ** 2 + (x - x_mean[values]) ** 2
+    least = np.full(len(counts), np.inf)
+    np.minimum.at(least, values, distances)
+    candidates = np.flatnonzero(distances == least[values])
+    found, first = np.unique(values[candidates], return_index=True)
+    nearest = candidates[first]
     x_shares, y_shares = (x[nearest] + 0.5) / width, (y[nearest] + 0.5) / height
     return dict(zip(found.tolist(), zip(x_shares.tolist(), y_shares.tolist(), strict=True), strict=True))
 
