@@ -5,12 +5,15 @@
                     │                      └─ rejects ─────────────┐                 ├──> class statistics
                     └─ inputs, counted                             └──(by shard)─────┴──> shards ──> finish
 
-Images are read, segmented and drafted in one fused stage; what crosses a shuffle is a few hundred bytes per image.
+Images are read, segmented and drafted in one fused stage. What crosses a shuffle does so in batches, and takes some
+hundred bytes per image: mentions wait on disk too, and meet by partitions of the images.
 Instructions are written in the shards, because the choice of absent classes rests on all images.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final, Literal
 
 import apache_beam as beam
@@ -23,9 +26,11 @@ from collavo.instructions.phrasebook import Phrasebook
 from collavo.instructions.write import InstructionOptions
 from collavo.segmenters import Segmenter
 from pipelines.elements import (
+    Batch,
     Draft,
     ImageTask,
     LoadedImage,
+    Mention,
     Reject,
     Segmented,
     SegmentedImage,
@@ -34,7 +39,7 @@ from pipelines.elements import (
 )
 from pipelines.finish import Publication, publish
 from pipelines.image_steps import RejectError, draft_row, read_image, segment_by_annotation
-from pipelines.merge import image_key, merge_mentions
+from pipelines.merge import merge_mentions
 from pipelines.progress import REJECTED, SEGMENTED, WRITTEN, Ticker, announce_total
 from pipelines.sources import (
     REJECTS,
@@ -46,11 +51,17 @@ from pipelines.sources import (
     Sources,
     rejected,
 )
-from pipelines.spill import SpilledDraft, SpillWriter
+from pipelines.spill import MentionBlock, MentionSpillWriter, SpilledDraft, SpillWriter, read_mentions
 from pipelines.write_shard import WrittenShard, write_shard
 
 IMAGES_PER_SHARD = 2000
 """Aim of the automatic number of shards: files of 200-400 MB where COCO's images are embedded."""
+
+_IMAGES_PER_BATCH = 16
+"""Tasks that travel together: few enough that a small data set keeps several workers busy."""
+
+_COUNTS: Final = "counts"
+Counted = TaggedOutput[Literal["counts"], Any]
 
 _TO_MODEL: Final = "to_model"
 ToModel = TaggedOutput[Literal["to_model"], LoadedImage]
@@ -101,18 +112,18 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
             | "ReadRows" >> beam.ParDo(ReadCrayonRows(job.embed_images))
             | "SpillDrafts" >> beam.ParDo(SpillDrafts(job))
         )
-        inputs = spilled | "OneInputPerRow" >> beam.Map(lambda place: "crayon")
+        inputs = spilled | "OneInputPerRow" >> beam.Map(lambda batch: ("crayon", batch[0]))
         rejects: list[Any] = []
         images = spilled
     else:
-        mentions, sources, list_rejects = _read_sources(pipeline, job)
+        mentions, mention_counts, list_rejects = _read_sources(pipeline, job)
         inputs = (
-            *sources,
-            list_rejects | "SourceOfReject" >> beam.Map(lambda reject: reject.source),
+            *mention_counts,
+            list_rejects | "SourceOfReject" >> beam.Map(lambda reject: (reject.source, 1)),
         ) | "AllInputs" >> beam.Flatten()
         images, merge_rejects = (
             mentions
-            | "GroupByImage" >> beam.GroupByKey()
+            | "GroupByPartition" >> beam.GroupByKey()
             | "MergeMentions" >> beam.ParDo(MergeMentions()).with_outputs(REJECTS, main="tasks")
         )
         spilled, image_rejects = _segment(images | "SpreadImages" >> beam.Reshuffle(), job)
@@ -123,8 +134,8 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
 def _read_sources(
     pipeline: beam.Pipeline, job: CrayonJob
 ) -> tuple[beam.PCollection, list[beam.PCollection], beam.PCollection]:
-    """All mentions, packed and keyed by their image; the name of the source of each; and all rejects that come up."""
-    mentions, sources_of_mentions, rejects = [], [], []
+    """Where all mentions lie, by partition of the images; their numbers by source; and all rejects that come up."""
+    blocks, counts, rejects = [], [], []
     readers: list[tuple[str, tuple[Any, ...], beam.DoFn]] = [
         ("Coco", job.sources.coco, ReadCoco()),
         ("Llava", job.sources.llava, ReadLlava()),
@@ -132,22 +143,22 @@ def _read_sources(
     ]
     for name, sources, reader in readers:
         if sources:
-            outputs = (
+            read = (
                 pipeline
                 | f"{name}Sources" >> beam.Create(sources)
                 | f"Spread{name}Sources" >> beam.Reshuffle()
                 | f"Read{name}" >> beam.ParDo(reader).with_outputs(REJECTS, main="mentions")
             )
-            keyed = outputs.mentions | f"KeyByImage{name}" >> beam.Map(lambda m: (image_key(m), packed(m)))
-            mentions.append(keyed)
-            named = outputs.mentions | f"SourceOfMention{name}" >> beam.Map(lambda mention: mention.input.source)
-            sources_of_mentions.append(named)
-            rejects.append(outputs[REJECTS])
-    return mentions | "AllMentions" >> beam.Flatten(), sources_of_mentions, rejects | "ListRejects" >> beam.Flatten()
+            spill = beam.ParDo(SpillMentions(job.staging)).with_outputs(_COUNTS, main="blocks")
+            spilled = read.mentions | f"Spill{name}" >> spill
+            blocks.append(spilled.blocks)
+            counts.append(spilled[_COUNTS])
+            rejects.append(read[REJECTS])
+    return blocks | "AllMentions" >> beam.Flatten(), counts, rejects | "ListRejects" >> beam.Flatten()
 
 
 def _segment(tasks: beam.PCollection, job: CrayonJob) -> tuple[beam.PCollection, list[beam.PCollection]]:
-    """Places of the drafts on disk, and the rejects of every step on the way."""
+    """Places of the drafts on disk, in batches, and the rejects of every step on the way."""
     loaded = tasks | "ReadImages" >> beam.ParDo(ReadImages(job)).with_outputs(REJECTS, _TO_MODEL, main="annotated")
     branches = [loaded.annotated | "SegmentByAnnotation" >> beam.ParDo(SegmentByAnnotation())]
     if job.model:
@@ -180,26 +191,27 @@ def _write(
 ) -> None:
     shard_count = (
         images
-        | "CountImages" >> beam.combiners.Count.Globally()
+        | "ImagesInBatch" >> beam.Map(lambda batch: batch[0])
+        | "CountImages" >> beam.CombineGlobally(sum)
         | "CountShards" >> beam.ParDo(CountShards(job.staging, job.num_shards))
     )
     statistics = (
         spilled
-        | "PresentClasses" >> beam.Map(lambda place: place.present_labels)
+        | "PresentClasses" >> beam.FlatMap(lambda batch: [place.present_labels for place in unpacked(batch)])
         | "ClassStatistics" >> beam.CombineGlobally(CombineStatistics())
     )
     by_shard = {
-        "drafts": spilled | "ShardOfDraft" >> beam.Map(_with_shard, AsSingleton(shard_count)),
+        "drafts": spilled | "ShardOfDraft" >> beam.FlatMap(_drafts_by_shard, AsSingleton(shard_count)),
         "rejects": rejects
         | "AllRejects" >> beam.Flatten(pipeline=pipeline)
-        | "ShardOfReject" >> beam.Map(_with_shard, AsSingleton(shard_count)),
+        | "ShardOfReject" >> beam.Map(_reject_by_shard, AsSingleton(shard_count)),
     }
     shards = (
         by_shard
         | "GroupByShard" >> beam.CoGroupByKey()
         | "WriteShards" >> beam.ParDo(WriteShards(job), AsSingleton(statistics))
     )
-    input_counts = inputs | "CountInputs" >> beam.combiners.Count.PerElement()
+    input_counts = inputs | "CountInputs" >> beam.CombinePerKey(sum)
     _ = (
         pipeline
         | "Once" >> beam.Create([job.publication])
@@ -207,18 +219,57 @@ def _write(
     )
 
 
-def _with_shard(element: SpilledDraft | Reject, shard_count: int) -> tuple[int, bytes]:
-    key = element.image_id if isinstance(element, SpilledDraft) else element.id
-    return stable_hash("shard", key) % shard_count, packed(element)
+def _drafts_by_shard(batch: Batch, shard_count: int) -> Iterator[tuple[int, Batch]]:
+    by_shard: dict[int, list[SpilledDraft]] = defaultdict(list)
+    for place in unpacked(batch):
+        by_shard[stable_hash("shard", place.image_id) % shard_count].append(place)
+    for shard, places in by_shard.items():
+        yield shard, packed(places)
+
+
+def _reject_by_shard(reject: Reject, shard_count: int) -> tuple[int, Batch]:
+    return stable_hash("shard", reject.id) % shard_count, packed([reject])
+
+
+def _late(value: Any) -> WindowedValue:
+    """What a DoFn emits when its bundle is finished."""
+    window = GlobalWindow()
+    return WindowedValue(value, window.max_timestamp(), (window,))
+
+
+class SpillMentions(beam.DoFn):
+    """Appends mentions to a file per bundle; their places, and their numbers by source, follow when it is closed."""
+
+    def __init__(self, staging: str) -> None:
+        self._staging = staging
+
+    def start_bundle(self) -> None:
+        self._writer: MentionSpillWriter | None = None
+        self._counts: Counter[str] = Counter()
+
+    def process(self, mention: Mention) -> None:
+        self._writer = self._writer or MentionSpillWriter(self._staging)
+        self._writer.append(mention)
+        self._counts[mention.input.source] += 1
+
+    def finish_bundle(self) -> Iterator[WindowedValue | Counted]:
+        if self._writer:
+            yield from map(_late, self._writer.close())
+            for count in self._counts.items():
+                yield TaggedOutput(_COUNTS, _late(count))
 
 
 class MergeMentions(beam.DoFn):
-    """Mentions of one image, made into its task; packed both."""
+    """The mentions of a partition, made into one task per image."""
 
-    def process(self, element: tuple[bytes, Iterable[bytes]]) -> Iterator[bytes | Rejected]:
-        task, rejects = merge_mentions(map(unpacked, element[1]))
-        yield packed(task)
-        yield from map(rejected, rejects)
+    def process(self, element: tuple[int, Iterable[MentionBlock]]) -> Iterator[Batch | Rejected]:
+        tasks = []
+        for mentions in read_mentions(element[1]):
+            task, rejects = merge_mentions(mentions)
+            yield from map(rejected, rejects)
+            tasks.append(task)
+        for first in range(0, len(tasks), _IMAGES_PER_BATCH):
+            yield packed(tasks[first : first + _IMAGES_PER_BATCH])
 
 
 class ReadImages(beam.DoFn):
@@ -234,8 +285,11 @@ class ReadImages(beam.DoFn):
         self._segmented = Ticker(self._staging, SEGMENTED)
         self._rejected = Ticker(self._staging, REJECTED)
 
-    def process(self, packed_task: bytes) -> Iterator[LoadedImage | Rejected | ToModel]:
-        task: ImageTask = unpacked(packed_task)
+    def process(self, tasks: Batch) -> Iterator[LoadedImage | Rejected | ToModel]:
+        for task in unpacked(tasks):
+            yield from self._read(task)
+
+    def _read(self, task: ImageTask) -> Iterator[LoadedImage | Rejected | ToModel]:
         to_model = self._has_model and not (self._use_annotations and task.annotated)
         try:
             image, rejects = read_image(task, self._max_pixels, with_rgb=to_model)
@@ -291,9 +345,7 @@ class SpillDrafts(beam.DoFn):
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
         if self._writer:
-            window = GlobalWindow()
-            for place in self._writer.close():
-                yield WindowedValue(place, window.max_timestamp(), (window,))
+            yield from map(_late, self._writer.close())
 
     def teardown(self) -> None:
         self._segmented.close()
@@ -342,14 +394,14 @@ class WriteShards(beam.DoFn):
         self._written = Ticker(self._job.staging, WRITTEN)
 
     def process(
-        self, element: tuple[int, dict[str, Iterable[bytes]]], statistics: ClassStatistics
+        self, element: tuple[int, dict[str, Iterable[Batch]]], statistics: ClassStatistics
     ) -> Iterator[WrittenShard]:
         index, groups = element
         job = self._job
         yield write_shard(
             index,
-            map(unpacked, groups["drafts"]),
-            map(unpacked, groups["rejects"]),
+            chain.from_iterable(map(unpacked, groups["drafts"])),
+            chain.from_iterable(map(unpacked, groups["rejects"])),
             statistics,
             job.instructions,
             job.phrasebook,

@@ -2,6 +2,7 @@
 
 import pickle
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -111,23 +112,14 @@ class Draft:
     seconds: dict[str, float]
 
 
-# What all mentions have in common, so that the rest is all that each of them takes.
-_DICTIONARY = pickle.dumps(
-    [
-        Mention(Input(source, "000000000000"), ".png", ".jpg", 1, Annotation(".png", ((1, 1, 0),)), "", dialogue)
-        for source in SOURCES
-        for dialogue in (None, Dialogue("0", (("human", "<image>\n"), ("gpt", "The image"))))
-    ],
-    protocol=pickle.HIGHEST_PROTOCOL,
-)
+Batch = tuple[int, bytes]
+"""Some elements in one, and their number: a runner spends time and memory on each thing that it passes on."""
 
 
-def packed(element: Any) -> bytes:
-    """An element for a shuffle: a local runner keeps what it groups in memory, several times over."""
-    compressor = zlib.compressobj(1, zdict=_DICTIONARY)
-    return compressor.compress(pickle.dumps(element, protocol=pickle.HIGHEST_PROTOCOL)) + compressor.flush()
+def packed(elements: Sequence[Any]) -> Batch:
+    return len(elements), zlib.compress(pickle.dumps(elements, protocol=pickle.HIGHEST_PROTOCOL), 1)
 
 
-def unpacked(data: bytes) -> Any:
+def unpacked(batch: Batch) -> Any:
     """Back from `packed`; the bytes are of this very run."""
-    return pickle.loads(zlib.decompressobj(zdict=_DICTIONARY).decompress(data))
+    return pickle.loads(zlib.decompress(batch[1]))

@@ -1,22 +1,85 @@
-"""Drafts on disk between segmentation and the writing of shards.
+"""What waits on disk between two steps: mentions until those of an image meet, drafts until their shard is written.
 
-A shard needs the rows of images that were segmented anywhere, in an order of its own. Rather than sending rows with
-their image bytes through the runner's shuffle - which a local runner keeps in memory whole - each bundle appends its
-drafts to a file of its own in the staging folder, and only their places are shuffled. A retried bundle writes another
-file; what the failed one wrote is referred to by nobody.
+A local runner keeps in memory whole, several times over, what is sent through its shuffle. So each bundle appends to a
+file of its own in the staging folder, and only places are shuffled: of blocks of mentions, by partitions of the images,
+and of drafts, which their shard reads in an order of its own. A retried bundle writes another file; what the failed one
+wrote is referred to by nobody.
 """
 
 import pickle
 import uuid
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import BinaryIO, NamedTuple
 
 from collavo.instructions.write import present_thing_labels
-from pipelines.elements import Draft
+from pipelines.elements import Batch, Draft, Mention, packed
+from pipelines.merge import image_key
 from pipelines.storage import join, open_read, open_write
 
 _MAX_OPEN_FILES = 64
 """A cluster's shard draws on a file of every bundle, thousands perhaps, and each holds a buffer while it is open."""
+
+
+_PARTITIONS = 256
+"""Of images, by hash; all mentions of one of these are in memory at a time."""
+
+_MENTIONS_PER_WRITE = 4096
+_DRAFTS_PER_BATCH = 500
+
+
+class MentionBlock(NamedTuple):
+    """Where some mentions lie, all of the same partition."""
+
+    uri: str
+    offset: int
+    length: int
+
+
+class MentionSpillWriter:
+    """Writes mentions to one new file, those of a partition together; their places may be told only after `close`."""
+
+    def __init__(self, staging: str) -> None:
+        self._uri = join(staging, f"mentions/{uuid.uuid4().hex}.pickle")
+        self._file: BinaryIO = open_write(self._uri)
+        self._offset = 0
+        self._waiting: dict[int, list[Mention]] = defaultdict(list)
+        self._waiting_count = 0
+        self._blocks: list[tuple[int, MentionBlock]] = []
+
+    def append(self, mention: Mention) -> None:
+        self._waiting[image_key(mention)[0] % _PARTITIONS].append(mention)
+        self._waiting_count += 1
+        if self._waiting_count == _MENTIONS_PER_WRITE:
+            self._write()
+
+    def close(self) -> list[tuple[int, MentionBlock]]:
+        """The blocks by partition."""
+        self._write()
+        self._file.close()
+        return self._blocks
+
+    def _write(self) -> None:
+        for partition, mentions in self._waiting.items():
+            record = pickle.dumps(mentions, protocol=pickle.HIGHEST_PROTOCOL)
+            self._file.write(record)
+            self._blocks.append((partition, MentionBlock(self._uri, self._offset, len(record))))
+            self._offset += len(record)
+        self._waiting.clear()
+        self._waiting_count = 0
+
+
+def read_mentions(blocks: Iterable[MentionBlock]) -> list[list[Mention]]:
+    """The mentions of a partition, those of each image together."""
+    by_image: dict[bytes, list[Mention]] = defaultdict(list)
+    for uri, of_file in groupby(sorted(blocks), key=lambda block: block.uri):
+        with open_read(uri) as file:
+            for block in of_file:
+                file.seek(block.offset)
+                for mention in pickle.loads(file.read(block.length)):
+                    by_image[image_key(mention)].append(mention)
+    return list(by_image.values())
 
 
 class SpilledDraft(NamedTuple):
@@ -40,6 +103,7 @@ class SpillWriter:
         self._file: BinaryIO = open_write(self._uri)
         self._offset = 0
         self._spilled: list[SpilledDraft] = []
+        self._batches: list[Batch] = []
 
     def append(self, draft: Draft) -> None:
         record = pickle.dumps(draft, protocol=pickle.HIGHEST_PROTOCOL)
@@ -48,10 +112,19 @@ class SpillWriter:
         place = SpilledDraft(draft.row.image_id, draft.uri, present, self._uri, self._offset, len(record))
         self._spilled.append(place)
         self._offset += len(record)
+        if len(self._spilled) == _DRAFTS_PER_BATCH:
+            self._pack()
 
-    def close(self) -> list[SpilledDraft]:
+    def close(self) -> list[Batch]:
+        """The places, in batches."""
+        self._pack()
         self._file.close()
-        return self._spilled
+        return self._batches
+
+    def _pack(self) -> None:
+        if self._spilled:
+            self._batches.append(packed(self._spilled))
+        self._spilled = []
 
 
 def read_drafts(spilled: list[SpilledDraft]) -> Iterator[Draft]:

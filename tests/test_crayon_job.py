@@ -68,7 +68,8 @@ def test_every_step_travels(jobs, kind):
     job = jobs[kind]
     steps = [
         *(sources.ReadCoco(), sources.ReadLlava(), sources.ReadImageList(), sources.ReadCrayonRows(True)),
-        *(crayon_job.MergeMentions(), crayon_job.ReadImages(job), crayon_job.SegmentByAnnotation()),
+        *(crayon_job.SpillMentions("s"), crayon_job.MergeMentions(), crayon_job.ReadImages(job)),
+        crayon_job.SegmentByAnnotation(),
         *(crayon_job.SpillDrafts(job), crayon_job.CombineStatistics(), crayon_job.CountShards("s", 1)),
         crayon_job.WriteShards(job),
     ]
@@ -142,9 +143,10 @@ print(loaded)
 def test_what_is_shuffled_per_image_is_small():
     annotation = Annotation("000000142238.png", tuple((i * 1000, 1, 0) for i in range(40)))
     mention = Mention(Input("coco", "142238"), "a/b.jpg", "/data/a/b.jpg", 3, annotation, "/data/m/b.png")
-    task = ImageTask((mention,))
-    assert len(packed(task)) < 400
-    assert unpacked(packed(task)) == task
+    tasks = [ImageTask((mention._replace(image_path=f"a/{i}.jpg"),)) for i in range(16)]
+    count, data = batch = packed(tasks)
+    assert count == 16 and len(data) < 16 * 100
+    assert unpacked(batch) == tasks
 
 
 def test_class_statistics_are_the_same_for_any_grouping():

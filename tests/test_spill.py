@@ -4,8 +4,9 @@ import random
 import pytest
 from conftest import CAR, PERSON, SKY, crayon_row, segment
 
-from pipelines.elements import Draft, Input
-from pipelines.spill import SpilledDraft, SpillWriter, read_drafts
+from pipelines.elements import Draft, Input, Mention, unpacked
+from pipelines.merge import image_key
+from pipelines.spill import MentionBlock, MentionSpillWriter, SpilledDraft, SpillWriter, read_drafts, read_mentions
 
 
 def draft(name: str, *labels: int) -> Draft:
@@ -18,7 +19,7 @@ def spill(folder: str, drafts: list[Draft]) -> list[SpilledDraft]:
     writer = SpillWriter(folder)
     for one in drafts:
         writer.append(one)
-    return writer.close()
+    return [place for batch in writer.close() for place in unpacked(batch)]
 
 
 def test_drafts_are_read_back_in_any_order_and_from_many_files(tmp_path):
@@ -51,3 +52,19 @@ def test_only_the_drafts_asked_for_are_read(tmp_path):
     places = spill(str(tmp_path), [draft("a"), draft("b"), draft("c")])
     assert [one.row.image_id for one in read_drafts([places[2], places[0]])] == ["c", "a"]
     assert list(read_drafts([])) == []
+
+
+def test_mentions_of_an_image_meet_whatever_files_they_lie_in(tmp_path):
+    mentions = [Mention(Input("folder", f"{i}"), f"{i % 700}.jpg", f"/d/{i % 700}.jpg") for i in range(10_000)]
+    blocks: dict[int, list[MentionBlock]] = {}
+    for part in (mentions[:9_000], mentions[9_000:]):  # the first is written in several goes
+        writer = MentionSpillWriter(str(tmp_path))
+        for mention in part:
+            writer.append(mention)
+        for partition, block in writer.close():
+            blocks.setdefault(partition, []).append(block)
+    images = [image for of_partition in blocks.values() for image in read_mentions(of_partition)]
+    assert len(images) == 700 and sum(map(len, images)) == 10_000
+    assert all(len({image_key(mention) for mention in image}) == 1 for image in images)
+    assert {mention for image in images for mention in image} == set(mentions)
+    assert len(blocks) > 200  # so that no partition is large
