@@ -22,9 +22,6 @@ _MAX_OPEN_FILES = 64
 """A cluster's shard draws on a file of every bundle, thousands perhaps, and each holds a buffer while it is open."""
 
 
-_PARTITIONS = 256
-"""Of images, by hash; all mentions of one of these are in memory at a time."""
-
 _MENTIONS_PER_WRITE = 4096
 _DRAFTS_PER_BATCH = 500
 
@@ -49,7 +46,8 @@ class MentionSpillWriter:
         self._blocks: list[tuple[int, MentionBlock]] = []
 
     def append(self, mention: Mention) -> None:
-        self._waiting[image_key(mention)[0] % _PARTITIONS].append(mention)
+        partition = image_key(mention)[0]  # one of 256, of which one at a time is read back into memory
+        self._waiting[partition].append(mention)
         self._waiting_count += 1
         if self._waiting_count == _MENTIONS_PER_WRITE:
             self._write()
