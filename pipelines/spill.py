@@ -21,7 +21,6 @@ from pipelines.storage import join, open_read, open_write
 _MAX_OPEN_FILES = 64
 """A cluster's shard draws on a file of every bundle, thousands perhaps, and each holds a buffer while it is open."""
 
-
 _MENTIONS_PER_WRITE = 4096
 _DRAFTS_PER_BATCH = 500
 
