@@ -25,8 +25,11 @@ from collavo.training.batches import MicroBatch, collate
 from collavo.training.loop import Trainer, TrainingError, learning_rate_at
 from collavo.training.run_directory import load_base, load_run
 
-COMMON = "--device cpu --batch_size 4 --micro_batch_size 2 --lora_rank 4 --max_length 700 --max_steps 6 --workers 0"
-RATES = "--cpt_learning_rate 1e-2 --cit_learning_rate 1e-2"
+COMMON = (
+    "--device cpu --precision fp32 --batch_size 4 --micro_batch_size 2 --lora_rank 4 --max_length 700 --max_steps 6 "
+    "--workers 0"
+)
+RATES = "--cpt_learning_rate 2e-3 --cit_learning_rate 1e-2"
 
 
 @pytest.fixture(scope="module")

@@ -19,14 +19,29 @@ class ClosedLinear(nn.Linear):
             init.zeros_(self.bias)
 
 
+class UnitEmbedding(nn.Embedding):
+    """Vectors of unit scale. Were queries and both layers near zero, learning would hardly begin."""
+
+    def reset_parameters(self) -> None:
+        init.normal_(self.weight)
+
+
+class UnitLinear(nn.Linear):
+    """A linear layer whose outputs start as large as its inputs."""
+
+    def reset_parameters(self) -> None:
+        init.normal_(self.weight, std=self.in_features**-0.5)
+        init.zeros_(self.bias)
+
+
 class CrayonPrompt(nn.Module):
     """Learnable queries, summed per cell, through a two-layer MLP."""
 
     def __init__(self, width: int, hidden_size: int, semantic: bool = True, numbering: bool = True) -> None:
         super().__init__()
-        self.semantic_queries = nn.Embedding(SEMANTIC_INDICES, width) if semantic else None
-        self.numbering_queries = nn.Embedding(MAX_NUMBERING + 1, width) if numbering else None
-        self.linear_1 = nn.Linear(width, hidden_size)
+        self.semantic_queries = UnitEmbedding(SEMANTIC_INDICES, width) if semantic else None
+        self.numbering_queries = UnitEmbedding(MAX_NUMBERING + 1, width) if numbering else None
+        self.linear_1 = UnitLinear(width, hidden_size)
         self.act = nn.GELU()
         self.linear_2 = ClosedLinear(hidden_size, hidden_size)
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Lla
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
 
 from collavo.model.configuration_collavo import CollavoConfig
-from collavo.model.crayon_prompt import ClosedLinear, CrayonPrompt
+from collavo.model.crayon_prompt import ClosedLinear, CrayonPrompt, UnitEmbedding, UnitLinear
 from collavo.model.low_rank_branches import CRAYON_SIGNAL, CellSignal, add_low_rank_branches
 from collavo.model.packing import packing_mask
 
@@ -83,7 +83,7 @@ class CollavoModel(LlavaModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, ClosedLinear):
+        if isinstance(module, ClosedLinear | UnitEmbedding | UnitLinear):
             module.reset_parameters()
 
     def signal(

@@ -322,10 +322,12 @@ def _accelerator(arguments: TrainArguments) -> Accelerator:
 
 
 def _dtype(arguments: TrainArguments, device: torch.device) -> torch.dtype:
-    precision = arguments.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "fp32"
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    if arguments.precision == "auto":
+        # A processor without instructions for bfloat16 computes in it too, but slower than in float32.
+        in_bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        in_bf16 = arguments.precision == "bf16"
+    return torch.bfloat16 if in_bf16 else torch.float32
 
 
 def _weights_by_type(model: torch.nn.Module) -> Counter[str]:
