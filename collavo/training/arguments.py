@@ -91,7 +91,7 @@ PRESETS = {
         {
             # The whole default run, build and evaluation included, is to end in a quarter of an hour on two cores.
             "epochs": 2,
-            "max_steps": 500,
+            "max_steps": 350,
             "batch_size": 8,
             "cpt_learning_rate": 2e-3,
             "cit_learning_rate": 1.5e-3,
