@@ -205,9 +205,20 @@ def _tell(conversation: Conversation, question: str, answerer: Answerer, console
     """Print an answer as it grows; a beam search knows it at the end only."""
     if answerer.beams == 1:
         tokenizer: Any = answerer.processor.tokenizer
-        conversation.ask(question, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+        conversation.ask(question, _AnswerStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
     else:
         console.print(conversation.ask(question), markup=False)
+
+
+class _AnswerStreamer(TextStreamer):
+    """Without the space that an answer begins with."""
+
+    _begun = False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        shown = text if self._begun else text.lstrip()
+        self._begun = self._begun or bool(shown)
+        super().on_finalized_text(shown, stream_end)
 
 
 def _objects_shown(picture: Picture) -> Text:
