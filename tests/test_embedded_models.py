@@ -1,6 +1,7 @@
 """The models in the package: opened only if whole, as good as their cards say, and made by the commands named there."""
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -88,6 +89,35 @@ def test_the_base_in_the_package_is_whole_and_loads():
     assert find_embedded("tiny") is not None
     model, processor = load_base("tiny", torch.float32)
     assert model.config.image_token_index == processor.image_token_id
+
+
+@needs_tiny_base
+def test_the_base_in_the_package_says_yes_and_no():
+    """No adapter beside frozen embeddings can teach it a word that it never wrote."""
+    model, processor = load_base("tiny", torch.float32)
+    said = set()
+    for word in ("cat", "dog", "cup"):
+        prompt = torch.tensor(processor.render([("human", f"cat, cat, cup, kite. Is {word} one of these?")]).input_ids)
+        prompt = prompt[prompt != processor.image_token_id][None]
+        said.add(processor.tokenizer.decode(model.generate(prompt, max_new_tokens=8)[0, prompt.shape[1] :]))
+    assert said <= {" Yes.</s>", " No.</s>"}
+
+
+def test_questions_about_words_have_the_answers_that_their_lists_give():
+    kinds = set()
+    for index in range(300):
+        (_, question), (_, answer) = pretrain.lookup_dialogue(index)
+        if match := re.fullmatch(r"(.+)\. Is (.+) one of these\?", question):
+            assert answer == ("Yes." if match[2] in match[1].split(", ") else "No.")
+        elif match := re.fullmatch(r"(.+)\. How often does it say (.+)\?", question):
+            assert answer == f"{match[1].split(', ').count(match[2])}."
+        elif match := re.fullmatch(r"(.+)\. Wh(?:at|ich) goes with (.+)\?", question):
+            assert f"{match[2]} {answer}" in match[1] or f"{answer.removesuffix('.')} {match[2]}" in match[1]
+        else:
+            assert question == f"Write it again: {answer}"
+            match = re.match("Write", question)
+        kinds.add((match.re.pattern, answer if answer in ("Yes.", "No.") else ""))
+    assert len(kinds) == 5
 
 
 def test_what_is_in_the_package_is_small():
