@@ -51,7 +51,7 @@ from pipelines.sources import (
     Sources,
     rejected,
 )
-from pipelines.spill import MentionBlock, MentionSpillWriter, SpilledDraft, SpillWriter, read_mentions
+from pipelines.spill import Block, MentionSpillWriter, SpilledDraft, SpillWriter, read_mentions
 from pipelines.write_shard import WrittenShard, write_shard
 
 IMAGES_PER_SHARD = 2000
@@ -262,7 +262,7 @@ class SpillMentions(beam.DoFn):
 class MergeMentions(beam.DoFn):
     """The mentions of a partition, made into one task per image."""
 
-    def process(self, element: tuple[int, Iterable[MentionBlock]]) -> Iterator[Batch | Rejected]:
+    def process(self, element: tuple[int, Iterable[Block]]) -> Iterator[Batch | Rejected]:
         tasks = []
         for mentions in read_mentions(element[1]):
             task, rejects = merge_mentions(mentions)

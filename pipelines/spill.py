@@ -11,7 +11,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from itertools import groupby
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from collavo.instructions.write import present_thing_labels
 from pipelines.elements import Batch, Draft, Mention, packed
@@ -25,24 +25,41 @@ _MENTIONS_PER_WRITE = 4096
 _DRAFTS_PER_BATCH = 500
 
 
-class MentionBlock(NamedTuple):
-    """Where some mentions lie, all of the same partition."""
+class Block(NamedTuple):
+    """Where something lies on disk."""
 
     uri: str
     offset: int
     length: int
 
 
+class _SpillFile:
+    """One new file, to which whatever can be pickled is appended; what was, may be read only after `close`."""
+
+    def __init__(self, staging: str, kind: str) -> None:
+        self._uri = join(staging, f"{kind}/{uuid.uuid4().hex}.pickle")
+        self._file: BinaryIO = open_write(self._uri)
+        self._offset = 0
+
+    def append(self, element: Any) -> Block:
+        record = pickle.dumps(element, protocol=pickle.HIGHEST_PROTOCOL)
+        self._file.write(record)
+        block = Block(self._uri, self._offset, len(record))
+        self._offset += len(record)
+        return block
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class MentionSpillWriter:
     """Writes mentions to one new file, those of a partition together; their places may be told only after `close`."""
 
     def __init__(self, staging: str) -> None:
-        self._uri = join(staging, f"mentions/{uuid.uuid4().hex}.pickle")
-        self._file: BinaryIO = open_write(self._uri)
-        self._offset = 0
+        self._file = _SpillFile(staging, "mentions")
         self._waiting: dict[int, list[Mention]] = defaultdict(list)
         self._waiting_count = 0
-        self._blocks: list[tuple[int, MentionBlock]] = []
+        self._blocks: list[tuple[int, Block]] = []
 
     def append(self, mention: Mention) -> None:
         partition = image_key(mention)[0]  # one of 256, of which one at a time is read back into memory
@@ -51,23 +68,19 @@ class MentionSpillWriter:
         if self._waiting_count == _MENTIONS_PER_WRITE:
             self._write()
 
-    def close(self) -> list[tuple[int, MentionBlock]]:
+    def close(self) -> list[tuple[int, Block]]:
         """The blocks by partition."""
         self._write()
         self._file.close()
         return self._blocks
 
     def _write(self) -> None:
-        for partition, mentions in self._waiting.items():
-            record = pickle.dumps(mentions, protocol=pickle.HIGHEST_PROTOCOL)
-            self._file.write(record)
-            self._blocks.append((partition, MentionBlock(self._uri, self._offset, len(record))))
-            self._offset += len(record)
+        self._blocks += [(partition, self._file.append(mentions)) for partition, mentions in self._waiting.items()]
         self._waiting.clear()
         self._waiting_count = 0
 
 
-def read_mentions(blocks: Iterable[MentionBlock]) -> list[list[Mention]]:
+def read_mentions(blocks: Iterable[Block]) -> list[list[Mention]]:
     """The mentions of a partition, those of each image together."""
     by_image: dict[bytes, list[Mention]] = defaultdict(list)
     for uri, of_file in groupby(sorted(blocks), key=lambda block: block.uri):
@@ -87,28 +100,20 @@ class SpilledDraft(NamedTuple):
     """Settles which of two images with the same id comes first."""
 
     present_labels: tuple[int, ...]
-    uri: str
-    offset: int
-    length: int
+    block: Block
 
 
 class SpillWriter:
     """Appends drafts to one new file; their places may be told only after `close`."""
 
     def __init__(self, staging: str) -> None:
-        self._uri = join(staging, f"drafts/{uuid.uuid4().hex}.pickle")
-        self._file: BinaryIO = open_write(self._uri)
-        self._offset = 0
+        self._file = _SpillFile(staging, "drafts")
         self._spilled: list[SpilledDraft] = []
         self._batches: list[Batch] = []
 
     def append(self, draft: Draft) -> None:
-        record = pickle.dumps(draft, protocol=pickle.HIGHEST_PROTOCOL)
-        self._file.write(record)
         present = tuple(present_thing_labels(draft.row.segments))
-        place = SpilledDraft(draft.row.image_id, draft.uri, present, self._uri, self._offset, len(record))
-        self._spilled.append(place)
-        self._offset += len(record)
+        self._spilled.append(SpilledDraft(draft.row.image_id, draft.uri, present, self._file.append(draft)))
         if len(self._spilled) == _DRAFTS_PER_BATCH:
             self._pack()
 
@@ -128,15 +133,15 @@ def read_drafts(spilled: list[SpilledDraft]) -> Iterator[Draft]:
     """Read drafts back, in the order given."""
     files: dict[str, BinaryIO] = {}
     try:
-        for place in spilled:
-            if place.uri not in files:
+        for uri, offset, length in (place.block for place in spilled):
+            if uri not in files:
                 if len(files) == _MAX_OPEN_FILES:
                     files.pop(next(iter(files))).close()
-                files[place.uri] = open_read(place.uri)
-            file = files[place.uri]
-            file.seek(place.offset)
+                files[uri] = open_read(uri)
+            file = files[uri]
+            file.seek(offset)
             # Our own file of this very run, in a folder that only its workers write to.
-            yield pickle.loads(file.read(place.length))
+            yield pickle.loads(file.read(length))
     finally:
         for file in files.values():
             file.close()

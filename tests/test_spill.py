@@ -6,7 +6,7 @@ from conftest import CAR, PERSON, SKY, crayon_row, segment
 
 from pipelines.elements import Draft, Input, Mention, unpacked
 from pipelines.merge import image_key
-from pipelines.spill import MentionBlock, MentionSpillWriter, SpilledDraft, SpillWriter, read_drafts, read_mentions
+from pipelines.spill import Block, MentionSpillWriter, SpilledDraft, SpillWriter, read_drafts, read_mentions
 
 
 def draft(name: str, *labels: int) -> Draft:
@@ -27,7 +27,7 @@ def test_drafts_are_read_back_in_any_order_and_from_many_files(tmp_path):
     places = [place for i in range(3) for place in spill(str(tmp_path), drafts[3 * i : 3 * i + 3])]
     order = random.Random(0).sample(range(9), 9)
     assert list(read_drafts([places[i] for i in order])) == [drafts[i] for i in order]
-    assert len({place.uri for place in places}) == 3
+    assert len({place.block.uri for place in places}) == 3
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files as Linux shows them")
@@ -56,7 +56,7 @@ def test_only_the_drafts_asked_for_are_read(tmp_path):
 
 def test_mentions_of_an_image_meet_whatever_files_they_lie_in(tmp_path):
     mentions = [Mention(Input("folder", f"{i}"), f"{i % 700}.jpg", f"/d/{i % 700}.jpg") for i in range(10_000)]
-    blocks: dict[int, list[MentionBlock]] = {}
+    blocks: dict[int, list[Block]] = {}
     for part in (mentions[:9_000], mentions[9_000:]):  # the first is written in several goes
         writer = MentionSpillWriter(str(tmp_path))
         for mention in part:
