@@ -16,9 +16,6 @@ The folder holds scenes, data, and a run directory per arm and seed. The command
 is done is not done again; several commands, each with --seeds of its own, share the work. The results of all that is
 finished are in ablation.json, ablation.md and ablation.png. A small study is given more by more --seeds, never by
 another --train_scenes, --cpt_steps or --cit_steps: these want a new folder.
-
-Where the processor multiplies in bfloat16 (AMX, AVX512-BF16), `--precision bf16` among --train_flags saves a third of a
-step's time; `--attention eager` then makes attention faster too, for more memory.
 """
 
 import argparse
