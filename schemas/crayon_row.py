@@ -26,7 +26,7 @@ TASKS = ("counting", "class_to_box", "box_to_class", "list_objects", "list_objec
 SPLITS = ("train", "validation")
 
 METADATA_PREFIX = "collavo."
-"""Keys of this project in a file's key-value metadata: `collavo.schema_version`, `collavo.segmenter`, ..."""
+"""Keys of this project in a file's key-value metadata: `collavo.schema_version`, `collavo.segmenters`, ..."""
 
 # `binary` and not `large_binary`, and exactly these field names: with any other, `datasets` shows a dict, not an image.
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
