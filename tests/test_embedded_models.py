@@ -15,10 +15,13 @@ from conftest import needs_scenes_model, needs_tiny_base
 
 from collavo import embedded
 from collavo.embedded import CHECKSUMS, EmbeddedError, find_embedded
+from collavo.instructions.text import find_boxes
 from collavo.panoptic.thresholds import PRESETS
+from collavo.scenes.drawing import COLORS
 from collavo.segmenters import SegmenterError, load_segmenter
-from collavo.training import pretrain, segmenter
+from collavo.training import pretrain, segmenter, word_texts
 from collavo.training.run_directory import RunError, load_base
+from schemas.categories import CATEGORIES
 
 PQ_TOLERANCE = 0.01
 """On another CPU a near-tie may fall the other way."""
@@ -97,27 +100,61 @@ def test_the_base_in_the_package_says_yes_and_no():
     model, processor = load_base("tiny", torch.float32)
     said = set()
     for word in ("cat", "dog", "cup"):
-        prompt = torch.tensor(processor.render([("human", f"cat, cat, cup, kite. Is {word} one of these?")]).input_ids)
+        question = f"The list: cat, cat, cup, kite. Is there a {word} in the list?"
+        prompt = torch.tensor(processor.render([("human", question)]).input_ids)
         prompt = prompt[prompt != processor.image_token_id][None]
         said.add(processor.tokenizer.decode(model.generate(prompt, max_new_tokens=8)[0, prompt.shape[1] :]))
-    assert said <= {" Yes.</s>", " No.</s>"}
+    assert said == {" Yes.</s>", " No.</s>"}
 
 
-def test_questions_about_words_have_the_answers_that_their_lists_give():
+def words_of(listing: str) -> list[str]:
+    """The words of a list, however it is written, each as often as it is in it."""
+    if "#" in listing:
+        return re.findall(r"\(#\d+ ([^)]+)\)", listing)
+    if "/" in listing or re.search(r" \d", listing):
+        return [re.match(r"\D+(?= \d)", run)[0] for run in listing.split(" / ")]
+    return listing.split(", ")
+
+
+def test_questions_about_lists_have_the_answers_that_their_lists_give():
+    names = {c.with_article if c.is_thing else c.display_name: c.display_name for c in CATEGORIES}
+    plurals = {c.plural or c.display_name: c.display_name for c in CATEGORIES}
     kinds = set()
-    for index in range(300):
-        (_, question), (_, answer) = pretrain.lookup_dialogue(index)
-        if match := re.fullmatch(r"(.+)\. Is (.+) one of these\?", question):
-            assert answer == ("Yes." if match[2] in match[1].split(", ") else "No.")
-        elif match := re.fullmatch(r"(.+)\. How often does it say (.+)\?", question):
-            assert answer == f"{match[1].split(', ').count(match[2])}."
-        elif match := re.fullmatch(r"(.+)\. Wh(?:at|ich) goes with (.+)\?", question):
-            assert f"{match[2]} {answer}" in match[1] or f"{answer.removesuffix('.')} {match[2]}" in match[1]
+    about = (word_texts.list_dialogues, word_texts.short_list_dialogues)
+    for turns in (turns for index in range(100) for dialogues in about for turns in dialogues(index)):
+        listing, first = re.fullmatch(r"The list: (.+?)\. ([^.]+\??.)", turns[0][1]).groups()
+        words = words_of(listing)
+        questions = [first, *(text for _, text in turns[2::2])]
+        for question, (_, answer) in zip(questions, turns[1::2], strict=True):
+            if match := re.fullmatch(r"How many (.+?)(?: are in the list)?\?", question):
+                assert answer == f"{words.count(plurals[match[1]])}."
+            elif match := re.fullmatch(r"Which word comes after (.+)\?", question):
+                others = [word for word in words[words.index(match[1]) :] if word != match[1]]
+                assert answer == f"{(others or ['None'])[0]}."
+            elif question == "Which words are there?":
+                assert answer == ", ".join(dict.fromkeys(words)) + "."
+            elif question == "Write it with numbers.":
+                assert words_of(answer.removesuffix(".")) == words
+            else:
+                match = re.fullmatch(r"Is there (.+) in the list\?|(.+)\?", question)
+                assert answer == ("Yes." if (match[2] or names[match[1]]) in words else "No.")
+            kinds.add((" ".join(question.split()[:2]) if " " in question else "", answer in ("Yes.", "0.", "None.")))
+    assert len(kinds) >= 9
+
+
+def test_a_box_is_named_after_the_colour_that_fills_it():
+    red, blue = COLORS["red"], COLORS["blue"]
+    picture = np.full((90, 120, 3), red, np.uint8)
+    picture[:, 60:] = blue
+    asked = [turns for index in range(50) for turns in word_texts.color_dialogues(picture, index)]
+    for (_, question), (_, answer) in asked:
+        if boxes := find_boxes(question):
+            (x_min, _, x_max, _) = boxes[0]
+            if abs(x_min + x_max - 1) > 0.05:
+                assert answer == ("red." if x_min + x_max < 1 else "blue.")
         else:
-            assert question == f"Write it again: {answer}"
-            match = re.match("Write", question)
-        kinds.add((match.re.pattern, answer if answer in ("Yes.", "No.") else ""))
-    assert len(kinds) == 5
+            assert answer == ("Yes." if "red" in question or "blue" in question else "No.")
+    assert {answer for (_, _), (_, answer) in asked} == {"red.", "blue.", "Yes.", "No."}
 
 
 def test_what_is_in_the_package_is_small():

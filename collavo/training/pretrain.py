@@ -27,18 +27,20 @@ from collavo.model.packing import SHARED
 from collavo.model.processing_collavo import CollavoProcessor, build_processor
 from collavo.model.prompt import IMAGE_TOKEN, Turns
 from collavo.scenes import draw_scene, scene_seed
-from collavo.training.batches import Example, MicroBatch, collate, pack_prompts
+from collavo.training.batches import IGNORED, Example, MicroBatch, collate, pack_prompts
 from collavo.training.scratch import TRAIN_SCENES_SEED, ScratchOptions, train_from_scratch
-from schemas.categories import CATEGORIES, THINGS
+from collavo.training.word_texts import color_dialogues, list_dialogues, short_list_dialogues, word_dialogue
+from schemas.categories import CATEGORIES
 
-VOCABULARY = 1024
+VOCABULARY = 1408
 TOKENIZER_SCENES = 2000
 """Scenes whose dialogues the tokenizer is made from."""
 
-WORD_LISTS = 6
-"""Lists of words in a conversation about them."""
+SHORT_LISTS_FIRST = 300
+"""Steps with nothing but short lists: whether a word is among others is learned soonest by itself."""
 
-_NUMBERS_SEED, _WORDS_SEED = 7_000_001, 7_000_003
+WORD_STEPS = 1
+"""Batches of words between two of pictures; they cost less than half."""
 
 
 class PretrainingExamples(Dataset[Example]):
@@ -52,19 +54,35 @@ class PretrainingExamples(Dataset[Example]):
         self._batch_size = batch_size
 
     def __getitem__(self, index: int) -> Example:
-        return self._words(index) if index // self._batch_size % 2 else self._scene(index)
+        step = index // self._batch_size
+        if step < SHORT_LISTS_FIRST:
+            return self._words(index, short_list_dialogues(index))
+        if step % (WORD_STEPS + 1) == WORD_STEPS:
+            return self._scene(index)
+        return self._words(index, list_dialogues(index))
 
     def _scene(self, index: int) -> Example:
         scene = draw_scene(scene_seed(TRAIN_SCENES_SEED, index), self._SIZES_WH[index % len(self._SIZES_WH)])
-        prompts = [self._processor.render(turns) for turns in (*scene.dialogues, word_dialogue(index))]
+        dialogues = (*scene.dialogues, *color_dialogues(scene.image, index), word_dialogue(index))
+        prompts = [self._processor.render(turns) for turns in dialogues]
         return self._example(index, *pack_prompts(prompts, self._processor.image_token_id), scene.image)
 
-    def _words(self, index: int) -> Example:
-        turns = [turn for number in range(WORD_LISTS) for turn in lookup_dialogue(WORD_LISTS * index + number)]
-        prompt = self._processor.render(turns)
-        text = torch.tensor(prompt.input_ids) != self._processor.image_token_id
-        input_ids, labels = torch.tensor(prompt.input_ids)[text], torch.tensor(prompt.labels)[text]
-        return self._example(index, input_ids, labels, torch.full_like(labels, SHARED), np.zeros((1, 1, 3), np.uint8))
+    def _words(self, index: int, dialogues: Sequence[Turns]) -> Example:
+        """What the conversations begin with in common, then each by itself, as a picture and the questions about it are
+        packed."""
+        image_token = self._processor.image_token_id
+        prompts = [self._processor.render(turns) for turns in dialogues]
+        texts = [[i for i in prompt.input_ids if i != image_token] for prompt in prompts]
+        shared = next(i for i, tokens in enumerate(zip(*texts, strict=False)) if len(set(tokens)) > 1)
+        input_ids, labels, sequence_ids = texts[0][:shared], [IGNORED] * shared, [SHARED] * shared
+        for number, (text, prompt) in enumerate(zip(texts, prompts, strict=True), start=1):
+            input_ids += text[shared:]
+            labels += prompt.labels[len(prompt.labels) - len(text) + shared :]
+            sequence_ids += [number] * (len(text) - shared)
+        no_picture = np.zeros((1, 1, 3), np.uint8)
+        return self._example(
+            index, torch.tensor(input_ids), torch.tensor(labels), torch.tensor(sequence_ids), no_picture
+        )
 
     def _example(
         self, index: int, input_ids: torch.Tensor, labels: torch.Tensor, sequence_ids: torch.Tensor, image: np.ndarray
@@ -82,55 +100,8 @@ class PretrainingExamples(Dataset[Example]):
         )
 
 
-def word_dialogue(index: int) -> Turns:
-    """A question about numbers or words that needs no picture: to copy, compare, continue, or put into the plural."""
-    rng = np.random.Generator(np.random.Philox(key=[_NUMBERS_SEED, index]))
-    kind = int(rng.integers(4))
-    if kind == 0:
-        numbers = ", ".join(f"{value:.2f}" for value in rng.random(int(rng.integers(1, 9))))
-        return [("human", f"Write it again: [{numbers}]"), ("gpt", f"[{numbers}]")]
-    if kind == 1:
-        first, second = (round(float(value), 2) for value in rng.random(2))
-        return [("human", f"Which is more, {first:.2f} or {second:.2f}?"), ("gpt", f"{max(first, second):.2f}")]
-    if kind == 2:
-        start = int(rng.integers(20))
-        return [
-            ("human", f"Go on: {', '.join(str(start + i) for i in range(4))}"),
-            ("gpt", ", ".join(str(start + i) for i in range(4, 10))),
-        ]
-    thing = THINGS[int(rng.integers(len(THINGS)))]
-    return [("human", f"What is the plural of {thing.singular}?"), ("gpt", thing.plural)]
-
-
-def lookup_dialogue(index: int) -> Turns:
-    """A list of words and a question that only the list answers: whether and how often a word is in it, what number a
-    word goes with, which word goes with a number; or the list once more."""
-    rng = np.random.Generator(np.random.Philox(key=[_WORDS_SEED, index]))
-    kinds = [CATEGORIES[i].display_name for i in rng.permutation(len(CATEGORIES))[: rng.integers(2, 7)]]
-    words = [kinds[i] for i in np.sort(rng.integers(1, len(kinds), size=rng.integers(2, 10)))]
-    kind, word = int(rng.integers(5)), words[int(rng.integers(len(words)))]
-    if kind == 0:
-        asked = word if rng.random() < 0.5 else kinds[0]  # the first of the kinds is never in the list
-        return [
-            ("human", f"{', '.join(words)}. Is {asked} one of these?"),
-            ("gpt", "No." if asked == kinds[0] else "Yes."),
-        ]
-    if kind == 1:
-        asked = word if rng.random() < 0.8 else kinds[0]
-        return [("human", f"{', '.join(words)}. How often does it say {asked}?"), ("gpt", f"{words.count(asked)}.")]
-    if kind == 2:
-        numbered = ", ".join(f"(#{words[:i].count(word) + 1} {word})" for i, word in enumerate(words))
-        return [("human", f"Write it again: {numbered}"), ("gpt", numbered)]
-    single = list(dict.fromkeys(words))
-    values = dict(zip(single, (f"{i / 100:.2f}" for i in rng.choice(100, len(single), replace=False)), strict=True))
-    pairs = ", ".join(f"{word} {value}" for word, value in values.items())
-    if kind == 3:
-        return [("human", f"{pairs}. Which goes with {values[word]}?"), ("gpt", f"{word}.")]
-    return [("human", f"{pairs}. What goes with {word}?"), ("gpt", values[word])]
-
-
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of `VOCABULARY` tokens that keeps digits apart, the same on every machine."""
+    """A byte-level BPE tokenizer of at most `VOCABULARY` tokens that keeps digits apart, the same on every machine."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -149,7 +120,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def base_config() -> CollavoConfig:
-    """A model of 7.7 million weights: pictures of 192 px in 12 x 12 patches, a Llama of six layers."""
+    """A model of 6.2 million weights: pictures of 192 px in 12 x 12 patches, a Llama of four layers."""
     return CollavoConfig(
         vision_config={
             "model_type": "clip_vision_model",
@@ -164,7 +135,7 @@ def base_config() -> CollavoConfig:
             "model_type": "llama",
             "hidden_size": 256,
             "intermediate_size": 704,
-            "num_hidden_layers": 6,
+            "num_hidden_layers": 4,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "vocab_size": VOCABULARY,
@@ -181,23 +152,48 @@ def base_config() -> CollavoConfig:
     )
 
 
+@torch.no_grad()
+def match_like_with_like(model: CollavoForConditionalGeneration) -> None:
+    """Let every head of the language model begin with keys that are its queries, so that a token attends to its like.
+
+    Without it no head found a word among others within 100,000 questions; with it, within 40,000 (benchmarks/LOG.md,
+    2026-11-26). The idea is that of mimetic initialisation, arXiv 2305.09828; here it is exact, without noise.
+    """
+    model.model.language_model.embed_tokens.weight.normal_(std=0.06)
+    for layer in model.model.language_model.layers:
+        layer.self_attn.q_proj.weight.normal_(std=0.044)  # a logit of about 4 for the same token, 0 for others
+        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+
+
+def begin_with_eyes_of(model: CollavoForConditionalGeneration, start: str) -> None:
+    """Give a model vision tower and projector of another."""
+    other = CollavoForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+    model.model.vision_tower.load_state_dict(other.model.vision_tower.state_dict())
+    model.model.multi_modal_projector.load_state_dict(other.model.multi_modal_projector.state_dict())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see the module's text."""
     arguments = _parser().parse_args(argv)
     run = Path(arguments.output)
     torch.manual_seed(arguments.seed)
     config = base_config()
-    model = CollavoForConditionalGeneration(config)
+    model, tokenizer = CollavoForConditionalGeneration(config), build_tokenizer()
+    match_like_with_like(model)
+    if arguments.eyes:
+        begin_with_eyes_of(model, arguments.eyes)
     # On a CPU with a packed mask a quarter faster than SDPA, with the same losses.
     model.set_attn_implementation("eager")
-    processor = build_processor(config, build_tokenizer())
+    processor = build_processor(config, tokenizer)
     # The Crayon Prompt is no part of the base: it waits, closed, for Crayon Prompt Tuning.
     model.model.crayon_prompt.requires_grad_(False)
 
     def loss_of(batch: MicroBatch) -> torch.Tensor:
         inputs = batch.inputs
         if not (inputs["input_ids"] == config.image_token_index).any():
-            inputs = {name: inputs[name] for name in ("input_ids", "labels", "attention_mask")}
+            inputs = {
+                name: inputs[name] for name in inputs if name not in ("pixel_values", "semantic_ids", "numbering_ids")
+            }
         with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
             loss: torch.Tensor = model(**inputs, supervised_only=True, use_cache=False).loss
         return loss
@@ -213,13 +209,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _tokenizer_texts() -> Iterator[str]:
+    """Every word that the model is to read or write, in the places where it stands, so that each becomes a token."""
     for index in range(TOKENIZER_SCENES):
         scene = draw_scene(scene_seed(TRAIN_SCENES_SEED, index), (64, 64))
-        yield from (value for turns in (*scene.dialogues, word_dialogue(index)) for _, value in turns)
+        dialogues = (
+            *scene.dialogues,
+            *color_dialogues(scene.image, index),
+            word_dialogue(index),
+            *list_dialogues(index),
+        )
+        for turns in dialogues:
+            yield from (f" {value}" if speaker == "gpt" else value for speaker, value in turns)
     for phrasings in load_phrasebook().phrasings.values():
-        yield from (f"{phrasing.question} {phrasing.present}" for phrasing in phrasings)
-    yield from (category.display_name for category in CATEGORIES)
-    yield from (f"User: {thing.singular} Assistant: {thing.plural}" for thing in THINGS)
+        yield from (f"{phrasing.question} {phrasing.present} {phrasing.absent or ''}" for phrasing in phrasings)
+    yield from (f"{c.display_name} {c.display_name} {c.singular} {c.plural}" for c in CATEGORIES)
+    yield "User: \n Assistant:"
 
 
 def _parser() -> Parser:
@@ -231,6 +235,7 @@ def _parser() -> Parser:
     )
     add, count = parser.add_argument, whole_number(1)
     add("--output", required=True, metavar="DIR", help="checkpoints, metrics and the model")
+    add("--eyes", metavar="DIR", help="a base whose vision tower and projector to begin with (default: at random)")
     add("--steps", type=count, default=10000, metavar="N", help="updates (default: 10000)")
     add(
         "--batch_size",
