@@ -2,10 +2,11 @@
 
     python -m collavo.training.pretrain --output runs/base --steps 10000
 
-It learns what a large base would bring along: to see (colours, places, what stands where), to speak (the dialogues
-that come with the scenes), to write numbers and plurals, and to find a word among words that it was given. No crayon
-task is among it: nothing in a picture is counted, boxed, listed or asked for by class, and no crayon map is shown. The
-folder `model` in the output is a base for `collavo.train --preset`. A stopped run goes on when the command is repeated.
+It learns what a large base would bring along: to see (colours, also those within a box; places, what stands where), to
+speak (the dialogues that come with the scenes), to write numbers and plurals, and to find and count words among words
+that it was given. No crayon task is among it: no class in a picture is counted, boxed, listed or asked for, and no
+crayon map is shown. The base in the package is an earlier one; its card says how it was made. The folder `model` in
+the output is a base for `collavo.train --preset`. A stopped run goes on when the command is repeated.
 """
 
 import argparse
