@@ -16,6 +16,7 @@ from conftest import needs_scenes_model, needs_tiny_base
 from collavo import embedded
 from collavo.embedded import CHECKSUMS, EmbeddedError, find_embedded
 from collavo.instructions.text import find_boxes
+from collavo.model import CollavoForConditionalGeneration
 from collavo.panoptic.thresholds import PRESETS
 from collavo.scenes.drawing import COLORS
 from collavo.segmenters import SegmenterError, load_segmenter
@@ -202,3 +203,18 @@ def test_the_bases_training_goes_on_where_it_stopped_and_leaves_a_base(tmp_path,
     assert steps_logged(run) == [1, 2]
     model, processor = load_base(str(run / "model"), torch.float32)
     assert model.config.image_token_index == processor.image_token_id
+
+
+@needs_tiny_base
+def test_a_new_base_can_begin_with_the_eyes_of_another_and_its_heads_with_keys_like_queries():
+    other = str(embedded.ASSETS / "tiny_base")
+    model, (eyes, _) = CollavoForConditionalGeneration(pretrain.base_config()), load_base(other, torch.float32)
+    pretrain.match_like_with_like(model)
+    pretrain.begin_with_eyes_of(model, other)
+    theirs = eyes.state_dict()
+    ours = model.state_dict()
+    same = {name for name, weight in ours.items() if name in theirs and torch.equal(weight, theirs[name])}
+    assert same >= {name for name in theirs if "vision_tower" in name or "projector" in name}
+    assert not any("q_proj" in name or "embed_tokens" in name for name in same if "language_model" in name)
+    for layer in model.model.language_model.layers:
+        assert torch.equal(layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight)
