@@ -45,8 +45,9 @@ WORD_STEPS = 1
 
 
 class PretrainingExamples(Dataset[Example]):
-    """Batches of scenes and of words in turn: all dialogues about one scene, and a little arithmetic of words, in one
-    packed sequence; or a conversation about lists of words, without a picture."""
+    """Short lists of words first, then batches of lists and of scenes in turn: in one packed sequence a list, or several
+    short ones, with the questions about it, without a picture; or all dialogues about one scene, questions about its
+    colours, and one about words or numbers by themselves."""
 
     _SIZES_WH = ((192, 144), (256, 192), (320, 240))
 
@@ -157,7 +158,7 @@ def base_config() -> CollavoConfig:
 def match_like_with_like(model: CollavoForConditionalGeneration) -> None:
     """Let every head of the language model begin with keys that are its queries, so that a token attends to its like.
 
-    Without it no head found a word among others within 100,000 questions; with it, within 40,000 (benchmarks/LOG.md,
+    Without it no head found a word among others within 126,000 questions; with it, within 80,000 (benchmarks/LOG.md,
     2026-11-26). The idea is that of mimetic initialisation, arXiv 2305.09828; here it is exact, without noise.
     """
     model.model.language_model.embed_tokens.weight.normal_(std=0.06)
@@ -243,7 +244,7 @@ def _parser() -> Parser:
         type=count,
         default=16,
         metavar="N",
-        help="scenes, or conversations about words, per update (default: 16)",
+        help="scenes, or sequences of lists of words, per update (default: 16)",
     )
     add("--learning_rate", type=float, default=1e-3, metavar="X", help="its peak (default: 1e-3)")
     add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 products (default: on)")

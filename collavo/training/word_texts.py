@@ -109,7 +109,7 @@ def color_dialogues(image: np.ndarray, index: int) -> list[Turns]:
 def _turns(listing: str, questions: list[tuple[str, str]]) -> Turns:
     (first, answer), *others = questions
     return [
-        ("human", f"{listing}. {first}"),
+        ("human", f"The list: {listing}. {first}"),
         ("gpt", answer),
         *(turn for q, a in others for turn in (("human", q), ("gpt", a))),
     ]
@@ -123,7 +123,7 @@ def _interval(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def _copied(words: list[Category]) -> tuple[str, str]:
-    return "Write it with numbers.", _numbered(words).removeprefix("The list: ") + "."
+    return "Write it with numbers.", f"{_numbered(words)}."
 
 
 def _is_in(word: Category, words: list[Category]) -> tuple[str, str]:
@@ -160,17 +160,17 @@ def _after(words: list[Category], asked: Category) -> str:
 
 
 def _plain(words: list[Category]) -> str:
-    return "The list: " + ", ".join(word.display_name for word in words)
+    return ", ".join(word.display_name for word in words)
 
 
 def _numbered(words: list[Category]) -> str:
-    return "The list: " + ", ".join(f"(#{words[:i].count(w) + 1} {w.display_name})" for i, w in enumerate(words))
+    return ", ".join(f"(#{words[:i].count(w) + 1} {w.display_name})" for i, w in enumerate(words))
 
 
 def _repeated(words: list[Category], rng: np.random.Generator) -> str:
     """Every word several times, as the cells of a picture repeat themselves, and its number with it."""
     texts = [f"{word.display_name} {words[:i].count(word) + 1}" for i, word in enumerate(words)]
-    return "The list: " + " / ".join(" ".join([text] * int(rng.integers(1, 5))) for text in texts)
+    return " / ".join(" ".join([text] * int(rng.integers(1, 5))) for text in texts)
 
 
 def _generator(seed: int, index: int) -> np.random.Generator:
