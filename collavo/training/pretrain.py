@@ -45,8 +45,8 @@ WORD_STEPS = 1
 
 
 class PretrainingExamples(Dataset[Example]):
-    """Short lists of words first, then batches of lists and of scenes in turn: in one packed sequence a list, or several
-    short ones, with the questions about it, without a picture; or all dialogues about one scene, questions about its
+    """Short lists of words first, then batches of lists and of scenes in turn. A packed sequence is a list, or several
+    short ones, with the questions about it, without a picture; or a scene with all its dialogues, questions about its
     colours, and one about words or numbers by themselves."""
 
     _SIZES_WH = ((192, 144), (256, 192), (320, 240))
