@@ -114,6 +114,15 @@ def test_two_processes_take_the_steps_of_one(world: Path, finished: Path) -> Non
         torch.testing.assert_close(tensor, weights(finished)[name], rtol=1e-2, atol=1e-4, msg=name)
 
 
+def test_queries_can_begin_as_names_of_which_the_first_step_is_already_told(world: Path, finished: Path) -> None:
+    flags = ("--stage", "cpt", "--query_start", "names")
+    assert train.main(command(world, world / "names", *flags)) == 0
+    found, others = losses(world / "names"), losses(finished)
+    assert found[0][2] != others[0][2]  # queries that begin at random have no effect yet
+    queries = load_file(world / "names" / "crayon.safetensors")["semantic_queries.weight"]
+    assert queries[0].norm() < 0.2 * queries[1:].norm(dim=1).mean()  # an unknown class has no name
+
+
 @pytest.mark.parametrize("flags", [("--micro_batch_size", "4"), ("--gradient_checkpointing",), ("--workers", "2")])
 def test_what_only_costs_memory_or_time_changes_no_loss(world: Path, finished: Path, flags: tuple[str, ...]) -> None:
     run = world / flags[0].strip("-")

@@ -64,3 +64,28 @@ class CrayonPrompt(nn.Module):
             if embedding is not None
         ]
         return self.linear_2(self.act(self.linear_1(sum(queries).flatten(1, 2))))
+
+    @torch.no_grad()
+    def begin_with(self, semantic: torch.Tensor, numbering: torch.Tensor) -> None:
+        """Set queries and connector so that the signal of a cell is the sum of what is given for its class and number.
+
+        GELU(x) - GELU(-x) is x, so half of the hidden units can pass on what the other half would bend. Queries
+        narrower than what they stand for keep its principal directions.
+
+        Args:
+            semantic: float [134, hidden_size].
+            numbering: float [21, hidden_size].
+        """
+        given = [(self.semantic_queries, semantic), (self.numbering_queries, numbering)]
+        pairs = [(queries, vectors) for queries, vectors in given if queries is not None]
+        width, hidden_size = self.linear_1.in_features, self.linear_1.out_features
+        directions = torch.linalg.svd(torch.cat([vectors for _, vectors in pairs]), full_matrices=False).Vh
+        directions = directions[: min(width, hidden_size // 2)]
+        kept = len(directions)
+        for queries, vectors in pairs:
+            queries.weight.zero_()[:, :kept] = vectors @ directions.T
+        straight = torch.eye(kept, width)
+        self.linear_1.weight[: 2 * kept] = torch.cat([straight, -straight])
+        self.linear_1.bias.zero_()
+        self.linear_2.weight.zero_()[:, : 2 * kept] = torch.cat([directions.T, -directions.T], dim=1)
+        self.linear_2.bias.zero_()

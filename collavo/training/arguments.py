@@ -47,6 +47,11 @@ class TrainArguments:
     queries: str = _flag(
         "both", "both; semantic, numbering or none for an ablation", choices=("both", "semantic", "numbering", "none")
     )
+    query_start: str = _flag(
+        "random",
+        "what queries begin as: random, or names, the embeddings of their classes' names and numbers",
+        choices=("random", "names"),
+    )
     crayon_share: float | None = _flag(
         None, "share of crayon sequences in instruction tuning (default: the data's)", type=float
     )
@@ -99,6 +104,7 @@ PRESETS = {
             "max_length": 640,
             "attention": "eager",  # on a CPU faster than SDPA with the mask of packed sequences
             "object_list": "none",
+            "query_start": "names",
         },
         "the small base in this package, sized for a CPU",
     ),

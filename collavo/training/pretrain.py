@@ -4,14 +4,15 @@
 
 It learns what a large base would bring along: to see (colours, also those within a box; places, what stands where), to
 speak (the dialogues that come with the scenes), to write numbers and plurals, and to find and count words among words
-that it was given. No crayon task is among it: no class in a picture is counted, boxed, listed or asked for, and no
-crayon map is shown. The base in the package is an earlier one; its card says how it was made. The folder `model` in
-the output is a base for `collavo.train --preset`. A stopped run goes on when the command is repeated.
+that it was given, in a list or laid over a picture's cells (`collavo.training.charts`). No crayon task is among it: no
+object of a picture is counted, boxed, listed or asked for, and no crayon map of a picture is shown. The folder `model`
+in the output is a base for `collavo.train --preset`. A stopped run goes on when the command is repeated.
 """
 
 import argparse
 from collections.abc import Iterator, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,8 @@ from collavo.model.processing_collavo import CollavoProcessor, build_processor
 from collavo.model.prompt import IMAGE_TOKEN, Turns
 from collavo.scenes import draw_scene, scene_seed
 from collavo.training.batches import IGNORED, Example, MicroBatch, collate, pack_prompts
+from collavo.training.charts import WordPrompt, draw_chart
+from collavo.training.run_directory import load_base
 from collavo.training.scratch import TRAIN_SCENES_SEED, ScratchOptions, train_from_scratch
 from collavo.training.word_texts import color_dialogues, list_dialogues, short_list_dialogues, word_dialogue
 from schemas.categories import CATEGORIES
@@ -40,27 +43,45 @@ TOKENIZER_SCENES = 2000
 SHORT_LISTS_FIRST = 300
 """Steps with nothing but short lists: whether a word is among others is learned soonest by itself."""
 
-WORD_STEPS = 1
-"""Batches of words between two of pictures; they cost less than half."""
+SIMPLE_CHARTS_NEXT = 300
+"""Steps, after those, with charts that are asked only whether a word is there, for the same reason."""
+
+ROTATION = ("scene", "chart", "scene", "chart", "list")
+"""What the batches after those are made of, in turn."""
+
+CHART_PICTURES = 64
+"""Scenes that charts are laid over."""
 
 
 class PretrainingExamples(Dataset[Example]):
-    """Short lists of words first, then batches of lists and of scenes in turn. A packed sequence is a list, or several
-    short ones, with the questions about it, without a picture; or a scene with all its dialogues, questions about its
-    colours, and one about words or numbers by themselves."""
+    """Short lists of words first, then simple charts, then batches of scenes, charts and lists in turn.
+
+    A packed sequence is a list, or several short ones, with the questions about it, without a picture; a chart with its
+    questions, over a picture that has nothing to do with it; or a scene with all its dialogues, questions about its
+    colours, and one about words or numbers by themselves.
+
+    Args:
+        first_step: where in this order to begin.
+    """
 
     _SIZES_WH = ((192, 144), (256, 192), (320, 240))
 
-    def __init__(self, processor: CollavoProcessor, batch_size: int) -> None:
+    def __init__(self, processor: CollavoProcessor, batch_size: int, first_step: int = 0) -> None:
         self._processor = processor
         self._batch_size = batch_size
+        self._first_step = first_step
 
     def __getitem__(self, index: int) -> Example:
-        step = index // self._batch_size
+        step = index // self._batch_size + self._first_step
         if step < SHORT_LISTS_FIRST:
             return self._words(index, short_list_dialogues(index))
-        if step % (WORD_STEPS + 1) == WORD_STEPS:
-            return self._scene(index)
+        if step < SHORT_LISTS_FIRST + SIMPLE_CHARTS_NEXT:
+            return self._chart(index, only_whether=True)
+        match ROTATION[step % len(ROTATION)]:
+            case "scene":
+                return self._scene(index)
+            case "chart":
+                return self._chart(index, only_whether=False)
         return self._words(index, list_dialogues(index))
 
     def _scene(self, index: int) -> Example:
@@ -68,6 +89,13 @@ class PretrainingExamples(Dataset[Example]):
         dialogues = (*scene.dialogues, *color_dialogues(scene.image, index), word_dialogue(index))
         prompts = [self._processor.render(turns) for turns in dialogues]
         return self._example(index, *pack_prompts(prompts, self._processor.image_token_id), scene.image)
+
+    def _chart(self, index: int, only_whether: bool) -> Example:
+        chart = draw_chart(index, self._processor.grid_hw, only_whether)
+        prompts = [self._processor.render(turns) for turns in chart.dialogues]
+        picture = _chart_picture(index % CHART_PICTURES)
+        example = self._example(index, *pack_prompts(prompts, self._processor.image_token_id), picture)
+        return replace(example, semantic_ids=chart.semantic_ids, numbering_ids=chart.numbering_ids)
 
     def _words(self, index: int, dialogues: Sequence[Turns]) -> Example:
         """What the conversations begin with in common, then each by itself, as a picture and the questions about it are
@@ -121,6 +149,14 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
+def new_base() -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
+    """A base that has learned nothing yet."""
+    config = base_config()
+    model = CollavoForConditionalGeneration(config)
+    match_like_with_like(model)
+    return model, build_processor(config, build_tokenizer())
+
+
 def base_config() -> CollavoConfig:
     """A model of 6.2 million weights: pictures of 192 px in 12 x 12 patches, a Llama of four layers."""
     return CollavoConfig(
@@ -167,11 +203,9 @@ def match_like_with_like(model: CollavoForConditionalGeneration) -> None:
         layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
 
 
-def begin_with_eyes_of(model: CollavoForConditionalGeneration, start: str) -> None:
-    """Give a model vision tower and projector of another."""
-    other = CollavoForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
-    model.model.vision_tower.load_state_dict(other.model.vision_tower.state_dict())
-    model.model.multi_modal_projector.load_state_dict(other.model.multi_modal_projector.state_dict())
+@cache
+def _chart_picture(number: int) -> np.ndarray:
+    return draw_scene(scene_seed(TRAIN_SCENES_SEED, number), (192, 144)).image
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,20 +213,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     run = Path(arguments.output)
     torch.manual_seed(arguments.seed)
-    config = base_config()
-    model, tokenizer = CollavoForConditionalGeneration(config), build_tokenizer()
-    match_like_with_like(model)
-    if arguments.eyes:
-        begin_with_eyes_of(model, arguments.eyes)
-    # On a CPU with a packed mask a quarter faster than SDPA, with the same losses.
-    model.set_attn_implementation("eager")
-    processor = build_processor(config, tokenizer)
+    model, processor = load_base(arguments.start, torch.float32) if arguments.start else new_base()
     # The Crayon Prompt is no part of the base: it waits, closed, for Crayon Prompt Tuning.
-    model.model.crayon_prompt.requires_grad_(False)
+    crayon_prompt = model.model.crayon_prompt
+    model.model.crayon_prompt = WordPrompt(model, processor.tokenizer)
 
     def loss_of(batch: MicroBatch) -> torch.Tensor:
         inputs = batch.inputs
-        if not (inputs["input_ids"] == config.image_token_index).any():
+        if not (inputs["input_ids"] == processor.image_token_id).any():
             inputs = {
                 name: inputs[name] for name in inputs if name not in ("pixel_values", "semantic_ids", "numbering_ids")
             }
@@ -204,7 +232,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         steps=arguments.steps, batch_size=arguments.batch_size, learning_rate=arguments.learning_rate
     )
     pad = partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
-    train_from_scratch(run, model, PretrainingExamples(processor, options.batch_size), pad, loss_of, options, Console())
+    examples = PretrainingExamples(processor, options.batch_size, SHORT_LISTS_FIRST if arguments.start else 0)
+    train_from_scratch(run, model, examples, pad, loss_of, options, Console())
+    model.model.crayon_prompt = crayon_prompt
     model.bfloat16().save_pretrained(run / "model")
     processor.save_pretrained(run / "model")
     return 0
@@ -237,7 +267,7 @@ def _parser() -> Parser:
     )
     add, count = parser.add_argument, whole_number(1)
     add("--output", required=True, metavar="DIR", help="checkpoints, metrics and the model")
-    add("--eyes", metavar="DIR", help="a base whose vision tower and projector to begin with (default: at random)")
+    add("--start", metavar="DIR", help="a base to go on from, past the short lists (default: weights at random)")
     add("--steps", type=count, default=10000, metavar="N", help="updates (default: 10000)")
     add(
         "--batch_size",

@@ -17,6 +17,8 @@ from rich.console import Console
 
 from collavo.crayon_files import DataError, crayon_files
 from collavo.device import resolve_device
+from collavo.model import CollavoForConditionalGeneration
+from collavo.model.class_words import begin_with_names
 from collavo.model.processing_collavo import CollavoProcessor
 from collavo.model.prompt import show_supervision
 from collavo.training.adapters import (
@@ -220,6 +222,8 @@ class TrainingRun:
         model, processor = load_base(self.base, base_dtype, arguments.queries, arguments.attention)
         if arguments.stage == "cit":
             load_crayon_prompt(self.folder / CRAYON, model)
+        elif arguments.query_start == "names":
+            _begin_with_names(model, processor)
         if arguments.quantize:
             quantize_language_model(model, self.dtype, device)
         if arguments.gradient_checkpointing:
@@ -319,6 +323,13 @@ def _accelerator(arguments: TrainArguments) -> Accelerator:
     if arguments.report_to:
         accelerator.init_trackers("collavo", {k: str(v) for k, v in asdict(arguments).items()})
     return accelerator
+
+
+def _begin_with_names(model: CollavoForConditionalGeneration, processor: CollavoProcessor) -> None:
+    try:
+        begin_with_names(model, processor.tokenizer)
+    except ValueError as error:
+        raise ArgumentsError(f"--query_start names: {error}; use --query_start random") from error
 
 
 def _dtype(arguments: TrainArguments, device: torch.device) -> torch.dtype:

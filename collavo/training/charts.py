@@ -1,0 +1,135 @@
+"""Charts: words and numbers laid over the cells of a picture, with questions that only the chart answers.
+
+A chart reaches the language model where a Crayon Prompt's signal will, as the vectors of its words. It teaches what a
+large language model brings along: to find a word wherever it stands, to count, and to know which part of a picture a
+box of numbers means. No segmentation, no crayon query and no object of the picture takes part: a chart has nothing to
+do with the picture that it lies on.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from collavo.instructions.text import format_box
+from collavo.model import CollavoForConditionalGeneration
+from collavo.model.class_words import ClassWords
+from collavo.model.prompt import Turns
+from schemas.categories import CATEGORIES, THINGS, Category
+
+QUESTIONS = 15
+"""About a chart."""
+
+MAX_WORDS = 8
+"""Laid over a chart, one on top of the other, beside the one or two of its ground."""
+
+_STUFF = [category for category in CATEGORIES if not category.is_thing]
+_SEED = 7_000_051
+_LONGEST_SIDE = 6
+
+
+class Chart(NamedTuple):
+    """A chart as a Crayon Prompt would be given it, and the conversations about it."""
+
+    semantic_ids: torch.Tensor
+    """int64 [rows, columns]"""
+
+    numbering_ids: torch.Tensor
+    """int64 [rows, columns]"""
+
+    dialogues: list[Turns]
+
+
+class WordPrompt(nn.Module):
+    """In the Crayon Prompt's place, says the words of a chart in the language model's own embeddings."""
+
+    def __init__(self, model: CollavoForConditionalGeneration, tokenizer: Any) -> None:
+        super().__init__()
+        self._words = ClassWords(tokenizer)
+        self._model = [model]  # in a list, lest the model become a part of its own part
+
+    def forward(self, semantic_ids: torch.Tensor, numbering_ids: torch.Tensor) -> torch.Tensor:
+        """See `CrayonPrompt.forward`."""
+        names, numbers = self._words.vectors(self._model[0])
+        return (names[semantic_ids] + numbers[numbering_ids]).flatten(1, 2)
+
+
+class _Place(NamedTuple):
+    word: Category
+    number: int
+    box_xyxy: tuple[int, int, int, int]
+    """In cells."""
+
+
+def draw_chart(index: int, grid_hw: tuple[int, int], only_whether: bool) -> Chart:
+    """A chart and questions about it.
+
+    Args:
+        only_whether: ask only whether a word is there: what the other questions rest on is learned soonest by itself.
+    """
+    rng = np.random.Generator(np.random.Philox(key=[_SEED, index]))
+    semantic, numbering = _ground(rng, grid_hw)
+    places = _lay_words(rng, semantic, numbering)
+    kinds = ("whether",) if only_whether else ("whether", "count", "count", "what", "what", "where")
+    dialogues = [_question(rng, kinds[number % len(kinds)], places, grid_hw) for number in range(QUESTIONS)]
+    return Chart(torch.from_numpy(semantic), torch.from_numpy(numbering), dialogues)
+
+
+def _ground(rng: np.random.Generator, grid_hw: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Nothing, or one stuff word, or one above the other."""
+    semantic, numbering = np.zeros(grid_hw, np.int64), np.zeros(grid_hw, np.int64)
+    if rng.random() < 0.7:
+        horizon = int(rng.integers(grid_hw[0]))
+        above, below = (_STUFF[int(rng.integers(len(_STUFF)))] for _ in range(2))
+        semantic[:horizon], semantic[horizon:] = above.label + 1, below.label + 1
+        numbering[:] = 1
+    return semantic, numbering
+
+
+def _lay_words(rng: np.random.Generator, semantic: np.ndarray, numbering: np.ndarray) -> list[_Place]:
+    """Write rectangles of one to four words into both maps, in place; those of a word that can be seen are numbered."""
+    rows, columns = semantic.shape
+    words = [THINGS[i] for i in rng.permutation(len(THINGS))[: rng.integers(1, 5)]]
+    owner, laid = np.full(semantic.shape, -1), []
+    for number in range(int(rng.integers(1, MAX_WORDS + 1))):
+        height, width = (int(side) for side in rng.integers(1, _LONGEST_SIDE + 1, 2))
+        top, left = int(rng.integers(rows - height + 1)), int(rng.integers(columns - width + 1))
+        owner[top : top + height, left : left + width] = number
+        laid.append(words[int(rng.integers(len(words)))])
+    places: list[_Place] = []
+    for number, word in enumerate(laid):
+        cells = owner == number
+        if cells.any():
+            semantic[cells] = word.label + 1
+            numbering[cells] = 1 + sum(place.word == word for place in places)
+            y, x = np.nonzero(cells)
+            box = (int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1)
+            places.append(_Place(word, int(numbering[y[0], x[0]]), box))
+    return places
+
+
+def _question(rng: np.random.Generator, kind: str, places: list[_Place], grid_hw: tuple[int, int]) -> Turns:
+    rows, columns = grid_hw
+    place = places[int(rng.integers(len(places)))]
+    name = f"(#{place.number} {place.word.display_name})"
+    # Not quite along the cells, as the box of an object is not.
+    box = np.clip(place.box_xyxy + rng.uniform(-0.3, 0.3, 4), 0, [columns, rows, columns, rows])
+    written = format_box(tuple(box), (columns, rows))
+    if kind == "what":
+        forms = [f"What is in {written}?", f"Which word stands at {written}?", f"Name what lies within {written}."]
+        return _turns(rng, forms, f"{name}.")
+    if kind == "where":
+        return _turns(rng, [f"Where is {name}?", f"Give the place of {name}."], f"{written}.")
+    present = {place.word for place in places}
+    absent = [word for word in THINGS if word not in present]
+    word = place.word if rng.random() < 0.5 else absent[int(rng.integers(len(absent)))]
+    if kind == "count":
+        forms = [f"How many {word.plural} are on the chart?", f"Count the {word.plural}."]
+        return _turns(rng, forms, f"{sum(place.word == word for place in places)}.")
+    forms = [f"Is there {word.with_article} on the chart?", f"Does the chart have any {word.singular}?"]
+    return _turns(rng, forms, "Yes." if word in present else "No.")
+
+
+def _turns(rng: np.random.Generator, forms: list[str], answer: str) -> Turns:
+    return [("human", forms[int(rng.integers(len(forms)))]), ("gpt", answer)]

@@ -1,0 +1,105 @@
+"""Words in the place of a Crayon Prompt's signal: what charts ask, what they say, and queries that begin as names."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_model import tiny_config, tiny_model, tiny_tokenizer
+
+from collavo.instructions.text import find_boxes
+from collavo.model.class_words import ClassWords, begin_with_names
+from collavo.model.crayon_prompt import CrayonPrompt
+from collavo.training.charts import WordPrompt, draw_chart
+from schemas.categories import BY_DISPLAY_NAME, THINGS
+
+GRID_HW = (12, 12)
+
+
+def boxes_of(chart) -> dict[tuple[str, int], tuple[int, int, int, int]]:
+    """What stands on a chart, read out of its maps: the box in cells of every word and number."""
+    semantic, numbering = chart.semantic_ids.numpy(), chart.numbering_ids.numpy()
+    found = {}
+    for word in THINGS:
+        for number in np.unique(numbering[semantic == word.label + 1]):
+            y, x = np.nonzero((semantic == word.label + 1) & (numbering == number))
+            found[word.display_name, int(number)] = (x.min(), y.min(), x.max() + 1, y.max() + 1)
+    return found
+
+
+def is_near(text: str, box: tuple[int, int, int, int]) -> bool:
+    return np.abs(np.array(find_boxes(text)[0]) * 12 - box).max() < 0.4  # 0.3 of a cell, and two decimals
+
+
+def test_questions_about_charts_have_the_answers_that_their_maps_give() -> None:
+    singular = {form: c.display_name for c in THINGS for form in (c.with_article, c.singular)}
+    plural = {c.plural: c.display_name for c in THINGS}
+    kinds = set()
+    for index in range(120):
+        chart = draw_chart(index, GRID_HW, only_whether=index % 4 == 0)
+        boxes = boxes_of(chart)
+        for (_, question), (_, answer) in chart.dialogues:
+            if mention := re.search(r"\(#(\d+) ([^)]+)\)", question):
+                kind = "where"
+                assert is_near(answer, boxes[mention[2], int(mention[1])])
+            elif find_boxes(question):
+                kind = "what"
+                name = re.fullmatch(r"\(#(\d+) ([^)]+)\)\.", answer)
+                assert is_near(question, boxes[name[2], int(name[1])])
+            elif counted := re.fullmatch(r"(?:How many|Count the) (.+?)(?: are on the chart\?|\.)", question):
+                kind = "count"
+                assert answer == f"{sum(word == plural[counted[1]] for word, _ in boxes)}."
+            else:
+                kind = "whether"
+                asked = re.fullmatch(r"(?:Is there|Does the chart have any) (.+?)(?: on the chart)?\?", question)
+                there = any(word == singular[asked[1]] for word, _ in boxes)
+                assert answer == ("Yes." if there else "No.")
+            kinds.add((kind, answer in ("No.", "0.")))
+            assert kind == "whether" or index % 4
+    assert kinds == {("whether", True), ("whether", False), ("count", True), ("count", False), ("what", False),
+                     ("where", False)}  # fmt: skip
+
+
+def test_a_word_on_a_chart_is_what_the_first_layer_reads_where_it_stands_in_a_text() -> None:
+    model, tokenizer = tiny_model(), tiny_tokenizer()
+    layer_norm = model.model.language_model.layers[0].input_layernorm
+    torch.nn.init.normal_(layer_norm.weight)
+    tokens = tokenizer(" cat", add_special_tokens=False).input_ids
+    read = layer_norm(model.model.language_model.embed_tokens.weight[tokens].sum(0))
+    semantic = torch.tensor([[[BY_DISPLAY_NAME["cat"].label + 1, 0]]])
+    cells = WordPrompt(model, tokenizer)(semantic, torch.zeros_like(semantic))
+    torch.testing.assert_close(cells[0, 0], read, rtol=1e-3, atol=1e-3)
+    assert not cells[0, 1].any()
+    assert [*WordPrompt(model, tokenizer).parameters()] == []
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 40), st.booleans(), st.booleans())
+def test_a_crayon_prompt_can_begin_with_any_vectors_that_fit_its_width(rank: int, semantic: bool, more: bool) -> None:
+    width, hidden = 40, 80 if more else 96
+    prompt = CrayonPrompt(width, hidden, semantic=semantic, numbering=True)
+    some = torch.randn(rank, hidden)
+    names, numbers = torch.randn(134, rank) @ some, torch.randn(21, rank) @ some
+    prompt.begin_with(names, numbers)
+    ids, counts = torch.randint(134, (2, 3, 4)), torch.randint(21, (2, 3, 4))
+    expected = numbers[counts] + (names[ids] if semantic else 0)
+    torch.testing.assert_close(prompt(ids, counts), expected.flatten(1, 2), rtol=1e-3, atol=1e-3)
+
+
+def test_queries_too_narrow_for_all_names_keep_what_is_largest_in_them() -> None:
+    model, tokenizer = tiny_model(open_prompt=False), tiny_tokenizer()
+    begin_with_names(model, tokenizer)
+    names, _ = ClassWords(tokenizer).vectors(model)
+    ids = torch.arange(134)[None, None]
+    said = model.model.crayon_prompt(ids, torch.zeros_like(ids))[0]
+    assert model.model.crayon_prompt.linear_1.in_features < 64
+    closest = torch.nn.functional.cosine_similarity(said[1:], names[1:])
+    assert closest.min() > 0 and closest.mean() > 0.6
+
+
+def test_queries_cannot_begin_as_names_where_the_signal_enters_elsewhere() -> None:
+    model = tiny_model(tiny_config(crayon_signal="low_rank_branches"), open_prompt=False)
+    with pytest.raises(ValueError, match="low_rank_branches"):
+        begin_with_names(model, tiny_tokenizer())
