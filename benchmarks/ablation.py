@@ -58,8 +58,8 @@ CRAYON_SHARE = 0.5
 """Of the steps of instruction tuning, where it has both kinds."""
 
 PICTURES_AT_ONCE, QUESTIONS_AT_ONCE = 16, 128
-MAX_NEW_TOKENS = dict.fromkeys(EVALUATED_TASKS, 24) | {"class_to_box": 400, DIALOGUE: 16}
-"""Fifteen boxes with their names fit into 400 tokens of the embedded base, digit by digit."""
+MAX_NEW_TOKENS = dict.fromkeys(EVALUATED_TASKS, 24) | {"class_to_box": 240, DIALOGUE: 16}
+"""Eight boxes with their names fit into 240 tokens of the embedded base, digit by digit."""
 
 TRAIN_FLAGS = (
     "--tasks counting class_to_box box_to_class class_to_binary --instructions_per_sequence 6 --max_length 512"

@@ -34,7 +34,7 @@ def is_near(text: str, box: tuple[int, int, int, int]) -> bool:
 
 
 def test_questions_about_charts_have_the_answers_that_their_maps_give() -> None:
-    singular = {form: c.display_name for c in THINGS for form in (c.with_article, c.singular)}
+    singular = {c.with_article: c.display_name for c in THINGS}
     plural = {c.plural: c.display_name for c in THINGS}
     kinds = set()
     for index in range(120):
@@ -48,12 +48,12 @@ def test_questions_about_charts_have_the_answers_that_their_maps_give() -> None:
                 kind = "what"
                 name = re.fullmatch(r"\(#(\d+) ([^)]+)\)\.", answer)
                 assert is_near(question, boxes[name[2], int(name[1])])
-            elif counted := re.fullmatch(r"(?:How many|Count the) (.+?)(?: are on the chart\?|\.)", question):
+            elif counted := re.fullmatch(r"(?:How many|Count the) (.+?)(?: are on the chart\?| do you read .*|\.)", question):
                 kind = "count"
                 assert answer == f"{sum(word == plural[counted[1]] for word, _ in boxes)}."
             else:
                 kind = "whether"
-                asked = re.fullmatch(r"(?:Is there|Does the chart have any) (.+?)(?: on the chart)?\?", question)
+                asked = re.fullmatch(r"(?:Is there|Does the chart have|Can you read) (.+?)(?: on the chart| in the image)?\?.*", question)
                 there = any(word == singular[asked[1]] for word, _ in boxes)
                 assert answer == ("Yes." if there else "No.")
             kinds.add((kind, answer in ("No.", "0.")))

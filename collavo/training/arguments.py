@@ -98,8 +98,7 @@ PRESETS = {
             "epochs": 2,
             "max_steps": 350,
             "batch_size": 8,
-            "cpt_learning_rate": 2e-3,
-            "cit_learning_rate": 1.5e-3,
+            "cit_learning_rate": 1e-3,
             "final_learning_rate": 5e-5,
             "max_length": 640,
             "attention": "eager",  # on a CPU faster than SDPA with the mask of packed sequences

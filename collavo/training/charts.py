@@ -117,19 +117,19 @@ def _question(rng: np.random.Generator, kind: str, places: list[_Place], grid_hw
     box = np.clip(place.box_xyxy + rng.uniform(-0.3, 0.3, 4), 0, [columns, rows, columns, rows])
     written = format_box(tuple(box), (columns, rows))
     if kind == "what":
-        forms = [f"What is in {written}?", f"Which word stands at {written}?", f"Name what lies within {written}."]
-        return _turns(rng, forms, f"{name}.")
+        forms = ["What is in {}?", "Which word stands at {}?", "What do you read within the box {}?"]
+        return _turns(rng, forms, written, f"{name}.")
     if kind == "where":
-        return _turns(rng, [f"Where is {name}?", f"Give the place of {name}."], f"{written}.")
+        return _turns(rng, ["Where is {}?", "Give the place of {}."], name, f"{written}.")
     present = {place.word for place in places}
     absent = [word for word in THINGS if word not in present]
     word = place.word if rng.random() < 0.5 else absent[int(rng.integers(len(absent)))]
     if kind == "count":
-        forms = [f"How many {word.plural} are on the chart?", f"Count the {word.plural}."]
-        return _turns(rng, forms, f"{sum(place.word == word for place in places)}.")
-    forms = [f"Is there {word.with_article} on the chart?", f"Does the chart have any {word.singular}?"]
-    return _turns(rng, forms, "Yes." if word in present else "No.")
+        forms = ["How many {} are on the chart?", "Count the {}.", "How many {} do you read in this picture?"]
+        return _turns(rng, forms, word.plural, f"{sum(place.word == word for place in places)}.")
+    forms = ["Is there {} on the chart?", "Does the chart have {}?", "Can you read {} in the image? Yes or no?"]
+    return _turns(rng, forms, word.with_article, "Yes." if word in present else "No.")
 
 
-def _turns(rng: np.random.Generator, forms: list[str], answer: str) -> Turns:
-    return [("human", forms[int(rng.integers(len(forms)))]), ("gpt", answer)]
+def _turns(rng: np.random.Generator, forms: list[str], asked: str, answer: str) -> Turns:
+    return [("human", forms[int(rng.integers(len(forms)))].format(asked)), ("gpt", answer)]

@@ -46,7 +46,7 @@ SHORT_LISTS_FIRST = 300
 SIMPLE_CHARTS_NEXT = 300
 """Steps, after those, with charts that are asked only whether a word is there, for the same reason."""
 
-ROTATION = ("scene", "chart", "scene", "chart", "list")
+ROTATION = ("scene", "chart", "chart", "scene", "chart", "list")
 """What the batches after those are made of, in turn."""
 
 CHART_PICTURES = 64
