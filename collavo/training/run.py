@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -247,7 +248,7 @@ class TrainingRun:
             return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
         return length
 
-    @property
+    @cached_property
     def _max_text_tokens(self) -> int:
         rows, columns = self.processor.grid_hw
         empty = self.processor.render([("human", ""), ("gpt", "")], objects="")
