@@ -96,7 +96,7 @@ PRESETS = {
         {
             # The whole default run, build and evaluation included, is to end in a quarter of an hour on two cores.
             "epochs": 2,
-            "max_steps": 350,
+            "max_steps": 250,
             "batch_size": 8,
             "cit_learning_rate": 1e-3,
             "final_learning_rate": 5e-5,
