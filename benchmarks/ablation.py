@@ -417,6 +417,7 @@ def plot(values: Values) -> Figure:
             _panel(axes, title, arms, values)
         row[0].set_ylabel(f"{table}\n\n%", fontsize=9)
     for axes, title in zip(panels[0], titles, strict=True):
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], 0))
         axes.set_title(title, fontsize=11, fontweight="bold", loc="left")
     figure.supxlabel(
         "A point is a seed, a bar the mean of an arm; dashed: the predicted map itself, read without a mistake.",
