@@ -16,6 +16,8 @@ from collavo.training.charts import WordPrompt, draw_chart
 from schemas.categories import BY_DISPLAY_NAME, THINGS
 
 GRID_HW = (12, 12)
+COUNTED = re.compile(r"(?:How many|Count the) (.+?)(?: are on the chart\?| do you read .*|\.)")
+WHETHER = re.compile(r"(?:Is there|Does the chart have|Can you read) (.+?)(?: on the chart| in the image)?\?.*")
 
 
 def boxes_of(chart) -> dict[tuple[str, int], tuple[int, int, int, int]]:
@@ -48,12 +50,12 @@ def test_questions_about_charts_have_the_answers_that_their_maps_give() -> None:
                 kind = "what"
                 name = re.fullmatch(r"\(#(\d+) ([^)]+)\)\.", answer)
                 assert is_near(question, boxes[name[2], int(name[1])])
-            elif counted := re.fullmatch(r"(?:How many|Count the) (.+?)(?: are on the chart\?| do you read .*|\.)", question):
+            elif counted := COUNTED.fullmatch(question):
                 kind = "count"
                 assert answer == f"{sum(word == plural[counted[1]] for word, _ in boxes)}."
             else:
                 kind = "whether"
-                asked = re.fullmatch(r"(?:Is there|Does the chart have|Can you read) (.+?)(?: on the chart| in the image)?\?.*", question)
+                asked = WHETHER.fullmatch(question)
                 there = any(word == singular[asked[1]] for word, _ in boxes)
                 assert answer == ("Yes." if there else "No.")
             kinds.add((kind, answer in ("No.", "0.")))

@@ -16,14 +16,14 @@ from conftest import needs_scenes_model, needs_tiny_base
 from collavo import embedded
 from collavo.embedded import CHECKSUMS, EmbeddedError, find_embedded
 from collavo.instructions.text import find_boxes
-from collavo.panoptic.thresholds import PRESETS
 from collavo.model.packing import packed_positions
+from collavo.panoptic.thresholds import PRESETS
 from collavo.scenes import draw_scene, scene_seed
 from collavo.scenes.drawing import COLORS
-from collavo.training.batches import IGNORED, pack_prompts
-from collavo.training.charts import WordPrompt, draw_chart
 from collavo.segmenters import SegmenterError, load_segmenter
 from collavo.training import pretrain, segmenter, word_texts
+from collavo.training.batches import IGNORED, pack_prompts
+from collavo.training.charts import WordPrompt, draw_chart
 from collavo.training.run_directory import RunError, load_base
 from schemas.categories import CATEGORIES
 
