@@ -18,7 +18,8 @@ from schemas.crayon_row import CrayonRow, Segment
 
 # Tensors here are tiny: threads that wait for one another cost more than they compute. Subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# The segmenter sets it for a process of its own; here other tests have used MKL before a segmenter is loaded.
+# Without it, the last bit of a product may depend on where in memory a matrix lies. A segmenter asks for it before it
+# uses MKL, but here other tests have used MKL by then.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that names a model of the hub wants the refusal, without five attempts
 

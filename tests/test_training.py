@@ -94,13 +94,11 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(world: Path, finished: 
     process.wait()
     assert not (run / "crayon.safetensors").exists()
     assert train.main([*flags, "--resume"]) == 0
-    assert [line[:2] for line in losses(run)] == [line[:2] for line in losses(finished)]
-    # Some processors' products depend in their last bit on where in memory a matrix lies.
-    assert [line[2] for line in losses(run)] == pytest.approx([line[2] for line in losses(finished)], rel=1e-5)
+    assert losses(run) == losses(finished)
     expected = weights(finished)
     assert weights(run).keys() == expected.keys()
     for name, tensor in weights(run).items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-5, msg=name)
+        assert torch.equal(tensor, expected[name]), name
 
 
 def test_two_processes_take_the_steps_of_one(world: Path, finished: Path) -> None:
