@@ -10,10 +10,9 @@ from collections import defaultdict
 
 import torch
 
-from collavo.model.packing import packed_positions
 from collavo.scenes import draw_scene, scene_seed
-from collavo.training.batches import IGNORED, pack_prompts
-from collavo.training.charts import WordPrompt, draw_chart
+from collavo.training.batches import IGNORED, collate
+from collavo.training.charts import WordPrompt, chart_example, draw_chart
 from collavo.training.run_directory import load_base
 
 FIRST_CHART = 10**7
@@ -33,20 +32,13 @@ def main() -> int:
     right: dict[str, list[bool]] = defaultdict(list)
     for number in range(flags.charts):
         chart = draw_chart(FIRST_CHART + number, processor.grid_hw, only_whether=False)
-        prompts = [processor.render(turns) for turns in chart.dialogues]
-        input_ids, labels, sequence_ids = pack_prompts(prompts, processor.image_token_id)
         picture = draw_scene(scene_seed(0, number), (192, 144)).image
+        example = chart_example(chart, picture, processor)
         with torch.no_grad():
-            outputs = model(
-                input_ids=input_ids[None],
-                pixel_values=processor.pixel_values(picture)[None],
-                semantic_ids=chart.semantic_ids[None],
-                numbering_ids=chart.numbering_ids[None],
-                sequence_ids=sequence_ids[None],
-                position_ids=packed_positions(sequence_ids)[None],
-            )
+            outputs = model(**collate([example], processor.tokenizer.pad_token_id).inputs)
         found = outputs.logits[0].argmax(-1)
-        for position in range(1, len(prompts) + 1):
+        labels, sequence_ids = example.labels, example.sequence_ids
+        for position in range(1, len(chart.dialogues) + 1):
             places = ((sequence_ids[1:] == position) & (labels[1:] != IGNORED)).nonzero().squeeze(1)
             truth, answer = (processor.tokenizer.decode(ids[places + at]) for ids, at in ((labels, 1), (found, 0)))
             kind = {"Y": "whether", "N": "whether", "(": "what", "[": "where"}.get(truth.strip()[0], "count")

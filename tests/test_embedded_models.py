@@ -16,14 +16,13 @@ from conftest import needs_scenes_model, needs_tiny_base
 from collavo import embedded
 from collavo.embedded import CHECKSUMS, EmbeddedError, find_embedded
 from collavo.instructions.text import find_boxes
-from collavo.model.packing import packed_positions
 from collavo.panoptic.thresholds import PRESETS
 from collavo.scenes import draw_scene, scene_seed
 from collavo.scenes.drawing import COLORS
 from collavo.segmenters import SegmenterError, load_segmenter
 from collavo.training import pretrain, segmenter, word_texts
-from collavo.training.batches import IGNORED, pack_prompts
-from collavo.training.charts import WordPrompt, draw_chart
+from collavo.training.batches import IGNORED, collate
+from collavo.training.charts import WordPrompt, chart_example, draw_chart
 from collavo.training.run_directory import RunError, load_base
 from schemas.categories import CATEGORIES
 
@@ -106,18 +105,11 @@ def test_the_base_in_the_package_finds_words_that_are_laid_over_pictures_it_neve
     right = []
     for number in range(4):
         chart = draw_chart(10**7 + number, processor.grid_hw, only_whether=True)
-        prompts = [processor.render(turns) for turns in chart.dialogues]
-        input_ids, labels, sequence_ids = pack_prompts(prompts, processor.image_token_id)
         picture = draw_scene(scene_seed(0, number), (192, 144)).image
+        example = chart_example(chart, picture, processor)
         with torch.no_grad():
-            outputs = model(
-                input_ids=input_ids[None],
-                pixel_values=processor.pixel_values(picture)[None],
-                semantic_ids=chart.semantic_ids[None],
-                numbering_ids=chart.numbering_ids[None],
-                sequence_ids=sequence_ids[None],
-                position_ids=packed_positions(sequence_ids)[None],
-            )
+            outputs = model(**collate([example], processor.tokenizer.pad_token_id).inputs)
+        labels = example.labels
         supervised = (labels[1:] != IGNORED).nonzero().squeeze(1)
         right += (outputs.logits[0, supervised].argmax(-1) == labels[supervised + 1]).tolist()
     assert sum(right) / len(right) > 0.97  # of three tokens of an answer, the last two are always the same

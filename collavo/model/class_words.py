@@ -36,13 +36,10 @@ class ClassWords:
         language_model: Any = model.model.language_model
         embeddings = language_model.embed_tokens.weight
         weight = language_model.layers[0].input_layernorm.weight
-        scale = weight * embeddings.shape[1] ** 0.5
+        scale, device = weight * embeddings.shape[1] ** 0.5, weight.device
         names, numbers = (
-            normalize(
-                embedding_bag(bags[0].to(weight.device), embeddings, bags[1].to(weight.device), mode="sum"), dim=-1
-            )
-            * scale
-            for bags in (self._names, self._numbers)
+            normalize(embedding_bag(tokens.to(device), embeddings, starts.to(device), mode="sum"), dim=-1) * scale
+            for tokens, starts in (self._names, self._numbers)
         )
         return names, numbers
 

@@ -15,7 +15,9 @@ from torch import nn
 from collavo.instructions.text import format_box
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.class_words import ClassWords
+from collavo.model.processing_collavo import CollavoProcessor
 from collavo.model.prompt import Turns
+from collavo.training.batches import Example, pack_prompts
 from schemas.categories import CATEGORIES, THINGS, Category
 
 QUESTIONS = 15
@@ -76,6 +78,26 @@ def draw_chart(index: int, grid_hw: tuple[int, int], only_whether: bool) -> Char
     return Chart(torch.from_numpy(semantic), torch.from_numpy(numbering), dialogues)
 
 
+def chart_example(chart: Chart, picture: np.ndarray, processor: CollavoProcessor) -> Example:
+    """A chart over a picture, its conversations packed, as a model learns from it.
+
+    Args:
+        picture: uint8 [height, width, 3].
+    """
+    prompts = [processor.render(turns) for turns in chart.dialogues]
+    input_ids, labels, sequence_ids = pack_prompts(prompts, processor.image_token_id)
+    return Example(
+        kind="dialogue",
+        image_id="chart",
+        input_ids=input_ids,
+        labels=labels,
+        sequence_ids=sequence_ids,
+        pixel_values=processor.pixel_values(picture),
+        semantic_ids=chart.semantic_ids,
+        numbering_ids=chart.numbering_ids,
+    )
+
+
 def _ground(rng: np.random.Generator, grid_hw: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Nothing, or one stuff word, or one above the other."""
     semantic, numbering = np.zeros(grid_hw, np.int64), np.zeros(grid_hw, np.int64)
@@ -101,11 +123,11 @@ def _lay_words(rng: np.random.Generator, semantic: np.ndarray, numbering: np.nda
     for number, word in enumerate(laid):
         cells = owner == number
         if cells.any():
-            semantic[cells] = word.label + 1
-            numbering[cells] = 1 + sum(place.word == word for place in places)
+            count = 1 + sum(place.word == word for place in places)
+            semantic[cells], numbering[cells] = word.label + 1, count
             y, x = np.nonzero(cells)
             box = (int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1)
-            places.append(_Place(word, int(numbering[y[0], x[0]]), box))
+            places.append(_Place(word, count, box))
     return places
 
 

@@ -11,7 +11,6 @@ in the output is a base for `collavo.train --preset`. A stopped run goes on when
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -30,7 +29,7 @@ from collavo.model.processing_collavo import CollavoProcessor, build_processor
 from collavo.model.prompt import IMAGE_TOKEN, Turns
 from collavo.scenes import draw_scene, scene_seed
 from collavo.training.batches import IGNORED, Example, MicroBatch, collate, pack_prompts
-from collavo.training.charts import WordPrompt, draw_chart
+from collavo.training.charts import WordPrompt, chart_example, draw_chart
 from collavo.training.run_directory import load_base
 from collavo.training.scratch import TRAIN_SCENES_SEED, ScratchOptions, train_from_scratch
 from collavo.training.word_texts import color_dialogues, list_dialogues, short_list_dialogues, word_dialogue
@@ -92,10 +91,7 @@ class PretrainingExamples(Dataset[Example]):
 
     def _chart(self, index: int, only_whether: bool) -> Example:
         chart = draw_chart(index, self._processor.grid_hw, only_whether)
-        prompts = [self._processor.render(turns) for turns in chart.dialogues]
-        picture = _chart_picture(index % CHART_PICTURES)
-        example = self._example(index, *pack_prompts(prompts, self._processor.image_token_id), picture)
-        return replace(example, semantic_ids=chart.semantic_ids, numbering_ids=chart.numbering_ids)
+        return chart_example(chart, _chart_picture(index % CHART_PICTURES), self._processor)
 
     def _words(self, index: int, dialogues: Sequence[Turns]) -> Example:
         """What the conversations begin with in common, then each by itself, as a picture and the questions about it are
@@ -274,7 +270,7 @@ def _parser() -> Parser:
         type=count,
         default=16,
         metavar="N",
-        help="scenes, or sequences of lists of words, per update (default: 16)",
+        help="scenes, charts, or sequences of lists of words, per update (default: 16)",
     )
     add("--learning_rate", type=float, default=1e-3, metavar="X", help="its peak (default: 1e-3)")
     add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 products (default: on)")
