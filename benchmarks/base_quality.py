@@ -13,7 +13,7 @@ import torch
 from collavo.scenes import draw_scene, scene_seed
 from collavo.training.batches import IGNORED, collate
 from collavo.training.charts import WordPrompt, chart_example, draw_chart
-from collavo.training.run_directory import load_base
+from collavo.training.run_directory import RunError, load_base
 
 FIRST_CHART = 10**7
 """Pre-training draws charts of lower numbers."""
@@ -27,7 +27,10 @@ def main() -> int:
     parser.add_argument("--base", default="tiny", help="a base (default: tiny)")
     parser.add_argument("--charts", type=int, default=40, help="default: 40")
     flags = parser.parse_args()
-    model, processor = load_base(flags.base, torch.float32)
+    try:
+        model, processor = load_base(flags.base, torch.float32)
+    except RunError as error:
+        parser.error(f"--base {str(error).removeprefix('--preset ')}")
     model.model.crayon_prompt = WordPrompt(model, processor.tokenizer)
     right: dict[str, list[bool]] = defaultdict(list)
     for number in range(flags.charts):

@@ -228,6 +228,13 @@ def test_pretraining_can_go_on_from_a_base(tmp_path, monkeypatch):
     assert not any("crayon_prompt.linear_2" in name for name in moved)  # it waits, closed, for its own tuning
 
 
+def test_a_base_to_go_on_from_that_is_not_there_is_one_line_and_status_2(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        pretrain.main(["--output", str(tmp_path / "run"), "--start", str(tmp_path / "nowhere")])
+    assert exit_info.value.code == 2
+    assert f"error: --start {tmp_path / 'nowhere'}: not a folder or hub id" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_heads_begin_with_keys_that_are_their_queries(monkeypatch):
     monkeypatch.setattr(pretrain, "TOKENIZER_SCENES", 1)
     model, _ = pretrain.new_base()

@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_packing import QUESTIONS, example
-from tiny_model import save_tiny_base, scene_rows, write_crayon_file
+from tiny_model import save_tiny_base, scene_rows, tiny_config, tiny_model, tiny_processor, write_crayon_file
 
 from collavo import train
 from collavo.training import run as run_module
@@ -121,6 +121,17 @@ def test_queries_can_begin_as_names_of_which_the_first_step_is_already_told(worl
     assert found[0][2] != others[0][2]  # queries that begin at random have no effect yet
     queries = load_file(world / "names" / "crayon.safetensors")["semantic_queries.weight"]
     assert queries[0].norm() < 0.2 * queries[1:].norm(dim=1).mean()  # an unknown class has no name
+
+
+def test_queries_cannot_begin_as_names_of_a_base_whose_signal_enters_elsewhere(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_model(tiny_config(crayon_signal="low_rank_branches"), open_prompt=False).save_pretrained(tmp_path / "base")
+    tiny_processor().save_pretrained(tmp_path / "base")
+    flags = ("--preset", str(tmp_path / "base"), "--query_start", "names")
+    assert train.main(command(world, tmp_path / "run", *flags)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("collavo.train: error: --query_start names: ") and "--query_start random" in error
 
 
 @pytest.mark.parametrize("flags", [("--micro_batch_size", "4"), ("--gradient_checkpointing",), ("--workers", "2")])

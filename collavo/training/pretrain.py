@@ -30,7 +30,7 @@ from collavo.model.prompt import IMAGE_TOKEN, Turns
 from collavo.scenes import draw_scene, scene_seed
 from collavo.training.batches import IGNORED, Example, MicroBatch, collate, pack_prompts
 from collavo.training.charts import WordPrompt, chart_example, draw_chart
-from collavo.training.run_directory import load_base
+from collavo.training.run_directory import RunError, load_base
 from collavo.training.scratch import TRAIN_SCENES_SEED, ScratchOptions, train_from_scratch
 from collavo.training.word_texts import color_dialogues, list_dialogues, short_list_dialogues, word_dialogue
 from schemas.categories import CATEGORIES
@@ -206,10 +206,14 @@ def _chart_picture(number: int) -> np.ndarray:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see the module's text."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
     run = Path(arguments.output)
     torch.manual_seed(arguments.seed)
-    model, processor = load_base(arguments.start, torch.float32) if arguments.start else new_base()
+    try:
+        model, processor = load_base(arguments.start, torch.float32) if arguments.start else new_base()
+    except RunError as error:
+        parser.error(f"--start {str(error).removeprefix('--preset ')}")
     # The Crayon Prompt is no part of the base: it waits, closed, for Crayon Prompt Tuning.
     crayon_prompt = model.model.crayon_prompt
     model.model.crayon_prompt = WordPrompt(model, processor.tokenizer)
