@@ -12,6 +12,7 @@ import pytest
 import torch
 from builds import REPOSITORY, tiny_mask2former
 from conftest import needs_scenes_model, needs_tiny_base
+from safetensors.torch import load_file
 
 from collavo import embedded
 from collavo.embedded import CHECKSUMS, EmbeddedError, find_embedded
@@ -28,6 +29,9 @@ from schemas.categories import CATEGORIES
 
 PQ_TOLERANCE = 0.01
 """On another CPU a near-tie may fall the other way."""
+
+BATCH_NORMS = ("running_mean", "running_var", "num_batches_tracked")
+"""Parts of a batch norm that every batch moves, at any rate."""
 
 
 @pytest.fixture
@@ -200,6 +204,23 @@ def test_the_segmenters_training_goes_on_where_it_stopped_and_leaves_a_segmenter
     assert trained.facts["input_size_hw"] == [64, 96]
     (panoptic,) = trained.segment([np.zeros((30, 40, 3), np.uint8)])
     assert panoptic.index_map.shape == (30, 40)
+
+
+def test_the_segmenters_training_can_go_on_from_a_segmenter(tmp_path):
+    flags = ["--batch_size", "1", "--pool", "1", "--height", "64", "--width", "96", "--half_size_steps", "0"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert segmenter.main([*flags, "--output", str(first), "--steps", "1"]) == 0
+    further = ["--output", str(second), "--start", str(first / "model"), "--learning_rate", "1e-9", "--steps", "1"]
+    assert segmenter.main([*flags, *further]) == 0
+    before, after = (load_file(run / "model" / "model.safetensors") for run in (first, second))
+    assert all(torch.equal(weight, after[name]) for name, weight in before.items() if not name.endswith(BATCH_NORMS))
+
+
+def test_a_segmenter_to_go_on_from_that_is_not_there_is_one_line_and_status_2(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        segmenter.main(["--output", str(tmp_path / "run"), "--start", str(tmp_path / "nowhere")])
+    assert exit_info.value.code == 2
+    assert f"error: --start {tmp_path / 'nowhere'}: no config.json" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_the_bases_training_goes_on_where_it_stopped_and_leaves_a_base(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ Writes checkpoints and metrics into the output folder, and in the end the model 
 goes on when the command is repeated. How good it is: `benchmarks/segmenter_quality.py`.
 """
 
+import argparse
 import io
 import math
 from collections.abc import Sequence
@@ -56,10 +57,10 @@ class Example(NamedTuple):
 
 
 class SceneExamples(Dataset[Example]):
-    """`pool` scenes, drawn at sizes around the default of the build and squeezed to the model's input, or to half of it
+    """`pool` scenes, drawn at the build's default size or at smaller ones, and squeezed to the model's input, or to half of it
     for the first `half_size_examples`; every other round shows them mirrored."""
 
-    _SIZES_WH = ((160, 120), (192, 144), (256, 192), (320, 240))
+    _SIZES_WH = ((320, 240), (256, 192), (320, 240), (192, 144))
 
     def __init__(self, input_hw: tuple[int, int], pool: int, half_size_examples: int = 0) -> None:
         self._input_hw = input_hw
@@ -185,23 +186,40 @@ def segmenter_config() -> Mask2FormerConfig:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; see the module's text."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.start and not (Path(arguments.start) / "config.json").is_file():
+        parser.error(f"--start {arguments.start}: no config.json there; it is a folder `model` that this command wrote")
     run = Path(arguments.output)
     torch.manual_seed(arguments.seed)
     with without_backbone_warnings():
-        model = Mask2FormerForUniversalSegmentation(segmenter_config())
+        model = _model(arguments.start)
     model.config.input_size_hw = [arguments.height, arguments.width]  # what `Mask2FormerSegmenter` shows it by default
 
     options = ScratchOptions(
         steps=arguments.steps, batch_size=arguments.batch_size, learning_rate=arguments.learning_rate
     )
     supervised = SupervisedSegmenter(model)
+
+    def loss_of(batch: Sequence[Example]) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
+            loss: torch.Tensor = supervised(batch)
+        return loss
+
     examples = SceneExamples(
         (arguments.height, arguments.width), arguments.pool, arguments.half_size_steps * arguments.batch_size
     )
-    train_from_scratch(run, supervised, examples, list, supervised, options, Console())
+    train_from_scratch(run, supervised, examples, list, loss_of, options, Console())
     model.half().save_pretrained(run / "model")
     return 0
+
+
+def _model(start: str | None) -> Mask2FormerForUniversalSegmentation:
+    if start is None:
+        return Mask2FormerForUniversalSegmentation(segmenter_config())
+    model: Mask2FormerForUniversalSegmentation
+    model = Mask2FormerForUniversalSegmentation.from_pretrained(start, dtype=torch.float32)
+    return model
 
 
 def _through_jpeg(image: np.ndarray) -> np.ndarray:
@@ -220,6 +238,7 @@ def _parser() -> Parser:
     )
     add, count, (height, width) = parser.add_argument, whole_number(1), INPUT_HW
     add("--output", required=True, metavar="DIR", help="checkpoints, metrics and the model")
+    add("--start", metavar="DIR", help="a model to go on from (default: weights at random)")
     add("--steps", type=count, default=30000, metavar="N", help="updates (default: 30000)")
     add("--batch_size", type=count, default=8, metavar="N", help="scenes per update (default: 8)")
     add("--learning_rate", type=float, default=4e-4, metavar="X", help="its peak (default: 4e-4)")
@@ -233,6 +252,7 @@ def _parser() -> Parser:
         metavar="N",
         help="updates in the beginning that see scenes at half the size, three times as fast (default: 3000)",
     )
+    add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 products (default: on)")
     add("--seed", type=whole_number(0), default=0, metavar="N", help="of the initial weights (default: 0)")
     return parser
 
