@@ -34,7 +34,7 @@ def main() -> int:
     model.model.crayon_prompt = WordPrompt(model, processor.tokenizer)
     right: dict[str, list[bool]] = defaultdict(list)
     for number in range(flags.charts):
-        chart = draw_chart(FIRST_CHART + number, processor.grid_hw, only_whether=False)
+        chart = draw_chart(FIRST_CHART + number, processor.grid_hw)
         picture = draw_scene(scene_seed(0, number), (192, 144)).image
         example = chart_example(chart, picture, processor)
         with torch.no_grad():

@@ -13,6 +13,7 @@ from collavo.instructions.text import find_boxes
 from collavo.model.class_words import ClassWords, begin_with_names
 from collavo.model.crayon_prompt import CrayonPrompt
 from collavo.training.charts import WordPrompt, draw_chart
+from collavo.training.place_supervision import cover
 from schemas.categories import BY_DISPLAY_NAME, THINGS
 
 GRID_HW = (12, 12)
@@ -40,7 +41,7 @@ def test_questions_about_charts_have_the_answers_that_their_maps_give() -> None:
     plural = {c.plural: c.display_name for c in THINGS}
     kinds = set()
     for index in range(120):
-        chart = draw_chart(index, GRID_HW, only_whether=index % 4 == 0)
+        chart = draw_chart(index, GRID_HW, "all" if index % 4 else "whether")
         boxes = boxes_of(chart)
         for (_, question), (_, answer) in chart.dialogues:
             if mention := re.search(r"\(#(\d+) ([^)]+)\)", question):
@@ -62,6 +63,33 @@ def test_questions_about_charts_have_the_answers_that_their_maps_give() -> None:
             assert kind == "whether" or index % 4
     assert kinds == {("whether", True), ("whether", False), ("count", True), ("count", False), ("what", False),
                      ("where", False)}  # fmt: skip
+
+
+def test_tiles_cover_a_chart_and_a_box_lies_in_the_tile_that_answers() -> None:
+    for index in range(40):
+        chart = draw_chart(index, GRID_HW, "tiles")
+        boxes = boxes_of(chart)
+        assert len(boxes) == 4 and (chart.semantic_ids > 0).all()
+        parts = 0
+        for (_, question), (_, answer) in chart.dialogues:
+            name = re.fullmatch(r"\(#1 ([^)]+)\)\.", answer)
+            x_min, y_min, x_max, y_max = boxes[name[1], 1]
+            box = np.array(find_boxes(question)[0]) * 12
+            assert (box + 0.4 > [x_min, y_min, x_min, y_min]).all() and (box - 0.4 < [x_max, y_max, x_max, y_max]).all()
+            parts += not is_near(question, boxes[name[1], 1])
+        assert 0 < parts < len(chart.dialogues)
+
+
+@given(st.lists(st.integers(0, 100), min_size=4, max_size=4), st.sampled_from([(12, 12), (3, 7)]))
+def test_a_box_covers_its_share_of_every_cell(hundredths: list[int], grid_hw: tuple[int, int]) -> None:
+    """Against a count of pixels of a hundred by a hundred per cell."""
+    (x_min, x_max), (y_min, y_max) = sorted(hundredths[:2]), sorted(hundredths[2:])
+    rows, columns = grid_hw
+    pixels = np.zeros((rows * 100, columns * 100))
+    pixels[y_min * rows : y_max * rows, x_min * columns : x_max * columns] = 1
+    shares = pixels.reshape(rows, 100, columns, 100).mean((1, 3)).ravel()
+    box = (x_min / 100, y_min / 100, x_max / 100, y_max / 100)
+    np.testing.assert_allclose(cover(box, grid_hw), shares, atol=1e-5)
 
 
 def test_a_word_on_a_chart_is_what_the_first_layer_reads_where_it_stands_in_a_text() -> None:

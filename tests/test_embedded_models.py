@@ -24,6 +24,7 @@ from collavo.segmenters import SegmenterError, load_segmenter
 from collavo.training import pretrain, segmenter, word_texts
 from collavo.training.batches import IGNORED, collate
 from collavo.training.charts import WordPrompt, chart_example, draw_chart
+from collavo.training.positions import show_positions
 from collavo.training.run_directory import RunError, load_base
 from schemas.categories import CATEGORIES
 
@@ -108,7 +109,7 @@ def test_the_base_in_the_package_finds_words_that_are_laid_over_pictures_it_neve
     model.model.crayon_prompt = WordPrompt(model, processor.tokenizer)
     right = []
     for number in range(4):
-        chart = draw_chart(10**7 + number, processor.grid_hw, only_whether=True)
+        chart = draw_chart(10**7 + number, processor.grid_hw, "whether")
         picture = draw_scene(scene_seed(0, number), (192, 144)).image
         example = chart_example(chart, picture, processor)
         with torch.no_grad():
@@ -234,18 +235,24 @@ def test_the_bases_training_goes_on_where_it_stopped_and_leaves_a_base(tmp_path,
 
 
 @needs_tiny_base
-def test_pretraining_can_go_on_from_a_base(tmp_path, monkeypatch):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_pretraining_can_go_on_from_a_base(tmp_path, monkeypatch, frozen):
     """Past the short lists, and with the words that its tokenizer has."""
-    monkeypatch.setattr(pretrain, "SIMPLE_CHARTS_NEXT", 1)
+    monkeypatch.setattr(pretrain, "SHORT_LISTS_FIRST", 1)
+    monkeypatch.setattr(pretrain, "SIMPLE_CHARTS_NEXT", (("tiles", 1),))
     monkeypatch.setattr(pretrain, "ROTATION", ("chart",))
     monkeypatch.setattr(pretrain, "CHART_PICTURES", 1)
     start, run = str(embedded.ASSETS / "tiny_base"), tmp_path / "run"
-    assert pretrain.main(["--output", str(run), "--start", start, "--batch_size", "2", "--steps", "2"]) == 0
+    flags = ["--output", str(run), "--start", start, "--first_step", "1", "--batch_size", "2", "--steps", "2"]
+    assert pretrain.main([*flags, *["--freeze_vision"] * frozen]) == 0
     (before, theirs), (after, ours) = (load_base(base, torch.float32) for base in (start, str(run / "model")))
     assert ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab()
     weights = after.state_dict()
     moved = {name for name, weight in before.state_dict().items() if not torch.equal(weight, weights[name])}
-    assert {name.split(".")[1] for name in moved} >= {"language_model", "vision_tower"}
+    vision = {"vision_tower", "multi_modal_projector"}
+    assert {name.split(".")[1] for name in moved} & {"language_model", *vision} == (
+        {"language_model"} if frozen else {"language_model", *vision}
+    )
     assert not any("crayon_prompt.linear_2" in name for name in moved)  # it waits, closed, for its own tuning
 
 
@@ -254,6 +261,31 @@ def test_a_base_to_go_on_from_that_is_not_there_is_one_line_and_status_2(tmp_pat
         pretrain.main(["--output", str(tmp_path / "run"), "--start", str(tmp_path / "nowhere")])
     assert exit_info.value.code == 2
     assert f"error: --start {tmp_path / 'nowhere'}: not a folder or hub id" in capsys.readouterr().err.splitlines()[-1]
+
+
+def told_column(model, pixel_values) -> float:
+    """How much a linear reading of the projector's output tells of columns, on pictures it was not fitted to."""
+    with torch.no_grad():
+        features = model.model.multi_modal_projector(model.model.vision_tower(pixel_values).last_hidden_state[:, 1:])
+    columns = (torch.arange(features.shape[1]) % 12 - 5.5).double()
+    fitted, others = (some.flatten(0, 1).double() for some in features.split(len(features) // 2))
+    middle, repeats = fitted.mean(0), len(features) // 2
+    reading = torch.linalg.lstsq(fitted - middle, columns.repeat(repeats)[:, None], rcond=1e-6, driver="gelsd").solution
+    missed = ((others - middle) @ reading).squeeze(1) - columns.repeat(repeats)
+    return float(1 - missed.var() / columns.var())
+
+
+def test_image_tokens_tell_their_places_once_they_are_shown(monkeypatch):
+    """A projector's output behind a tower of random weights tells no column; with the code of places it does."""
+    monkeypatch.setattr(pretrain, "TOKENIZER_SCENES", 1)
+    with monkeypatch.context() as without:
+        without.setattr(pretrain, "show_positions", lambda *_: None)
+        model, processor = pretrain.new_base()
+    pictures = [draw_scene(scene_seed(0, number), (192, 144)).image for number in range(32)]
+    pixel_values = torch.stack([processor.pixel_values(picture) for picture in pictures])
+    assert told_column(model, pixel_values) < 0.2
+    show_positions(model, pixel_values)
+    assert told_column(model, pixel_values) > 0.7
 
 
 def test_heads_begin_with_keys_that_are_their_queries(monkeypatch):

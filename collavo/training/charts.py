@@ -6,7 +6,8 @@ box of numbers means. No segmentation, no crayon query and no object of the pict
 do with the picture that it lies on.
 """
 
-from typing import Any, NamedTuple
+from itertools import pairwise, product
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +21,24 @@ from collavo.model.prompt import Turns
 from collavo.training.batches import Example, pack_prompts
 from schemas.categories import CATEGORIES, THINGS, Category
 
+CHART = "chart"
+"""In place of an image id."""
+
 QUESTIONS = 15
 """About a chart."""
 
 MAX_WORDS = 8
 """Laid over a chart, one on top of the other, beside the one or two of its ground."""
+
+Lesson = Literal["whether", "tiles", "all"]
+"""What charts are drawn and asked for: whether a word is there; what stands in a box, on charts that four words share
+like tiles; everything. What the third rests on is learned soonest by itself, in this order."""
+
+_ASKED = {
+    "whether": ("whether",),
+    "tiles": ("what",),
+    "all": ("whether", "count", "count", "what", "what", "what", "where"),
+}
 
 _STUFF = [category for category in CATEGORIES if not category.is_thing]
 _SEED = 7_000_051
@@ -60,20 +74,17 @@ class WordPrompt(nn.Module):
 class _Place(NamedTuple):
     word: Category
     number: int
-    box_xyxy: tuple[int, int, int, int]
+    box_xyxy: tuple[float, float, float, float]
     """In cells."""
 
 
-def draw_chart(index: int, grid_hw: tuple[int, int], only_whether: bool) -> Chart:
-    """A chart and questions about it.
-
-    Args:
-        only_whether: ask only whether a word is there: what the other questions rest on is learned soonest by itself.
-    """
+def draw_chart(index: int, grid_hw: tuple[int, int], lesson: Lesson = "all") -> Chart:
+    """A chart and questions about it."""
     rng = np.random.Generator(np.random.Philox(key=[_SEED, index]))
     semantic, numbering = _ground(rng, grid_hw)
-    places = _lay_words(rng, semantic, numbering)
-    kinds = ("whether",) if only_whether else ("whether", "count", "count", "what", "what", "where")
+    lay = _lay_tiles if lesson == "tiles" else _lay_words
+    places = lay(rng, semantic, numbering)
+    kinds = _ASKED[lesson]
     dialogues = [_question(rng, kinds[number % len(kinds)], places, grid_hw) for number in range(QUESTIONS)]
     return Chart(torch.from_numpy(semantic), torch.from_numpy(numbering), dialogues)
 
@@ -88,7 +99,7 @@ def chart_example(chart: Chart, picture: np.ndarray, processor: CollavoProcessor
     input_ids, labels, sequence_ids = pack_prompts(prompts, processor.image_token_id)
     return Example(
         kind="dialogue",
-        image_id="chart",
+        image_id=CHART,
         input_ids=input_ids,
         labels=labels,
         sequence_ids=sequence_ids,
@@ -110,15 +121,38 @@ def _ground(rng: np.random.Generator, grid_hw: tuple[int, int]) -> tuple[np.ndar
 
 
 def _lay_words(rng: np.random.Generator, semantic: np.ndarray, numbering: np.ndarray) -> list[_Place]:
-    """Write rectangles of one to four words into both maps, in place; those of a word that can be seen are numbered."""
+    """Write rectangles of words into both maps, in place; those of a word that can be seen are numbered."""
     rows, columns = semantic.shape
-    words = [THINGS[i] for i in rng.permutation(len(THINGS))[: rng.integers(1, 5)]]
+    words = [THINGS[i] for i in rng.permutation(len(THINGS))[: rng.integers(1, MAX_WORDS + 1)]]
     owner, laid = np.full(semantic.shape, -1), []
     for number in range(int(rng.integers(1, MAX_WORDS + 1))):
-        height, width = (int(side) for side in rng.integers(1, _LONGEST_SIDE + 1, 2))
+        # The smaller of two, for objects of pictures are small.
+        height, width = (int(side) for side in rng.integers(1, _LONGEST_SIDE + 1, (2, 2)).min(0))
         top, left = int(rng.integers(rows - height + 1)), int(rng.integers(columns - width + 1))
         owner[top : top + height, left : left + width] = number
         laid.append(words[int(rng.integers(len(words)))])
+    return _write(owner, laid, semantic, numbering)
+
+
+def _lay_tiles(rng: np.random.Generator, semantic: np.ndarray, numbering: np.ndarray) -> list[_Place]:
+    """Write two by two different words that cover all of both maps, in place; what is asked for is a part as often."""
+    rows, columns = semantic.shape
+    splits = [(0, int(rng.integers(2, side - 1)), side) for side in (rows, columns)]
+    owner = np.zeros(semantic.shape, int)
+    for number, ((top, bottom), (left, right)) in enumerate(product(*map(pairwise, splits))):
+        owner[top:bottom, left:right] = number
+    tiles = _write(owner, [THINGS[i] for i in rng.permutation(len(THINGS))[:4]], semantic, numbering)
+    return [*tiles, *(tile._replace(box_xyxy=_part(rng, tile.box_xyxy)) for tile in tiles)]
+
+
+def _part(rng: np.random.Generator, box_xyxy: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    """A box within a box, at least a cell wide and high."""
+    x_min, y_min, x_max, y_max = box_xyxy
+    left, top = rng.uniform(x_min, x_max - 1), rng.uniform(y_min, y_max - 1)
+    return left, top, rng.uniform(left + 1, x_max), rng.uniform(top + 1, y_max)
+
+
+def _write(owner: np.ndarray, laid: list[Category], semantic: np.ndarray, numbering: np.ndarray) -> list[_Place]:
     places: list[_Place] = []
     for number, word in enumerate(laid):
         cells = owner == number
@@ -135,13 +169,14 @@ def _question(rng: np.random.Generator, kind: str, places: list[_Place], grid_hw
     rows, columns = grid_hw
     place = places[int(rng.integers(len(places)))]
     name = f"(#{place.number} {place.word.display_name})"
-    # Not quite along the cells, as the box of an object is not.
-    box = np.clip(place.box_xyxy + rng.uniform(-0.3, 0.3, 4), 0, [columns, rows, columns, rows])
-    written = format_box(tuple(box), (columns, rows))
     if kind == "what":
+        # Not quite along the cells, as the box of an object is not.
+        box = np.clip(place.box_xyxy + rng.uniform(-0.3, 0.3, 4), 0, [columns, rows, columns, rows])
+        written = format_box(tuple(box), (columns, rows))
         forms = ["What is in {}?", "Which word stands at {}?", "What do you read within the box {}?"]
         return _turns(rng, forms, written, f"{name}.")
     if kind == "where":
+        written = format_box(place.box_xyxy, (columns, rows))
         return _turns(rng, ["Where is {}?", "Give the place of {}."], name, f"{written}.")
     present = {place.word for place in places}
     absent = [word for word in THINGS if word not in present]

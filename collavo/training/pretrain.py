@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
@@ -29,7 +30,9 @@ from collavo.model.processing_collavo import CollavoProcessor, build_processor
 from collavo.model.prompt import IMAGE_TOKEN, Turns
 from collavo.scenes import draw_scene, scene_seed
 from collavo.training.batches import IGNORED, Example, MicroBatch, collate, pack_prompts
-from collavo.training.charts import WordPrompt, chart_example, draw_chart
+from collavo.training.charts import CHART, Lesson, WordPrompt, chart_example, draw_chart
+from collavo.training.place_supervision import PlaceHeads
+from collavo.training.positions import show_positions
 from collavo.training.run_directory import RunError, load_base
 from collavo.training.scratch import TRAIN_SCENES_SEED, ScratchOptions, train_from_scratch
 from collavo.training.word_texts import color_dialogues, list_dialogues, short_list_dialogues, word_dialogue
@@ -42,11 +45,14 @@ TOKENIZER_SCENES = 2000
 SHORT_LISTS_FIRST = 300
 """Steps with nothing but short lists: whether a word is among others is learned soonest by itself."""
 
-SIMPLE_CHARTS_NEXT = 300
-"""Steps, after those, with charts that are asked only whether a word is there, for the same reason."""
+SIMPLE_CHARTS_NEXT: tuple[tuple[Lesson, int], ...] = (("whether", 300), ("tiles", 900))
+"""Lessons after those, with nothing but simple charts, and their steps, for the same reason."""
 
 ROTATION = ("scene", "chart", "chart", "scene", "chart", "list")
 """What the batches after those are made of, in turn."""
+
+PLACE_WEIGHT = 3.0
+"""Of the loss on places beside that on answers."""
 
 CHART_PICTURES = 64
 """Scenes that charts are laid over."""
@@ -74,13 +80,16 @@ class PretrainingExamples(Dataset[Example]):
         step = index // self._batch_size + self._first_step
         if step < SHORT_LISTS_FIRST:
             return self._words(index, short_list_dialogues(index))
-        if step < SHORT_LISTS_FIRST + SIMPLE_CHARTS_NEXT:
-            return self._chart(index, only_whether=True)
+        step -= SHORT_LISTS_FIRST
+        for lesson, steps in SIMPLE_CHARTS_NEXT:
+            if step < steps:
+                return self._chart(index, lesson)
+            step -= steps
         match ROTATION[step % len(ROTATION)]:
             case "scene":
                 return self._scene(index)
             case "chart":
-                return self._chart(index, only_whether=False)
+                return self._chart(index, "all")
         return self._words(index, list_dialogues(index))
 
     def _scene(self, index: int) -> Example:
@@ -89,8 +98,8 @@ class PretrainingExamples(Dataset[Example]):
         prompts = [self._processor.render(turns) for turns in dialogues]
         return self._example(index, *pack_prompts(prompts, self._processor.image_token_id), scene.image)
 
-    def _chart(self, index: int, only_whether: bool) -> Example:
-        chart = draw_chart(index, self._processor.grid_hw, only_whether)
+    def _chart(self, index: int, lesson: Lesson) -> Example:
+        chart = draw_chart(index, self._processor.grid_hw, lesson)
         return chart_example(chart, _chart_picture(index % CHART_PICTURES), self._processor)
 
     def _words(self, index: int, dialogues: Sequence[Turns]) -> Example:
@@ -126,6 +135,31 @@ class PretrainingExamples(Dataset[Example]):
         )
 
 
+class SupervisedBase(nn.Module):
+    """A base with what is asked of it in training: the answers, and on charts the places of boxes."""
+
+    def __init__(self, model: CollavoForConditionalGeneration, processor: CollavoProcessor, bf16: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.place_heads = PlaceHeads(model.lm_head.in_features, processor.grid_hw)
+        self._processor = processor
+        self._bf16 = bf16
+
+    def forward(self, batch: MicroBatch) -> torch.Tensor:
+        """The loss of a batch."""
+        inputs, charts = batch.inputs, CHART in batch.image_ids
+        if not (inputs["input_ids"] == self._processor.image_token_id).any():
+            inputs = {
+                name: inputs[name] for name in inputs if name not in ("pixel_values", "semantic_ids", "numbering_ids")
+            }
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
+            outputs = self.model(**inputs, supervised_only=True, use_cache=False, output_hidden_states=charts)
+            loss: torch.Tensor = outputs.loss
+            if charts:
+                loss = loss + PLACE_WEIGHT * self.place_heads(outputs.hidden_states, batch, self._processor.tokenizer)
+        return loss
+
+
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of at most `VOCABULARY` tokens that keeps digits apart, the same on every machine."""
     tokenizer = Tokenizer(models.BPE())
@@ -150,7 +184,9 @@ def new_base() -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
     config = base_config()
     model = CollavoForConditionalGeneration(config)
     match_like_with_like(model)
-    return model, build_processor(config, build_tokenizer())
+    processor = build_processor(config, build_tokenizer())
+    show_positions(model, _chart_pictures(processor))
+    return model, processor
 
 
 def base_config() -> CollavoConfig:
@@ -199,6 +235,10 @@ def match_like_with_like(model: CollavoForConditionalGeneration) -> None:
         layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
 
 
+def _chart_pictures(processor: CollavoProcessor) -> torch.Tensor:
+    return torch.stack([processor.pixel_values(_chart_picture(number)) for number in range(CHART_PICTURES)])
+
+
 @cache
 def _chart_picture(number: int) -> np.ndarray:
     return draw_scene(scene_seed(TRAIN_SCENES_SEED, number), (192, 144)).image
@@ -214,26 +254,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         model, processor = load_base(arguments.start, torch.float32) if arguments.start else new_base()
     except RunError as error:
         parser.error(f"--start {str(error).removeprefix('--preset ')}")
+    if arguments.show_positions:
+        show_positions(model, _chart_pictures(processor))
+    if arguments.freeze_vision:
+        model.model.vision_tower.requires_grad_(False)
+        model.model.multi_modal_projector.requires_grad_(False)
     # The Crayon Prompt is no part of the base: it waits, closed, for Crayon Prompt Tuning.
     crayon_prompt = model.model.crayon_prompt
     model.model.crayon_prompt = WordPrompt(model, processor.tokenizer)
-
-    def loss_of(batch: MicroBatch) -> torch.Tensor:
-        inputs = batch.inputs
-        if not (inputs["input_ids"] == processor.image_token_id).any():
-            inputs = {
-                name: inputs[name] for name in inputs if name not in ("pixel_values", "semantic_ids", "numbering_ids")
-            }
-        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
-            loss: torch.Tensor = model(**inputs, supervised_only=True, use_cache=False).loss
-        return loss
 
     options = ScratchOptions(
         steps=arguments.steps, batch_size=arguments.batch_size, learning_rate=arguments.learning_rate
     )
     pad = partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
-    examples = PretrainingExamples(processor, options.batch_size, SHORT_LISTS_FIRST if arguments.start else 0)
-    train_from_scratch(run, model, examples, pad, loss_of, options, Console())
+    examples = PretrainingExamples(processor, options.batch_size, arguments.first_step)
+    supervised = SupervisedBase(model, processor, arguments.bf16)
+    train_from_scratch(run, supervised, examples, pad, supervised, options, Console())
     model.model.crayon_prompt = crayon_prompt
     model.bfloat16().save_pretrained(run / "model")
     processor.save_pretrained(run / "model")
@@ -267,7 +303,13 @@ def _parser() -> Parser:
     )
     add, count = parser.add_argument, whole_number(1)
     add("--output", required=True, metavar="DIR", help="checkpoints, metrics and the model")
-    add("--start", metavar="DIR", help="a base to go on from, past the short lists (default: weights at random)")
+    add("--start", metavar="DIR", help="a base to go on from (default: weights at random)")
+    add("--first_step", type=whole_number(0), default=0, metavar="N", help="of the course to begin with (default: 0)")
+    add(
+        "--show_positions",
+        action="store_true",
+        help="give the base of --start a code of places that its image tokens carry; a new one has it",
+    )
     add("--steps", type=count, default=10000, metavar="N", help="updates (default: 10000)")
     add(
         "--batch_size",
@@ -277,6 +319,7 @@ def _parser() -> Parser:
         help="scenes, charts, or sequences of lists of words, per update (default: 16)",
     )
     add("--learning_rate", type=float, default=1e-3, metavar="X", help="its peak (default: 1e-3)")
+    add("--freeze_vision", action="store_true", help="leave vision tower and projector as they are")
     add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 products (default: on)")
     add("--seed", type=whole_number(0), default=0, metavar="N", help="of the initial weights (default: 0)")
     return parser

@@ -57,8 +57,8 @@ class Example(NamedTuple):
 
 
 class SceneExamples(Dataset[Example]):
-    """`pool` scenes, drawn at the build's default size or at smaller ones, and squeezed to the model's input, or to half of it
-    for the first `half_size_examples`; every other round shows them mirrored."""
+    """`pool` scenes, drawn at the build's default size or at smaller ones, squeezed to the model's input, or to half of
+    it for the first `half_size_examples`; every other round shows them mirrored."""
 
     _SIZES_WH = ((320, 240), (256, 192), (320, 240), (192, 144))
 
