@@ -2,21 +2,46 @@
 
     python benchmarks/base_quality.py [--base DIR]
 
-Answers are compared token by token, each given the true tokens before it. A word in a box counts without its number.
+Every token is predicted with the true tokens before it. What counts of an answer is yes or no, a count, a word without
+its number, or all digits of a box: how it is put into a sentence is a matter of taste.
 """
 
 import argparse
+import re
 from collections import defaultdict
+from collections.abc import Callable
+from itertools import product
 
 import torch
 
+from collavo.instructions.text import find_boxes
 from collavo.scenes import draw_scene, scene_seed
 from collavo.training.batches import IGNORED, collate
-from collavo.training.charts import WordPrompt, chart_example, draw_chart
+from collavo.training.charts import Lesson, WordPrompt, chart_example, draw_chart
 from collavo.training.run_directory import RunError, load_base
+
+LESSONS: tuple[Lesson, ...] = ("all", "tiles")
 
 FIRST_CHART = 10**7
 """Pre-training draws charts of lower numbers."""
+
+
+SAID: dict[str, Callable[[str], object]] = {
+    "whether": str,
+    "count": lambda text: re.findall(r"\d+", text)[-1:],
+    "what": lambda text: text.rpartition("#")[2].lstrip("0123456789"),
+    "where": str,
+}
+"""What counts of an answer, by what was asked for; the first tokens may begin another sentence."""
+
+
+def kind_of(answer: str) -> str:
+    """What a chart was asked for, as the answer tells."""
+    if find_boxes(answer):
+        return "where"
+    if "#" in answer:
+        return "what"
+    return "count" if re.search(r"\d", answer) else "whether"
 
 
 def main() -> int:
@@ -33,8 +58,8 @@ def main() -> int:
         parser.error(f"--base {str(error).removeprefix('--preset ')}")
     model.model.crayon_prompt = WordPrompt(model, processor.tokenizer)
     right: dict[str, list[bool]] = defaultdict(list)
-    for number in range(flags.charts):
-        chart = draw_chart(FIRST_CHART + number, processor.grid_hw)
+    for number, lesson in product(range(flags.charts), LESSONS):
+        chart = draw_chart(FIRST_CHART + number, processor.grid_hw, lesson)
         picture = draw_scene(scene_seed(0, number), (192, 144)).image
         example = chart_example(chart, picture, processor)
         with torch.no_grad():
@@ -44,12 +69,10 @@ def main() -> int:
         for position in range(1, len(chart.dialogues) + 1):
             places = ((sequence_ids[1:] == position) & (labels[1:] != IGNORED)).nonzero().squeeze(1)
             truth, answer = (processor.tokenizer.decode(ids[places + at]) for ids, at in ((labels, 1), (found, 0)))
-            kind = {"Y": "whether", "N": "whether", "(": "what", "[": "where"}.get(truth.strip()[0], "count")
-            if kind == "what":
-                truth, answer = truth.strip().partition(" ")[2], answer.strip().partition(" ")[2]
-            right[kind].append(truth == answer)
+            kind, said = kind_of(truth), SAID[kind_of(truth)]
+            right[f"{kind}, {lesson}"].append(said(truth) == said(answer))
     for kind, answers in right.items():
-        print(f"{kind:8} {100 * sum(answers) / len(answers):5.1f} % of {len(answers)}")
+        print(f"{kind:12} {100 * sum(answers) / len(answers):5.1f} % of {len(answers)}")
     return 0
 
 

@@ -17,8 +17,14 @@ from collavo.training.place_supervision import cover
 from schemas.categories import BY_DISPLAY_NAME, THINGS
 
 GRID_HW = (12, 12)
-COUNTED = re.compile(r"(?:How many|Count the) (.+?)(?: are on the chart\?| do you read .*|\.)")
-WHETHER = re.compile(r"(?:Is there|Does the chart have|Can you read) (.+?)(?: on the chart| in the image)?\?.*")
+COUNTED = re.compile(
+    r"(?:How many|Count the|What is the number of) (.+?)(?: are on.*| do you read.*| can you read\?|\.|\?)"
+)
+ANY = re.compile(r"Is(?: there)? any (.+?) (?:on the chart|in this picture)\?")
+WHETHER = re.compile(
+    r"(?:Is there|Does the chart have|Does the chart contain|Can you read) (.+?)(?: on the| in the|\?).*"
+)
+NAMED = re.compile(r"(?:|It is |Sure, it is |That is |I read )\(#(\d+) ([^)]+)\)\.")
 
 
 def boxes_of(chart) -> dict[tuple[str, int], tuple[int, int, int, int]]:
@@ -37,7 +43,7 @@ def is_near(text: str, box: tuple[int, int, int, int]) -> bool:
 
 
 def test_questions_about_charts_have_the_answers_that_their_maps_give() -> None:
-    singular = {c.with_article: c.display_name for c in THINGS}
+    singular = {form: c.display_name for c in THINGS for form in (c.with_article, c.singular)}
     plural = {c.plural: c.display_name for c in THINGS}
     kinds = set()
     for index in range(120):
@@ -49,17 +55,21 @@ def test_questions_about_charts_have_the_answers_that_their_maps_give() -> None:
                 assert is_near(answer, boxes[mention[2], int(mention[1])])
             elif find_boxes(question):
                 kind = "what"
-                name = re.fullmatch(r"\(#(\d+) ([^)]+)\)\.", answer)
+                name = NAMED.fullmatch(answer)
                 assert is_near(question, boxes[name[2], int(name[1])])
             elif counted := COUNTED.fullmatch(question):
                 kind = "count"
-                assert answer == f"{sum(word == plural[counted[1]] for word, _ in boxes)}."
+                count, name = re.fullmatch(
+                    r"(?:|The chart has |I can read |There are )(\d+)(?: (.+))?\.", answer
+                ).groups()
+                assert int(count) == sum(word == plural[counted[1]] for word, _ in boxes)
+                assert name is None or {**singular, **plural}[name] == plural[counted[1]]
             else:
                 kind = "whether"
-                asked = WHETHER.fullmatch(question)
+                asked = ANY.fullmatch(question) or WHETHER.fullmatch(question)
                 there = any(word == singular[asked[1]] for word, _ in boxes)
                 assert answer == ("Yes." if there else "No.")
-            kinds.add((kind, answer in ("No.", "0.")))
+            kinds.add((kind, answer == "No." or " 0 " in f" {answer} "))
             assert kind == "whether" or index % 4
     assert kinds == {("whether", True), ("whether", False), ("count", True), ("count", False), ("what", False),
                      ("where", False)}  # fmt: skip
@@ -72,11 +82,11 @@ def test_tiles_cover_a_chart_and_a_box_lies_in_the_tile_that_answers() -> None:
         assert len(boxes) == 4 and (chart.semantic_ids > 0).all()
         parts = 0
         for (_, question), (_, answer) in chart.dialogues:
-            name = re.fullmatch(r"\(#1 ([^)]+)\)\.", answer)
-            x_min, y_min, x_max, y_max = boxes[name[1], 1]
+            name = NAMED.fullmatch(answer)
+            x_min, y_min, x_max, y_max = boxes[name[2], 1]
             box = np.array(find_boxes(question)[0]) * 12
             assert (box + 0.4 > [x_min, y_min, x_min, y_min]).all() and (box - 0.4 < [x_max, y_max, x_max, y_max]).all()
-            parts += not is_near(question, boxes[name[1], 1])
+            parts += not is_near(question, boxes[name[2], 1])
         assert 0 < parts < len(chart.dialogues)
 
 

@@ -6,6 +6,7 @@ box of numbers means. No segmentation, no crayon query and no object of the pict
 do with the picture that it lies on.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise, product
 from typing import Any, Literal, NamedTuple
 
@@ -135,9 +136,16 @@ def _lay_words(rng: np.random.Generator, semantic: np.ndarray, numbering: np.nda
 
 
 def _lay_tiles(rng: np.random.Generator, semantic: np.ndarray, numbering: np.ndarray) -> list[_Place]:
-    """Write two by two different words that cover all of both maps, in place; what is asked for is a part as often."""
+    """Write four different words that cover all of both maps, in place: two by two, or side by side as stripes.
+
+    What is asked for is as often a part of a word's place as all of it.
+    """
     rows, columns = semantic.shape
-    splits = [(0, int(rng.integers(2, side - 1)), side) for side in (rows, columns)]
+    splits: list[tuple[int, ...]]
+    if rng.random() < 0.5:
+        splits = [(0, int(rng.integers(2, side - 1)), side) for side in (rows, columns)]
+    else:
+        splits = [(0, rows), (0, *sorted(map(int, rng.choice(np.arange(1, columns), 3, replace=False))), columns)]
     owner = np.zeros(semantic.shape, int)
     for number, ((top, bottom), (left, right)) in enumerate(product(*map(pairwise, splits))):
         owner[top:bottom, left:right] = number
@@ -173,20 +181,44 @@ def _question(rng: np.random.Generator, kind: str, places: list[_Place], grid_hw
         # Not quite along the cells, as the box of an object is not.
         box = np.clip(place.box_xyxy + rng.uniform(-0.3, 0.3, 4), 0, [columns, rows, columns, rows])
         written = format_box(tuple(box), (columns, rows))
-        forms = ["What is in {}?", "Which word stands at {}?", "What do you read within the box {}?"]
-        return _turns(rng, forms, written, f"{name}.")
+        return _turns(
+            rng, _WHAT, written, _said(rng, ("It is {}.", "Sure, it is {}.", "That is {}.", "I read {}."), name)
+        )
     if kind == "where":
         written = format_box(place.box_xyxy, (columns, rows))
-        return _turns(rng, ["Where is {}?", "Give the place of {}."], name, f"{written}.")
+        return _turns(rng, ("Where is {}?", "Give the place of {}."), name, f"{written}.")
     present = {place.word for place in places}
     absent = [word for word in THINGS if word not in present]
     word = place.word if rng.random() < 0.5 else absent[int(rng.integers(len(absent)))]
     if kind == "count":
-        forms = ["How many {} are on the chart?", "Count the {}.", "How many {} do you read in this picture?"]
-        return _turns(rng, forms, word.plural, f"{sum(place.word == word for place in places)}.")
-    forms = ["Is there {} on the chart?", "Does the chart have {}?", "Can you read {} in the image? Yes or no?"]
-    return _turns(rng, forms, word.with_article, "Yes." if word in present else "No.")
+        count = sum(place.word == word for place in places)
+        counted = f"{count} {word.singular if count == 1 else word.plural}"
+        forms = ("{}.", "The chart has {}.", "I can read {}.", "There are {}.")
+        return _turns(rng, _COUNT, word.plural, f"{count}." if rng.random() < 0.3 else _said(rng, forms, counted))
+    if rng.random() < 0.3:
+        return _turns(rng, _ANY, word.singular, "Yes." if word in present else "No.")
+    return _turns(rng, _WHETHER, word.with_article, "Yes." if word in present else "No.")
 
 
-def _turns(rng: np.random.Generator, forms: list[str], asked: str, answer: str) -> Turns:
+_WHAT = (
+    "What is in {}?", "Which word stands at {}?", "What do you read within the box {}?",
+    "Name the word and number at {}.", "Tell me what you read within {}.", "What is inside the box {}?",
+)  # fmt: skip
+_COUNT = (
+    "How many {} are on the chart?", "Count the {}.", "How many {} do you read in this picture?",
+    "What is the number of {}?", "How many {} can you read?",
+)  # fmt: skip
+_WHETHER = (
+    "Is there {} on the chart?", "Does the chart have {}?", "Can you read {} in the image? Yes or no?",
+    "Does the chart contain {}?",
+)  # fmt: skip
+_ANY = ("Is there any {} on the chart?", "Is any {} in this picture?")
+
+
+def _said(rng: np.random.Generator, sentences: Sequence[str], answer: str) -> str:
+    """Bare, or in a sentence: where in an answer the word or number comes must not matter."""
+    return f"{answer}." if rng.random() < 0.3 else sentences[int(rng.integers(len(sentences)))].format(answer)
+
+
+def _turns(rng: np.random.Generator, forms: Sequence[str], asked: str, answer: str) -> Turns:
     return [("human", forms[int(rng.integers(len(forms)))].format(asked)), ("gpt", answer)]

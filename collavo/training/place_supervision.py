@@ -20,8 +20,8 @@ from collavo.training.batches import IGNORED, MicroBatch
 ASKED_LAYER, ANSWERED_LAYER = 2, 3
 """Hidden states that are asked for a box in the question, early enough to be of use, and for one in the answer."""
 
-FIRST_TOKENS = 4
-"""Of an answer: the class of `(#1 dog)` comes fourth."""
+FIRST_TOKENS = 8
+"""Of an answer: the class of `Sure, it is (#1 dog)` comes eighth."""
 
 
 class PlaceHeads(nn.Module):

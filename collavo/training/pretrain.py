@@ -45,10 +45,10 @@ TOKENIZER_SCENES = 2000
 SHORT_LISTS_FIRST = 300
 """Steps with nothing but short lists: whether a word is among others is learned soonest by itself."""
 
-SIMPLE_CHARTS_NEXT: tuple[tuple[Lesson, int], ...] = (("whether", 300), ("tiles", 900))
+SIMPLE_CHARTS_NEXT: tuple[tuple[Lesson, int], ...] = (("whether", 300), ("tiles", 500))
 """Lessons after those, with nothing but simple charts, and their steps, for the same reason."""
 
-ROTATION = ("scene", "chart", "chart", "scene", "chart", "list")
+ROTATION = ("scene", "chart", "tiles", "chart", "list", "chart")
 """What the batches after those are made of, in turn."""
 
 PLACE_WEIGHT = 3.0
@@ -90,6 +90,8 @@ class PretrainingExamples(Dataset[Example]):
                 return self._scene(index)
             case "chart":
                 return self._chart(index, "all")
+            case "tiles":
+                return self._chart(index, "tiles")
         return self._words(index, list_dialogues(index))
 
     def _scene(self, index: int) -> Example:
