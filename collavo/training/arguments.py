@@ -94,7 +94,7 @@ PRESETS = {
     "tiny": Preset(
         TINY,
         {
-            # The whole default run, build and evaluation included, is to end in a quarter of an hour on two cores.
+            # The whole default run, build and evaluation included, is to end in ten minutes on two cores.
             "epochs": 2,
             "max_steps": 100,
             "batch_size": 8,
