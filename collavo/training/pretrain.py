@@ -4,9 +4,10 @@
 
 It learns what a large base would bring along: to see (colours, also those within a box; places, what stands where), to
 speak (the dialogues that come with the scenes), to write numbers and plurals, and to find and count words among words
-that it was given, in a list or laid over a picture's cells (`collavo.training.charts`). No crayon task is among it: no
-object of a picture is counted, boxed, listed or asked for, and no crayon map of a picture is shown. The folder `model`
-in the output is a base for `collavo.train --preset`. A stopped run goes on when the command is repeated.
+that it was given, in a list or laid over a picture's cells, where also what stands in a box (`collavo.training.charts`,
+`collavo.training.place_supervision`). No crayon task is among it: no object of a picture is counted, boxed, listed or
+asked for, and no crayon map of a picture is shown. The folder `model` in the output is a base for
+`collavo.train --preset`. A stopped run goes on when the command is repeated.
 """
 
 import argparse
