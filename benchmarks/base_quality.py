@@ -25,7 +25,6 @@ LESSONS: tuple[Lesson, ...] = ("all", "tiles")
 FIRST_CHART = 10**7
 """Pre-training draws charts of lower numbers."""
 
-
 SAID: dict[str, Callable[[str], object]] = {
     "whether": str,
     "count": lambda text: re.findall(r"\d+", text)[-1:],
@@ -69,8 +68,8 @@ def main() -> int:
         for position in range(1, len(chart.dialogues) + 1):
             places = ((sequence_ids[1:] == position) & (labels[1:] != IGNORED)).nonzero().squeeze(1)
             truth, answer = (processor.tokenizer.decode(ids[places + at]) for ids, at in ((labels, 1), (found, 0)))
-            kind, said = kind_of(truth), SAID[kind_of(truth)]
-            right[f"{kind}, {lesson}"].append(said(truth) == said(answer))
+            kind = kind_of(truth)
+            right[f"{kind}, {lesson}"].append(SAID[kind](truth) == SAID[kind](answer))
     for kind, answers in right.items():
         print(f"{kind:12} {100 * sum(answers) / len(answers):5.1f} % of {len(answers)}")
     return 0

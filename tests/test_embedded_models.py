@@ -24,6 +24,7 @@ from collavo.segmenters import SegmenterError, load_segmenter
 from collavo.training import pretrain, segmenter, word_texts
 from collavo.training.batches import IGNORED, collate
 from collavo.training.charts import WordPrompt, chart_example, draw_chart
+from collavo.training.place_supervision import PlaceHeads, cover
 from collavo.training.positions import show_positions
 from collavo.training.run_directory import RunError, load_base
 from schemas.categories import CATEGORIES
@@ -261,6 +262,35 @@ def test_a_base_to_go_on_from_that_is_not_there_is_one_line_and_status_2(tmp_pat
         pretrain.main(["--output", str(tmp_path / "run"), "--start", str(tmp_path / "nowhere")])
     assert exit_info.value.code == 2
     assert f"error: --start {tmp_path / 'nowhere'}: not a folder or hub id" in capsys.readouterr().err.splitlines()[-1]
+
+
+@needs_tiny_base
+def test_where_an_answer_begins_hidden_states_are_asked_for_the_box_of_its_own_question():
+    """States that tell the cells there, and in the question the opposite, will do; those of another not."""
+    _, processor = load_base("tiny", torch.float32)
+    chart = draw_chart(0, processor.grid_hw, "tiles")
+    example = chart_example(chart, np.zeros((9, 12, 3), np.uint8), processor)
+    batch = collate([example], processor.tokenizer.pad_token_id)
+    heads = PlaceHeads(144, processor.grid_hw)
+    torch.nn.init.eye_(heads.asked.weight)
+    torch.nn.init.zeros_(heads.asked.bias)
+    cells = [2 * cover(find_boxes(question)[0], processor.grid_hw) - 1 for (_, question), _ in chart.dialogues]
+
+    def loss(told: list[torch.Tensor]) -> float:
+        states = torch.zeros(1, len(example.input_ids), 144)
+        for number, code in enumerate(told, start=1):
+            own = (example.sequence_ids == number).nonzero().squeeze(1)
+            begins = int((example.labels[own] != IGNORED).nonzero()[0]) - 1
+            states[0, own[:begins]], states[0, own[begins:]] = -code, code
+        return float(heads([states] * 4, batch, processor.tokenizer).detach())
+
+    assert loss(cells) < 0.35 < 0.45 < loss([cells[-1], *cells[:-1]])
+
+
+def test_positions_to_show_without_a_base_to_start_from_are_refused_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        pretrain.main(["--output", str(tmp_path / "run"), "--show_positions"])
+    assert exit_info.value.code == 2 and "--show_positions is for" in capsys.readouterr().err.splitlines()[-1]
 
 
 def told_column(model, pixel_values) -> float:

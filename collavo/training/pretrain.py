@@ -251,6 +251,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; see the module's text."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    if arguments.show_positions and not arguments.start:
+        parser.error("--show_positions is for a base of --start; a new one is shown its positions anyway")
     run = Path(arguments.output)
     torch.manual_seed(arguments.seed)
     try:
