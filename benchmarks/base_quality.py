@@ -2,8 +2,8 @@
 
     python benchmarks/base_quality.py [--base DIR]
 
-Every token is predicted with the true tokens before it. What counts of an answer is yes or no, a count, a word without
-its number, or all digits of a box: how it is put into a sentence is a matter of taste.
+Every token is predicted with the true tokens before it. What counts of an answer is yes or no, a count, or a word
+without its number: how it is put into a sentence is a matter of taste.
 """
 
 import argparse
@@ -14,7 +14,6 @@ from itertools import product
 
 import torch
 
-from collavo.instructions.text import find_boxes
 from collavo.scenes import draw_scene, scene_seed
 from collavo.training.batches import IGNORED, collate
 from collavo.training.charts import Lesson, WordPrompt, chart_example, draw_chart
@@ -29,15 +28,12 @@ SAID: dict[str, Callable[[str], object]] = {
     "whether": str,
     "count": lambda text: re.findall(r"\d+", text)[-1:],
     "what": lambda text: text.rpartition("#")[2].lstrip("0123456789"),
-    "where": str,
 }
 """What counts of an answer, by what was asked for; the first tokens may begin another sentence."""
 
 
 def kind_of(answer: str) -> str:
     """What a chart was asked for, as the answer tells."""
-    if find_boxes(answer):
-        return "where"
     if "#" in answer:
         return "what"
     return "count" if re.search(r"\d", answer) else "whether"

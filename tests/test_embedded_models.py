@@ -24,7 +24,7 @@ from collavo.segmenters import SegmenterError, load_segmenter
 from collavo.training import pretrain, segmenter, word_texts
 from collavo.training.batches import IGNORED, collate
 from collavo.training.charts import WordPrompt, chart_example, draw_chart
-from collavo.training.place_supervision import PlaceHeads, cover
+from collavo.training.place_supervision import PlaceHead, cover
 from collavo.training.positions import show_positions
 from collavo.training.run_directory import RunError, load_base
 from schemas.categories import CATEGORIES
@@ -271,9 +271,9 @@ def test_where_an_answer_begins_hidden_states_are_asked_for_the_box_of_its_own_q
     chart = draw_chart(0, processor.grid_hw, "tiles")
     example = chart_example(chart, np.zeros((9, 12, 3), np.uint8), processor)
     batch = collate([example], processor.tokenizer.pad_token_id)
-    heads = PlaceHeads(144, processor.grid_hw)
-    torch.nn.init.eye_(heads.asked.weight)
-    torch.nn.init.zeros_(heads.asked.bias)
+    head = PlaceHead(144, processor.grid_hw)
+    torch.nn.init.eye_(head.cells.weight)
+    torch.nn.init.zeros_(head.cells.bias)
     cells = [2 * cover(find_boxes(question)[0], processor.grid_hw) - 1 for (_, question), _ in chart.dialogues]
 
     def loss(told: list[torch.Tensor]) -> float:
@@ -282,7 +282,7 @@ def test_where_an_answer_begins_hidden_states_are_asked_for_the_box_of_its_own_q
             own = (example.sequence_ids == number).nonzero().squeeze(1)
             begins = int((example.labels[own] != IGNORED).nonzero()[0]) - 1
             states[0, own[:begins]], states[0, own[begins:]] = -code, code
-        return float(heads([states] * 4, batch, processor.tokenizer).detach())
+        return float(head([states] * 4, batch, processor.tokenizer).detach())
 
     assert loss(cells) < 0.35 < 0.45 < loss([cells[-1], *cells[:-1]])
 

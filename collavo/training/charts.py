@@ -2,8 +2,9 @@
 
 A chart reaches the language model where a Crayon Prompt's signal will, as the vectors of its words. It teaches what a
 large language model brings along: to find a word wherever it stands, to count, and to know which part of a picture a
-box of numbers means. No segmentation, no crayon query and no object of the picture takes part: a chart has nothing to
-do with the picture that it lies on.
+box of numbers means. Words lie as objects do in a crayon map: of any shape, one behind the other, most of them small,
+on a ground of others. But no segmentation, no crayon query and no object of the picture takes part: a chart has nothing
+to do with the picture that it lies on.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from collavo.crayon.grid import segment_grid
 from collavo.instructions.text import format_box
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.class_words import ClassWords
@@ -28,8 +30,8 @@ CHART = "chart"
 QUESTIONS = 15
 """About a chart."""
 
-MAX_WORDS = 8
-"""Laid over a chart, one on top of the other, beside the one or two of its ground."""
+MAX_WORDS, MAX_PLACES = 8, 20
+"""Laid over a chart, one on top of the other, and in how many places, beside those of its ground."""
 
 Lesson = Literal["whether", "tiles", "all"]
 """What charts are drawn and asked for: whether a word is there; what stands in a box, on charts that four words share
@@ -38,12 +40,20 @@ like tiles; everything. What the third rests on is learned soonest by itself, in
 _ASKED = {
     "whether": ("whether",),
     "tiles": ("what",),
-    "all": ("whether", "count", "count", "what", "what", "what", "where"),
+    "all": ("whether", "count", "count", "what", "what", "what"),
 }
 
 _STUFF = [category for category in CATEGORIES if not category.is_thing]
 _SEED = 7_000_051
-_LONGEST_SIDE = 6
+
+_POINTS = 8
+"""Along a cell, that words are drawn with: a box of theirs begins and ends within cells, as that of an object does."""
+
+_SIDES = (0.6, 6.0)
+"""In cells, of the places of words; small ones are as frequent as large ones, factor by factor."""
+
+_LEAST_POINTS = 8
+"""Of a place that others cover; what shows less of itself is taken away."""
 
 
 class Chart(NamedTuple):
@@ -96,43 +106,42 @@ def chart_example(chart: Chart, picture: np.ndarray, processor: CollavoProcessor
     Args:
         picture: uint8 [height, width, 3].
     """
-    prompts = [processor.render(turns) for turns in chart.dialogues]
-    input_ids, labels, sequence_ids = pack_prompts(prompts, processor.image_token_id)
-    return Example(
-        kind="dialogue",
-        image_id=CHART,
-        input_ids=input_ids,
-        labels=labels,
-        sequence_ids=sequence_ids,
-        pixel_values=processor.pixel_values(picture),
-        semantic_ids=chart.semantic_ids,
-        numbering_ids=chart.numbering_ids,
-    )
+    packed = pack_prompts([processor.render(turns) for turns in chart.dialogues], processor.image_token_id)
+    return Example("dialogue", CHART, *packed, processor.pixel_values(picture), chart.semantic_ids, chart.numbering_ids)
 
 
 def _ground(rng: np.random.Generator, grid_hw: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Nothing, or one stuff word, or one above the other."""
+    """Nothing, or stuff words: one above the other, and patches of up to three more."""
     semantic, numbering = np.zeros(grid_hw, np.int64), np.zeros(grid_hw, np.int64)
-    if rng.random() < 0.7:
-        horizon = int(rng.integers(grid_hw[0]))
-        above, below = (_STUFF[int(rng.integers(len(_STUFF)))] for _ in range(2))
-        semantic[:horizon], semantic[horizon:] = above.label + 1, below.label + 1
+    if rng.random() < 0.8:
         numbering[:] = 1
+        patches = [(0, 0), (int(rng.integers(grid_hw[0])), 0), *rng.integers(0, grid_hw, (int(rng.integers(4)), 2))]
+        for number, (top, left) in enumerate(patches):
+            height, width = grid_hw if number < 2 else rng.integers(1, 6, 2)
+            word = _STUFF[int(rng.integers(len(_STUFF)))]
+            semantic[top : top + height, left : left + width] = word.label + 1
     return semantic, numbering
 
 
 def _lay_words(rng: np.random.Generator, semantic: np.ndarray, numbering: np.ndarray) -> list[_Place]:
-    """Write rectangles of words into both maps, in place; those of a word that can be seen are numbered."""
+    """Write words into both maps, in place, as `crayon_grid` would write objects of the same shapes."""
     rows, columns = semantic.shape
     words = [THINGS[i] for i in rng.permutation(len(THINGS))[: rng.integers(1, MAX_WORDS + 1)]]
-    owner, laid = np.full(semantic.shape, -1), []
-    for number in range(int(rng.integers(1, MAX_WORDS + 1))):
-        # The smaller of two, for objects of pictures are small.
-        height, width = (int(side) for side in rng.integers(1, _LONGEST_SIDE + 1, (2, 2)).min(0))
-        top, left = int(rng.integers(rows - height + 1)), int(rng.integers(columns - width + 1))
-        owner[top : top + height, left : left + width] = number
-        laid.append(words[int(rng.integers(len(words)))])
-    return _write(owner, laid, semantic, numbering)
+    y, x = (np.arange(side * _POINTS) / _POINTS for side in (rows, columns))
+    owner = np.zeros((len(y), len(x)), int)
+    laid = [words[int(rng.integers(len(words)))] for _ in range(int(rng.integers(1, MAX_PLACES + 1)))]
+    for number in range(1, len(laid) + 1):
+        height, width = np.exp(rng.uniform(*np.log(_SIDES), 2))
+        middle_y, middle_x = rng.uniform(size=2) * (rows, columns)
+        across, along = 2 * abs(y - middle_y)[:, None] / height, 2 * abs(x - middle_x) / width
+        owner[(np.hypot(across, along) if rng.random() < 0.5 else np.maximum(across, along)) <= 1] = number
+    points = np.bincount(owner.ravel(), minlength=len(laid) + 1)
+    seen = sorted((n for n in range(1, len(points)) if points[n] >= _LEAST_POINTS), key=lambda n: -points[n])
+    if not seen:
+        return _lay_words(rng, semantic, numbering)
+    order = np.zeros(len(points), int)
+    order[seen] = np.arange(1, len(seen) + 1)
+    return _write(order[owner], [laid[n - 1] for n in seen], semantic, numbering)
 
 
 def _lay_tiles(rng: np.random.Generator, semantic: np.ndarray, numbering: np.ndarray) -> list[_Place]:
@@ -147,7 +156,7 @@ def _lay_tiles(rng: np.random.Generator, semantic: np.ndarray, numbering: np.nda
     else:
         splits = [(0, rows), (0, *sorted(map(int, rng.choice(np.arange(1, columns), 3, replace=False))), columns)]
     owner = np.zeros(semantic.shape, int)
-    for number, ((top, bottom), (left, right)) in enumerate(product(*map(pairwise, splits))):
+    for number, ((top, bottom), (left, right)) in enumerate(product(*map(pairwise, splits)), start=1):
         owner[top:bottom, left:right] = number
     tiles = _write(owner, [THINGS[i] for i in rng.permutation(len(THINGS))[:4]], semantic, numbering)
     return [*tiles, *(tile._replace(box_xyxy=_part(rng, tile.box_xyxy)) for tile in tiles)]
@@ -161,15 +170,20 @@ def _part(rng: np.random.Generator, box_xyxy: tuple[float, float, float, float])
 
 
 def _write(owner: np.ndarray, laid: list[Category], semantic: np.ndarray, numbering: np.ndarray) -> list[_Place]:
+    """Write words, numbered in their order, into both maps, in place.
+
+    Args:
+        owner: int [rows * points, columns * points], position in `laid` + 1, 0 for the ground; every word has a place.
+    """
+    cells = segment_grid(owner, len(laid), (semantic.shape[0], semantic.shape[1]))
+    points = len(owner) // len(semantic)
     places: list[_Place] = []
-    for number, word in enumerate(laid):
-        cells = owner == number
-        if cells.any():
-            count = 1 + sum(place.word == word for place in places)
-            semantic[cells], numbering[cells] = word.label + 1, count
-            y, x = np.nonzero(cells)
-            box = (int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1)
-            places.append(_Place(word, count, box))
+    for position, word in enumerate(laid, start=1):
+        count = 1 + sum(place.word == word for place in places)
+        semantic[cells == position], numbering[cells == position] = word.label + 1, count
+        y, x = np.nonzero(owner == position)
+        x_min, y_min, x_max, y_max = (int(v) / points for v in (x.min(), y.min(), x.max() + 1, y.max() + 1))
+        places.append(_Place(word, count, (x_min, y_min, x_max, y_max)))
     return places
 
 
@@ -178,22 +192,21 @@ def _question(rng: np.random.Generator, kind: str, places: list[_Place], grid_hw
     place = places[int(rng.integers(len(places)))]
     name = f"(#{place.number} {place.word.display_name})"
     if kind == "what":
-        # Not quite along the cells, as the box of an object is not.
-        box = np.clip(place.box_xyxy + rng.uniform(-0.3, 0.3, 4), 0, [columns, rows, columns, rows])
+        # Not quite that of the place, as that of an object is not quite that of its segment.
+        box = np.clip(place.box_xyxy + rng.uniform(-0.15, 0.15, 4), 0, [columns, rows, columns, rows])
         written = format_box(tuple(box), (columns, rows))
         return _turns(
             rng, _WHAT, written, _said(rng, ("It is {}.", "Sure, it is {}.", "That is {}.", "I read {}."), name)
         )
-    if kind == "where":
-        written = format_box(place.box_xyxy, (columns, rows))
-        return _turns(rng, ("Where is {}?", "Give the place of {}."), name, f"{written}.")
     present = {place.word for place in places}
     absent = [word for word in THINGS if word not in present]
-    word = place.word if rng.random() < 0.5 else absent[int(rng.integers(len(absent)))]
+    # How many there are of a word is harder to learn if there are some.
+    word = place.word if rng.random() < (0.7 if kind == "count" else 0.5) else absent[int(rng.integers(len(absent)))]
     if kind == "count":
         count = sum(place.word == word for place in places)
-        counted = f"{count} {word.singular if count == 1 else word.plural}"
-        forms = ("{}.", "The chart has {}.", "I can read {}.", "There are {}.")
+        are, name = ("is", word.singular) if count == 1 else ("are", word.plural)
+        counted = f"{count} {name}"
+        forms = ("{}.", "The chart has {}.", "I can read {}.", f"There {are} {{}}.")
         return _turns(rng, _COUNT, word.plural, f"{count}." if rng.random() < 0.3 else _said(rng, forms, counted))
     if rng.random() < 0.3:
         return _turns(rng, _ANY, word.singular, "Yes." if word in present else "No.")

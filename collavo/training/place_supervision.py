@@ -3,7 +3,7 @@
 To answer "What is in [0.25, 0.10, 0.75, 0.60]?" a language model has to gather eight digits, turn them into a place,
 and attend to it. As long as it does none of the three, none of the three is worth learning: left to its answers, a base
 found no column in 30,000 questions (benchmarks/LOG.md, 2026-11-26). So where it begins to answer, its hidden states
-are also asked for the cells that the box covers. The heads that ask are thrown away.
+are also asked for the cells that the box covers. The head that asks is thrown away.
 """
 
 from collections.abc import Sequence
@@ -17,43 +17,37 @@ from torch.nn import functional
 from collavo.instructions.text import Box, find_boxes
 from collavo.training.batches import IGNORED, MicroBatch
 
-ASKED_LAYER, ANSWERED_LAYER = 2, 3
-"""Hidden states that are asked for a box in the question, early enough to be of use, and for one in the answer."""
+ASKED_LAYER = 2
+"""Hidden states that are asked for the box, early enough to be of use."""
 
 FIRST_TOKENS = 8
 """Of an answer: the class of `Sure, it is (#1 dog)` comes eighth."""
 
 
-class PlaceHeads(nn.Module):
-    """Linear readings of a place from hidden states."""
+class PlaceHead(nn.Module):
+    """A linear reading of a place from hidden states."""
 
     def __init__(self, hidden_size: int, grid_hw: tuple[int, int]) -> None:
         super().__init__()
         self.grid_hw = grid_hw
-        self.asked = nn.Linear(hidden_size, grid_hw[0] * grid_hw[1])
-        self.answered = nn.Linear(hidden_size, grid_hw[0] * grid_hw[1])
+        self.cells = nn.Linear(hidden_size, grid_hw[0] * grid_hw[1])
 
     def forward(self, hidden_states: Sequence[torch.Tensor], batch: MicroBatch, tokenizer: Any) -> torch.Tensor:
-        """The loss over all conversations of a batch that a box stands in; zero if there are none.
+        """The loss over all conversations of a batch with a box in the question; zero if there are none.
 
         Args:
             hidden_states: float [batch, tokens, hidden] of every layer.
         """
-        inputs = batch.inputs
-        begun, questions, answers = _conversations(inputs, tokenizer)
-        total = hidden_states[0].new_zeros(())
-        for head, layer, texts in (
-            (self.asked, ASKED_LAYER, questions),
-            (self.answered, ANSWERED_LAYER, answers),
-        ):
-            boxes = [find_boxes(text) for text in texts]
-            some = [number for number, found in enumerate(boxes) if found]
-            if some:
-                rows, tokens = (torch.cat([begun[number][axis] for number in some]) for axis in (0, 1))
-                covers = torch.stack([cover(boxes[n][0], self.grid_hw) for n in some for _ in begun[n][0]])
-                hidden = functional.rms_norm(hidden_states[layer][rows, tokens].float(), hidden_states[0].shape[-1:])
-                total = total + functional.binary_cross_entropy_with_logits(head(hidden), covers)
-        return total
+        begun, questions = _conversations(batch.inputs, tokenizer)
+        boxes = [find_boxes(question) for question in questions]
+        some = [number for number, found in enumerate(boxes) if found]
+        if not some:
+            return hidden_states[0].new_zeros(())
+        rows, tokens = (torch.cat([begun[number][axis] for number in some]) for axis in (0, 1))
+        covers = torch.stack([cover(boxes[number][0], self.grid_hw) for number in some for _ in begun[number][0]])
+        hidden = hidden_states[ASKED_LAYER][rows, tokens].float()
+        told = self.cells(functional.rms_norm(hidden, hidden.shape[-1:]))
+        return functional.binary_cross_entropy_with_logits(told, covers)
 
 
 def cover(box: Box, grid_hw: tuple[int, int]) -> torch.Tensor:
@@ -69,10 +63,10 @@ def cover(box: Box, grid_hw: tuple[int, int]) -> torch.Tensor:
 
 def _conversations(
     inputs: dict[str, torch.Tensor], tokenizer: Any
-) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[str], list[str]]:
-    """Of each: where the first tokens of its answer are predicted, as rows and tokens; its question; its answer."""
+) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[str]]:
+    """Of each: where the first tokens of its answer are predicted, as rows and tokens; its question."""
     input_ids, labels, sequence_ids = (inputs[name] for name in ("input_ids", "labels", "sequence_ids"))
-    begun, asked, answered = [], [], []
+    begun, asked = [], []
     for row in range(len(input_ids)):
         for number in range(1, int(sequence_ids[row].max()) + 1):
             own = (sequence_ids[row] == number).nonzero().squeeze(1)
@@ -80,5 +74,4 @@ def _conversations(
             predicting = own[supervised.nonzero().squeeze(1)[:FIRST_TOKENS] - 1]
             begun.append((torch.full_like(predicting, row), predicting))
             asked.append(input_ids[row, own[~supervised]].tolist())
-            answered.append(input_ids[row, own[supervised]].tolist())
-    return begun, tokenizer.batch_decode(asked), tokenizer.batch_decode(answered)
+    return begun, tokenizer.batch_decode(asked)

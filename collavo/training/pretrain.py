@@ -32,7 +32,7 @@ from collavo.model.prompt import IMAGE_TOKEN, Turns
 from collavo.scenes import draw_scene, scene_seed
 from collavo.training.batches import IGNORED, Example, MicroBatch, collate, pack_prompts
 from collavo.training.charts import CHART, Lesson, WordPrompt, chart_example, draw_chart
-from collavo.training.place_supervision import PlaceHeads
+from collavo.training.place_supervision import PlaceHead
 from collavo.training.positions import show_positions
 from collavo.training.run_directory import RunError, load_base
 from collavo.training.scratch import TRAIN_SCENES_SEED, ScratchOptions, train_from_scratch
@@ -99,7 +99,7 @@ class PretrainingExamples(Dataset[Example]):
         scene = draw_scene(scene_seed(TRAIN_SCENES_SEED, index), self._SIZES_WH[index % len(self._SIZES_WH)])
         dialogues = (*scene.dialogues, *color_dialogues(scene.image, index), word_dialogue(index))
         prompts = [self._processor.render(turns) for turns in dialogues]
-        return self._example(index, *pack_prompts(prompts, self._processor.image_token_id), scene.image)
+        return self._example(index, pack_prompts(prompts, self._processor.image_token_id), scene.image)
 
     def _chart(self, index: int, lesson: Lesson) -> Example:
         chart = draw_chart(index, self._processor.grid_hw, lesson)
@@ -118,24 +118,14 @@ class PretrainingExamples(Dataset[Example]):
             labels += prompt.labels[len(prompt.labels) - len(text) + shared :]
             sequence_ids += [number] * (len(text) - shared)
         no_picture = np.zeros((1, 1, 3), np.uint8)
-        return self._example(
-            index, torch.tensor(input_ids), torch.tensor(labels), torch.tensor(sequence_ids), no_picture
-        )
+        packed = (torch.tensor(input_ids), torch.tensor(labels), torch.tensor(sequence_ids))
+        return self._example(index, packed, no_picture)
 
     def _example(
-        self, index: int, input_ids: torch.Tensor, labels: torch.Tensor, sequence_ids: torch.Tensor, image: np.ndarray
+        self, index: int, packed: tuple[torch.Tensor, torch.Tensor, torch.Tensor], image: np.ndarray
     ) -> Example:
         nothing = torch.zeros(self._processor.grid_hw, dtype=torch.long)
-        return Example(
-            kind="dialogue",
-            image_id=str(index),
-            input_ids=input_ids,
-            labels=labels,
-            sequence_ids=sequence_ids,
-            pixel_values=self._processor.pixel_values(image),
-            semantic_ids=nothing,
-            numbering_ids=nothing,
-        )
+        return Example("dialogue", str(index), *packed, self._processor.pixel_values(image), nothing, nothing)
 
 
 class SupervisedBase(nn.Module):
@@ -144,7 +134,7 @@ class SupervisedBase(nn.Module):
     def __init__(self, model: CollavoForConditionalGeneration, processor: CollavoProcessor, bf16: bool) -> None:
         super().__init__()
         self.model = model
-        self.place_heads = PlaceHeads(model.lm_head.in_features, processor.grid_hw)
+        self.place_head = PlaceHead(model.lm_head.in_features, processor.grid_hw)
         self._processor = processor
         self._bf16 = bf16
 
@@ -159,7 +149,7 @@ class SupervisedBase(nn.Module):
             outputs = self.model(**inputs, supervised_only=True, use_cache=False, output_hidden_states=charts)
             loss: torch.Tensor = outputs.loss
             if charts:
-                loss = loss + PLACE_WEIGHT * self.place_heads(outputs.hidden_states, batch, self._processor.tokenizer)
+                loss = loss + PLACE_WEIGHT * self.place_head(outputs.hidden_states, batch, self._processor.tokenizer)
         return loss
 
 
