@@ -128,10 +128,11 @@ def _lay_words(rng: np.random.Generator, semantic: np.ndarray, numbering: np.nda
     rows, columns = semantic.shape
     words = [THINGS[i] for i in rng.permutation(len(THINGS))[: rng.integers(1, MAX_WORDS + 1)]]
     y, x = (np.arange(side * _POINTS) / _POINTS for side in (rows, columns))
+    smallest, largest = _SIDES
     owner = np.zeros((len(y), len(x)), int)
     laid = [words[int(rng.integers(len(words)))] for _ in range(int(rng.integers(1, MAX_PLACES + 1)))]
     for number in range(1, len(laid) + 1):
-        height, width = np.exp(rng.uniform(*np.log(_SIDES), 2))
+        height, width = smallest * (largest / smallest) ** rng.uniform(size=2)
         middle_y, middle_x = rng.uniform(size=2) * (rows, columns)
         across, along = 2 * abs(y - middle_y)[:, None] / height, 2 * abs(x - middle_x) / width
         owner[(np.hypot(across, along) if rng.random() < 0.5 else np.maximum(across, along)) <= 1] = number
