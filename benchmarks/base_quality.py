@@ -27,7 +27,7 @@ FIRST_CHART = 10**7
 SAID: dict[str, Callable[[str], object]] = {
     "whether": str,
     "count": lambda text: re.findall(r"\d+", text)[-1:],
-    "what": lambda text: text.rpartition("#")[2].lstrip("0123456789"),
+    "what": lambda text: text.lstrip("0123456789"),
 }
 """What counts of an answer, by what was asked for; the first tokens may begin another sentence."""
 
@@ -63,8 +63,12 @@ def main() -> int:
         labels, sequence_ids = example.labels, example.sequence_ids
         for position in range(1, len(chart.dialogues) + 1):
             places = ((sequence_ids[1:] == position) & (labels[1:] != IGNORED)).nonzero().squeeze(1)
+            kind = kind_of(processor.tokenizer.decode(labels[places + 1]))
+            if kind == "what":
+                # The name follows a token that ends with #, which may be the first of the answer, and then has rivals.
+                tokens = processor.tokenizer.batch_decode(labels[places + 1, None])
+                places = places[next(i for i, token in enumerate(tokens, start=1) if "#" in token) :]
             truth, answer = (processor.tokenizer.decode(ids[places + at]) for ids, at in ((labels, 1), (found, 0)))
-            kind = kind_of(truth)
             right[f"{kind}, {lesson}"].append(SAID[kind](truth) == SAID[kind](answer))
     for kind, answers in right.items():
         print(f"{kind:12} {100 * sum(answers) / len(answers):5.1f} % of {len(answers)}")
