@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help=f"of {', '.join(ARMS)} (default: all)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     add("--train_scenes", type=int, default=3000)
-    add("--eval_scenes", type=int, default=60)
+    add("--eval_scenes", type=int, default=240)
     add("--cpt_steps", type=int, default=20, help="of Crayon Prompt Tuning")
     add("--cit_steps", type=int, default=100, help="of instruction tuning with both kinds of batches")
     add("--batch_size", type=int, default=8, help="sequences per step")
