@@ -41,7 +41,7 @@ PRESETS = {
     # the mask logits (stride 4 of 768) in a 640 x 480 image.
     "default": MaskThresholds(min_class_score=0.8, mask_probability=0.5, overlap=0.8, min_area=16),
     # For the embedded segmenter and what is trained like it: a small network is less sure of what it is right about.
-    # Tried on scenes of seed 5000011, which are neither trained nor reported on. An overlap of 0.5 has the best quality,
+    # Tried on scenes of seed 5000011, which are neither trained nor reported on. An overlap of 0.5 has the best quality
     # by a tenth of a point; 0.4 finds more of what stands behind something, which counts and boxes are asked about.
     "scenes": MaskThresholds(min_class_score=0.3, mask_probability=0.4, overlap=0.4, min_area=16),
     # The call in CoLLaVO's release: threshold=0.5, mask_threshold=0.95, overlap left at 0.8, nothing fused.
