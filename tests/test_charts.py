@@ -55,6 +55,10 @@ def test_questions_about_charts_have_the_answers_that_their_maps_give() -> None:
             if find_boxes(question):
                 kind = "what"
                 name = NAMED.fullmatch(answer)
+                x_min, y_min, x_max, y_max = boxes[name[2], int(name[1])]
+                box = np.array(find_boxes(question)[0]) * 12
+                assert (box - [x_min, y_min, x_max, y_max] < [1.25, 1.25, np.inf, np.inf]).all()
+                assert (box - [x_min, y_min, x_max, y_max] > [-np.inf, -np.inf, -1.25, -1.25]).all()
                 fits.append(is_near(question, boxes[name[2], int(name[1])], cells=1.25))
             elif counted := COUNTED.fullmatch(question):
                 kind = "count"

@@ -15,12 +15,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from collavo.crayon.grid import segment_grid
+from collavo.crayon.grid import crayon_grid
 from collavo.instructions.text import format_box
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.class_words import ClassWords
 from collavo.model.processing_collavo import CollavoProcessor
 from collavo.model.prompt import Turns
+from collavo.panoptic.maps import SegmentInfo, build_panoptic_map
 from collavo.training.batches import Example, pack_prompts
 from schemas.categories import CATEGORIES, THINGS, Category
 
@@ -129,20 +130,15 @@ def _lay_words(rng: np.random.Generator, semantic: np.ndarray, numbering: np.nda
     words = [THINGS[i] for i in rng.permutation(len(THINGS))[: rng.integers(1, MAX_WORDS + 1)]]
     y, x = (np.arange(side * _POINTS) / _POINTS for side in (rows, columns))
     smallest, largest = _SIDES
-    owner = np.zeros((len(y), len(x)), int)
+    ids = np.zeros((len(y), len(x)), int)
     laid = [words[int(rng.integers(len(words)))] for _ in range(int(rng.integers(1, MAX_PLACES + 1)))]
     for number in range(1, len(laid) + 1):
         height, width = smallest * (largest / smallest) ** rng.uniform(size=2)
         middle_y, middle_x = rng.uniform(size=2) * (rows, columns)
         across, along = 2 * abs(y - middle_y)[:, None] / height, 2 * abs(x - middle_x) / width
-        owner[(np.hypot(across, along) if rng.random() < 0.5 else np.maximum(across, along)) <= 1] = number
-    points = np.bincount(owner.ravel(), minlength=len(laid) + 1)
-    seen = sorted((n for n in range(1, len(points)) if points[n] >= _LEAST_POINTS), key=lambda n: -points[n])
-    if not seen:
-        return _lay_words(rng, semantic, numbering)
-    order = np.zeros(len(points), int)
-    order[seen] = np.arange(1, len(seen) + 1)
-    return _write(order[owner], [laid[n - 1] for n in seen], semantic, numbering)
+        ids[(np.hypot(across, along) if rng.random() < 0.5 else np.maximum(across, along)) <= 1] = number
+    ids[np.bincount(ids.ravel())[ids] < _LEAST_POINTS] = 0
+    return _write(ids, laid, semantic, numbering) if ids.any() else _lay_words(rng, semantic, numbering)
 
 
 def _lay_tiles(rng: np.random.Generator, semantic: np.ndarray, numbering: np.ndarray) -> list[_Place]:
@@ -156,10 +152,10 @@ def _lay_tiles(rng: np.random.Generator, semantic: np.ndarray, numbering: np.nda
         splits = [(0, int(rng.integers(2, side - 1)), side) for side in (rows, columns)]
     else:
         splits = [(0, rows), (0, *sorted(map(int, rng.choice(np.arange(1, columns), 3, replace=False))), columns)]
-    owner = np.zeros(semantic.shape, int)
+    ids = np.zeros(semantic.shape, int)
     for number, ((top, bottom), (left, right)) in enumerate(product(*map(pairwise, splits)), start=1):
-        owner[top:bottom, left:right] = number
-    tiles = _write(owner, [THINGS[i] for i in rng.permutation(len(THINGS))[:4]], semantic, numbering)
+        ids[top:bottom, left:right] = number
+    tiles = _write(ids, [THINGS[i] for i in rng.permutation(len(THINGS))[:4]], semantic, numbering)
     return [*tiles, *(tile._replace(box_xyxy=_part(rng, tile.box_xyxy)) for tile in tiles)]
 
 
@@ -170,21 +166,21 @@ def _part(rng: np.random.Generator, box_xyxy: tuple[float, float, float, float])
     return left, top, rng.uniform(left + 1, x_max), rng.uniform(top + 1, y_max)
 
 
-def _write(owner: np.ndarray, laid: list[Category], semantic: np.ndarray, numbering: np.ndarray) -> list[_Place]:
-    """Write words, numbered in their order, into both maps, in place.
+def _write(ids: np.ndarray, laid: list[Category], semantic: np.ndarray, numbering: np.ndarray) -> list[_Place]:
+    """Write the crayon map of words over both maps, in place.
 
     Args:
-        owner: int [rows * points, columns * points], position in `laid` + 1, 0 for the ground; every word has a place.
+        ids: int [rows * points, columns * points], the position of a word in `laid` + 1, 0 for the ground.
     """
-    cells = segment_grid(owner, len(laid), (semantic.shape[0], semantic.shape[1]))
-    points = len(owner) // len(semantic)
+    drawn = build_panoptic_map(ids, [SegmentInfo(int(id_), laid[id_ - 1].label) for id_ in np.unique(ids[ids > 0])])
+    words, numbers = crayon_grid(drawn.index_map, drawn.segments, (semantic.shape[0], semantic.shape[1]))
+    np.copyto(semantic, words, where=words > 0)
+    np.copyto(numbering, numbers, where=words > 0)
+    points = len(ids) // len(semantic)
     places: list[_Place] = []
-    for position, word in enumerate(laid, start=1):
-        count = 1 + sum(place.word == word for place in places)
-        semantic[cells == position], numbering[cells == position] = word.label + 1, count
-        y, x = np.nonzero(owner == position)
-        x_min, y_min, x_max, y_max = (int(v) / points for v in (x.min(), y.min(), x.max() + 1, y.max() + 1))
-        places.append(_Place(word, count, (x_min, y_min, x_max, y_max)))
+    for segment in drawn.segments:
+        x_min, y_min, x_max, y_max = (side / points for side in segment.box_xyxy)
+        places.append(_Place(segment.category, segment.numbering, (x_min, y_min, x_max, y_max)))
     return places
 
 
