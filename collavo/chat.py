@@ -266,7 +266,7 @@ def _build_parser() -> argparse.ArgumentParser:
         help="mask2former's thresholds: default, scenes for networks trained on drawn scenes, or paper for the "
         "authors' call (default: scenes for the embedded network, else default)")  # fmt: skip
     add("--segmenter_input_size", metavar="PIXELS", type=int,
-        help="side of the square that mask2former sees (default: 256x192 for scenes, else 768)")  # fmt: skip
+        help="side of the square that mask2former sees (default: 320x256 for scenes, else 768)")  # fmt: skip
     add("--device", metavar="NAME", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--quantize", action=argparse.BooleanOptionalAction, default=None,
         help="NF4 for the language model (default: as it was trained)")  # fmt: skip

@@ -183,7 +183,7 @@ def _add_segmentation_flags(group: argparse._ArgumentGroup) -> None:
     add(
         "segmenter_input_size",
         "PIXELS",
-        "side of the square that mask2former sees (default: the checkpoint's own, 256x192 for scenes; else 768)",
+        "side of the square that mask2former sees (default: the checkpoint's own, 320x256 for scenes; else 768)",
         kind=int,
     )
     add("device", "NAME", "auto, cpu, cuda or cuda:N; a missing GPU is an error", default="auto")

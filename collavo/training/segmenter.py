@@ -29,8 +29,8 @@ from collavo.segmenters.mask2former import normalise, resize, without_backbone_w
 from collavo.training.scratch import TRAIN_SCENES_SEED, ScratchOptions, train_from_scratch
 from schemas.categories import BY_CATEGORY_ID, CATEGORIES
 
-INPUT_HW = (192, 256)
-"""Rows and columns that the model sees; the sample scenes have the same shape."""
+INPUT_HW = (256, 320)
+"""Rows and columns that the model sees; the sample scenes have 240 x 320 pixels, and its sides are multiples of 32."""
 
 MIDDLES_HW = (12, 16)
 IGNORED = -100
@@ -57,8 +57,8 @@ class Example(NamedTuple):
 
 
 class SceneExamples(Dataset[Example]):
-    """`pool` scenes, drawn at the build's default size or at smaller ones, squeezed to the model's input, or to half of
-    it for the first `half_size_examples`; every other round shows them mirrored."""
+    """`pool` scenes, drawn at the build's default size or at smaller ones, brought to the model's input size or, in the
+    first `half_size_examples`, to half of it; every other round shows them mirrored."""
 
     _SIZES_WH = ((320, 240), (256, 192), (320, 240), (192, 144))
 
