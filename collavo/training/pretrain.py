@@ -49,7 +49,7 @@ SHORT_LISTS_FIRST = 300
 SIMPLE_CHARTS_NEXT: tuple[tuple[Lesson, int], ...] = (("whether", 300), ("tiles", 500))
 """Lessons after those, with nothing but simple charts, and their steps, for the same reason."""
 
-ROTATION = ("scene", "chart", "tiles", "chart", "list", "chart")
+ROTATION = ("scene", "chart", "chart", "chart", "list", "chart")
 """What the batches after those are made of, in turn."""
 
 PLACE_WEIGHT = 3.0
