@@ -39,7 +39,7 @@ def boxes_of(chart) -> dict[tuple[str, int], tuple[int, int, int, int]]:
 
 
 def is_near(text: str, box: tuple[int, int, int, int], cells: float = 0.25) -> bool:
-    """Whether a text's box is this one, to 0.15 of a cell and two decimals, or to that many cells more or less."""
+    """Whether a text's box is this one, to 0.1 of a cell and two decimals, or to that many cells more or less."""
     return np.abs(np.array(find_boxes(text)[0]) * 12 - box).max() < cells
 
 
@@ -48,7 +48,7 @@ def test_questions_about_charts_have_the_answers_that_their_maps_give() -> None:
     plural = {c.plural: c.display_name for c in THINGS}
     kinds = set()
     fits = []
-    for index in range(120):
+    for index in range(240):
         chart = draw_chart(index, GRID_HW, "all" if index % 4 else "whether")
         boxes = boxes_of(chart)
         for (_, question), (_, answer) in chart.dialogues:
@@ -76,7 +76,7 @@ def test_questions_about_charts_have_the_answers_that_their_maps_give() -> None:
             assert kind == "whether" or index % 4
     assert kinds == {("whether", True), ("whether", False), ("count", True), ("count", False), ("what", False)}
     # A thin word, or one behind others, has fewer cells than its box: the grid gives each cell to one only.
-    assert np.mean(fits) > 0.85
+    assert np.mean(fits) > 0.9
 
 
 def test_the_words_of_a_chart_are_numbered_as_objects_are_the_largest_first() -> None:
