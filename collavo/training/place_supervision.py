@@ -48,7 +48,7 @@ class PlaceHead(nn.Module):
         if not some:
             return hidden_states[0].new_zeros(())
         rows, tokens = (torch.cat([begun[number][axis] for number in some]) for axis in (0, 1))
-        covers = torch.stack([self._asked(boxes[number][0]) for number in some for _ in begun[number][0]])
+        covers = torch.cat([self._asked(boxes[number][0]).expand(len(begun[number][0]), -1) for number in some])
         hidden = hidden_states[ASKED_LAYER][rows, tokens].float()
         told = self.cells(functional.rms_norm(hidden, hidden.shape[-1:]))
         return functional.binary_cross_entropy_with_logits(told, covers)

@@ -91,8 +91,6 @@ class PretrainingExamples(Dataset[Example]):
                 return self._scene(index)
             case "chart":
                 return self._chart(index, "all")
-            case "tiles":
-                return self._chart(index, "tiles")
         return self._words(index, list_dialogues(index))
 
     def _scene(self, index: int) -> Example:
