@@ -49,7 +49,7 @@ SHORT_LISTS_FIRST = 300
 SIMPLE_CHARTS_NEXT: tuple[tuple[Lesson, int], ...] = (("whether", 300), ("tiles", 500))
 """Lessons after those, with nothing but simple charts, and their steps, for the same reason."""
 
-ROTATION = ("scene", "chart", "chart", "chart", "list", "chart")
+ROTATION = ("scene", "chart", "chart", "tiles", "list", "chart")
 """What the batches after those are made of, in turn."""
 
 PLACE_WEIGHT = 3.0
@@ -91,6 +91,8 @@ class PretrainingExamples(Dataset[Example]):
                 return self._scene(index)
             case "chart":
                 return self._chart(index, "all")
+            case "tiles":
+                return self._chart(index, "tiles")
         return self._words(index, list_dialogues(index))
 
     def _scene(self, index: int) -> Example:
