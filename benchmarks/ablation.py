@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--train_scenes", type=int, default=3000)
     add("--eval_scenes", type=int, default=240)
     add("--cpt_steps", type=int, default=20, help="of Crayon Prompt Tuning")
-    add("--cit_steps", type=int, default=300, help="of instruction tuning with both kinds of batches")
+    add("--cit_steps", type=int, default=500, help="of instruction tuning with both kinds of batches")
     add("--batch_size", type=int, default=8, help="sequences per step")
     add("--base", default="tiny", help="a preset of collavo.train, or a base of yours")
     add("--train_flags", default=TRAIN_FLAGS, help="further flags of collavo.train, in quotes")
