@@ -241,7 +241,7 @@ def test_pretraining_can_go_on_from_a_base(tmp_path, monkeypatch, frozen):
     """Past the short lists, and with the words that its tokenizer has."""
     monkeypatch.setattr(pretrain, "SHORT_LISTS_FIRST", 1)
     monkeypatch.setattr(pretrain, "SIMPLE_CHARTS_NEXT", (("tiles", 1),))
-    monkeypatch.setattr(pretrain, "ROTATION", ("chart",))
+    monkeypatch.setattr(pretrain, "ROTATION", ("all",))
     monkeypatch.setattr(pretrain, "CHART_PICTURES", 1)
     start, run = str(embedded.ASSETS / "tiny_base"), tmp_path / "run"
     flags = ["--output", str(run), "--start", start, "--first_step", "1", "--batch_size", "2", "--steps", "2"]
@@ -255,6 +255,23 @@ def test_pretraining_can_go_on_from_a_base(tmp_path, monkeypatch, frozen):
         {"language_model"} if frozen else {"language_model", *vision}
     )
     assert not any("crayon_prompt.linear_2" in name for name in moved)  # it waits, closed, for its own tuning
+
+
+@needs_tiny_base
+def test_the_batches_of_a_bases_course_are_what_its_rotation_names():
+    _, processor = load_base("tiny", torch.float32)
+    simple_steps = pretrain.SHORT_LISTS_FIRST + sum(steps for _, steps in pretrain.SIMPLE_CHARTS_NEXT)
+    examples = pretrain.PretrainingExamples(processor, batch_size=1, first_step=simple_steps)
+    for index, kind in enumerate(pretrain.ROTATION):
+        example = examples[index]
+        if kind in ("scene", "list"):
+            assert example.image_id == str(index)
+            assert (example.input_ids == processor.image_token_id).any() == (kind == "scene")
+        else:
+            chart = draw_chart(index, processor.grid_hw, kind)
+            assert torch.equal(example.semantic_ids, chart.semantic_ids)
+            expected = chart_example(chart, np.zeros((9, 12, 3), np.uint8), processor)
+            assert torch.equal(example.input_ids, expected.input_ids)
 
 
 def test_a_base_to_go_on_from_that_is_not_there_is_one_line_and_status_2(tmp_path, capsys):

@@ -14,6 +14,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -49,8 +50,8 @@ SHORT_LISTS_FIRST = 300
 SIMPLE_CHARTS_NEXT: tuple[tuple[Lesson, int], ...] = (("whether", 300), ("tiles", 500))
 """Lessons after those, with nothing but simple charts, and their steps, for the same reason."""
 
-ROTATION = ("scene", "chart", "chart", "tiles", "list", "chart")
-"""What the batches after those are made of, in turn."""
+ROTATION: tuple[Lesson | Literal["scene", "list"], ...] = ("scene", "all", "all", "tiles", "list", "all")
+"""What the batches after those are made of, in turn: scenes, lists, or charts of a lesson."""
 
 PLACE_WEIGHT = 3.0
 """Of the loss on places beside that on answers."""
@@ -89,11 +90,10 @@ class PretrainingExamples(Dataset[Example]):
         match ROTATION[step % len(ROTATION)]:
             case "scene":
                 return self._scene(index)
-            case "chart":
-                return self._chart(index, "all")
-            case "tiles":
-                return self._chart(index, "tiles")
-        return self._words(index, list_dialogues(index))
+            case "list":
+                return self._words(index, list_dialogues(index))
+            case lesson:
+                return self._chart(index, lesson)
 
     def _scene(self, index: int) -> Example:
         scene = draw_scene(scene_seed(TRAIN_SCENES_SEED, index), self._SIZES_WH[index % len(self._SIZES_WH)])
