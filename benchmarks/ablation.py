@@ -438,8 +438,15 @@ def _panel(axes: Axes, title: str, arms: Mapping[str, str], values: Values) -> N
             axes.hlines(mean, x - 0.3, x + 0.3, color=color, linewidth=3)
             spots = x + 0.09 * (np.arange(len(points)) - (len(points) - 1) / 2)
             axes.scatter(spots, points, s=26, color=color, edgecolor="white", linewidth=0.8, zorder=3)
-            text = axes.annotate(f"{mean:.1f}", (x, max(points)), (0, 6), textcoords="offset points", ha="center")
-            text.set(fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6})
+            axes.annotate(
+                f"{mean:.1f}",
+                (x, max(points)),
+                (0, 6),
+                textcoords="offset points",
+                ha="center",
+                fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},  # over the line of the map
+            )
     if title in (limit := values.get(MAP, {}).get(0, {})):
         axes.axhline(limit[title], color=_GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     labels = [name.replace(" + ", " +\n").replace(", ", ",\n") for name in arms.values()]
