@@ -37,17 +37,17 @@ from matplotlib.figure import Figure
 from measure import circumstances, source_flags
 
 from collavo import train
-from collavo.crayon_files import crayon_files, read_rows
-from collavo.evaluation.answering import Request, load_answerer
+from collavo.dataset import find_files, read_rows
 from collavo.evaluation.judge import box_iou
-from collavo.evaluation.pictures import picture_of_row
 from collavo.evaluation.questions import DIALOGUE, EVALUATED_TASKS, Question, questions_of
 from collavo.evaluation.scores import Answered, judged, summarise
+from collavo.inference import Request, load_answerer
 from collavo.instructions.text import find_boxes, format_box, format_object
+from collavo.pictures import picture_of_row
+from collavo.runs import CARD
 from collavo.scenes import write_scenes
 from collavo.training.checkpoint import list_checkpoints
-from collavo.training.run_directory import CARD
-from pipelines import build_command
+from pipelines import command as build_command
 from schemas.categories import BY_DISPLAY_NAME
 from schemas.crayon_row import CrayonRow, Segment
 
@@ -240,7 +240,7 @@ class Study:
                 yield row, questions
 
     def _rows(self, name: str) -> Iterator[CrayonRow]:
-        return read_rows(crayon_files([str(self._folder / "data" / name)]))
+        return read_rows(find_files([str(self._folder / "data" / name)]))
 
     def _run_folder(self, arm: str, seed: int) -> Path:
         return self._folder / "runs" / f"{arm}-seed-{seed}"

@@ -14,10 +14,11 @@ from itertools import product
 
 import torch
 
+from collavo.errors import UserError
+from collavo.runs import load_base
 from collavo.scenes import draw_scene, scene_seed
 from collavo.training.batches import IGNORED, collate
-from collavo.training.charts import Lesson, WordPrompt, chart_example, draw_chart
-from collavo.training.run_directory import RunError, load_base
+from pretraining.word_grids import Lesson, WordPrompt, chart_example, draw_chart
 
 LESSONS: tuple[Lesson, ...] = ("all", "tiles")
 
@@ -49,7 +50,7 @@ def main() -> int:
     flags = parser.parse_args()
     try:
         model, processor = load_base(flags.base, torch.float32)
-    except RunError as error:
+    except UserError as error:
         parser.error(f"--base {str(error).removeprefix('--preset ')}")
     model.model.crayon_prompt = WordPrompt(model, processor.tokenizer)
     right: dict[str, list[bool]] = defaultdict(list)

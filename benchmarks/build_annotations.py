@@ -28,11 +28,11 @@ import pyarrow.parquet as pq
 from measure import Run, add_common_flags, build, cached_scenes, circumstances, run, source_flags, spread, summary
 from PIL import Image
 
-from collavo.crayon.colors import segment_palette
-from collavo.crayon.index_png import decode_index_map
 from collavo.instructions.choose import ClassStatistics
 from collavo.instructions.phrasebook import load_phrasebook
 from collavo.instructions.write import InstructionOptions, present_thing_labels, write_instructions
+from collavo.panoptic.colors import segment_palette
+from collavo.panoptic.index_png import decode_index_map
 from schemas.categories import BY_CATEGORY_ID, MAX_NUMBERING
 from schemas.crayon_row import CRAYON_SCHEMA, CrayonRow, Dialogue, Segment
 

@@ -106,7 +106,7 @@ def bare_loop(images: Path, output: Path, checkpoint: Path, input_size: int) -> 
 
 
 def check_equal(ours_output: Path, loop_output: Path) -> None:
-    from collavo.crayon_files import read_rows
+    from collavo.dataset import read_rows
 
     rows = read_rows(sorted(ours_output.glob("*.parquet")))
     if {row.image_id: [s.area for s in row.segments] for row in rows} != json.loads(loop_output.read_text()):
@@ -118,7 +118,7 @@ def save_random_model(checkpoint: Path) -> None:
     import torch
     from transformers import Mask2FormerForUniversalSegmentation
 
-    from collavo.training.segmenter import segmenter_config
+    from pretraining.segmenter import segmenter_config
 
     torch.manual_seed(0)
     model = Mask2FormerForUniversalSegmentation(segmenter_config())

@@ -20,8 +20,8 @@ import torch
 from transformers import AutoConfig, AutoProcessor
 
 import collavo.model  # noqa: F401  # registers the architecture
-from collavo.crayon_files import crayon_files
-from collavo.model.processing_collavo import build_processor
+from collavo.dataset import find_files
+from collavo.model.processing import build_processor
 from collavo.training.arguments import PRESETS
 from collavo.training.batch_plan import PlanOptions, plan_epoch
 from collavo.training.batches import ExampleDataset, ExampleOptions, build_loader
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = AutoConfig.from_pretrained(arguments.base)
     config.vision_config.image_size, config.vision_config.patch_size = arguments.image_size, 14
     processor = build_processor(config, AutoProcessor.from_pretrained(arguments.base).tokenizer)
-    files = crayon_files(arguments.data)
+    files = find_files(arguments.data)
     read_before = psutil.Process().io_counters().read_chars
     index = build_row_index(files, "train", len, max_tokens=3000)
     options = PlanOptions(1, 0, arguments.instructions_per_sequence, max_tokens=3000)

@@ -37,7 +37,7 @@ from collavo.segmenters import Segmenter, load_segmenter
 from schemas.categories import BY_CATEGORY_ID
 
 HELD_OUT_SEED = 4_000_037
-"""Of the scenes reported on; training draws with `collavo.training.scratch.TRAIN_SCENES_SEED`, the build with 0."""
+"""Of the scenes reported on; training draws with `pretraining.loop.TRAIN_SCENES_SEED`, the build with 0."""
 
 FIRST = 40
 """So many of the scenes make a figure of their own, which the tests repeat in seconds."""

@@ -32,13 +32,13 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, TrainerCall
 from transformers import Trainer as HFTrainer
 
 from collavo.model import CollavoConfig, CollavoForConditionalGeneration
-from collavo.model.packing import SHARED, packed_positions
-from collavo.training.adapters import (
+from collavo.model.adapters import (
     add_adapters,
     enable_checkpointing,
     linear_layer_names,
     quantize_language_model,
 )
+from collavo.model.packing import SHARED, packed_positions
 from collavo.training.stages import Stage, StagedModel
 
 ADAPTERS = ("image_cit", "vl_cit")

@@ -2,7 +2,7 @@
 
 Reads:    a run directory or a whole model, and an image or a row of crayon data
 Writes:   answers, and on request the crayon map that they rest on
-Not here: how answers are made, see collavo/evaluation/answering.py; the page, see collavo/gradio_chat.py
+Not here: how answers are made, see collavo/inference.py; the page, see collavo/chat_page.py
 """
 
 import argparse
@@ -18,12 +18,16 @@ from rich.console import Console
 from rich.text import Text
 from transformers import TextStreamer
 
-from collavo.command_line import Parser
-from collavo.crayon.colors import crayon_color
-from collavo.crayon_files import DataError, crayon_files, read_rows
-from collavo.device import DeviceError, resolve_device
-from collavo.evaluation.answering import Answerer, Request, load_answerer
-from collavo.evaluation.pictures import (
+from collavo.cli import Parser
+from collavo.dataset import find_files, read_rows
+from collavo.device import resolve_device
+from collavo.errors import Rejected, UserError
+from collavo.images import decode_rgb
+from collavo.inference import Answerer, Request, load_answerer
+from collavo.instructions.text import format_object
+from collavo.panoptic.colors import crayon_color
+from collavo.panoptic.thresholds import PRESETS
+from collavo.pictures import (
     SEGMENTER_CHOICES,
     Picture,
     colored,
@@ -31,12 +35,8 @@ from collavo.evaluation.pictures import (
     picture_of_row,
     segmented,
 )
-from collavo.images import ImageError, decode_rgb
-from collavo.instructions.text import format_object
-from collavo.panoptic.thresholds import PRESETS
-from collavo.segmenters import Segmenter, SegmenterError
-from collavo.training.adapters import AdapterError
-from collavo.training.run_directory import RunError, base_of
+from collavo.runs import base_of
+from collavo.segmenters import Segmenter
 
 _DESCRIPTION = """\
 Ask a model about an image, once with --prompt, or in a conversation without it.
@@ -62,10 +62,6 @@ examples:
       --image_id images/scene-000007
   python -m collavo.chat --model runs/collavo --gradio
 """
-
-
-class ChatError(ValueError):
-    """Something cannot be done as asked; the message is one line: which flag, what was found, what would work."""
 
 
 class Conversation:
@@ -120,24 +116,24 @@ class Chat:
         """A conversation about an image file, segmented here.
 
         Raises:
-            ChatError: where it cannot be read.
+            UserError: where it cannot be read.
         """
         try:
             image = decode_rgb(Path(path).read_bytes())
-        except (OSError, ImageError) as error:
+        except (OSError, Rejected) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise ChatError(f"--image {path}: {reason}") from error
+            raise UserError(f"--image {path}: {reason}") from error
         return self.about(segmented(image, self._segmenter))
 
     def about_row(self, files: Sequence[Path], image_id: str, image_root: Path | None) -> Conversation:
         """A conversation about an image of a data set, with the map it has there.
 
         Raises:
-            ChatError: where there is none of that id.
+            UserError: where there is none of that id.
         """
         row = next((row for row in read_rows(files) if row.image_id == image_id), None)
         if row is None:
-            raise ChatError(f"--image_id {image_id}: --data has no such row")
+            raise UserError(f"--image_id {image_id}: --data has no such row")
         return self.about(picture_of_row(row, image_root))
 
 
@@ -147,10 +143,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False, soft_wrap=True)
     try:
         _check(flags)
-        files = crayon_files(flags.data) if flags.data else []
+        files = find_files(flags.data) if flags.data else []
         chat = Chat(flags)
         if flags.gradio:
-            from collavo.gradio_chat import serve
+            from collavo.chat_page import serve
 
             serve(chat.about_file, flags.port)
             return 0
@@ -164,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _tell(conversation, flags.prompt, chat.answerer, console)
         else:
             _converse(chat, conversation, console)
-    except (ChatError, DataError, DeviceError, RunError, AdapterError, SegmenterError) as error:
+    except UserError as error:
         print(f"collavo.chat: error: {error}", file=sys.stderr)
         return 2
     return 0
@@ -197,7 +193,7 @@ def _converse(chat: Chat, conversation: Conversation, console: Console) -> None:
                     _tell(conversation, line, chat.answerer, console)
         except (EOFError, KeyboardInterrupt):
             return
-        except (ChatError, SegmenterError, DeviceError) as error:
+        except UserError as error:
             console.print(str(error), style="red", markup=False)
 
 
@@ -234,7 +230,7 @@ def _save_map(picture: Picture, path: Path) -> None:
     try:
         Image.fromarray(colored(picture)).save(path)
     except (OSError, ValueError) as error:
-        raise ChatError(f"the map cannot be saved as {path} ({error}); name a .png file in a folder") from error
+        raise UserError(f"the map cannot be saved as {path} ({error}); name a .png file in a folder") from error
 
 
 def _build_parser() -> argparse.ArgumentParser:
@@ -279,15 +275,15 @@ def _check(flags: argparse.Namespace) -> None:
     sources = [name for name in ("image", "data", "gradio") if getattr(flags, name)]
     if len(sources) != 1:
         found = " and ".join(f"--{name}" for name in sources) or "none of them"
-        raise ChatError(f"one of --image, --data with --image_id, or --gradio is needed; given: {found}")
+        raise UserError(f"one of --image, --data with --image_id, or --gradio is needed; given: {found}")
     if flags.gradio and find_spec("gradio") is None:
-        raise ChatError("--gradio needs gradio; pip install 'collavo[demo]' brings it")
+        raise UserError("--gradio needs gradio; pip install 'collavo[demo]' brings it")
     if bool(flags.data) != bool(flags.image_id):
-        raise ChatError("--data and --image_id go together: the files, and which of their rows is meant")
+        raise UserError("--data and --image_id go together: the files, and which of their rows is meant")
     if flags.image and not Path(flags.image).is_file():
-        raise ChatError(f"--image {flags.image}: there is no such file")
+        raise UserError(f"--image {flags.image}: there is no such file")
     if flags.max_new_tokens < 1:
-        raise ChatError(f"--max_new_tokens is {flags.max_new_tokens}, but must be at least 1")
+        raise UserError(f"--max_new_tokens is {flags.max_new_tokens}, but must be at least 1")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,7 @@
 import torch
 from torch import nn
 
-
-class DeviceError(RuntimeError):
-    """The device that was asked for cannot be used; the message is one line and says what would work."""
+from collavo.errors import UserError
 
 
 def resolve_device(name: str) -> torch.device:
@@ -15,7 +13,7 @@ def resolve_device(name: str) -> torch.device:
         name: `auto` (CUDA where there is any, else the CPU), `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        DeviceError: for CUDA where torch finds none, for a device number that does not exist, for any other name.
+        UserError: for CUDA where torch finds none, for a device number that does not exist, for any other name.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -23,11 +21,11 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cpu")
     kind, colon, number = name.partition(":")
     if kind != "cuda" or (colon and not number.isdecimal()):
-        raise DeviceError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N")
+        raise UserError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(number or 0) >= count:
         built_for = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        raise DeviceError(
+        raise UserError(
             f"--device {name}: torch {torch.__version__} ({built_for}) finds {count} CUDA devices; use --device cpu, "
             "or install a torch build that matches the driver"
         )
@@ -38,14 +36,14 @@ def move_to_device(model: nn.Module, device: torch.device) -> None:
     """Move a model's weights, in place.
 
     Raises:
-        DeviceError: where they do not fit; the model is not run on the CPU instead.
+        UserError: where they do not fit; the model is not run on the CPU instead.
     """
     try:
         model.to(device)
     except torch.OutOfMemoryError as error:
         free, total = torch.cuda.mem_get_info(device)
         needed = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-        raise DeviceError(
+        raise UserError(
             f"--device {device}: {needed / 1e9:.1f} GB of weights do not fit, {free / 1e9:.1f} of {total / 1e9:.1f} GB "
             "are free; stop what else runs on the GPU, or use --device cpu"
         ) from error

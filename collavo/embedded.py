@@ -11,15 +11,13 @@ import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
+from collavo.errors import UserError
+
 ASSETS = Path(__file__).with_name("assets")
 CHECKSUMS = "SHA256SUMS"
 
 SCENES, TINY = "scenes", "tiny"
 _FOLDERS = {SCENES: "segmenter", TINY: "tiny_base"}
-
-
-class EmbeddedError(RuntimeError):
-    """An embedded model is missing or damaged; the message is one line that says which file, and what would help."""
 
 
 class EmbeddedModel(NamedTuple):
@@ -34,7 +32,7 @@ def find_embedded(source: str) -> EmbeddedModel | None:
     """The embedded model of that name, checked; None where `source` is a folder, a hub id, or anything else.
 
     Raises:
-        EmbeddedError: where its weights are missing or damaged.
+        UserError: where its weights are missing or damaged.
     """
     if source not in _FOLDERS:
         return None
@@ -44,9 +42,9 @@ def find_embedded(source: str) -> EmbeddedModel | None:
         found = hashlib.sha256(weights.read_bytes()).hexdigest()
         expected = _checksums().get(name)
     except OSError as error:
-        raise EmbeddedError(f"{error.filename}: {error.strerror}; {_remedy(source)}") from error
+        raise UserError(f"{error.filename}: {error.strerror}; {_remedy(source)}") from error
     if found != expected:
-        raise EmbeddedError(f"{weights}: damaged, for its SHA-256 is not that of {CHECKSUMS}; {_remedy(source)}")
+        raise UserError(f"{weights}: damaged, for its SHA-256 is not that of {CHECKSUMS}; {_remedy(source)}")
     return EmbeddedModel(weights.parent, found)
 
 

@@ -16,17 +16,16 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from collavo.command_line import Parser
-from collavo.crayon_files import DataError, crayon_files
-from collavo.device import DeviceError, device_name, resolve_device
-from collavo.evaluation.answering import Answerer, Request, load_answerer
-from collavo.evaluation.pictures import Picture, picture_of_row
+from collavo.cli import Parser
+from collavo.dataset import find_files
+from collavo.device import device_name, resolve_device
+from collavo.errors import UserError
 from collavo.evaluation.questions import DIALOGUE, EVALUATED_TASKS, Question, questions_of, rows_of_split
 from collavo.evaluation.report import REPORT, Results, save_report, terminal_report
 from collavo.evaluation.scores import Answered, judged, summarise
-from collavo.training.adapters import AdapterError
+from collavo.inference import Answerer, Request, load_answerer
+from collavo.pictures import Picture, picture_of_row
 from collavo.training.row_index import Kind
-from collavo.training.run_directory import RunError
 from schemas.crayon_row import SPLITS
 
 _DESCRIPTION = """\
@@ -61,23 +60,19 @@ _CONDITIONS = {"trained": ("trained",), "none": ("none",), "with": ("with",), "b
 """Under which object lists each value of --object_list asks everything."""
 
 
-class EvaluationError(ValueError):
-    """An evaluation cannot be made as asked; the message is one line: which flag, what was found, what would work."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command. Returns its exit status: 0, or 2 for what it was given."""
     flags = _build_parser().parse_args(argv)
     console = Console()
     try:
         _check(flags)
-        files = crayon_files(flags.data)
+        files = find_files(flags.data)
         device = resolve_device(flags.device)
         answerer = load_answerer(flags.model, device, flags.quantize, flags.beams)
         start = time.perf_counter()
         answers = _evaluate(answerer, flags, files)
         seconds = time.perf_counter() - start
-    except (EvaluationError, DataError, DeviceError, RunError, AdapterError) as error:
+    except UserError as error:
         print(f"collavo.evaluate: error: {error}", file=sys.stderr)
         return 2
     results: Results = {condition: summarise(of_condition) for condition, of_condition in answers.items()}
@@ -128,16 +123,16 @@ def _check(flags: argparse.Namespace) -> None:
     for name in ("max_images", "batch_size"):
         value = getattr(flags, name)
         if value is not None and value < 1:
-            raise EvaluationError(f"--{name} is {value}, but must be at least 1")
+            raise UserError(f"--{name} is {value}, but must be at least 1")
     if flags.output is None and not Path(flags.model).is_dir():
-        raise EvaluationError(f"--model {flags.model} is no folder here; --output must name one for the report")
+        raise UserError(f"--model {flags.model} is no folder here; --output must name one for the report")
 
 
 def _evaluate(answerer: Answerer, flags: argparse.Namespace, files: Sequence[Path]) -> dict[str, list[Answered]]:
     """All answers, judged, by condition.
 
     Raises:
-        EvaluationError: if there is nothing to ask.
+        UserError: if there is nothing to ask.
     """
     answers: dict[str, list[Answered]] = {condition: [] for condition in _CONDITIONS[flags.object_list]}
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TextColumn("questions"), TimeElapsedColumn())
@@ -158,7 +153,7 @@ def _evaluate(answerer: Answerer, flags: argparse.Namespace, files: Sequence[Pat
                 of_condition += [judged(question, text) for (_, question), text in zip(questions, texts, strict=True)]
                 progress.advance(bar, len(texts))
     if not any(answers.values()):
-        raise EvaluationError(f"--tasks {' '.join(flags.tasks)}: the rows of --split {flags.split} ask nothing of it")
+        raise UserError(f"--tasks {' '.join(flags.tasks)}: the rows of --split {flags.split} ask nothing of it")
     return answers
 
 

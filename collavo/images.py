@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from collavo.errors import Rejected
+
 MAX_PIXELS = 50_000_000
 """Default bound on width x height; a larger image is refused before decoding (150 MB as RGB)."""
 
@@ -44,14 +46,6 @@ _MARKER_IN_JPEG_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 """The end of entropy-coded data, in which 0xFF is followed by 0 or is a restart marker."""
 
 
-class ImageError(ValueError):
-    """An image that cannot be used. `reason` is one word for tallies, the message says what was found."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
     """What an image file says before its pixels are decoded; `size_wh` is that of the upright image."""
@@ -71,7 +65,7 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         uint8 array [height, width, 3].
 
     Raises:
-        ImageError: with reason `not_an_image`, `oversized_image` or `broken_image`.
+        Rejected: with reason `not_an_image`, `oversized_image` or `broken_image`.
     """
     with _opened(data, max_pixels) as image:
         try:
@@ -91,10 +85,10 @@ def verify_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     at an eighth of its size, which reads all of its data for about half the time.
 
     Raises:
-        ImageError: as `decode_rgb`.
+        Rejected: as `decode_rgb`.
     """
     if headers := _jpeg_without_entropy_data(data):
-        with suppress(ImageError):
+        with suppress(Rejected):
             return _decoded_header(headers, max_pixels)
     return _decoded_header(data, max_pixels)
 
@@ -142,19 +136,19 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
             warnings.simplefilter("ignore")  # Pillow warns of large images and odd tags; the bound below decides
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError as error:
-        raise ImageError("oversized_image", f"{error}") from error
+        raise Rejected("oversized_image", f"{error}") from error
     except UnidentifiedImageError as error:
-        raise ImageError("not_an_image", f"{len(data)} bytes beginning with {data[:8]!r}") from error
+        raise Rejected("not_an_image", f"{len(data)} bytes beginning with {data[:8]!r}") from error
     except Exception as error:
-        raise ImageError("broken_image", f"{type(error).__name__}: {error}") from error
+        raise Rejected("broken_image", f"{type(error).__name__}: {error}") from error
     width, height = image.size
     if width * height > max_pixels:
-        raise ImageError("oversized_image", f"{width} x {height} is more than {max_pixels} pixels")
+        raise Rejected("oversized_image", f"{width} x {height} is more than {max_pixels} pixels")
     return image
 
 
-def _broken(image: Image.Image, error: Exception) -> ImageError:
-    return ImageError("broken_image", f"{image.format} of {image.width} x {image.height}: {error}")
+def _broken(image: Image.Image, error: Exception) -> Rejected:
+    return Rejected("broken_image", f"{image.format} of {image.width} x {image.height}: {error}")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -1,7 +1,7 @@
 """Train CoLLaVO from crayon data: `python -m collavo.train --data out/*.parquet`.
 
 Reads:    Parquet files that pipelines/build_crayon.py wrote, and a base model
-Writes:   a run directory, see collavo/training/run_directory.py
+Writes:   a run directory, see collavo/runs.py
 Not here: the steps, see collavo/training/loop.py; which weights move, see collavo/training/stages.py
 """
 
@@ -12,14 +12,9 @@ from collections.abc import Sequence
 import torch
 from rich.console import Console
 
-from collavo.crayon_files import DataError
-from collavo.device import DeviceError
-from collavo.training.adapters import AdapterError
-from collavo.training.arguments import ArgumentsError, parse_arguments
-from collavo.training.checkpoint import CheckpointError
-from collavo.training.loop import TrainingError
+from collavo.errors import UserError
+from collavo.training.arguments import parse_arguments
 from collavo.training.run import TrainingRun
-from collavo.training.run_directory import RunError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,12 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             soft_wrap=True,
         )
         TrainingRun(arguments, preset.base, console).train()
-    except (ArgumentsError, DataError, DeviceError, RunError, AdapterError, CheckpointError) as error:
+    except UserError as error:
         print(f"collavo.train: error: {error}", file=sys.stderr)
-        return 2
-    except TrainingError as error:
-        print(f"collavo.train: stopped: {error}", file=sys.stderr)
-        return 1
+        return error.exit_status
     except KeyboardInterrupt:
         print("collavo.train: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130

@@ -8,15 +8,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from collavo.crayon.index_png import encode_index_map
-from collavo.images import ImageError, decode_rgb, verify_image
+from collavo.errors import Rejected
+from collavo.images import decode_rgb, verify_image
 from collavo.instructions.choose import stable_hash
 from collavo.panoptic.coco_png import decode_segment_runs
-from collavo.panoptic.maps import PanopticError, build_panoptic_map
+from collavo.panoptic.index_png import encode_index_map
+from collavo.panoptic.maps import build_panoptic_map
 from collavo.sources.coco_panoptic import segment_infos
 from collavo.sources.image_paths import other_extensions, without_extension
-from pipelines.elements import Draft, ImageTask, LoadedImage, Reject, SegmentedImage
-from pipelines.storage import StorageError, exists, read_bytes
+from collavo.storage import exists, read_bytes
+from pipelines.records import Draft, ImageTask, LoadedImage, Reject, SegmentedImage
 from schemas.crayon_row import CrayonRow
 
 _ANNOTATIONS = json.dumps({"name": "annotations"})
@@ -59,7 +60,7 @@ def segment_by_annotation(image: LoadedImage) -> SegmentedImage:
     annotated = image.task.annotated
     with _rejecting(image.task, "segment"), _timed(image.seconds, "segment"):
         if annotated is None or annotated.annotation is None:
-            raise StorageError("no_annotation", "no source annotates this image; --segmenter auto would ask a model")
+            raise Rejected("no_annotation", "no source annotates this image; --segmenter auto would ask a model")
         runs = decode_segment_runs(read_bytes(annotated.mask_uri), image.size_wh)
         panoptic = build_panoptic_map(runs, segment_infos(annotated.annotation.segments))
         return SegmentedImage(image, panoptic, _ANNOTATIONS)
@@ -101,10 +102,10 @@ def _first_existing(task: ImageTask) -> tuple[str, bytes]:
     for uri in (*task.uris, *other_extensions(task.uris[0])):
         try:
             return uri, read_bytes(uri)
-        except StorageError as error:
+        except Rejected as error:
             if error.reason != "missing_file":
                 raise
-    raise StorageError("missing_file", task.uris[0])
+    raise Rejected("missing_file", task.uris[0])
 
 
 def _without_rivals(task: ImageTask, uri: str) -> tuple[ImageTask, list[Reject]]:
@@ -121,7 +122,7 @@ def _without_rivals(task: ImageTask, uri: str) -> tuple[ImageTask, list[Reject]]
 def _rejecting(task: ImageTask, stage: str) -> Iterator[None]:
     try:
         yield
-    except (StorageError, ImageError, PanopticError) as error:
+    except Rejected as error:
         raise RejectError(task.rejects(stage, error.reason, str(error))) from error
 
 

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterable
 
 from collavo.sources.image_paths import without_extension
-from pipelines.elements import SOURCES, ImageTask, Mention, Reject
+from pipelines.records import SOURCES, ImageTask, Mention, Reject
 
 
 def image_key(mention: Mention) -> bytes:

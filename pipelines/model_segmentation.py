@@ -15,7 +15,7 @@ from apache_beam.ml.inference.base import ModelHandler
 
 from collavo.panoptic.maps import PanopticMap
 from collavo.segmenters import Segmenter
-from pipelines.elements import LoadedImage, Segmented, SegmentedImage
+from pipelines.records import LoadedImage, Segmented, SegmentedImage
 
 # A batch is full at this weight; an image weighs its share of the batch size or of the pixel bound, whichever is more.
 _FULL_BATCH = 1_000_000

@@ -18,19 +18,19 @@ from typing import Any
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 import collavo
-from collavo.command_line import Parser
+from collavo.cli import Parser
 from collavo.embedded import SCENES
+from collavo.errors import UserError
 from collavo.images import HARD_MAX_PIXELS, MAX_PIXELS
-from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, PhrasebookError, load_phrasebook
+from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, load_phrasebook
 from collavo.instructions.write import InstructionOptions
 from collavo.panoptic.thresholds import PRESETS
 from collavo.segmenters import SEGMENTERS, load_segmenter
-from pipelines.beam_options import check_file_systems, check_workers, parse_beam_options
-from pipelines.crayon_job import CrayonJob, ModelConfig
-from pipelines.finish import Publication, published_files
+from collavo.storage import exists, is_local, join, list_files
+from pipelines.graph import CrayonJob, ModelConfig
+from pipelines.publish import Publication, published_files
+from pipelines.runners import check_file_systems, check_workers, parse_beam_options
 from pipelines.sources import CocoSource, ImagesSource, LlavaSource, Sources
-from pipelines.storage import exists, is_local, join, list_files
-from pipelines.usage import UsageError
 from schemas.crayon_row import TASKS
 
 _DESCRIPTION = """\
@@ -126,7 +126,7 @@ def parse_command(argv: Sequence[str]) -> Command:
         _check_model_flags(given, job)
         check_workers(beam_options, flags.device if job.model else None, flags.model_copies)
         return Command(job, beam_options, scenes)
-    except UsageError as error:
+    except UserError as error:
         parser.error(str(error))
 
 
@@ -245,18 +245,18 @@ def _check_values(flags: argparse.Namespace) -> None:
     for name in (*at_least_one, "max_instructions", "num_shards", "max_pixels"):
         value = getattr(flags, name)
         if value is not None and value < 1:
-            raise UsageError(f"--{name} is {value}, but must be at least 1")
+            raise UserError(f"--{name} is {value}, but must be at least 1")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", flags.device):
-        raise UsageError(f"--device is {flags.device}, but must be auto, cpu, cuda or cuda:N")
+        raise UserError(f"--device is {flags.device}, but must be auto, cpu, cuda or cuda:N")
     if flags.max_listed_objects < 0:
-        raise UsageError(f"--max_listed_objects is {flags.max_listed_objects}, but must be 0 or more")
+        raise UserError(f"--max_listed_objects is {flags.max_listed_objects}, but must be 0 or more")
     for name in ("validation_ratio", "max_reject_ratio"):
         if not 0 <= getattr(flags, name) <= 1:
-            raise UsageError(f"--{name} is {getattr(flags, name)}, but must be within 0 and 1")
+            raise UserError(f"--{name} is {getattr(flags, name)}, but must be within 0 and 1")
     if not 0 <= flags.negative_ratio < math.inf:
-        raise UsageError(f"--negative_ratio is {flags.negative_ratio}, but must be 0 or more")
+        raise UserError(f"--negative_ratio is {flags.negative_ratio}, but must be 0 or more")
     if flags.max_pixels > HARD_MAX_PIXELS:
-        raise UsageError(f"--max_pixels is {flags.max_pixels}, but Pillow decodes no more than {HARD_MAX_PIXELS}")
+        raise UserError(f"--max_pixels is {flags.max_pixels}, but Pillow decodes no more than {HARD_MAX_PIXELS}")
 
 
 def _check_unused(flags: argparse.Namespace, given: Set[str]) -> None:
@@ -272,13 +272,13 @@ def _check_unused(flags: argparse.Namespace, given: Set[str]) -> None:
     ]
     for name, acts, where in rules:
         if name in given and not acts:
-            raise UsageError(f"--{name} acts only {where}")
+            raise UserError(f"--{name} acts only {where}")
 
 
 def _check_model_flags(given: Set[str], job: CrayonJob) -> None:
     for name in _MODEL_FLAGS:
         if name in given and job.model is None:
-            raise UsageError(f"--{name}: no model runs, annotations are all there is; --segmenter mask2former runs one")
+            raise UserError(f"--{name}: no model runs, annotations are all there is; --segmenter mask2former runs one")
 
 
 def _paths(flags: argparse.Namespace) -> list[tuple[str, str]]:
@@ -289,10 +289,10 @@ def _paths(flags: argparse.Namespace) -> list[tuple[str, str]]:
 
 def _check_output(flags: argparse.Namespace) -> None:
     if is_local(flags.output) and Path(flags.output).exists() and not Path(flags.output).is_dir():
-        raise UsageError(f"--output {flags.output}: is a file; name a folder")
+        raise UserError(f"--output {flags.output}: is a file; name a folder")
     present = published_files(flags.output)
     if present and not flags.overwrite:
-        raise UsageError(
+        raise UserError(
             f"--output {flags.output} holds a data set already ({present[0]}); --overwrite would replace it"
         )
 
@@ -302,10 +302,10 @@ def _scene_request(flags: argparse.Namespace) -> SceneRequest | None:
     if flags.coco_panoptic or flags.llava_json or flags.images or flags.from_crayon:
         return None
     if not is_local(flags.output):
-        raise UsageError("no source is named, and sample scenes are drawn on local disks only; try --coco_panoptic")
+        raise UserError("no source is named, and sample scenes are drawn on local disks only; try --coco_panoptic")
     width, _, height = flags.scene_size.partition("x")
     if not (width.isdecimal() and height.isdecimal() and 64 <= int(width) <= 4096 and 64 <= int(height) <= 4096):
-        raise UsageError(f"--scene_size is {flags.scene_size!r}, but must be like 320x240, each side from 64 to 4096")
+        raise UserError(f"--scene_size is {flags.scene_size!r}, but must be like 320x240, each side from 64 to 4096")
     return SceneRequest(join(flags.output, "scenes"), flags.scenes, (int(width), int(height)))
 
 
@@ -317,19 +317,17 @@ def _scene_sources(scenes: SceneRequest) -> Sources:
 
 def _named_sources(flags: argparse.Namespace) -> Sources:
     if flags.from_crayon and (flags.coco_panoptic or flags.llava_json or flags.images):
-        raise UsageError("--from_crayon starts from finished rows and goes with no other source")
+        raise UserError("--from_crayon starts from finished rows and goes with no other source")
     if len(flags.coco_images) != len(flags.coco_panoptic):
-        raise UsageError(
+        raise UserError(
             f"--coco_images names {len(flags.coco_images)} folders for {len(flags.coco_panoptic)} --coco_panoptic "
             "files; each file needs the folder of its images"
         )
     masks = flags.coco_masks or [uri.removesuffix(".json") for uri in flags.coco_panoptic]
     if len(masks) != len(flags.coco_panoptic):
-        raise UsageError(
-            f"--coco_masks names {len(masks)} folders for {len(flags.coco_panoptic)} --coco_panoptic files"
-        )
+        raise UserError(f"--coco_masks names {len(masks)} folders for {len(flags.coco_panoptic)} --coco_panoptic files")
     if flags.llava_json and not flags.image_root:
-        raise UsageError("--llava_json needs --image_root, the folder that its image paths start from")
+        raise UserError("--llava_json needs --image_root, the folder that its image paths start from")
     _check_exist("coco_panoptic", flags.coco_panoptic)
     _check_exist("coco_images", flags.coco_images)
     _check_exist("coco_masks", masks)
@@ -347,7 +345,7 @@ def _named_sources(flags: argparse.Namespace) -> Sources:
 def _check_exist(flag: str, uris: Sequence[str]) -> None:
     for uri in uris:
         if is_local(uri) and not exists(uri):
-            raise UsageError(f"--{flag} {uri}: there is no such file or folder")
+            raise UserError(f"--{flag} {uri}: there is no such file or folder")
 
 
 def _crayon_files(patterns: Sequence[str]) -> list[str]:
@@ -355,24 +353,24 @@ def _crayon_files(patterns: Sequence[str]) -> list[str]:
     for pattern in patterns:
         found = [uri for uri in list_files(pattern) if uri.endswith(".parquet")]
         if not found:
-            raise UsageError(f"--from_crayon {pattern}: names no .parquet file")
+            raise UserError(f"--from_crayon {pattern}: names no .parquet file")
         files += found
     return files
 
 
 def _job(flags: argparse.Namespace, beam_options: PipelineOptions, sources: Sources) -> CrayonJob:
     if flags.segmenter == "annotations" and not sources.coco and not sources.crayon_files:
-        raise UsageError("--segmenter annotations needs --coco_panoptic; auto, mask2former and detectron2 do not")
+        raise UserError("--segmenter annotations needs --coco_panoptic; auto, mask2former and detectron2 do not")
     templates = Path(flags.templates) if flags.templates else DEFAULT_PHRASEBOOK
     names = [field.name for field in fields(InstructionOptions)]
     options = InstructionOptions(**{name: _tupled(getattr(flags, name)) for name in names})
     try:
         phrasebook = load_phrasebook(templates)
-    except PhrasebookError as error:
-        raise UsageError(f"--templates {error}") from error
+    except UserError as error:
+        raise UserError(f"--templates {error}") from error
     if not set(options.tasks) & set(phrasebook.phrasings):
         known = ", ".join(phrasebook.phrasings)
-        raise UsageError(f"--tasks {' '.join(options.tasks)}: {templates} has phrasings for {known} only")
+        raise UserError(f"--tasks {' '.join(options.tasks)}: {templates} has phrasings for {known} only")
     unused = () if sources.scenes_only else ("scenes", "scene_size")
     configuration = {k: v for k, v in sorted(vars(flags).items()) if v not in (None, [], "") and k not in unused}
     runner = beam_options.view_as(StandardOptions).runner

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from pipelines.storage import is_local
+from collavo.storage import is_local
 
 SEGMENTED, REJECTED, WRITTEN = "segmented", "rejected", "written"
 

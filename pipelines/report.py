@@ -15,8 +15,8 @@ from typing import Any
 import pyarrow.parquet as pq
 from jinja2 import Environment, StrictUndefined
 
+from collavo.storage import MANIFEST, REJECTS, REPORT, join, open_read, open_write
 from pipelines.report_sample import Sample, css_color, make_sample
-from pipelines.storage import MANIFEST, REJECTS, REPORT, join, open_read, open_write
 from schemas.categories import BY_DISPLAY_NAME
 from schemas.crayon_row import TASKS, CrayonRow, file_facts
 

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from collavo.crayon.colors import crayon_color, segment_palette
-from collavo.crayon.index_png import decode_index_map
-from collavo.images import ImageError, decode_rgb
+from collavo.errors import Rejected
+from collavo.images import decode_rgb
+from collavo.panoptic.colors import crayon_color, segment_palette
+from collavo.panoptic.index_png import decode_index_map
 from schemas.crayon_row import CrayonRow, Dialogue, Instruction, Segment
 
 _MAX_SEGMENTS, _MAX_INSTRUCTIONS, _MAX_DIALOGUES = 60, 24, 3
@@ -88,7 +89,7 @@ def _image(row: CrayonRow) -> tuple[str | None, str]:
         return None, f"Not in the data set, which refers to it as {row.image_path}"
     try:
         rgb = decode_rgb(row.image_bytes)
-    except ImageError as error:
+    except Rejected as error:
         return None, f"The image cannot be decoded: {error}"
     return _data_uri(_thumbnail(rgb, Image.Resampling.LANCZOS), "webp", quality=75, method=1), ""
 

@@ -10,28 +10,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from apache_beam.pvalue import TaggedOutput
 
-from collavo.sources import EntryError
-from collavo.sources.coco_panoptic import AnnotatedImage, CocoFormatError, stream_annotated_images
-from collavo.sources.image_paths import PathError, checked_relative, is_utf8
-from collavo.sources.llava import LlavaEntry, LlavaFormatError, stream_entries
-from pipelines.elements import Draft, Input, Mention, Reject
-from pipelines.storage import canonical, is_folder, join, list_files, open_read
-from schemas.crayon_row import CrayonRow, SchemaError, check_schema, file_facts
+from collavo.dataset import check_schema
+from collavo.errors import Rejected, UserError
+from collavo.sources.coco_panoptic import AnnotatedImage, stream_annotated_images
+from collavo.sources.image_paths import checked_relative, is_utf8
+from collavo.sources.llava import LlavaEntry, stream_entries
+from collavo.storage import canonical, is_folder, join, list_files, open_read
+from pipelines.records import Draft, Input, Mention, Reject
+from schemas.crayon_row import CrayonRow, file_facts
 
 Entry = TypeVar("Entry")
 
 REJECTS: Final = "rejects"
 """Tag of the reject lines that a step emits beside its output."""
 
-Rejected = TaggedOutput[Literal["rejects"], Reject]
+RejectOutput = TaggedOutput[Literal["rejects"], Reject]
 
 
-def rejected(reject: Reject) -> Rejected:
+def reject_output(reject: Reject) -> RejectOutput:
     return TaggedOutput(REJECTS, reject)
-
-
-class JobError(ValueError):
-    """The job cannot go on with what it was given; the message is one line for its user."""
 
 
 class CocoSource(NamedTuple):
@@ -76,31 +73,31 @@ class Sources:
 class ReadCoco(beam.DoFn):
     """A COCO panoptic file, streamed into mentions."""
 
-    def process(self, source: CocoSource) -> Iterator[Mention | Rejected]:
+    def process(self, source: CocoSource) -> Iterator[Mention | RejectOutput]:
         try:
             with open_read(source.json_uri) as file:
                 for entry in stream_annotated_images(file):
                     yield _mention_or_reject(source.name, entry, lambda image: _coco_mention(source, image))
-        except (CocoFormatError, OSError) as error:
-            raise JobError(f"--coco_panoptic {source.json_uri}: {error}") from error
+        except (UserError, OSError) as error:
+            raise UserError(f"--coco_panoptic {source.json_uri}: {error}") from error
 
 
 class ReadLlava(beam.DoFn):
     """A LLaVA file, streamed into mentions."""
 
-    def process(self, source: LlavaSource) -> Iterator[Mention | Rejected]:
+    def process(self, source: LlavaSource) -> Iterator[Mention | RejectOutput]:
         try:
             with open_read(source.json_uri) as file:
                 for entry in stream_entries(file):
                     yield _mention_or_reject(source.name, entry, lambda dialogue: _llava_mention(source, dialogue))
-        except (LlavaFormatError, OSError) as error:
-            raise JobError(f"--llava_json {source.json_uri}: {error}") from error
+        except (UserError, OSError) as error:
+            raise UserError(f"--llava_json {source.json_uri}: {error}") from error
 
 
 class ReadImageList(beam.DoFn):
     """A glob, folder or list file, turned into mentions of images."""
 
-    def process(self, source: ImagesSource) -> Iterator[Mention | Rejected]:
+    def process(self, source: ImagesSource) -> Iterator[Mention | RejectOutput]:
         for path in _listed_paths(source):
             yield _mention_or_reject("folder", path, lambda path: _file_mention(source, path))
 
@@ -120,8 +117,8 @@ class ReadCrayonRows(beam.DoFn):
                 for batch in parquet.iter_batches(batch_size=50):
                     for record in batch.to_pylist():
                         yield self._draft(CrayonRow.from_record({**record, "instructions": ()}), segmenters, uri)
-        except (SchemaError, OSError, pa.ArrowException) as error:
-            raise JobError(f"--from_crayon {uri}: {error}") from error
+        except (UserError, OSError, pa.ArrowException) as error:
+            raise UserError(f"--from_crayon {uri}: {error}") from error
 
     def _draft(self, row: CrayonRow, segmenters: tuple[str, ...], uri: str) -> Draft:
         if not self._keep_image_bytes:
@@ -130,14 +127,14 @@ class ReadCrayonRows(beam.DoFn):
 
 
 def _mention_or_reject(
-    source: str, entry: Entry | EntryError, make_mention: Callable[[Entry], Mention]
-) -> Mention | Rejected:
+    source: str, entry: Entry | Rejected, make_mention: Callable[[Entry], Mention]
+) -> Mention | RejectOutput:
     try:
-        if isinstance(entry, EntryError):
+        if isinstance(entry, Rejected):
             raise entry
         return make_mention(entry)
-    except EntryError as error:
-        return rejected(Reject(error.entry_id, source, "list", error.reason, str(error)))
+    except Rejected as error:
+        return reject_output(Reject(error.entry_id, source, "list", error.reason, str(error)))
 
 
 def _coco_mention(source: CocoSource, image: AnnotatedImage) -> Mention:
@@ -159,7 +156,7 @@ def _file_mention(source: ImagesSource, path: str) -> Mention:
     """A file below the fixed part of the pattern, or a line of a list file."""
     if not is_utf8(path) or "\0" in path:
         readable = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
-        raise EntryError(readable, "bad_path", "the file's name is not UTF-8 text")
+        raise Rejected("bad_path", "the file's name is not UTF-8 text", readable)
     root = source.image_root if _is_list(source.pattern) else _fixed_part(source.pattern)
     if _is_list(source.pattern) and not _is_absolute(path):
         relative = _inside(path, path)
@@ -171,8 +168,8 @@ def _file_mention(source: ImagesSource, path: str) -> Mention:
 def _inside(entry_id: str, path: str) -> str:
     try:
         return checked_relative(path)
-    except PathError as error:
-        raise EntryError(entry_id, error.reason, str(error)) from error
+    except Rejected as error:
+        raise Rejected(error.reason, str(error), entry_id) from error
 
 
 def _listed_paths(source: ImagesSource) -> list[str]:
@@ -183,8 +180,8 @@ def _listed_paths(source: ImagesSource) -> list[str]:
         if paths := list_files(source.pattern):
             return paths
     except OSError as error:
-        raise JobError(f"--images {source.pattern}: {error}") from error
-    raise JobError(f"--images {source.pattern}: names no file; a folder, a glob in quotes, or a .txt list would work")
+        raise UserError(f"--images {source.pattern}: {error}") from error
+    raise UserError(f"--images {source.pattern}: names no file; a folder, a glob in quotes, or a .txt list would work")
 
 
 def _is_list(pattern: str) -> bool:

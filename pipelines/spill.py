@@ -14,9 +14,9 @@ from itertools import groupby
 from typing import Any, BinaryIO, NamedTuple
 
 from collavo.instructions.write import present_thing_labels
-from pipelines.elements import Batch, Draft, Mention, packed
+from collavo.storage import join, open_read, open_write
 from pipelines.merge import image_key
-from pipelines.storage import join, open_read, open_write
+from pipelines.records import Batch, Draft, Mention, packed
 
 _MAX_OPEN_FILES = 64
 """A cluster's shard draws on a file of every bundle, thousands perhaps, and each holds a buffer while it is open."""

@@ -86,10 +86,6 @@ CRAYON_SCHEMA = pa.schema(
 )
 
 
-class SchemaError(ValueError):
-    """A Parquet file is not crayon data of this version; the message names the file and what was found."""
-
-
 @dataclass(frozen=True, slots=True)
 class Segment:
     """One panoptic segment of an image.
@@ -247,32 +243,3 @@ def file_facts(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
         for key, value in metadata.items()
         if key.startswith(METADATA_PREFIX.encode())
     }
-
-
-def check_schema(schema: pa.Schema, path: str) -> None:
-    """Refuse a file that does not hold crayon rows of this version.
-
-    Raises:
-        SchemaError: in one line, naming `path`, what was found and what was expected.
-    """
-    version = (schema.metadata or {}).get(f"{METADATA_PREFIX}schema_version".encode())
-    if version is None:
-        raise SchemaError(
-            f"{path}: not crayon data (its metadata have no '{METADATA_PREFIX}schema_version'); "
-            "build it with pipelines/build_crayon.py"
-        )
-    if version.decode() != str(SCHEMA_VERSION):
-        raise SchemaError(
-            f"{path}: crayon schema version {version.decode()}, but this code reads version {SCHEMA_VERSION}; "
-            "build the data again"
-        )
-    differing = [
-        column.name
-        for column in CRAYON_SCHEMA
-        if column.name not in schema.names or schema.field(column.name).type != column.type
-    ]
-    if differing:
-        raise SchemaError(
-            f"{path}: column {', '.join(map(repr, differing))} is missing or not of the type "
-            f"that crayon schema version {SCHEMA_VERSION} states"
-        )

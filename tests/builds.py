@@ -16,8 +16,8 @@ from conftest import coco_png, encoded
 from PIL import Image
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-from collavo.crayon_files import read_rows
-from pipelines.build_command import main
+from collavo.dataset import read_rows
+from pipelines.command import main
 from schemas.categories import CATEGORIES
 from schemas.crayon_row import CrayonRow
 

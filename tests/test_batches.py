@@ -9,10 +9,11 @@ import pytest
 import torch
 from tiny_model import GRID, scene_rows, tiny_processor, write_crayon_file
 
-from collavo.crayon.grid import crayon_grid
-from collavo.crayon.index_png import decode_index_map
-from collavo.crayon_files import DataError, crayon_files
+from collavo.dataset import find_files
+from collavo.errors import UserError
 from collavo.images import decode_rgb
+from collavo.panoptic.grid import crayon_grid
+from collavo.panoptic.index_png import decode_index_map
 from collavo.training import batches as batches_module
 from collavo.training.batch_plan import PlanOptions, Sample, plan_epoch
 from collavo.training.batches import ExampleDataset, ExampleOptions, build_loader, collate
@@ -25,7 +26,7 @@ PROCESSOR = tiny_processor()
 def dataset(
     folder: Path, rows: list[CrayonRow], object_list: str = "dialogues", image_root: Path | None = None
 ) -> ExampleDataset:
-    files = crayon_files([str(write_crayon_file(folder / "rows.parquet", rows))])
+    files = find_files([str(write_crayon_file(folder / "rows.parquet", rows))])
     index = build_row_index(files, "train", len, max_tokens=600)
     return ExampleDataset(index, PROCESSOR, ExampleOptions(object_list, image_root))
 
@@ -82,7 +83,7 @@ def test_only_the_rows_of_the_split_are_learned_from(tmp_path: Path) -> None:
     for split, rows in (("train", {0, 1, 2, 4, 5, 6}), ("validation", {3, 7})):
         plan = plan_epoch(build_row_index(files, split, len, 600), KINDS, options, 0)
         assert {sample.row for batch in plan for sample in batch.samples} == rows
-    with pytest.raises(DataError, match="'validation'"):
+    with pytest.raises(UserError, match="'validation'"):
         build_row_index([write_crayon_file(tmp_path / "b.parquet", scene_rows(1))], "validation", len, 600)
 
 
@@ -107,7 +108,7 @@ def test_every_row_group_is_read_once_by_one_worker(tmp_path: Path, monkeypatch:
 
 def test_rows_that_refer_to_their_image_need_its_root(tmp_path: Path) -> None:
     embedded, referring = scene_rows(1), scene_rows(1, embed=False)
-    with pytest.raises(DataError, match="--image_root"):
+    with pytest.raises(UserError, match="--image_root"):
         dataset(tmp_path, referring)
     (tmp_path / referring[0].image_path).write_bytes(embedded[0].image_bytes or b"")
     sample = Sample("crayon", 0, (0,))
@@ -119,14 +120,14 @@ def test_rows_that_refer_to_their_image_need_its_root(tmp_path: Path) -> None:
 def test_an_image_that_is_not_there_is_named_in_one_line(tmp_path: Path, workers: int) -> None:
     examples = dataset(tmp_path, scene_rows(1, embed=False), image_root=tmp_path)
     loader = build_loader(examples, [[Sample("crayon", 0, (0,))]], 2, workers, pin_memory=False)
-    with pytest.raises(DataError, match=r"^--data: image of scene-000: .*scene-000.jpg'$"):
+    with pytest.raises(UserError, match=r"^--data: image of scene-000: .*scene-000.jpg'$"):
         next(loader)
 
 
 def test_a_worker_that_dies_is_told_of_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ExampleDataset, "example", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     loader = build_loader(dataset(tmp_path, scene_rows(1)), [[Sample("crayon", 0, (0,))]], 2, 1, pin_memory=False)
-    with pytest.raises(DataError, match=r"^--workers 1: a process that reads the data died .*lower --workers[^\n]*$"):
+    with pytest.raises(UserError, match=r"^--workers 1: a process that reads the data died .*lower --workers[^\n]*$"):
         next(loader)
 
 

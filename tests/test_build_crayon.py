@@ -16,9 +16,9 @@ from builds import IDS, PICTURE, REPOSITORY, CocoFolder, DataSet, build, scene_s
 from conftest import coco_png, encoded, needs_scenes_model
 from PIL import Image
 
-from collavo.crayon.index_png import decode_index_map
 from collavo.images import decode_rgb
 from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK
+from collavo.panoptic.index_png import decode_index_map
 from collavo.scenes import write_scenes
 from schemas.crayon_row import CRAYON_SCHEMA, TASKS, file_facts
 
@@ -173,7 +173,7 @@ def test_a_reference_data_set_holds_paths_instead_of_bytes(scenes, built, tmp_pa
 
 def test_an_annotations_build_loads_no_torch(scenes, tmp_path):
     code = (
-        "import sys; from pipelines.build_command import main; status = main(sys.argv[1:]); "
+        "import sys; from pipelines.command import main; status = main(sys.argv[1:]); "
         "print(status, sorted({'torch', 'transformers'} & set(sys.modules)))"
     )
     arguments = [*map(str, scene_sources(scenes)), "--segmenter", "annotations", "--output", str(tmp_path / "out")]

@@ -11,7 +11,7 @@ import pytest
 from builds import PICTURE, CocoFolder, DataSet, build, scene_sources, start
 
 from collavo.scenes import write_scenes
-from pipelines.build_command import main
+from pipelines.command import main
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from apache_beam.io.filesystem import BeamIOError, FileMetadata, FileSystem
 from builds import build, scene_sources
 
 from collavo.scenes import write_scenes
-from pipelines.build_command import main
+from pipelines.command import main
 
 
 class Bucket(FileSystem):

@@ -14,8 +14,8 @@ import torch
 from builds import DataSet, build, tiny_mask2former
 from PIL import Image
 
-from collavo.crayon.index_png import decode_index_map
 from collavo.images import decode_rgb
+from collavo.panoptic.index_png import decode_index_map
 
 FORMATS = {
     "JPEG": ("L", "RGB", "CMYK"),

@@ -14,12 +14,13 @@ from tiny_model import scene_rows, write_crayon_file
 from tiny_run import save_tiny_run
 
 from collavo.chat import main
-from collavo.crayon.colors import crayon_color
-from collavo.evaluation.answering import Request, load_answerer
-from collavo.evaluation.pictures import NoSegmenter, colored, open_segmenter, picture_of_row, segmented
+from collavo.errors import UserError
+from collavo.inference import Request, load_answerer
+from collavo.panoptic.colors import crayon_color
 from collavo.panoptic.thresholds import PRESETS
-from collavo.segmenters import SegmenterError, load_segmenter
-from collavo.training.run_directory import base_of
+from collavo.pictures import NoSegmenter, colored, open_segmenter, picture_of_row, segmented
+from collavo.runs import base_of
+from collavo.segmenters import load_segmenter
 
 ROW = scene_rows(1)[0]
 PICTURE = picture_of_row(ROW, None)
@@ -97,7 +98,7 @@ def test_a_model_made_from_the_embedded_base_has_the_embedded_segmenter_and_othe
     assert base_of(str(tmp_path)) == base_of("tiny") == "tiny"
     assert open_segmenter("auto", "cpu", base="tiny").facts["checkpoint"] == "scenes"
     for name, base in (("auto", "org/base"), ("mask2former", "tiny")):
-        with pytest.raises(SegmenterError, match="facebook/mask2former-swin-large-coco-panoptic"):
+        with pytest.raises(UserError, match="facebook/mask2former-swin-large-coco-panoptic"):
             open_segmenter(name, "cpu", base=base)
 
 

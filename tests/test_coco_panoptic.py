@@ -4,15 +4,9 @@ import tracemalloc
 
 import pytest
 
-from collavo.panoptic.maps import PanopticError, SegmentInfo
-from collavo.sources import EntryError
-from collavo.sources.coco_panoptic import (
-    AnnotatedImage,
-    Annotation,
-    CocoFormatError,
-    segment_infos,
-    stream_annotated_images,
-)
+from collavo.errors import Rejected, UserError
+from collavo.panoptic.maps import SegmentInfo
+from collavo.sources.coco_panoptic import AnnotatedImage, Annotation, segment_infos, stream_annotated_images
 
 IMAGES = [
     {"id": 7, "file_name": "train/b.jpg", "license": 3},
@@ -26,13 +20,13 @@ ANNOTATIONS = [
 ]
 
 
-def streamed(images=IMAGES, annotations=ANNOTATIONS, **more) -> list[AnnotatedImage | EntryError]:
+def streamed(images=IMAGES, annotations=ANNOTATIONS, **more) -> list[AnnotatedImage | Rejected]:
     text = json.dumps({"info": {}, **more, "images": images, "annotations": annotations, "categories": []})
     return list(stream_annotated_images(io.BytesIO(text.encode())))
 
 
-def reasons(entries: list[AnnotatedImage | EntryError]) -> list[tuple[str, str]]:
-    return [(e.entry_id, e.reason) for e in entries if isinstance(e, EntryError)]
+def reasons(entries: list[AnnotatedImage | Rejected]) -> list[tuple[str, str]]:
+    return [(e.entry_id, e.reason) for e in entries if isinstance(e, Rejected)]
 
 
 def test_annotated_images_come_first_then_those_without():
@@ -89,7 +83,7 @@ def test_entries_that_make_no_row_come_as_errors_beside_the_others(images, annot
     ],
 )
 def test_what_is_not_coco_panoptic_is_refused_in_one_line(text: str, found: str):
-    with pytest.raises(CocoFormatError) as refusal:
+    with pytest.raises(UserError) as refusal:
         list(stream_annotated_images(io.BytesIO(text.encode())))
     assert found in str(refusal.value) and "\n" not in str(refusal.value)
 
@@ -122,6 +116,6 @@ def test_category_ids_become_labels():
 
 @pytest.mark.parametrize("category_id", [0, 12, 201, -1])  # 12 is one of COCO's gaps
 def test_a_category_that_coco_panoptic_lacks_is_refused(category_id: int):
-    with pytest.raises(PanopticError, match=str(category_id)) as refusal:
+    with pytest.raises(Rejected, match=str(category_id)) as refusal:
         segment_infos([(5, 1, 0), (9, category_id, 0)])
     assert refusal.value.reason == "unknown_category"

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from collavo.images import ImageError
+from collavo.errors import Rejected
 from collavo.panoptic.coco_png import decode_segment_runs
 
 
@@ -50,7 +50,7 @@ def test_a_pixel_is_read_as_coco_packs_it(pixel: tuple[int, int, int], segment_i
 
 def test_a_mask_of_another_size_is_refused_with_both_sizes():
     mask = encoded(Image.new("RGB", (3, 2)))
-    with pytest.raises(ImageError, match="the mask is 3 x 2, its image 2 x 3") as refusal:
+    with pytest.raises(Rejected, match="the mask is 3 x 2, its image 2 x 3") as refusal:
         decode_ids(mask, (2, 3))
     assert refusal.value.reason == "mask_size_mismatch"
 
@@ -64,7 +64,7 @@ def test_a_mask_of_another_size_is_refused_with_both_sizes():
     ],
 )
 def test_what_is_no_whole_png_is_refused(data: bytes):
-    with pytest.raises(ImageError) as refusal:
+    with pytest.raises(Rejected) as refusal:
         decode_ids(data, (200, 200))
     assert refusal.value.reason == "broken_mask"
 
@@ -72,7 +72,7 @@ def test_what_is_no_whole_png_is_refused(data: bytes):
 def test_a_mask_of_another_size_is_refused_by_its_header():
     header = b"IHDR" + struct.pack(">IIBBBBB", 9_000, 9_000, 8, 2, 0, 0, 0)
     mask = b"\x89PNG\r\n\x1a\n\0\0\0\r" + header + struct.pack(">I", zlib.crc32(header)) + b"\0\0\0\0IDAT"
-    with pytest.raises(ImageError, match="the mask is 9000 x 9000, its image 3 x 2"):
+    with pytest.raises(Rejected, match="the mask is 9000 x 9000, its image 3 x 2"):
         decode_ids(mask, (3, 2))
 
 
@@ -91,5 +91,5 @@ def test_damaged_masks_are_refused_or_have_the_pixels_that_pillow_finds(data: st
     if pixels.shape == (9, 11, 3):
         assert np.array_equal(decode_ids(file, (11, 9)), pixels @ np.array([1, 256, 65536]))
     else:
-        with pytest.raises(ImageError):
+        with pytest.raises(Rejected):
             decode_ids(file, (11, 9))

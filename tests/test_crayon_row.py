@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from collavo.crayon.index_png import encode_index_map
+from collavo.dataset import check_schema
+from collavo.errors import UserError
+from collavo.panoptic.index_png import encode_index_map
 from schemas.crayon_row import (
     CRAYON_SCHEMA,
     SPLITS,
@@ -18,9 +20,7 @@ from schemas.crayon_row import (
     CrayonRow,
     Dialogue,
     Instruction,
-    SchemaError,
     Segment,
-    check_schema,
     file_facts,
     metadata_of,
 )
@@ -148,7 +148,7 @@ def with_version(version: str) -> pa.Schema:
     ],
 )
 def test_other_files_are_refused_in_one_line_that_names_them(schema: pa.Schema, found: str):
-    with pytest.raises(SchemaError) as refusal:
+    with pytest.raises(UserError) as refusal:
         check_schema(schema, "some/file.parquet")
     message = str(refusal.value)
     assert message.startswith("some/file.parquet: ") and found in message and "\n" not in message

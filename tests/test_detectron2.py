@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from collavo.errors import UserError
+
 pytest.importorskip("detectron2", reason="detectron2 is an optional extra, built from source")
 
 from detectron2 import model_zoo
@@ -16,7 +18,7 @@ from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.panoptic_fpn import combine_semantic_and_instance_outputs
 from detectron2.structures import Instances
 
-from collavo.segmenters import SegmenterError, load_segmenter
+from collavo.segmenters import load_segmenter
 from collavo.segmenters.detectron2 import DEFAULT_CONFIG, Detectron2Segmenter, as_panoptic_map, label_tables
 from schemas.categories import CATEGORIES
 
@@ -71,7 +73,7 @@ def test_labels_follow_detectron2s_own_metadata(data_set):
 def test_other_data_sets_are_refused():
     cfg = get_cfg()
     cfg.DATASETS.TEST = ("cityscapes_fine_panoptic_val",)
-    with pytest.raises(SegmenterError, match=r"cityscapes_fine_panoptic_val.*COCO panoptic's 133 classes"):
+    with pytest.raises(UserError, match=r"cityscapes_fine_panoptic_val.*COCO panoptic's 133 classes"):
         label_tables(cfg)
 
 
@@ -129,7 +131,7 @@ def test_images_go_through_as_detectron2s_predictor_sends_them(files):
 
 
 def refusal(**arguments) -> str:
-    with pytest.raises(SegmenterError) as caught:
+    with pytest.raises(UserError) as caught:
         Detectron2Segmenter(**arguments, device="cpu")
     message = str(caught.value)
     assert "\n" not in message

@@ -15,18 +15,21 @@ from conftest import needs_scenes_model, needs_tiny_base
 from safetensors.torch import load_file
 
 from collavo import embedded
-from collavo.embedded import CHECKSUMS, EmbeddedError, find_embedded
+from collavo.embedded import CHECKSUMS, find_embedded
+from collavo.errors import UserError
 from collavo.instructions.text import find_boxes
 from collavo.panoptic.thresholds import PRESETS
+from collavo.runs import load_base
 from collavo.scenes import draw_scene, scene_seed
 from collavo.scenes.drawing import COLORS
-from collavo.segmenters import SegmenterError, load_segmenter
-from collavo.training import pretrain, segmenter, word_texts
+from collavo.segmenters import load_segmenter
 from collavo.training.batches import IGNORED, collate
-from collavo.training.charts import WordPrompt, chart_example, draw_chart
-from collavo.training.place_supervision import PlaceHead, cover
-from collavo.training.positions import show_positions
-from collavo.training.run_directory import RunError, load_base
+from pretraining import base as pretrain
+from pretraining import segmenter
+from pretraining import word_lists as word_texts
+from pretraining.box_loss import PlaceHead, cover
+from pretraining.positions import show_positions
+from pretraining.word_grids import WordPrompt, chart_example, draw_chart
 from schemas.categories import CATEGORIES
 
 PQ_TOLERANCE = 0.01
@@ -66,9 +69,9 @@ def test_an_embedded_model_is_found_by_its_name_and_told_apart_by_its_weights(as
 def test_damaged_weights_are_refused_in_one_line(assets):
     for folder in ("segmenter", "tiny_base"):
         flip_a_byte(assets / folder / "model.safetensors")
-    with pytest.raises(SegmenterError) as of_segmenter:
+    with pytest.raises(UserError) as of_segmenter:
         load_segmenter("mask2former", checkpoint="scenes", device="cpu")
-    with pytest.raises(RunError) as of_base:
+    with pytest.raises(UserError) as of_base:
         load_base("tiny", torch.float32)
     for error, flag in ((of_segmenter, "--segmenter_checkpoint scenes: "), (of_base, "--preset tiny: ")):
         message = str(error.value)
@@ -78,13 +81,13 @@ def test_damaged_weights_are_refused_in_one_line(assets):
 @pytest.mark.parametrize("missing", ["segmenter/model.safetensors", CHECKSUMS])
 def test_what_is_missing_is_named(assets, missing):
     (assets / missing).unlink()
-    with pytest.raises(EmbeddedError, match=rf"{missing}: No such file or directory; .* a new installation"):
+    with pytest.raises(UserError, match=rf"{missing}: No such file or directory; .* a new installation"):
         find_embedded("scenes")
 
 
 def test_weights_without_a_checksum_are_refused(assets):
     (assets / CHECKSUMS).write_text("")
-    with pytest.raises(EmbeddedError, match="damaged"):
+    with pytest.raises(UserError, match="damaged"):
         find_embedded("scenes")
 
 

@@ -4,7 +4,7 @@ from conftest import CAR, PERSON, SKY, panoptic_maps, segment
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from collavo.crayon.grid import crayon_grid, segment_grid
+from collavo.panoptic.grid import crayon_grid, segment_grid
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
 
 SIDES = st.integers(1, 4)

@@ -4,13 +4,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from collavo.sources.image_paths import (
-    IMAGE_EXTENSIONS,
-    PathError,
-    checked_relative,
-    other_extensions,
-    without_extension,
-)
+from collavo.errors import Rejected
+from collavo.sources.image_paths import IMAGE_EXTENSIONS, checked_relative, other_extensions, without_extension
 
 
 @pytest.mark.parametrize(
@@ -53,7 +48,7 @@ def test_a_path_below_the_root_is_normalised(path: str, normalised: str):
     ],
 )
 def test_a_path_that_leaves_the_root_or_names_nothing_is_refused(path: str, reason: str):
-    with pytest.raises(PathError) as refusal:
+    with pytest.raises(Rejected) as refusal:
         checked_relative(path)
     assert refusal.value.reason == reason
     assert repr(path) in str(refusal.value)
@@ -66,7 +61,7 @@ def test_a_path_that_leaves_the_root_or_names_nothing_is_refused(path: str, reas
 def test_what_is_accepted_stays_below_any_root(parts: list[str], separator: str):
     try:
         accepted = checked_relative(separator.join(parts))
-    except PathError:
+    except Rejected:
         assume(False)
     joined = posixpath.normpath(posixpath.join("/some/root", accepted))
     assert joined.startswith("/some/root/") and joined == f"/some/root/{accepted}"

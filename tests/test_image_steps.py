@@ -6,12 +6,12 @@ import pytest
 from conftest import CAR, PERSON, coco_png, encoded
 from PIL import Image
 
-from collavo.crayon.index_png import decode_index_map
 from collavo.images import MAX_PIXELS, decode_rgb
+from collavo.panoptic.index_png import decode_index_map
 from collavo.panoptic.maps import build_panoptic_map
 from collavo.sources.coco_panoptic import Annotation
-from pipelines.elements import ImageTask, Input, LoadedImage, Mention, Reject, SegmentedImage
 from pipelines.image_steps import RejectError, draft_row, read_image, segment_by_annotation, split_of
+from pipelines.records import ImageTask, Input, LoadedImage, Mention, Reject, SegmentedImage
 from schemas.crayon_row import CrayonRow, Dialogue
 
 IDS = np.array([[5, 5, 5, 0], [5, 300, 300, 0], [5, 300, 300, 0]], dtype=np.uint32)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from collavo.images import ImageError, decode_rgb, verify_image
+from collavo.errors import Rejected
+from collavo.images import decode_rgb, verify_image
 
 WIDTH, HEIGHT = 24, 16
 PIXELS = np.add.outer(np.arange(HEIGHT) * 7, np.arange(WIDTH) * 5)[..., None] + np.array([0, 20, 40])
@@ -24,7 +25,7 @@ def outcome(function, data: bytes, **options) -> tuple[str, object]:
     """What a function says of an image: its size, or why it is refused."""
     try:
         result = function(data, **options)
-    except ImageError as error:
+    except Rejected as error:
         return "refused", error.reason
     return "accepted", result.shape[1::-1] if isinstance(result, np.ndarray) else result.size_wh
 
@@ -37,11 +38,11 @@ def decoded(data: bytes) -> np.ndarray:
     return rgb
 
 
-def refusal(data: bytes, **options) -> ImageError:
+def refusal(data: bytes, **options) -> Rejected:
     """Why an image is refused, on which the cheap verification agrees."""
-    with pytest.raises(ImageError) as by_decoding:
+    with pytest.raises(Rejected) as by_decoding:
         decode_rgb(data, **options)
-    with pytest.raises(ImageError) as by_verifying:
+    with pytest.raises(Rejected) as by_verifying:
         verify_image(data, **options)
     assert by_decoding.value.reason == by_verifying.value.reason
     return by_decoding.value

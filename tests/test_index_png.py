@@ -6,8 +6,8 @@ from conftest import CAR, PERSON, SKY, panoptic_maps, segment
 from hypothesis import given
 from PIL import Image
 
-from collavo.crayon.colors import crayon_color
-from collavo.crayon.index_png import decode_index_map, encode_index_map
+from collavo.panoptic.colors import crayon_color
+from collavo.panoptic.index_png import decode_index_map, encode_index_map
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
 from schemas.categories import CATEGORIES, THINGS
 

@@ -19,9 +19,9 @@ from internlm_reference import (
 )
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
 
-from collavo.model.assemble import assemble_from_parts
-from collavo.model.checkpoints import CheckpointError
-from collavo.model.internlm_tokenizer import internlm_tokenizer
+from collavo.errors import UserError
+from collavo.import_base.assemble import assemble_from_parts
+from collavo.import_base.internlm_tokenizer import internlm_tokenizer
 from collavo.model.prompt import CHAT_FORMATS, render_conversation
 
 MARKERS = ["[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]", "——"]
@@ -227,7 +227,7 @@ def test_a_faulty_checkpoint_is_refused_in_one_line(
     checkpoint(tmp_path, config, weights, sentencepiece_model)
     spoil(tmp_path, config, weights)
     save_checkpoint(tmp_path, config, weights)
-    with pytest.raises(CheckpointError, match=problem) as refusal:
+    with pytest.raises(UserError, match=problem) as refusal:
         assemble_from_parts(clip, tmp_path, image_size=28)
     assert str(refusal.value).startswith(f"language {tmp_path}: ")
     assert "\n" not in str(refusal.value)

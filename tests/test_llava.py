@@ -4,8 +4,8 @@ import tracemalloc
 
 import pytest
 
-from collavo.sources import EntryError
-from collavo.sources.llava import LlavaEntry, LlavaFormatError, stream_entries
+from collavo.errors import Rejected, UserError
+from collavo.sources.llava import LlavaEntry, stream_entries
 from schemas.crayon_row import Dialogue
 
 TURNS = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A \u201cdog\u201d.\n"}]
@@ -13,7 +13,7 @@ GOOD = {"id": "a-1", "image": "coco/a.jpg", "conversations": TURNS}
 READ = LlavaEntry("coco/a.jpg", Dialogue("a-1", (("human", TURNS[0]["value"]), ("gpt", TURNS[1]["value"]))))
 
 
-def streamed(*entries: object) -> list[LlavaEntry | EntryError]:
+def streamed(*entries: object) -> list[LlavaEntry | Rejected]:
     return list(stream_entries(io.BytesIO(json.dumps(entries).encode())))
 
 
@@ -49,7 +49,7 @@ def test_dialogues_are_read_verbatim_and_in_order():
 def test_an_unusable_entry_comes_as_an_error_between_the_others(entry: object, entry_id: str, reason: str):
     before, error, after = streamed(GOOD, entry, GOOD)
     assert before == after == READ
-    assert isinstance(error, EntryError) and (error.entry_id, error.reason) == (entry_id, reason)
+    assert isinstance(error, Rejected) and (error.entry_id, error.reason) == (entry_id, reason)
 
 
 @pytest.mark.parametrize("entry", [without("id"), GOOD | {"id": None}])
@@ -74,7 +74,7 @@ def test_an_image_in_a_list_of_one_is_that_image():
     ],
 )
 def test_what_is_no_whole_json_list_is_refused_in_one_line(text: str, found: str):
-    with pytest.raises(LlavaFormatError) as refusal:
+    with pytest.raises(UserError) as refusal:
         list(stream_entries(io.BytesIO(text.encode())))
     assert found in str(refusal.value) and "\n" not in str(refusal.value)
 

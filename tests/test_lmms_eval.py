@@ -18,11 +18,11 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 
 from collavo.evaluation import harness
-from collavo.evaluation.answering import Request, load_answerer
 from collavo.evaluation.judge import judge
-from collavo.evaluation.pictures import NoSegmenter, segmented
 from collavo.evaluation.questions import questions_of
 from collavo.images import decode_rgb
+from collavo.inference import Request, load_answerer
+from collavo.pictures import NoSegmenter, segmented
 
 TASKS = Path(harness.__file__).with_name("harness_tasks")
 ROWS = scene_rows(12)

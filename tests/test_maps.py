@@ -6,8 +6,9 @@ from conftest import PERSON, SKY, id_maps, panoptic_maps
 from hypothesis import given
 from hypothesis import strategies as st
 
+from collavo.errors import Rejected
 from collavo.panoptic.coco_png import decode_segment_runs
-from collavo.panoptic.maps import PanopticError, PanopticMap, SegmentInfo, build_panoptic_map
+from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
 from collavo.sources.coco_panoptic import segment_infos
 
 
@@ -76,7 +77,7 @@ def test_an_image_without_segments_has_an_empty_map():
 )
 def test_a_map_and_a_list_that_contradict_each_other_are_refused(listed: list[int], reason: str, detail: str):
     ids = np.array([[5, 5, 9], [0, 5, 9]], dtype=np.uint32)
-    with pytest.raises(PanopticError, match=detail) as refusal:
+    with pytest.raises(Rejected, match=detail) as refusal:
         build_panoptic_map(ids, [SegmentInfo(id_, PERSON) for id_ in listed])
     assert refusal.value.reason == reason
 

@@ -2,8 +2,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collavo.sources.coco_panoptic import Annotation
-from pipelines.elements import Input, Mention, Reject
 from pipelines.merge import image_key, merge_mentions
+from pipelines.records import Input, Mention, Reject
 from schemas.crayon_row import Dialogue
 
 MASK = Annotation("1.png", ((5, 1, 0),))

@@ -13,8 +13,8 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
-from pipelines.elements import ImageTask, Input, LoadedImage, Mention, SegmentedImage
 from pipelines.model_segmentation import BatchSegmenter, SegmenterHandler
+from pipelines.records import ImageTask, Input, LoadedImage, Mention, SegmentedImage
 
 BAD = 13
 

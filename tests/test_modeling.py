@@ -9,7 +9,7 @@ from tiny_model import GRID, tiny_config, tiny_model
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
 
 from collavo.model import CollavoForConditionalGeneration
-from collavo.training.adapters import enable_checkpointing
+from collavo.model.adapters import enable_checkpointing
 
 IMAGE = 3
 # Not every version of transformers that is allowed knows InternLM3.

@@ -6,7 +6,7 @@ from conftest import CAR, PERSON, SKY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collavo.crayon.numbering import number_instances, numbered_order
+from collavo.panoptic.numbering import number_instances, numbered_order
 
 # label, is_crowd, area, box_xyxy
 Measured = tuple[int, bool, int, tuple[int, int, int, int]]

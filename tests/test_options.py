@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.build_command import main
+from pipelines.command import main
 from pipelines.options import build_parser, parse_command
 from schemas.crayon_row import TASKS
 

@@ -4,12 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from collavo.instructions.phrasebook import (
-    PLACEHOLDERS,
-    TASKS_WITH_ABSENT,
-    PhrasebookError,
-    load_phrasebook,
-)
+from collavo.errors import UserError
+from collavo.instructions.phrasebook import PLACEHOLDERS, TASKS_WITH_ABSENT, load_phrasebook
 from schemas.crayon_row import TASKS
 
 BINARY = {"id": "b", "question": "Is there {a_name}?", "present": "Yes.", "absent": "No."}
@@ -82,7 +78,7 @@ def without(entry: dict, field: str) -> dict:
 )
 def test_a_refusal_names_the_file_the_place_and_what_would_work(tmp_path, content: object, found: list[str]):
     path = written(tmp_path, content)
-    with pytest.raises(PhrasebookError) as refusal:
+    with pytest.raises(UserError) as refusal:
         load_phrasebook(path)
     message = str(refusal.value)
     assert message.startswith(f"{path}: ") and "\n" not in message
@@ -90,5 +86,5 @@ def test_a_refusal_names_the_file_the_place_and_what_would_work(tmp_path, conten
 
 
 def test_a_missing_file_is_refused_by_name(tmp_path):
-    with pytest.raises(PhrasebookError, match=r"nowhere\.json"):
+    with pytest.raises(UserError, match=r"nowhere\.json"):
         load_phrasebook(tmp_path / "nowhere.json")

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
+from collavo.errors import Rejected
 from collavo.panoptic import postprocess
-from collavo.panoptic.maps import PanopticError, PanopticMap
+from collavo.panoptic.maps import PanopticMap
 from collavo.panoptic.postprocess import panoptic_from_logits
 from collavo.panoptic.thresholds import PRESETS, MaskThresholds
 from schemas.categories import CATEGORIES
@@ -303,7 +304,7 @@ def test_smallest_area_counts_after_fusing():
 def test_overflowed_logits_are_an_error_and_not_an_empty_map(broken):
     class_logits, mask_logits = logits_of((PERSON, 0.9, box(0, 0, 8, 8)))
     (class_logits if broken == "class" else mask_logits)[0, 0] = float("nan")
-    with pytest.raises(PanopticError, match=f"{broken} logits"):
+    with pytest.raises(Rejected, match=f"{broken} logits"):
         panoptic_from_logits(class_logits, mask_logits, (8, 8), DEFAULT)
 
 

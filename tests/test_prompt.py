@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import GRID, tiny_processor, tiny_tokenizer
 
-from collavo.model.prompt import CHAT_FORMATS, PromptError, render_conversation, show_supervision
+from collavo.errors import Rejected
+from collavo.model.prompt import CHAT_FORMATS, render_conversation, show_supervision
 
 TURNS = [
     ("human", "What colour is the car?\n<image>"),
@@ -70,7 +71,7 @@ def test_the_object_list_precedes_the_first_question(objects: str | None, said: 
 
 @pytest.mark.parametrize("turns", [[], [("gpt", "Yes.")], [("human", "a"), ("human", "b")]])
 def test_turns_that_do_not_alternate_are_refused(turns: list[tuple[str, str]]) -> None:
-    with pytest.raises(PromptError, match="alternate"):
+    with pytest.raises(Rejected, match="alternate"):
         render_conversation(TOKENIZER, CHAT_FORMATS["paper"], turns, 1)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from collavo.command_line import Parser
+from collavo.cli import Parser
 from collavo.training.arguments import PRESETS
 from pipelines.options import build_parser
 from schemas.crayon_row import CRAYON_SCHEMA
@@ -93,7 +93,7 @@ def test_presets_and_reasons_are_complete() -> None:
     assert set(re.findall(r"^\| `([\w-]+)` \| (?:the small|`llava)", PROSE, re.MULTILINE)) == set(PRESETS)
     sources = "".join(path.read_text() for name in ("collavo", "pipelines") for path in (ROOT / name).rglob("*.py"))
     raised = re.findall(r'(?:Image|Path|Storage|Panoptic)Error\("([a-z_]+)"', sources)
-    raised += re.findall(r'EntryError\([^"]*(?:\(.*?\))?, "([a-z_]+)"', sources)
+    raised += re.findall(r'Rejected\([^"]*(?:\(.*?\))?, "([a-z_]+)"', sources)
     raised += re.findall(r'[Rr]ejects?\([^"\n]*"(?:read|merge|segment|write)", "([a-z_]+)"', sources)
     (table,) = re.findall(r"\| stage \| reasons \|\n(.*?)\n\n", PROSE, re.DOTALL)
     assert set(re.findall(r"`(\w+)`", table)) == set(raised)

@@ -11,12 +11,12 @@ import sentencepiece
 import torch
 from internlm_reference import Weights, random_weights, release_logits, release_shapes, save_checkpoint
 
+from collavo.errors import UserError
+from collavo.import_base.release import load_release
 from collavo.model import CollavoConfig, CollavoForConditionalGeneration
-from collavo.model.checkpoints import CheckpointError
-from collavo.model.processing_collavo import CollavoProcessor
+from collavo.model.adapters import enable_checkpointing, quantize_language_model
+from collavo.model.processing import CollavoProcessor
 from collavo.model.prompt import IMAGE_TOKEN
-from collavo.model.release import load_release
-from collavo.training.adapters import enable_checkpointing, quantize_language_model
 
 GRID, PATCH, RANK, WIDTH = 3, 14, 8, 128
 CONFIG = {
@@ -280,6 +280,6 @@ def test_an_incomplete_release_is_refused_in_one_line(
 ) -> None:
     save_checkpoint(tmp_path, CONFIG, {key: tensor for key, tensor in weights.items() if key != name})
     (tmp_path / "tokenizer.model").write_bytes((release / "tokenizer.model").read_bytes())
-    with pytest.raises(CheckpointError, match=problem) as refusal:
+    with pytest.raises(UserError, match=problem) as refusal:
         load_release(tmp_path)
     assert str(refusal.value).startswith(f"release {tmp_path}: ") and "\n" not in str(refusal.value)

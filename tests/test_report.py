@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from collavo.crayon.index_png import encode_index_map
+from collavo.dataset import CrayonFileWriter
 from collavo.images import decode_rgb
+from collavo.panoptic.index_png import encode_index_map
 from collavo.panoptic.maps import SegmentInfo, build_panoptic_map
-from pipelines.counts import Counts
-from pipelines.elements import Draft, Reject
-from pipelines.parquet_shard import ShardWriter
+from pipelines.accounts import Counts
+from pipelines.records import Draft, Reject
 from pipelines.report import histogram, quantile, write_report
 from pipelines.report_sample import make_sample
 from schemas.crayon_row import CrayonRow, Dialogue, Instruction
@@ -88,7 +88,7 @@ def publish(folder: Path, shards: list[list[CrayonRow]], rejects: list[Reject] =
     files = []
     for position, rows in enumerate(shards):
         name = f"crayon-{position:05d}-of-{len(shards):05d}.parquet"
-        writer = ShardWriter(str(folder / name), {"templates_sha256": "f00d"})
+        writer = CrayonFileWriter((folder / name).open("wb"), {"templates_sha256": "f00d"})
         for row in rows:
             writer.write(row)
             counts.add_row(row, Draft(row, "", (), (), {"read": 0.25}))

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
-from collavo.scenes import OutputError, Scene, Segment, draw_scene, scene_seed, write_scenes
+from collavo.errors import UserError
+from collavo.scenes import Scene, Segment, draw_scene, scene_seed, write_scenes
 from collavo.scenes.__main__ import main
 from collavo.scenes.drawing import Dice, Drawing, rasterize
 from collavo.scenes.thing import THINGS
@@ -358,7 +359,7 @@ def test_the_command_writes_a_data_set(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_a_folder_with_anything_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(OutputError, match=r"not empty.*--overwrite"):
+    with pytest.raises(UserError, match=r"not empty.*--overwrite"):
         write_scenes(tmp_path, 1, size_wh=(64, 48))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 

@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig, SwinModel
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
-from collavo.device import DeviceError
-from collavo.panoptic.maps import PanopticError, PanopticMap
+from collavo.errors import Rejected, UserError
+from collavo.panoptic.maps import PanopticMap
 from collavo.panoptic.thresholds import PRESETS
-from collavo.segmenters import SEGMENTERS, Segmenter, SegmenterError, load_segmenter
+from collavo.segmenters import SEGMENTERS, Segmenter, load_segmenter
 from collavo.segmenters.mask2former import Mask2FormerSegmenter, normalise, resize, without_backbone_warnings
-from collavo.training.segmenter import segmenter_config
+from pretraining.segmenter import segmenter_config
 from schemas.categories import CATEGORIES
 
 COCO_NAMES = {category.label: category.name for category in CATEGORIES}
@@ -213,7 +213,7 @@ def test_facts_say_what_is_needed_to_repeat_a_run(segmenter, checkpoint):
 
 
 def refusal(checkpoint: str | Path, **options) -> str:
-    with pytest.raises(SegmenterError) as caught:
+    with pytest.raises(UserError) as caught:
         Mask2FormerSegmenter(str(checkpoint), device="cpu", **options)
     message = str(caught.value)
     assert "\n" not in message
@@ -273,7 +273,7 @@ def test_input_sizes_off_the_grid_are_refused(checkpoint, input_size):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with CUDA has nothing to refuse")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_cuda_without_cuda_is_an_error_and_not_a_slow_run(checkpoint, device):
-    with pytest.raises(DeviceError, match=rf"--device {device}: .* finds 0 CUDA devices"):
+    with pytest.raises(UserError, match=rf"--device {device}: .* finds 0 CUDA devices"):
         Mask2FormerSegmenter(checkpoint, device=device)
 
 
@@ -281,7 +281,7 @@ def test_overflow_is_an_error_and_not_an_image_without_objects(checkpoint, image
     segmenter = Mask2FormerSegmenter(checkpoint, input_size=INPUT_HW, device="cpu")
     with torch.no_grad():
         segmenter._model.class_predictor.weight.fill_(float("inf"))
-    with pytest.raises(PanopticError, match="class logits are not finite"):
+    with pytest.raises(Rejected, match="class logits are not finite"):
         segmenter.segment(images[:1])
 
 
@@ -290,7 +290,7 @@ def test_factory_knows_both_segmenters_and_says_how_to_install_the_optional_one(
     try:
         import detectron2  # noqa: F401
     except ImportError:
-        with pytest.raises(SegmenterError, match=r"install it with: pip install .*detectron2"):
+        with pytest.raises(UserError, match=r"install it with: pip install .*detectron2"):
             load_segmenter("detectron2")
 
 

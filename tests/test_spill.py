@@ -4,8 +4,8 @@ import random
 import pytest
 from conftest import CAR, PERSON, SKY, crayon_row, segment
 
-from pipelines.elements import Draft, Input, Mention, unpacked
 from pipelines.merge import image_key
+from pipelines.records import Draft, Input, Mention, unpacked
 from pipelines.spill import Block, MentionSpillWriter, SpilledDraft, SpillWriter, read_drafts, read_mentions
 
 

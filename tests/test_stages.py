@@ -7,7 +7,7 @@ from peft.tuners.lora import LoraLayer
 from test_packing import QUESTIONS, example
 from tiny_model import tiny_config, tiny_model
 
-from collavo.training.adapters import (
+from collavo.model.adapters import (
     IMAGE_ADAPTER,
     LINEAR_LAYERS,
     add_adapters,

@@ -3,19 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import storage
-from pipelines.storage import (
-    StorageError,
-    canonical,
-    delete,
-    exists,
-    is_local,
-    join,
-    list_files,
-    open_write,
-    read_bytes,
-    rename,
-)
+from collavo import storage
+from collavo.errors import Rejected
+from collavo.storage import canonical, delete, exists, is_local, join, list_files, open_write, read_bytes, rename
 
 
 @pytest.fixture
@@ -81,7 +71,7 @@ def test_bytes_are_read_whole_up_to_the_bound(tmp_path, monkeypatch):
     (tmp_path / "ten").write_bytes(b"0123456789")
     (tmp_path / "eleven").write_bytes(b"0123456789a")
     assert read_bytes(str(tmp_path / "ten")) == b"0123456789"
-    with pytest.raises(StorageError, match="eleven") as refusal:
+    with pytest.raises(Rejected, match="eleven") as refusal:
         read_bytes(str(tmp_path / "eleven"))
     assert refusal.value.reason == "oversized_file"
 
@@ -107,7 +97,7 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path, name: str, reason: str
     (tmp_path / "file").write_bytes(b"")
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(StorageError) as refusal:
+    with pytest.raises(Rejected) as refusal:
         read_bytes(str(tmp_path / name))
     assert refusal.value.reason == reason and name in str(refusal.value)
 

@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 
 from collavo.instructions.text import (
     ObjectMention,
-    TextError,
     find_boxes,
     format_box,
     format_object,
@@ -79,12 +78,12 @@ def test_object_lists_are_read_back_as_they_were_written(panoptic: PanopticMap, 
     ],
 )
 def test_anything_else_is_refused(text: str):
-    with pytest.raises(TextError):
+    with pytest.raises(ValueError):
         parse_objects(text)
 
 
 def test_a_refusal_quotes_the_place():
-    with pytest.raises(TextError, match=r"at character 13: '\(#2 unicorn\)'"):
+    with pytest.raises(ValueError, match=r"at character 13: '\(#2 unicorn\)'"):
         parse_objects("(#1 person), (#2 unicorn)")
 
 
@@ -100,7 +99,7 @@ def test_a_refusal_quotes_the_place():
     ],
 )
 def test_only_a_whole_box_is_a_box(text: str):
-    with pytest.raises(TextError):
+    with pytest.raises(ValueError):
         parse_box(text)
 
 

@@ -19,11 +19,11 @@ from test_packing import QUESTIONS, example
 from tiny_model import save_tiny_base, scene_rows, tiny_config, tiny_model, tiny_processor, write_crayon_file
 
 from collavo import train
+from collavo.errors import UserError
+from collavo.runs import load_base, load_run
 from collavo.training import run as run_module
-from collavo.training.adapters import AdapterError
 from collavo.training.batches import MicroBatch, collate
-from collavo.training.loop import Trainer, TrainingError, learning_rate_at
-from collavo.training.run_directory import load_base, load_run
+from collavo.training.loop import Trainer, learning_rate_at
 
 COMMON = (
     "--device cpu --precision fp32 --batch_size 4 --micro_batch_size 2 --lora_rank 4 --max_length 700 --max_steps 6 "
@@ -214,7 +214,7 @@ def test_an_adapter_that_lacks_weights_is_an_error(finished: Path, tmp_path: Pat
     file = run / "adapters" / "vl_cit" / "adapter_model.safetensors"
     tensors = load_file(file)
     save_file({name: t for name, t in tensors.items() if "layers.1.mlp.up_proj" not in name}, file)
-    with pytest.raises(AdapterError, match="2 weights missing"):
+    with pytest.raises(UserError, match="2 weights missing"):
         load_run(run, torch.device("cpu"), torch.float32, quantize=False)
 
 
@@ -244,7 +244,7 @@ class Nobody:
 def test_a_batch_without_a_supervised_token_stops_the_run() -> None:
     inputs = {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.full((1, 4), -100)}
     trainer = Trainer(None, Nobody(), None, torch.float32)  # type: ignore[arg-type]
-    with pytest.raises(TrainingError, match=r"step 3: no token .* images odd"):
+    with pytest.raises(UserError, match=r"step 3: no token .* images odd"):
         trainer._step(3, [MicroBatch("crayon", ["odd"], inputs)], None)  # type: ignore[arg-type]
 
 
@@ -255,7 +255,7 @@ def test_a_gpu_without_memory_stops_the_run_and_tells_what_takes_less() -> None:
 
     inputs = {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.ones(1, 4, dtype=torch.long)}
     trainer = Trainer(Full(), Nobody(), None, torch.float32)  # type: ignore[arg-type]
-    with pytest.raises(TrainingError, match=r"^step 3: .*2.00 GiB.*--resume and a lower --micro_batch_size[^\n]*$"):
+    with pytest.raises(UserError, match=r"^step 3: .*2.00 GiB.*--resume and a lower --micro_batch_size[^\n]*$"):
         trainer._step(3, [MicroBatch("crayon", ["a"], inputs)], None)  # type: ignore[arg-type]
 
 

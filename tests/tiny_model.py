@@ -9,15 +9,15 @@ from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from collavo.crayon.index_png import encode_index_map
+from collavo.dataset import CrayonFileWriter
 from collavo.instructions.choose import ClassStatistics
 from collavo.instructions.phrasebook import load_phrasebook
 from collavo.instructions.write import InstructionOptions, present_thing_labels, write_instructions
 from collavo.model import CollavoConfig, CollavoForConditionalGeneration
-from collavo.model.processing_collavo import CollavoProcessor, build_processor
+from collavo.model.processing import CollavoProcessor, build_processor
+from collavo.panoptic.index_png import encode_index_map
 from collavo.panoptic.maps import SegmentInfo, build_panoptic_map
 from collavo.scenes import draw_scene
-from pipelines.parquet_shard import ShardWriter
 from schemas.categories import BY_CATEGORY_ID
 from schemas.crayon_row import CrayonRow, Dialogue
 
@@ -119,7 +119,7 @@ def scene_rows(count: int, first_seed: int = 0, embed: bool = True) -> list[Cray
 
 
 def write_crayon_file(path: Path, rows: list[CrayonRow]) -> Path:
-    writer = ShardWriter(str(path), {})
+    writer = CrayonFileWriter(path.open("wb"), {})
     for row in rows:
         writer.write(row)
     writer.close({})

@@ -8,8 +8,8 @@ import torch
 from tiny_model import tiny_model, tiny_processor
 
 from collavo.model import CollavoForConditionalGeneration
-from collavo.training.adapters import add_adapters
-from collavo.training.run_directory import save_run
+from collavo.model.adapters import add_adapters
+from collavo.runs import save_run
 
 ADAPTERS = ("image_cit", "vl_cit")
 

@@ -15,9 +15,9 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from rich.progress import track
 
 from collavo.device import resolve_device
-from collavo.evaluation.answering import Request, load_answerer
-from collavo.evaluation.pictures import Picture, open_segmenter, segmented
-from collavo.training.run_directory import base_of
+from collavo.inference import Request, load_answerer
+from collavo.pictures import Picture, open_segmenter, segmented
+from collavo.runs import base_of
 
 MANIFEST = ModelManifest("collavo", simple_class_path="collavo.evaluation.harness.CollavoHarness")
 

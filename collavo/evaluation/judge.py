@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from collavo.instructions.text import Box, ObjectMention, TextError, find_boxes, parse_objects
+from collavo.instructions.text import Box, ObjectMention, find_boxes, parse_objects
 from schemas.categories import CATEGORIES, Category
 
 IOU_OF_A_HIT = 0.5
@@ -113,7 +113,7 @@ def _mentioned(answer: str) -> ObjectMention | None:
     for match in _PARENTHESIS.finditer(answer):
         try:
             return parse_objects(match[0])[0]
-        except TextError:
+        except ValueError:
             continue
     category = named_category(answer)
     return ObjectMention(category.display_name, 0, None) if category else None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from collavo.crayon_files import DataError
+from collavo.errors import UserError
 from collavo.evaluation.judge import named_category
 from collavo.instructions.text import format_box, format_object
 from schemas.categories import Category
@@ -43,7 +43,7 @@ def rows_of_split(files: Sequence[Path], split: str) -> Iterator[CrayonRow]:
     """The rows of one split, in order, a bounded number in memory.
 
     Raises:
-        DataError: if the split has none.
+        UserError: if the split has none.
     """
     found = 0
     for file in files:
@@ -53,7 +53,7 @@ def rows_of_split(files: Sequence[Path], split: str) -> Iterator[CrayonRow]:
             yield from map(CrayonRow.from_record, wanted.to_pylist())
     if not found:
         rows = sum(pq.read_metadata(file).num_rows for file in files)
-        raise DataError(f"--split {split}: none of the {rows} rows of --data is in it")
+        raise UserError(f"--split {split}: none of the {rows} rows of --data is in it")
 
 
 def questions_of(row: CrayonRow, tasks: Sequence[str]) -> list[Question]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
+from collavo.errors import UserError
 from schemas.crayon_row import TASKS
 
 DEFAULT_PHRASEBOOK = Path(__file__).with_name("phrasebook.json")
@@ -28,10 +29,6 @@ PLACEHOLDERS: Mapping[str, frozenset[str]] = {
 }
 
 TASKS_WITH_ABSENT = ("counting", "class_to_box", "class_to_binary")
-
-
-class PhrasebookError(ValueError):
-    """A phrasebook file cannot be used; the message names the file, the task and what would work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,33 +53,33 @@ def load_phrasebook(path: Path = DEFAULT_PHRASEBOOK) -> Phrasebook:
     """Read and check a phrasebook.
 
     Raises:
-        PhrasebookError: if the file is not JSON of the shape above, or a text holds an unknown placeholder.
+        UserError: if the file is not JSON of the shape above, or a text holds an unknown placeholder.
     """
     try:
         data = path.read_bytes()
         tasks = json.loads(data)
     except (OSError, ValueError) as error:
-        raise PhrasebookError(f"{path}: cannot be read as JSON ({error})") from error
+        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(tasks, dict) or not tasks or set(tasks) - set(TASKS):
         found = ", ".join(map(repr, tasks)) or "no task" if isinstance(tasks, dict) else f"a {type(tasks).__name__}"
-        raise PhrasebookError(f"{path}: holds {found}, but expected an object whose keys are among {', '.join(TASKS)}")
+        raise UserError(f"{path}: holds {found}, but expected an object whose keys are among {', '.join(TASKS)}")
     phrasings = {task: _checked_phrasings(path, task, entries) for task, entries in tasks.items()}
     return Phrasebook(phrasings, hashlib.sha256(data).hexdigest())
 
 
 def _checked_phrasings(path: Path, task: str, entries: Any) -> tuple[Phrasing, ...]:
     if not isinstance(entries, list) or not entries:
-        raise PhrasebookError(f"{path}: task {task!r} needs a list of at least one phrasing")
+        raise UserError(f"{path}: task {task!r} needs a list of at least one phrasing")
     fields = {"id", "question", "present"} | ({"absent"} if task in TASKS_WITH_ABSENT else set())
     for entry in entries:
         if not isinstance(entry, dict) or set(entry) != fields or not all(map(_is_text, entry.values())):
             expected = ", ".join(sorted(fields))
-            raise PhrasebookError(f"{path}: a phrasing of {task!r} needs exactly the texts {expected}; found {entry!r}")
+            raise UserError(f"{path}: a phrasing of {task!r} needs exactly the texts {expected}; found {entry!r}")
         for field in fields - {"id"}:
             _check_placeholders(path, task, f"{entry['id']}/{field}", entry[field])
     ids = [entry["id"] for entry in entries]
     if len(set(ids)) < len(ids):
-        raise PhrasebookError(f"{path}: task {task!r} has two phrasings of the same id among {', '.join(ids)}")
+        raise UserError(f"{path}: task {task!r} has two phrasings of the same id among {', '.join(ids)}")
     return tuple(Phrasing(e["id"], e["question"], e["present"], e.get("absent")) for e in entries)
 
 
@@ -94,9 +91,9 @@ def _check_placeholders(path: Path, task: str, place: str, text: str) -> None:
     try:
         fields = [(name, spec or conversion) for _, name, spec, conversion in Formatter().parse(text)]
     except ValueError as error:
-        raise PhrasebookError(f"{path}: {place}: {error} in {text!r}") from error
+        raise UserError(f"{path}: {place}: {error} in {text!r}") from error
     for name, formatting in fields:
         if name is not None and (name not in PLACEHOLDERS[task] or formatting):
             known = ", ".join(f"{{{name}}}" for name in sorted(PLACEHOLDERS[task]))
             found = f"{{{name}}} with a format" if formatting else f"unknown placeholder {{{name}}}"
-            raise PhrasebookError(f"{path}: {place}: {found}; {task!r} knows {known}")
+            raise UserError(f"{path}: {place}: {found}; {task!r} knows {known}")

@@ -26,10 +26,6 @@ class ObjectMention(NamedTuple):
     box: Box | None
 
 
-class TextError(ValueError):
-    """A text is not an object list or box as this module writes them; the message quotes the place."""
-
-
 def format_box(box_xyxy: Sequence[float], size_wh: tuple[int, int]) -> str:
     """A pixel box as text, e.g. `[0.00, 0.16, 0.29, 0.88]`."""
     width, height = size_wh
@@ -57,11 +53,11 @@ def parse_box(text: str) -> Box:
     """Read back what `format_box` wrote.
 
     Raises:
-        TextError: if the text is anything else, a box turned inside out included.
+        ValueError: if the text is anything else, a box turned inside out included.
     """
     match = _BOX.fullmatch(text)
     if match is None:
-        raise TextError(f"not a box like [0.00, 0.16, 0.29, 0.88]: {text!r}")
+        raise ValueError(f"not a box like [0.00, 0.16, 0.29, 0.88]: {text!r}")
     return _checked_box(match.groups())
 
 
@@ -69,14 +65,14 @@ def parse_objects(text: str) -> list[ObjectMention]:
     """Read back what `format_objects` or `format_objects_with_boxes` wrote; an empty text is an empty list.
 
     Raises:
-        TextError: at the first place that is not an object of one of the 133 classes.
+        ValueError: at the first place that is not an object of one of the 133 classes.
     """
     mentions: list[ObjectMention] = []
     position = 0
     while position < len(text):
         match = _OBJECT.match(text, position)
         if match is None or match[2] not in BY_DISPLAY_NAME:
-            raise TextError(
+            raise ValueError(
                 f"not an object like (#1 person) at character {position}: {text[position : position + 40]!r}"
             )
         box = _checked_box(match.groups()[3:]) if match[3] else None
@@ -84,7 +80,7 @@ def parse_objects(text: str) -> list[ObjectMention]:
         position = match.end()
         if position < len(text):
             if not text.startswith(", (", position):
-                raise TextError(f"expected ', ' and another object at character {position}: {text[position:][:40]!r}")
+                raise ValueError(f"expected ', ' and another object at character {position}: {text[position:][:40]!r}")
             position += 2
     return mentions
 
@@ -102,5 +98,5 @@ def _ordered_box(numbers: Sequence[str]) -> Box | None:
 def _checked_box(numbers: Sequence[str]) -> Box:
     box = _ordered_box(numbers)
     if box is None:
-        raise TextError(f"a box whose maximum is below its minimum: [{', '.join(numbers)}]")
+        raise ValueError(f"a box whose maximum is below its minimum: [{', '.join(numbers)}]")
     return box

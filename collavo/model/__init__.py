@@ -1,6 +1,6 @@
 """The CoLLaVO model as a transformers family; importing it registers it with the Auto classes."""
 
-from collavo.model.configuration_collavo import CollavoConfig
-from collavo.model.modeling_collavo import CollavoForConditionalGeneration, CollavoModel
+from collavo.model.configuration import CollavoConfig
+from collavo.model.modeling import CollavoForConditionalGeneration, CollavoModel
 
 __all__ = ["CollavoConfig", "CollavoForConditionalGeneration", "CollavoModel"]

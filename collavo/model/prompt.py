@@ -10,6 +10,8 @@ from typing import Any
 
 from rich.text import Text
 
+from collavo.errors import Rejected
+
 IMAGE_TOKEN = "<image>"
 
 Turns = Sequence[tuple[str, str]]
@@ -79,10 +81,6 @@ OBJECTS_UNKNOWN = "None of detailed object information for image. "
 """What a general question is preceded by (the authors' release), with and without recognised objects."""
 
 
-class PromptError(ValueError):
-    """A conversation cannot be rendered; the message says what is wrong with it."""
-
-
 @dataclass(frozen=True, slots=True)
 class RenderedPrompt:
     """Token ids, and for each whether the loss covers it; the image token stands once for every cell of its grid."""
@@ -108,7 +106,7 @@ def render_conversation(
             for neither.
 
     Raises:
-        PromptError: if the turns do not alternate, beginning with `human`.
+        Rejected: if the turns do not alternate, beginning with `human`.
     """
     text, answers = _compose(tokenizer, chat_format, turns, objects)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -158,7 +156,10 @@ def _compose(
     """The whole text, and the character spans of the answers with their stops."""
     expected = ["human" if i % 2 == 0 else "gpt" for i in range(len(turns))]
     if not turns or [speaker for speaker, _ in turns] != expected:
-        raise PromptError(f"turns must alternate, human first; found {', '.join(s for s, _ in turns) or 'none'}")
+        raise Rejected(
+            "turns_do_not_alternate",
+            f"turns must alternate, human first; found {', '.join(s for s, _ in turns) or 'none'}",
+        )
     stop = chat_format.stop or tokenizer.eos_token
     bos = tokenizer.bos_token if tokenizer("").input_ids == [tokenizer.bos_token_id] else ""
     text = f"{bos}{chat_format.opening}{IMAGE_TOKEN}{chat_format.after_image}"

@@ -11,7 +11,7 @@ import numpy as np
 from kornia_rs.io import decode_image_png_u8
 from PIL import Image
 
-from collavo.images import ImageError
+from collavo.errors import Rejected
 from collavo.panoptic.maps import IdRuns
 
 
@@ -23,7 +23,7 @@ def decode_segment_runs(data: bytes, size_wh: tuple[int, int]) -> IdRuns:
         size_wh: width and height that the mask must have, those of its image.
 
     Raises:
-        ImageError: `broken_mask` where it is not a PNG that decodes, `mask_size_mismatch` where its size is another.
+        Rejected: `broken_mask` where it is not a PNG that decodes, `mask_size_mismatch` where its size is another.
     """
     rgb = _decode_rgb(data, size_wh)
     # By bytes, of which few differ from the pixel before: to put ids together for all pixels would take five times
@@ -52,6 +52,6 @@ def _decode_rgb(data: bytes, size_wh: tuple[int, int]) -> np.ndarray:
         if mask.size == size_wh:
             return np.asarray(mask.convert("RGB"))
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged data
-        raise ImageError("broken_mask", f"not a readable PNG: {error}") from error
+        raise Rejected("broken_mask", f"not a readable PNG: {error}") from error
     found, expected = f"{mask.width} x {mask.height}", f"{size_wh[0]} x {size_wh[1]}"
-    raise ImageError("mask_size_mismatch", f"the mask is {found}, its image {expected}")
+    raise Rejected("mask_size_mismatch", f"the mask is {found}, its image {expected}")

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from collavo.crayon.numbering import number_instances, numbered_order
+from collavo.errors import Rejected
+from collavo.panoptic.numbering import number_instances, numbered_order
 from schemas.crayon_row import Segment
 
 
@@ -61,14 +62,6 @@ def id_runs(ids: np.ndarray) -> IdRuns:
     return IdRuns(ids.shape, starts, flat[starts])
 
 
-class PanopticError(ValueError):
-    """A map and its list of segments contradict each other. `reason` is one word for tallies."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
 def build_panoptic_map(ids: np.ndarray | IdRuns, infos: Sequence[SegmentInfo]) -> PanopticMap:
     """Measure, order and number the segments of an id map.
 
@@ -77,7 +70,7 @@ def build_panoptic_map(ids: np.ndarray | IdRuns, infos: Sequence[SegmentInfo]) -
         infos: the segments, in any order; the result does not depend on it.
 
     Raises:
-        PanopticError: `repeated_segment` for an id listed twice, or a listed 0, `unlisted_segment` for a pixel whose id
+        Rejected: `repeated_segment` for an id listed twice, or a listed 0, `unlisted_segment` for a pixel whose id
             is not listed, `empty_segment` for a listed segment without a pixel.
     """
     runs = ids if isinstance(ids, IdRuns) else id_runs(ids)
@@ -85,11 +78,11 @@ def build_panoptic_map(ids: np.ndarray | IdRuns, infos: Sequence[SegmentInfo]) -
     known_ids = np.array(sorted({0, *(info.id for info in infos)}), dtype=np.int64)
     if len(known_ids) != len(infos) + 1:
         distinct = f"{len(known_ids) - 1} distinct ids other than 0"
-        raise PanopticError("repeated_segment", f"{len(infos)} segments listed, but {distinct}")
+        raise Rejected("repeated_segment", f"{len(infos)} segments listed, but {distinct}")
     run_positions = _positions(runs.ids, known_ids)
     areas, boxes_xyxy = _measure(run_positions, runs.starts, lengths, runs.size_hw[1], len(known_ids))
     if not areas[1:].all():
-        raise PanopticError("empty_segment", f"segment {known_ids[1:][areas[1:] == 0][0]} has no pixel")
+        raise Rejected("empty_segment", f"segment {known_ids[1:][areas[1:] == 0][0]} has no pixel")
 
     by_id = {info.id: info for info in infos}
     listed = [by_id[id_] for id_ in known_ids[1:].tolist()]
@@ -121,7 +114,7 @@ def _positions(run_ids: np.ndarray, known_ids: np.ndarray) -> np.ndarray:
     positions = np.searchsorted(known_ids, run_ids).clip(max=len(known_ids) - 1)
     unlisted = known_ids[positions] != run_ids
     if unlisted.any():
-        raise PanopticError("unlisted_segment", f"pixels carry id {run_ids[unlisted][0]}, which no segment has")
+        raise Rejected("unlisted_segment", f"pixels carry id {run_ids[unlisted][0]}, which no segment has")
     return positions
 
 

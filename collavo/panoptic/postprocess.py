@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from collavo.panoptic.maps import PanopticError, PanopticMap, SegmentInfo, build_panoptic_map
+from collavo.errors import Rejected
+from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
 from collavo.panoptic.thresholds import MaskThresholds
 from schemas.categories import CATEGORIES
 
@@ -45,14 +46,14 @@ def panoptic_from_logits(
         the map; without segments where no query qualifies. A fused segment carries the best score of its parts.
 
     Raises:
-        PanopticError: `non_finite_logits` where logits are NaN or infinite, as after an overflow in half precision.
+        Rejected: `non_finite_logits` where logits are NaN or infinite, as after an overflow in half precision.
     """
     queries, labels, scores = _confident_queries(class_logits, thresholds.min_class_score)
     if not len(queries):
         return build_panoptic_map(np.zeros(size_hw, dtype=np.uint8), [])
     kept = mask_logits[torch.from_numpy(queries).to(mask_logits.device)].float()
     if not kept.isfinite().all():
-        raise PanopticError("non_finite_logits", "the segmenter's mask logits are not finite numbers")
+        raise Rejected("non_finite_logits", "the segmenter's mask logits are not finite numbers")
     winners, own_areas = _compete(kept, torch.from_numpy(scores).to(kept.device), size_hw, thresholds)
     winners = winners.astype(np.intp)
     areas = np.bincount(winners.ravel(), minlength=len(queries) + 1)[:-1]
@@ -68,7 +69,7 @@ def _confident_queries(class_logits: torch.Tensor, min_class_score: float) -> tu
     scores_on_device, labels_on_device = class_logits.float().softmax(-1).max(-1)
     scores, labels = torch.stack((scores_on_device, labels_on_device.float())).cpu().numpy()
     if not np.isfinite(scores).all():
-        raise PanopticError("non_finite_logits", "the segmenter's class logits are not finite numbers")
+        raise Rejected("non_finite_logits", "the segmenter's class logits are not finite numbers")
     queries = np.flatnonzero((labels < class_logits.shape[-1] - 1) & (scores > min_class_score))
     return queries, labels[queries].astype(np.int64), scores[queries]
 

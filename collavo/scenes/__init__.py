@@ -12,6 +12,6 @@
 
 from collavo.scenes.compose import draw_scene
 from collavo.scenes.scene import Scene, Segment
-from collavo.scenes.write import OutputError, scene_seed, write_scenes
+from collavo.scenes.write import scene_seed, write_scenes
 
-__all__ = ["OutputError", "Scene", "Segment", "draw_scene", "scene_seed", "write_scenes"]
+__all__ = ["Scene", "Segment", "draw_scene", "scene_seed", "write_scenes"]

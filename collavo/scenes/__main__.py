@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from rich.progress import track
 
-from collavo.command_line import Parser, whole_number
-from collavo.scenes.write import OutputError, write_scenes
+from collavo.cli import Parser, whole_number
+from collavo.errors import UserError
+from collavo.scenes.write import write_scenes
 
 _DESCRIPTION = """\
 Draw sample scenes with exact panoptic annotation, and dialogues about them.
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     try:
         write_scenes(flags.output, flags.count, flags.size, flags.seed, flags.start, flags.overwrite, progress)
-    except OutputError as error:
+    except UserError as error:
         parser.error(str(error))
 
 

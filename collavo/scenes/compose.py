@@ -11,11 +11,11 @@ from PIL import Image, ImageChops, ImageDraw
 from scipy.ndimage import find_objects
 
 from collavo.scenes import creatures, indoors, outdoors  # noqa: F401  (they register what they draw)
+from collavo.scenes.canvas import Layer, Light, Stage, Surface
 from collavo.scenes.dialogues import dialogues_about
 from collavo.scenes.drawing import Dice, Drawing, rasterize
+from collavo.scenes.places import ANYWHERE, FREQUENT, INDOORS, SETTINGS
 from collavo.scenes.scene import Scene, Segment
-from collavo.scenes.settings import ANYWHERE, FREQUENT, INDOORS, SETTINGS
-from collavo.scenes.stage import Layer, Light, Stage, Surface
 from collavo.scenes.thing import THINGS, Thing
 from schemas.categories import Category
 

@@ -5,8 +5,8 @@ import math
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
+from collavo.scenes.canvas import Light, Stage
 from collavo.scenes.drawing import Color, Dice, Drawing, oval_points, shade, spread_points
-from collavo.scenes.stage import Light, Stage
 
 _GREENS = ((74, 138, 66), (98, 156, 74), (58, 116, 70), (128, 162, 74), (196, 132, 54), (206, 160, 66))
 _FACADES = ((214, 150, 120), (226, 196, 150), (170, 186, 196), (190, 120, 100), (236, 222, 196), (150, 160, 150))

@@ -9,16 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from collavo.errors import UserError
 from collavo.scenes.compose import draw_scene
 from collavo.scenes.scene import Scene
 from schemas.categories import CATEGORIES
 
 _WRITTEN = ("panoptic.json", "dialogues.json", "images/scene-*.jpg", "panoptic/scene-*.png", ".*.json.part")
 _LICENSE = {"id": 1, "name": "Apache License 2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"}
-
-
-class OutputError(Exception):
-    """The output folder cannot be written to as asked; the message is one line that says what to do."""
 
 
 def scene_seed(seed: int, index: int) -> int:
@@ -42,7 +39,7 @@ def write_scenes(
     numbers of the scenes, to show how far it is.
 
     Raises:
-        OutputError: where the folder holds anything and `overwrite` is not set, or cannot be created.
+        UserError: where the folder holds anything and `overwrite` is not set, or cannot be created.
     """
     output = Path(output)
     _prepare(output, overwrite)
@@ -76,16 +73,16 @@ def write_scenes(
 
 def _prepare(output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
-        raise OutputError(f"--output {output}: is a file; name a folder")
+        raise UserError(f"--output {output}: is a file; name a folder")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise OutputError(f"--output {output}: the folder is not empty; name another, or add --overwrite")
+        raise UserError(f"--output {output}: the folder is not empty; name another, or add --overwrite")
     try:
         for path in chain.from_iterable(output.glob(pattern) for pattern in _WRITTEN):
             path.unlink()
         for folder in ("images", "panoptic"):
             (output / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"--output {output}: {error.strerror}; name a folder that can be written to") from None
+        raise UserError(f"--output {output}: {error.strerror}; name a folder that can be written to") from None
 
 
 def _segments_info(scene: Scene) -> list[dict[str, Any]]:

@@ -19,10 +19,6 @@ SEGMENTERS = tuple(_CLASSES)
 """Names for a flag; each is also the name of its module."""
 
 
-class SegmenterError(RuntimeError):
-    """A segmenter cannot be set up as asked; the message is one line: which flag, what was found, what would work."""
-
-
 class Segmenter(Protocol):
     """What every panoptic segmenter offers."""
 
@@ -49,8 +45,8 @@ def load_segmenter(name: str, **options: Any) -> Segmenter:
         options: keyword arguments of its class.
 
     Raises:
-        SegmenterError: where its framework or checkpoint is missing or unsuitable.
-        collavo.device.DeviceError: where the device asked for is missing or too small.
+        UserError: where its framework or checkpoint is missing or unsuitable.
+        collavo.device.UserError: where the device asked for is missing or too small.
     """
     segmenter: Segmenter = getattr(importlib.import_module(f"{__name__}.{name}"), _CLASSES[name])(**options)
     return segmenter

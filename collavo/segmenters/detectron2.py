@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from collavo.device import device_name, move_to_device, resolve_device
+from collavo.errors import UserError
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
-from collavo.segmenters import SegmenterError
 from schemas.categories import BY_CATEGORY_ID, CATEGORIES
 
 INSTALL = (
@@ -33,7 +33,7 @@ try:
     from detectron2.data.transforms import ResizeShortestEdge
     from detectron2.modeling import build_model
 except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for another torch
-    raise SegmenterError(f"--segmenter detectron2: cannot be imported ({error}); install it with: {INSTALL}") from error
+    raise UserError(f"--segmenter detectron2: cannot be imported ({error}); install it with: {INSTALL}") from error
 
 DEFAULT_CONFIG = "COCO-PanopticSegmentation/panoptic_fpn_R_101_3x.yaml"
 
@@ -50,8 +50,8 @@ class Detectron2Segmenter:
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
 
         Raises:
-            SegmenterError: for a config or checkpoint that is missing, incomplete, no Panoptic-FPN or not of COCO.
-            DeviceError: for a device that is missing or too small.
+            UserError: for a config or checkpoint that is missing, incomplete, no Panoptic-FPN or not of COCO.
+            UserError: for a device that is missing or too small.
         """
         self._device = resolve_device(device)
         cfg = _load_config(config, checkpoint)
@@ -120,18 +120,18 @@ def _load_config(config: str, checkpoint: str | None) -> CfgNode:
         zoo_weights = None if is_file or checkpoint else model_zoo.get_checkpoint_url(config)
     except Exception as error:  # RuntimeError, KeyError, YAML's own
         reason = " ".join(str(error).split())
-        raise SegmenterError(
+        raise UserError(
             f"--segmenter_config {config}: {reason}; use a YAML file or a model zoo name such as {DEFAULT_CONFIG}"
         ) from error
     cfg.MODEL.WEIGHTS = checkpoint or zoo_weights or cfg.MODEL.WEIGHTS
     cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.META_ARCHITECTURE != "PanopticFPN":
-        raise SegmenterError(
+        raise UserError(
             f"--segmenter_config {config}: a {cfg.MODEL.META_ARCHITECTURE}, but PanopticFPN is needed, "
             f"such as {DEFAULT_CONFIG}"
         )
     if not cfg.MODEL.WEIGHTS:
-        raise SegmenterError(f"--segmenter_config {config}: names no weights; give them with --segmenter_checkpoint")
+        raise UserError(f"--segmenter_config {config}: names no weights; give them with --segmenter_checkpoint")
     return cfg
 
 
@@ -149,7 +149,7 @@ def label_tables(cfg: CfgNode) -> dict[bool, dict[int, int]]:
         listed: dict[int, int] = getattr(metadata, f"{kind}_dataset_id_to_contiguous_id", {})
         class_ids = {category_id: class_id for category_id, class_id in listed.items() if category_id != 0}
         if class_ids.keys() != {category.category_id for category in CATEGORIES if category.is_thing == is_thing}:
-            raise SegmenterError(
+            raise UserError(
                 f"--segmenter_config: its DATASETS.TEST is {data_set!r}, but COCO panoptic's 133 classes are "
                 "needed, as in coco_2017_val_panoptic_separated"
             )
@@ -175,12 +175,12 @@ def _load_model(cfg: CfgNode) -> torch.nn.Module:
         checkpointer.load(cfg.MODEL.WEIGHTS)
     except Exception as error:  # network, file system and pickle raise a dozen types
         reason = " ".join(str(error).split())
-        raise SegmenterError(
+        raise UserError(
             f"--segmenter_checkpoint {cfg.MODEL.WEIGHTS}: {type(error).__name__}: {reason}; use a .pkl or .pth file "
             "with weights for this config, or a URL that can be reached from here"
         ) from error
     if checkpointer.absent:
-        raise SegmenterError(
+        raise UserError(
             f"--segmenter_checkpoint {cfg.MODEL.WEIGHTS}: {len(checkpointer.absent)} weights are missing or have "
             f"another shape, first {checkpointer.absent[0]}; use weights trained with this config"
         )

@@ -33,13 +33,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, Mask2FormerForUniversalSegmentation
 
-from collavo.device import DeviceError, device_name, move_to_device, resolve_device
-from collavo.embedded import SCENES, EmbeddedError, find_embedded
-from collavo.loading import without_loading_report
+from collavo.device import device_name, move_to_device, resolve_device
+from collavo.embedded import SCENES, find_embedded
+from collavo.errors import UserError
 from collavo.panoptic.maps import PanopticMap
 from collavo.panoptic.postprocess import panoptic_from_logits
 from collavo.panoptic.thresholds import PRESETS, MaskThresholds
-from collavo.segmenters import SegmenterError
+from collavo.quiet import without_loading_report
 from schemas.categories import CATEGORIES
 
 DEFAULT_CHECKPOINT = "facebook/mask2former-swin-large-coco-panoptic"
@@ -77,9 +77,9 @@ class Mask2FormerSegmenter:
             batch_size: images per forward pass on a GPU, kept constant; a CPU always takes one.
 
         Raises:
-            SegmenterError: for a checkpoint that is missing, incomplete, of another architecture or with other classes,
+            UserError: for a checkpoint that is missing, incomplete, of another architecture or with other classes,
                 and for an unusable input size.
-            DeviceError: for a device that is missing or too small.
+            UserError: for a device that is missing or too small.
         """
         input_hw = None if input_size is None else _checked_size(input_size)
         self._thresholds = thresholds or PRESETS["scenes" if checkpoint == SCENES else "default"]
@@ -145,7 +145,7 @@ class Mask2FormerSegmenter:
             self._logits([])
         except torch.OutOfMemoryError as error:
             height, width = self._input_hw
-            raise DeviceError(
+            raise UserError(
                 f"--device {self._device}: batches of {self._batch_size} at {height} x {width} pixels do not fit the "
                 "GPU's memory; lower --batch_size or --segmenter_input_size"
             ) from error
@@ -185,7 +185,7 @@ def _sums_unsplit() -> Iterator[None]:
 def _checked_size(input_size: int | tuple[int, int]) -> tuple[int, int]:
     height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
     if min(height, width) < _SIZE_DIVISOR or height % _SIZE_DIVISOR or width % _SIZE_DIVISOR:
-        raise SegmenterError(
+        raise UserError(
             f"--segmenter_input_size {height} x {width}: both sides must be multiples of {_SIZE_DIVISOR}, such as 768"
         )
     return height, width
@@ -242,12 +242,12 @@ def _load_model(checkpoint: str) -> tuple[Mask2FormerForUniversalSegmentation, s
                 ignore_mismatched_sizes=True,  # they are listed, and refused below
                 output_loading_info=True,
             )
-    except EmbeddedError as error:
-        raise SegmenterError(f"--segmenter_checkpoint {checkpoint}: {error}") from error
+    except UserError as error:
+        raise UserError(f"--segmenter_checkpoint {checkpoint}: {error}") from error
     except (OSError, ValueError, SafetensorError) as error:
         is_absent_folder = checkpoint.startswith(("/", ".", "~")) and not Path(checkpoint).is_dir()
         reason = "there is no such folder." if is_absent_folder else str(error).strip().splitlines()[0]
-        raise SegmenterError(
+        raise UserError(
             f"--segmenter_checkpoint {checkpoint}: {reason} Use a folder that holds config.json and model.safetensors, "
             f"or a Hugging Face model id that can be downloaded from here, such as {DEFAULT_CHECKPOINT}; {SCENES}, the "
             "embedded one, knows drawn scenes only"
@@ -255,7 +255,7 @@ def _load_model(checkpoint: str) -> tuple[Mask2FormerForUniversalSegmentation, s
     model, info = loaded
     absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if absent:
-        raise SegmenterError(
+        raise UserError(
             f"--segmenter_checkpoint {checkpoint}: {len(absent)} weights are missing or have another shape, "
             f"first {absent[0]}; use a complete Mask2Former checkpoint"
         )
@@ -264,7 +264,7 @@ def _load_model(checkpoint: str) -> tuple[Mask2FormerForUniversalSegmentation, s
 
 def _check_config(checkpoint: str, config: transformers.PreTrainedConfig) -> None:
     if config.model_type != "mask2former":
-        raise SegmenterError(
+        raise UserError(
             f"--segmenter_checkpoint {checkpoint}: a {config.model_type} model, but mask2former is needed, "
             f"such as {DEFAULT_CHECKPOINT}"
         )
@@ -272,7 +272,7 @@ def _check_config(checkpoint: str, config: transformers.PreTrainedConfig) -> Non
     expected = {category.label: category.name for category in CATEGORIES}
     if names != expected:
         label = next((label for label in expected if names.get(label) != expected[label]), len(expected))
-        raise SegmenterError(
+        raise UserError(
             f"--segmenter_checkpoint {checkpoint}: class {label} of {len(names)} is {names.get(label)!r}, but in COCO "
             f"panoptic's 133 classes it is {expected.get(label)!r}; use a coco-panoptic checkpoint such as "
             f"{DEFAULT_CHECKPOINT}"

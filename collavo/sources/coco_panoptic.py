@@ -9,8 +9,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import ijson
 
-from collavo.panoptic.maps import PanopticError, SegmentInfo
-from collavo.sources import EntryError, fault_in_json
+from collavo.errors import Rejected, UserError
+from collavo.panoptic.maps import SegmentInfo
+from collavo.sources import fault_in_json
 from schemas.categories import BY_CATEGORY_ID
 
 
@@ -33,47 +34,43 @@ class AnnotatedImage(NamedTuple):
     annotation: Annotation | None
 
 
-class CocoFormatError(ValueError):
-    """A file is not COCO panoptic JSON; the message says what was found."""
-
-
-def stream_annotated_images(file: BinaryIO) -> Iterator[AnnotatedImage | EntryError]:
+def stream_annotated_images(file: BinaryIO) -> Iterator[AnnotatedImage | Rejected]:
     """All images of a COCO panoptic file, annotated ones first; an unusable entry comes as the error that says why.
 
     Args:
         file: the open file, seekable: the image list and the annotations are read one after the other.
 
     Raises:
-        CocoFormatError: if the file is not JSON to its end, or not of the panoptic format.
+        UserError: if the file is not JSON to its end, or not of the panoptic format.
     """
     try:
         images: dict[int, tuple[str, int | None]] = {}
         for image in ijson.items(file, "images.item", use_float=True):
             if not isinstance(image["file_name"], str):
-                raise CocoFormatError(f"image {image['id']} should have a text 'file_name'")
+                raise UserError(f"image {image['id']} should have a text 'file_name'")
             if image["id"] in images:
                 detail = f"'images' lists the id again, for {image['file_name']}"
-                yield EntryError(str(image["id"]), "duplicate_id", detail)
+                yield Rejected("duplicate_id", detail, str(image["id"]))
             else:
                 license_id = image.get("license")
                 images[image["id"]] = (image["file_name"], license_id if isinstance(license_id, int) else None)
         if not images:
-            raise CocoFormatError("it lists no 'images'")
+            raise UserError("it lists no 'images'")
         file.seek(0)
         annotated = set()
         for record in ijson.items(file, "annotations.item", use_float=True):
             image_id = record["image_id"]
             if "segments_info" not in record:
-                raise CocoFormatError("its annotations have no 'segments_info', so it is not panoptic")
+                raise UserError("its annotations have no 'segments_info', so it is not panoptic")
             if image_id not in images:
-                yield EntryError(str(image_id), "unknown_image", "an annotation of an image not in 'images'")
+                yield Rejected("unknown_image", "an annotation of an image not in 'images'", str(image_id))
             elif image_id in annotated:
-                yield EntryError(str(image_id), "duplicate_id", "a second annotation of the same image")
+                yield Rejected("duplicate_id", "a second annotation of the same image", str(image_id))
             else:
                 annotated.add(image_id)
                 yield AnnotatedImage(str(image_id), *images[image_id], _annotation(record))
     except (ijson.JSONError, KeyError, TypeError) as error:
-        raise CocoFormatError(f"not COCO panoptic JSON to its end ({fault_in_json(error)})") from error
+        raise UserError(f"not COCO panoptic JSON to its end ({fault_in_json(error)})") from error
     for image_id, (file_name, license_id) in images.items():
         if image_id not in annotated:
             yield AnnotatedImage(str(image_id), file_name, license_id, None)
@@ -83,13 +80,13 @@ def segment_infos(segments: Sequence[tuple[int, int, int]]) -> list[SegmentInfo]
     """The segments of an `Annotation` with their labels.
 
     Raises:
-        PanopticError: `unknown_category` for a category id that is not one of COCO's 133.
+        Rejected: `unknown_category` for a category id that is not one of COCO's 133.
     """
     infos = []
     for id_, category_id, is_crowd in segments:
         category = BY_CATEGORY_ID.get(category_id)
         if category is None:
-            raise PanopticError("unknown_category", f"category_id {category_id} is not one of COCO panoptic's 133")
+            raise Rejected("unknown_category", f"category_id {category_id} is not one of COCO panoptic's 133")
         infos.append(SegmentInfo(id_, category.label, bool(is_crowd)))
     return infos
 
@@ -98,5 +95,5 @@ def _annotation(record: Mapping[str, Any]) -> Annotation:
     segments = tuple((s["id"], s["category_id"], s.get("iscrowd", 0)) for s in record["segments_info"])
     if not isinstance(record["file_name"], str) or not all(isinstance(n, int) for segment in segments for n in segment):
         expected = "a text 'file_name', and whole numbers 'id', 'category_id' and 'iscrowd' of every segment"
-        raise CocoFormatError(f"the annotation of image {record['image_id']} should have {expected}")
+        raise UserError(f"the annotation of image {record['image_id']} should have {expected}")
     return Annotation(record["file_name"], segments)

@@ -2,32 +2,26 @@
 
 import posixpath
 
+from collavo.errors import Rejected
+
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
 
 IMAGE_EXTENSIONS = (*_EXTENSIONS, ".JPG", ".JPEG", ".PNG")
 """Extensions tried, in this order, where a named image is missing; LLaVA's mix names files that carry another one."""
 
 
-class PathError(ValueError):
-    """A path in a data file cannot be used. `reason` is one word for tallies."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-
-
 def checked_relative(path: str) -> str:
     """The normalised form of a relative path that stays inside its root.
 
     Raises:
-        PathError: `path_escapes_root` for an absolute path, a URL, or one that climbs out by `..`; `bad_path` for one
+        Rejected: `path_escapes_root` for an absolute path, a URL, or one that climbs out by `..`; `bad_path` for one
             that names no file or cannot be written as UTF-8.
     """
     normalised = posixpath.normpath(path.replace("\\", "/"))
     if normalised.startswith(("/", "../")) or normalised == ".." or "://" in path or normalised[1:2] == ":":
-        raise PathError("path_escapes_root", f"{path!r} does not stay inside its root")
+        raise Rejected("path_escapes_root", f"{path!r} does not stay inside its root")
     if normalised == "." or "\0" in path or not is_utf8(path):
-        raise PathError("bad_path", f"{path!r} names no file")
+        raise Rejected("bad_path", f"{path!r} names no file")
     return normalised
 
 

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from collavo.command_line import Parser
+from collavo.cli import Parser
 from collavo.embedded import TINY
+from collavo.errors import UserError
 from schemas.crayon_row import TASKS
 
 
@@ -146,10 +147,6 @@ _EPILOG = "\n".join(
 )
 
 
-class ArgumentsError(ValueError):
-    """A command line that cannot work; the message names the flag, what was found and what would work."""
-
-
 def parse_arguments(argv: Sequence[str] | None, cuda: bool) -> tuple[TrainArguments, Preset]:
     """Read the command line, fill in the preset, and check what can be checked without a model.
 
@@ -157,7 +154,7 @@ def parse_arguments(argv: Sequence[str] | None, cuda: bool) -> tuple[TrainArgume
         cuda: whether there is a GPU, by which the preset is chosen where none is named.
 
     Raises:
-        ArgumentsError: for values that cannot work, alone or together.
+        UserError: for values that cannot work, alone or together.
     """
     given = _parser().parse_args(argv)
     name = given.preset or ("collavo-7b" if cuda else "tiny")
@@ -196,24 +193,24 @@ def _parser() -> Parser:
 
 def _check(arguments: TrainArguments) -> None:
     if not arguments.data:
-        raise ArgumentsError("--data is missing; name Parquet files of crayon data, such as out/*.parquet")
+        raise UserError("--data is missing; name Parquet files of crayon data, such as out/*.parquet")
     for name in ("epochs", "max_steps", "batch_size", "micro_batch_size", "lora_rank", "lora_alpha",
                  "instructions_per_sequence", "max_length", "log_steps", "eval_steps", "eval_batches",
                  "checkpoint_steps", "keep_checkpoints"):  # fmt: skip
         value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise ArgumentsError(f"--{name} is {value}, but must be at least 1")
+            raise UserError(f"--{name} is {value}, but must be at least 1")
     for name in ("seed", "workers"):
         if getattr(arguments, name) < 0:
-            raise ArgumentsError(f"--{name} is {getattr(arguments, name)}, but must be 0 or more")
+            raise UserError(f"--{name} is {getattr(arguments, name)}, but must be 0 or more")
     if arguments.crayon_share is not None and not 0 < arguments.crayon_share < 1:
-        raise ArgumentsError(f"--crayon_share is {arguments.crayon_share}, but must lie between 0 and 1")
+        raise UserError(f"--crayon_share is {arguments.crayon_share}, but must lie between 0 and 1")
     if arguments.queries == "none" and arguments.stage == "cpt":
-        raise ArgumentsError("--stage cpt trains the queries, and --queries none has none; use --stage cit or all")
+        raise UserError("--stage cpt trains the queries, and --queries none has none; use --stage cit or all")
     if arguments.attention == "flash_attention_2" and arguments.instructions_per_sequence > 1:
-        raise ArgumentsError(
+        raise UserError(
             "--attention flash_attention_2 cannot keep packed instructions apart; add --instructions_per_sequence 1, "
             "or use --attention sdpa"
         )
     if arguments.resume and arguments.overwrite:
-        raise ArgumentsError("--resume goes on with the run in --output_dir, --overwrite replaces it; choose one")
+        raise UserError("--resume goes on with the run in --output_dir, --overwrite replaces it; choose one")

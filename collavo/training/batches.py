@@ -19,14 +19,15 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from collavo.crayon.index_png import decode_index_map
-from collavo.crayon_files import DataError
-from collavo.images import ImageError, decode_rgb
+from collavo.errors import Rejected, UserError
+from collavo.images import decode_rgb
 from collavo.instructions.text import format_objects_with_boxes
 from collavo.model.packing import PADDING, SHARED, packed_positions
-from collavo.model.processing_collavo import CollavoProcessor
+from collavo.model.processing import CollavoProcessor
 from collavo.model.prompt import RenderedPrompt
-from collavo.sources.image_paths import PathError, checked_relative
+from collavo.panoptic.index_png import decode_index_map
+from collavo.panoptic.maps import PanopticMap
+from collavo.sources.image_paths import checked_relative
 from collavo.training.batch_plan import ROWS_PER_WINDOW, Batch, Sample
 from collavo.training.row_index import Kind, RowGroup, RowIndex
 from schemas.crayon_row import Segment
@@ -103,7 +104,7 @@ class ExampleOptions:
     """Where rows that refer to their image find it."""
 
 
-class ExampleDataset(Dataset[Example | DataError]):
+class ExampleDataset(Dataset[Example | UserError]):
     """Samples, as examples; the index is the sample itself.
 
     What is wrong with a sample comes as its example: raised in a worker process, an error would arrive with that
@@ -118,38 +119,37 @@ class ExampleDataset(Dataset[Example | DataError]):
     ) -> None:
         self.index = index
         if index.has_null_images and options.image_root is None:
-            raise DataError("--data: its rows refer to their images; --image_root must name the folder they lie in")
+            raise UserError("--data: its rows refer to their images; --image_root must name the folder they lie in")
         columns = ("image_id", "image", "width", "height", "panoptic_map", "segments", "instructions", "conversations")
         self._reader = RowReader(index.row_groups, columns, kept_rows=2 * ROWS_PER_WINDOW)
         self._processor = processor
         self._options = options
 
-    def __getitem__(self, sample: Sample) -> Example | DataError:
+    def __getitem__(self, sample: Sample) -> Example | UserError:
         try:
             return self.example(sample)
-        except DataError as error:
+        except UserError as error:
             return error
 
     def example(self, sample: Sample) -> Example:
         """The example of a sample.
 
         Raises:
-            DataError: where its image is missing or damaged.
+            UserError: where its image is missing or damaged.
         """
         record = self._reader.read(sample.row)
         segments = [Segment.from_record(segment) for segment in record["segments"]]
         prompts = self._prompts(sample, record, segments)
         input_ids, labels, sequence_ids = pack_prompts(prompts, self._processor.image_token_id)
-        semantic, numbering = self._processor.crayon_maps(decode_index_map(record["panoptic_map"]["bytes"]), segments)
+        panoptic = PanopticMap(decode_index_map(record["panoptic_map"]["bytes"]), tuple(segments))
+        picture = self._processor.picture_inputs([self._image(record)], [panoptic])
         return Example(
             kind=sample.kind,
             image_id=record["image_id"],
             input_ids=input_ids,
             labels=labels,
             sequence_ids=sequence_ids,
-            pixel_values=self._processor.pixel_values(self._image(record)),
-            semantic_ids=semantic,
-            numbering_ids=numbering,
+            **{name: tensor[0] for name, tensor in picture.items()},
         )
 
     def prompt_of(self, sample: Sample) -> RenderedPrompt:
@@ -176,8 +176,8 @@ class ExampleDataset(Dataset[Example | DataError]):
                 assert self._options.image_root is not None  # checked where the data set was made
                 data = (self._options.image_root / checked_relative(record["image"]["path"])).read_bytes()
             return decode_rgb(data)
-        except (ImageError, PathError, OSError) as error:
-            raise DataError(f"--data: image of {record['image_id']}: {error}") from error
+        except (Rejected, OSError) as error:
+            raise UserError(f"--data: image of {record['image_id']}: {error}") from error
 
 
 def pack_prompts(
@@ -233,7 +233,7 @@ def build_loader(
     """Micro-batches in the order of the plan.
 
     Raises:
-        DataError: where an image is missing or damaged, or a worker process dies.
+        UserError: where an image is missing or damaged, or a worker process dies.
     """
     loader: DataLoader[Any] = DataLoader(
         dataset,
@@ -245,19 +245,19 @@ def build_loader(
     )
     try:
         for piece in loader:
-            if isinstance(piece, DataError):
+            if isinstance(piece, UserError):
                 raise piece
             yield piece
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise DataError(
+        raise UserError(
             f"--workers {workers}: a process that reads the data died ({str(error).splitlines()[0]}); memory, or in a "
             "container /dev/shm, is too small for it; lower --workers, 0 reads in the training process"
         ) from error
 
 
-def _collate_or_error(examples: Sequence[Example | DataError], pad_token_id: int) -> MicroBatch | DataError:
+def _collate_or_error(examples: Sequence[Example | UserError], pad_token_id: int) -> MicroBatch | UserError:
     whole = [example for example in examples if isinstance(example, Example)]
-    errors = [example for example in examples if isinstance(example, DataError)]
+    errors = [example for example in examples if isinstance(example, UserError)]
     return errors[0] if errors else collate(whole, pad_token_id)

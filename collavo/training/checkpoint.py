@@ -16,11 +16,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from collavo.errors import UserError
+
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint does not belong to this run; the message says what differs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +67,11 @@ def read_progress(checkpoint: Path, fingerprint: str) -> Progress:
     """Where a checkpoint stands.
 
     Raises:
-        CheckpointError: if it was made from other data or with other arguments.
+        UserError: if it was made from other data or with other arguments.
     """
     state = json.loads((checkpoint / STATE).read_text())
     if state.pop("fingerprint") != fingerprint:
-        raise CheckpointError(
+        raise UserError(
             f"--resume: {checkpoint} was made from other data or with other arguments; repeat those that "
             "train_args.json of the run holds, or train into another --output_dir"
         )
@@ -84,11 +82,11 @@ def load_weights(checkpoint: Path, parameters: Mapping[str, torch.Tensor]) -> No
     """Put a checkpoint's weights into parameters, in place.
 
     Raises:
-        CheckpointError: if the names differ.
+        UserError: if the names differ.
     """
     weights = load_file(checkpoint / WEIGHTS)
     if differing := set(weights) ^ set(parameters):
-        raise CheckpointError(f"{checkpoint}: {len(differing)} weights do not match, such as {min(differing)}")
+        raise UserError(f"{checkpoint}: {len(differing)} weights do not match, such as {min(differing)}")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])

@@ -14,16 +14,13 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from collavo.errors import UserError
 from collavo.training.arguments import TrainArguments
 from collavo.training.batch_plan import Batch
 from collavo.training.batches import ExampleDataset, MicroBatch, build_loader, micro_batches
 from collavo.training.checkpoint import Progress
 from collavo.training.row_index import Kind
 from collavo.training.stages import Stage, StagedModel
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which step, why, and over which images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +80,8 @@ class Trainer:
         """Take the steps of a phase from `first_step` on.
 
         Raises:
-            TrainingError: for a loss that is not finite, a batch without a supervised token, or a GPU without memory.
-            DataError: where an image is missing or damaged.
+            UserError: for a loss that is not finite, a batch without a supervised token, or a GPU without memory.
+            UserError: where an image is missing or damaged.
         """
         arguments, device = self._arguments, self._accelerator.device
         if device.type == "cuda":
@@ -138,7 +135,7 @@ class Trainer:
         )
         supervised, tokens = self._accelerator.reduce(counts, "sum").tolist()
         if not supervised:
-            raise TrainingError(f"step {step}: no token of the batch is supervised; {_images_of(pieces)}")
+            raise UserError(f"step {step}: no token of the batch is supervised; {_images_of(pieces)}", 1)
         loss = torch.zeros((), device=self._accelerator.device)
         try:
             for piece in pieces:
@@ -146,13 +143,14 @@ class Trainer:
                 piece_loss.backward()
                 loss += piece_loss.detach()
         except torch.OutOfMemoryError as error:
-            raise TrainingError(
+            raise UserError(
                 f"step {step}: the GPU has no memory left ({str(error).splitlines()[0]}); go on with --resume and a "
-                "lower --micro_batch_size, or --gradient_checkpointing"
+                "lower --micro_batch_size, or --gradient_checkpointing",
+                1,
             ) from error
         loss = self._accelerator.reduce(loss, "sum")
         if not torch.isfinite(loss):
-            raise TrainingError(f"step {step}: the loss is {loss.item()}; {_images_of(pieces)}")
+            raise UserError(f"step {step}: the loss is {loss.item()}; {_images_of(pieces)}", 1)
         learning = list(self._staged.learning.values())
         self._sum_gradients(learning)
         self._check_once()

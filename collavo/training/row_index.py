@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 import pyarrow.parquet as pq
 
-from collavo.crayon_files import DataError
+from collavo.errors import UserError
 from schemas.crayon_row import TASKS
 
 Kind = Literal["crayon", "dialogue"]
@@ -73,14 +73,14 @@ def build_row_index(
     """Index the rows of a split.
 
     Args:
-        files: crayon data, already checked by `collavo.crayon_files.crayon_files`.
+        files: crayon data, already checked by `collavo.dataset.find_files`.
         split: `train` or `validation`.
         token_bound: an upper bound of the tokens of a text.
         max_tokens: texts that may exceed it are left out, and counted.
         tasks: instructions of other tasks are passed over.
 
     Raises:
-        DataError: if the split has no rows.
+        UserError: if the split has no rows.
     """
     groups: list[RowGroup] = []
     collected: dict[Kind, _Collector] = {kind: _Collector(token_bound, max_tokens) for kind in KINDS}
@@ -105,7 +105,7 @@ def build_row_index(
                 collected["crayon"].add_row(asked if wanted else [])
                 collected["dialogue"].add_row(said if wanted else [])
     if not rows_in_split:
-        raise DataError(f"--data: none of its {rows} rows is in the split {split!r}")
+        raise UserError(f"--data: none of its {rows} rows is in the split {split!r}")
     return RowIndex(
         tuple(groups),
         {kind: collector.texts() for kind, collector in collected.items()},

@@ -16,34 +16,21 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from collavo.crayon_files import DataError, crayon_files
+from collavo.dataset import find_files
 from collavo.device import resolve_device
+from collavo.errors import UserError
 from collavo.model import CollavoForConditionalGeneration
-from collavo.model.class_words import begin_with_names
-from collavo.model.processing_collavo import CollavoProcessor
-from collavo.model.prompt import show_supervision
-from collavo.training.adapters import (
+from collavo.model.adapters import (
     DIALOGUE_ADAPTER,
     IMAGE_ADAPTER,
     add_adapters,
     enable_checkpointing,
     quantize_language_model,
 )
-from collavo.training.arguments import ArgumentsError, TrainArguments
-from collavo.training.batch_plan import Batch, PlanOptions, plan_epoch
-from collavo.training.batches import ExampleDataset, ExampleOptions
-from collavo.training.checkpoint import (
-    Progress,
-    list_checkpoints,
-    load_optimizer,
-    load_weights,
-    read_progress,
-    save_checkpoint,
-)
-from collavo.training.loop import Phase, StepResult, Trainer
-from collavo.training.model_card import write_model_card
-from collavo.training.row_index import Kind, build_row_index
-from collavo.training.run_directory import (
+from collavo.model.processing import CollavoProcessor
+from collavo.model.prompt import show_supervision
+from collavo.model.query_init import begin_with_names
+from collavo.runs import (
     CARD,
     CRAYON,
     METRICS,
@@ -53,7 +40,21 @@ from collavo.training.run_directory import (
     read_train_args,
     save_run,
 )
-from collavo.training.run_display import RunDisplay
+from collavo.training.arguments import TrainArguments
+from collavo.training.batch_plan import Batch, PlanOptions, plan_epoch
+from collavo.training.batches import ExampleDataset, ExampleOptions
+from collavo.training.card import write_model_card
+from collavo.training.checkpoint import (
+    Progress,
+    list_checkpoints,
+    load_optimizer,
+    load_weights,
+    read_progress,
+    save_checkpoint,
+)
+from collavo.training.display import RunDisplay
+from collavo.training.loop import Phase, StepResult, Trainer
+from collavo.training.row_index import Kind, build_row_index
 from collavo.training.stages import CPT, Stage, StagedModel
 
 # Arguments that change neither what is learned nor in which order; a resumed run may change them. Where the data lie is
@@ -83,7 +84,7 @@ class TrainingRun:
         self.arguments = arguments
         self.base = base
         self.folder = Path(arguments.output_dir)
-        self.files = crayon_files(arguments.data)
+        self.files = find_files(arguments.data)
         _check_folder(arguments, self.folder)
         self.accelerator = _accelerator(arguments)
         self.dtype = _dtype(arguments, self.accelerator.device)
@@ -193,7 +194,7 @@ class TrainingRun:
         """All batches of a phase.
 
         Raises:
-            DataError: if a kind has too few samples for a single batch.
+            UserError: if a kind has too few samples for a single batch.
         """
         options = self._plan_options(self.arguments.batch_size)
         index = self.train_set.index
@@ -201,7 +202,7 @@ class TrainingRun:
         for kind in kinds:
             if not any(batch.kind == kind for batch in batches):
                 texts = "instructions" if kind == "crayon" else "dialogues"
-                raise DataError(
+                raise UserError(
                     f"--data: {len(index.texts[kind])} {texts} of the split 'train' make no batch of "
                     f"{options.batch_size} sequences; lower --batch_size, build more data, or leave out the phase"
                 )
@@ -254,7 +255,7 @@ class TrainingRun:
         empty = self.processor.render([("human", ""), ("gpt", "")], objects="")
         tokens = self.arguments.max_length - len(empty.input_ids)
         if tokens < 1:
-            raise ArgumentsError(
+            raise UserError(
                 f"--max_length {self.arguments.max_length} leaves no room for text beside an image of "
                 f"{rows} x {columns} tokens"
             )
@@ -307,18 +308,18 @@ def _accelerator(arguments: TrainArguments) -> Accelerator:
     """Processes, device and trackers.
 
     Raises:
-        DeviceError: for a GPU that is not there.
-        ArgumentsError: for a batch that the ranks cannot share evenly, or a tracker that is not installed.
+        UserError: for a GPU that is not there.
+        UserError: for a batch that the ranks cannot share evenly, or a tracker that is not installed.
     """
     for tracker in arguments.report_to:
         if find_spec(tracker) is None:  # accelerate would go on without it
-            raise ArgumentsError(f"--report_to {tracker}: not installed; pip install {tracker}")
+            raise UserError(f"--report_to {tracker}: not installed; pip install {tracker}")
     device = resolve_device(arguments.device)
     accelerator = Accelerator(
         cpu=device.type == "cpu", log_with=list(arguments.report_to) or None, project_dir=arguments.output_dir
     )
     if arguments.batch_size % accelerator.num_processes:
-        raise ArgumentsError(
+        raise UserError(
             f"--batch_size {arguments.batch_size} cannot be shared evenly by {accelerator.num_processes} processes"
         )
     if arguments.report_to:
@@ -330,7 +331,7 @@ def _begin_with_names(model: CollavoForConditionalGeneration, processor: Collavo
     try:
         begin_with_names(model, processor.tokenizer)
     except ValueError as error:
-        raise ArgumentsError(f"--query_start names: {error}; use --query_start random") from error
+        raise UserError(f"--query_start names: {error}; use --query_start random") from error
 
 
 def _dtype(arguments: TrainArguments, device: torch.device) -> torch.dtype:
@@ -357,12 +358,12 @@ def _check_folder(arguments: TrainArguments, folder: Path) -> None:
     """Refuse to mix two runs, or make room for a new one.
 
     Raises:
-        ArgumentsError: where `--output_dir` holds a run that is neither resumed, replaced nor gone on from.
+        UserError: where `--output_dir` holds a run that is neither resumed, replaced nor gone on from.
     """
     goes_on = arguments.stage == "cit" and (folder / CRAYON).exists() and not (folder / "adapters").exists()
     if (folder / TRAIN_ARGS).exists() and not (arguments.resume or goes_on):
         if not arguments.overwrite:
-            raise ArgumentsError(
+            raise UserError(
                 f"--output_dir {folder} holds a run already; --resume goes on with it, --overwrite replaces it"
             )
         shutil.rmtree(folder)

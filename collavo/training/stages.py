@@ -17,7 +17,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from collavo.training.adapters import adapter_parameters
+from collavo.model.adapters import adapter_parameters
 
 CRAYON_PROMPT = "crayon_prompt"
 """What the full names of queries and connector contain."""

@@ -1,0 +1,60 @@
+"""The page of `python -m collavo.chat --gradio`: an image, its crayon map, a conversation about it.
+
+Needs gradio, which `pip install 'collavo[demo]'` brings. The page is served on this machine only, and shared nowhere.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import gradio as gr
+
+from collavo.pictures import colored
+
+_INTRODUCTION = (
+    "# CoLLaVO\nChoose an image; what is recognised in it appears in the colours of its crayon map. Then ask."
+)
+
+
+def build_page(about_file: Callable[[str], Any]) -> gr.Blocks:
+    """The page, not yet served.
+
+    Args:
+        about_file: opens a `collavo.chat.Conversation` about an image file; its errors are shown to the visitor.
+    """
+
+    def choose(path: str | None) -> tuple[Any, ...]:
+        if path is None:
+            return None, None, "", []
+        try:
+            conversation = about_file(path)
+        except (ValueError, RuntimeError) as error:
+            raise gr.Error(str(error)) from error
+        return conversation, colored(conversation.picture), conversation.picture.objects, []
+
+    def ask(conversation: Any, question: str, shown: list[dict[str, str]]) -> tuple[str, list[dict[str, str]]]:
+        if conversation is None:
+            raise gr.Error("Choose an image first.")
+        answer = conversation.ask(question)
+        said = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        return "", [*shown, *said]
+
+    with gr.Blocks(title="CoLLaVO", analytics_enabled=False) as page:
+        conversation = gr.State()
+        gr.Markdown(_INTRODUCTION)
+        with gr.Row():
+            with gr.Column():
+                # Untouched, as a file: images are decoded in one place.
+                image = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image")
+                crayon_map = gr.Image(interactive=False, format="png", label="Crayon map")
+                objects = gr.Textbox(interactive=False, lines=3, label="Objects")
+            with gr.Column():
+                shown = gr.Chatbot(label="Conversation", height=560)
+                question = gr.Textbox(label="Question", placeholder="What is in the image?")
+        image.change(choose, image, [conversation, crayon_map, objects, shown], api_name="choose")
+        question.submit(ask, [conversation, question, shown], [question, shown], api_name="ask")
+    return page
+
+
+def serve(about_file: Callable[[str], Any], port: int) -> None:
+    """Serve the page until it is interrupted."""
+    build_page(about_file).launch(server_name="127.0.0.1", server_port=port, share=False)

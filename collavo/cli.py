@@ -1,0 +1,248 @@
+"""How all commands read their flags and how they fail: one line on standard error, never a traceback.
+
+A command declares its flags as a dataclass, one field a flag, and parses them before it imports anything heavy:
+
+    @dataclass(frozen=True, slots=True)
+    class Flags:
+        output: str = flag("out", "where the data set goes", metavar="DIR")
+        workers: int = flag(1, "processes that read and decode", least=0)
+"""
+
+import argparse
+import dataclasses
+import difflib
+import errno
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn, TypeVar
+
+from collavo.errors import UserError
+
+Flags = TypeVar("Flags")
+
+REQUIRED: Any = dataclasses.MISSING
+"""The default of a flag that has to be given."""
+
+_METAVARS = {int: "N", float: "X", str: "NAME"}
+
+_DISK_FAULTS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
+}  # fmt: skip
+"""What the disk or its permissions refuse; no command can do anything about them."""
+
+
+def flag(
+    default: Any,
+    help_text: str,
+    *,
+    kind: Callable[[str], Any] | None = None,
+    metavar: str | None = None,
+    choices: Iterable[str] | None = None,
+    many: bool = False,
+    least: float | None = None,
+    most: float | None = None,
+    group: str | None = None,
+) -> Any:
+    """A dataclass field that is a flag of a command.
+
+    Args:
+        default: the value where the flag is not given; `REQUIRED` for none. Its type is the flag's; a bool makes a
+            pair `--name`, `--no-name`.
+        kind: the type where the default does not tell it.
+        many: the flag takes one value or more, and the field holds a tuple.
+        least, most: bounds of a number, themselves allowed.
+        group: heading of the help above this flag and those after it.
+    """
+    metadata = {
+        "help": help_text,
+        "kind": kind,
+        "metavar": metavar,
+        "choices": tuple(choices) if choices else None,
+        "many": many,
+        "least": least,
+        "most": most,
+        "group": group,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviated flags and without the usage above an error; an unknown flag is answered with the
+    nearest known one. Descriptions keep their lines, which have to fit a terminal of 80 columns."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def add_flags(self, flags: type[Any]) -> None:
+        """Add the flags that a dataclass declares with `flag`."""
+        group: Any = self
+        for field in dataclasses.fields(flags):
+            heading = field.metadata["group"]
+            group = self.add_argument_group(heading) if heading else group
+            group.add_argument(f"--{field.name}", default=None, **_options(field))
+
+    def flags_of(self, flags: type[Flags], parsed: argparse.Namespace, defaults: dict[str, Any] | None = None) -> Flags:
+        """The dataclass, filled in from a parsed command line, then from `defaults`, then from its own.
+
+        Raises:
+            UserError: for a number out of its bounds, or a required flag that is missing.
+        """
+        given = {name: value for name, value in vars(parsed).items() if value is not None}
+        for field in dataclasses.fields(flags):  # type: ignore[arg-type]
+            if field.name in given:
+                _check_bounds(field, given[field.name])
+                if field.metadata["many"]:
+                    given[field.name] = tuple(given[field.name])
+            elif field.default is REQUIRED and field.name not in (defaults or {}):
+                raise UserError(f"--{field.name} is missing; {field.metadata['help']}")
+        names = {field.name for field in dataclasses.fields(flags)}  # type: ignore[arg-type]
+        return flags(**{**(defaults or {}), **{name: value for name, value in given.items() if name in names}})
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but that an unknown flag is answered with the nearest known one."""
+        parsed, rest = self.parse_known_args(args, namespace)
+        if rest:
+            self.error(unknown_flag(rest[0], self._option_string_actions))
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{program(self.prog)}: error: {message}\n")
+
+
+def parse(flags: type[Flags], argv: Sequence[str] | None, **options: Any) -> Flags:
+    """Parse a command line into a dataclass of flags.
+
+    Args:
+        options: of `Parser`.
+
+    Raises:
+        UserError: as `Parser.flags_of`; SystemExit for what argparse refuses and after `--help`.
+    """
+    parser = Parser(**options)
+    parser.add_flags(flags)
+    return parser.flags_of(flags, parser.parse_args(argv))
+
+
+def unknown_flag(word: str, known: Iterable[str]) -> str:
+    """What to say of a word that is no flag of a command."""
+    name = word.partition("=")[0]
+    if not name.startswith("-"):
+        return f"{word!r} belongs to no flag; --help lists them"
+    nearest = difflib.get_close_matches(name.replace("-", "_"), [k.replace("-", "_") for k in known], 1)
+    by_shape = {k.replace("-", "_"): k for k in known}
+    hint = f"did you mean {by_shape[nearest[0]]}?" if nearest else "--help lists those there are"
+    return f"unknown flag {name}; {hint}"
+
+
+@contextmanager
+def naming(flag_name: str) -> Iterator[None]:
+    """Put the flag in front of an error about its value, which the library below does not know by that name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"--{flag_name}: {error}", error.exit_status) from error
+
+
+def run(name: str, command: Callable[[], int | None]) -> int:
+    """Run a command; whatever its user or the disk did becomes one line on standard error.
+
+    Args:
+        name: the command as its errors call it, such as `collavo.train`.
+        command: returns an exit status, None for 0.
+
+    Returns:
+        the exit status: that of a `UserError`, 1 for a disk that refuses, 130 where the command was interrupted.
+    """
+    try:
+        return command() or 0
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read the output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        line, status = user_line(error)
+        if line is None:
+            raise
+        print(f"{name}: error: {line}", file=sys.stderr)
+        return status
+
+
+def user_line(error: BaseException | None) -> tuple[str | None, int]:
+    """The line for the user in an exception or in one of those that it was raised from, and the exit status; None for
+    a fault of the program."""
+    while error is not None:
+        if isinstance(error, UserError):
+            return str(error), error.exit_status
+        if line := _disk_fault(error):
+            return line, 1
+        error = error.__cause__ or error.__context__
+    return None, 1
+
+
+def _disk_fault(error: BaseException) -> str | None:
+    if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}"
+    # safetensors and torch tell of the operating system's refusal in their message only.
+    if re.search(r"No space left on device|StorageFull|Disk quota exceeded|File too large", str(error)):
+        return str(error).strip().splitlines()[0]
+    return None
+
+
+def program(prog: str) -> str:
+    """A command as its errors call it: `collavo.train` for `python -m collavo.train`."""
+    return prog.removeprefix("python -m ")
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    """The type of a flag that takes whole numbers from `least` on."""
+
+    def number(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to 999999999")
+        return int(text)
+
+    return number
+
+
+def size_wh(text: str) -> tuple[int, int]:
+    """The type of a flag that takes a size in pixels, such as `640x480`."""
+    match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", text)
+    width, height = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not (64 <= width <= 4096 and 64 <= height <= 4096):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 640x480, each side from 64 to 4096")
+    return width, height
+
+
+def _options(field: Any) -> dict[str, Any]:
+    """How argparse is told of a flag; its help names the default unless it says so itself."""
+    meta, default = field.metadata, field.default
+    shown = meta["help"]
+    if not (default is REQUIRED or default is None or meta["many"] or "default" in shown):
+        shown += f" (default: {('off', 'on')[default] if isinstance(default, bool) else default})"
+    if isinstance(default, bool):
+        return {"help": shown, "action": argparse.BooleanOptionalAction}
+    kind = meta["kind"] or (type(default) if default not in (REQUIRED, None) and not meta["many"] else str)
+    metavar = meta["metavar"] or (None if meta["choices"] else _METAVARS.get(kind, "VALUE"))
+    options = {"help": shown, "type": kind, "choices": meta["choices"], "metavar": metavar}
+    return {**options, "nargs": "+"} if meta["many"] else options
+
+
+def _check_bounds(field: Any, value: Any) -> None:
+    least, most = field.metadata["least"], field.metadata["most"]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"--{field.name} is {value}, but must be a number")
+    if (least is None or value >= least) and (most is None or value <= most):
+        return
+    if least is not None and most is not None:
+        raise UserError(f"--{field.name} is {value}, but must lie within {least:g} and {most:g}")
+    raise UserError(
+        f"--{field.name} is {value}, but must be "
+        + (f"at least {least:g}" if least is not None else f"at most {most:g}")
+    )

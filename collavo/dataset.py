@@ -1,0 +1,257 @@
+"""Crayon data on disk: which files make up a data set, its rows, a row's picture, and the Parquet files they lie in.
+
+Files are written so that readers like them: row groups of about 100 rows, so that shuffled reading costs little;
+image bytes stored as they are, since they are compressed already, and zstd for the rest; a page index.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from collavo.errors import Rejected, UserError
+from collavo.images import decode_rgb
+from collavo.sources.image_paths import checked_relative
+from schemas.crayon_row import CRAYON_SCHEMA, METADATA_PREFIX, SCHEMA_VERSION, CrayonRow, metadata_of
+
+ROWS_PER_GROUP = 100
+BYTES_PER_GROUP = 32 << 20
+"""A row group ends at whichever of the two comes first."""
+
+_ROWS_IN_MEMORY = 50
+_SHARD_NAME = re.compile(r"crayon-\d{5}-of-(\d{5})\.parquet")
+
+_DICTIONARY_COLUMNS = (
+    "sources.list.element",
+    "split",
+    "segments.list.element.category",
+    "instructions.list.element.task",
+    "instructions.list.element.label",
+    "instructions.list.element.polarity",
+    "instructions.list.element.template_id",
+    "conversations.list.element.turns.list.element.from",
+)
+
+
+def find_files(paths: Sequence[str]) -> list[Path]:
+    """The Parquet files of a data set, checked to be crayon data of this version, with no shard missing.
+
+    Args:
+        paths: files, or folders whose `*.parquet` are meant.
+
+    Raises:
+        UserError: for a path that is not there, a file that is not crayon data, or an incomplete set of shards.
+    """
+    files = sorted({file for path in paths for file in _files_of(Path(path))})
+    for file in files:
+        try:
+            schema = pq.read_schema(file)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{file}: cannot be read as Parquet ({str(error).strip()})") from error
+        check_schema(schema, str(file))
+    for folder in {file.parent for file in files}:
+        _check_complete(folder, [file.name for file in files if file.parent == folder])
+    return files
+
+
+def read_rows(files: Sequence[Path], split: str | None = None) -> Iterator[CrayonRow]:
+    """The rows of some files, in order, a bounded number in memory.
+
+    Args:
+        split: `train` or `validation`; None for all rows.
+    """
+    for file in files:
+        for batch in pq.ParquetFile(file).iter_batches(batch_size=_ROWS_IN_MEMORY):
+            wanted = batch.filter(pc.equal(batch["split"], split)) if split else batch
+            yield from map(CrayonRow.from_record, wanted.to_pylist())
+
+
+def count_rows(files: Sequence[Path]) -> int:
+    return sum(pq.read_metadata(file).num_rows for file in files)
+
+
+def image_bytes(path: str, data: bytes | None, image_root: Path | None) -> bytes:
+    """The encoded image of a row.
+
+    Args:
+        path, data: the row's `image`; `data` is None where the row refers to its image.
+        image_root: the folder that such paths start from.
+
+    Raises:
+        UserError: where the row refers to its image and no root is given.
+        Rejected: `missing_file`, `unreadable_file`, `path_escapes_root` or `bad_path`.
+    """
+    if data is not None:
+        return data
+    if image_root is None:
+        raise UserError(
+            f"the rows refer to their images ({path}) and do not hold them; --image_root names their folder"
+        )
+    file = image_root / checked_relative(path)
+    try:
+        return file.read_bytes()
+    except FileNotFoundError as error:
+        raise Rejected("missing_file", str(file)) from error
+    except OSError as error:
+        raise Rejected("unreadable_file", f"{file}: {error.strerror}") from error
+
+
+def decoded_image(path: str, data: bytes | None, image_root: Path | None) -> np.ndarray:
+    """The image of a row as upright RGB, uint8 [height, width, 3].
+
+    Raises:
+        UserError, Rejected: as `image_bytes`, and as `collavo.images.decode_rgb`.
+    """
+    return decode_rgb(image_bytes(path, data, image_root))
+
+
+def check_schema(schema: pa.Schema, path: str) -> None:
+    """Refuse a file that does not hold crayon rows of this version.
+
+    Raises:
+        UserError: in one line, naming `path`, what was found and what was expected.
+    """
+    version = (schema.metadata or {}).get(f"{METADATA_PREFIX}schema_version".encode())
+    if version is None:
+        raise UserError(
+            f"{path}: not crayon data (its metadata have no '{METADATA_PREFIX}schema_version'); "
+            "build it with pipelines/build_crayon.py"
+        )
+    if version.decode() != str(SCHEMA_VERSION):
+        raise UserError(
+            f"{path}: crayon schema version {version.decode()}, but this code reads version {SCHEMA_VERSION}; "
+            "build the data again"
+        )
+    differing = [
+        column.name
+        for column in CRAYON_SCHEMA
+        if column.name not in schema.names or schema.field(column.name).type != column.type
+    ]
+    if differing:
+        raise UserError(
+            f"{path}: column {', '.join(map(repr, differing))} is missing or not of the type "
+            f"that crayon schema version {SCHEMA_VERSION} states"
+        )
+
+
+class RowGroupWriter:
+    """Writes records to a new Parquet file, a row group whenever enough of them have come.
+
+    Args:
+        file: open for writing.
+        raw: columns, by their Parquet path, that are compressed already and stored as they are.
+        options: further ones of `pyarrow.parquet.ParquetWriter`.
+    """
+
+    def __init__(self, file: Any, schema: pa.Schema, raw: Sequence[str], **options: Any) -> None:
+        columns = [leaf for column in schema for leaf in _leaf_columns(column)]
+        compression = {column: "none" if column in raw else "zstd" for column in columns}
+        self._schema = schema
+        self._writer = pq.ParquetWriter(file, schema, compression=compression, write_page_index=True, **options)
+        self._records: list[dict[str, Any]] = []
+        self._bytes = 0
+        self.rows = 0
+
+    def write(self, record: dict[str, Any], size: int) -> None:
+        """Add a record that takes about `size` bytes; the file grows when its row group is full."""
+        self._records.append(record)
+        self._bytes += size
+        self.rows += 1
+        if len(self._records) >= ROWS_PER_GROUP or self._bytes >= BYTES_PER_GROUP:
+            self._flush()
+
+    def close(self, metadata: Mapping[bytes, bytes] | None = None) -> None:
+        """Write what is left, and metadata that only all records together could tell."""
+        self._flush()
+        if metadata:
+            self._writer.add_key_value_metadata(metadata)
+        self._writer.close()
+
+    def _flush(self) -> None:
+        if self._records:
+            self._writer.write_batch(pa.RecordBatch.from_pylist(self._records, schema=self._schema))
+        self._records, self._bytes = [], 0
+
+
+class CrayonFileWriter:
+    """Writes crayon rows to a new file; `close` makes it whole and tells its size and SHA-256.
+
+    Args:
+        file: open for writing.
+        facts: of the build, for the file's metadata.
+    """
+
+    def __init__(self, file: BinaryIO, facts: Mapping[str, Any]) -> None:
+        schema = CRAYON_SCHEMA.with_metadata({**CRAYON_SCHEMA.metadata, **metadata_of(facts)})
+        self._file = _HashingFile(file)
+        self._writer = RowGroupWriter(self._file, schema, ["image.bytes"], use_dictionary=list(_DICTIONARY_COLUMNS))
+
+    def write(self, row: CrayonRow) -> None:
+        self._writer.write(row.as_record(), len(row.image_bytes or b"") + len(row.panoptic_png))
+
+    def close(self, late_facts: Mapping[str, Any]) -> tuple[int, str]:
+        """Finish the file, adding facts that only its rows could tell; its size in bytes and its SHA-256."""
+        self._writer.close(metadata_of(late_facts))
+        self._file.close()
+        return self._file.size, self._file.sha256
+
+
+class _HashingFile:
+    """A file that hashes and counts what is written to it."""
+
+    closed = False  # asked for by pyarrow
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._sha256 = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> int:
+        self._sha256.update(data)
+        self.size += len(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        self.closed = True
+
+    @property
+    def sha256(self) -> str:
+        return self._sha256.hexdigest()
+
+
+def _leaf_columns(column: pa.Field) -> list[str]:
+    """The Parquet paths below a column, e.g. `sources.list.element`."""
+    if pa.types.is_struct(column.type):
+        return [f"{column.name}.{leaf}" for child in column.type for leaf in _leaf_columns(child)]
+    if pa.types.is_list(column.type):
+        element = column.type.value_field.with_name("element")
+        return [f"{column.name}.list.{leaf}" for leaf in _leaf_columns(element)]
+    return [column.name]
+
+
+def _files_of(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: there is no such file; build data with pipelines/build_crayon.py")
+    files = list(path.glob("*.parquet"))
+    if not files:
+        raise UserError(f"{path}: the folder holds no .parquet file")
+    return files
+
+
+def _check_complete(folder: Path, names: Sequence[str]) -> None:
+    for total in {int(match[1]) for name in names if (match := _SHARD_NAME.fullmatch(name))}:
+        found = sum(name.endswith(f"-of-{total:05d}.parquet") for name in names)
+        if found < total:
+            raise UserError(f"{folder}: {found} of {total} shards; name them all, or build the data again")

@@ -1,0 +1,36 @@
+"""The two errors that are part of the interface: one for the user, one about a single input.
+
+Everything else that is raised is a fault of the program and keeps its traceback. `collavo.cli.run` turns a `UserError`
+into one line on the terminal; the build turns a `Rejected` into a line of `rejects.jsonl`.
+"""
+
+
+class UserError(ValueError):
+    """Something that the user gave, or the machine has, does not work.
+
+    Args:
+        message: one line that names the file or value, what was found and what would work.
+        exit_status: 2 for what a command was given, 1 for a job that had to stop.
+    """
+
+    def __init__(self, message: str, exit_status: int = 2) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+class Rejected(ValueError):
+    """One image, mask, path or entry cannot be used; the others go on.
+
+    Args:
+        reason: one word, by which rejects are counted.
+        detail: what was found.
+        entry_id: what its source calls it, where the raiser knows that.
+    """
+
+    def __init__(self, reason: str, detail: str, entry_id: str = "") -> None:
+        super().__init__(reason, detail, entry_id)  # all of them, so that it pickles
+        self.reason = reason
+        self.entry_id = entry_id
+
+    def __str__(self) -> str:
+        return str(self.args[1])

@@ -1,0 +1,307 @@
+"""A CoLLaVO model from published checkpoints: a LLaVA, or a vision encoder and a language model.
+
+Tensors are renamed and passed on, not copied; only what changes takes memory of its own. What no checkpoint has - the
+Crayon Prompt, and a projector between separate parts - is initialised.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, GenerationConfig, LlavaConfig, PreTrainedModel
+
+from collavo.errors import UserError
+from collavo.import_base.internlm import llama_config, llama_weights
+from collavo.import_base.internlm_tokenizer import internlm_tokenizer
+from collavo.import_base.published import (
+    find_checkpoint,
+    one_line_errors,
+    read_chat_template,
+    read_config,
+    read_tokenizer,
+    read_weights,
+)
+from collavo.model.configuration import CollavoConfig
+from collavo.model.modeling import CollavoForConditionalGeneration
+from collavo.model.processing import CollavoProcessor, build_processor
+from collavo.model.prompt import CHAT_FORMATS, IMAGE_TOKEN, chat_format_of
+from collavo.quiet import without_loading_report
+
+NATIVE_LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "internlm3")
+INTERNLM = ("internlm", "internlm2")
+VISION_ENCODERS = ("clip", "clip_vision_model")
+NEW = ("model.crayon_prompt.", "model.low_rank_branches.")
+"""What a model may lack before it is one of ours."""
+
+_POSITIONS = "model.vision_tower.embeddings.position_embedding.weight"
+_EMBEDDING, _HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+_VISION_NAME = re.compile(r"(?:vision_model\.)?((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)")
+
+
+@dataclass(slots=True)
+class Ingredients:
+    """What a model is made of: tensors under this project's names, and what belongs to them."""
+
+    vision_config: CLIPVisionConfig
+    text_config: Any
+    weights: dict[str, torch.Tensor]
+    tokenizer: Any
+    new: tuple[str, ...] = NEW
+    """Beginnings of the names of tensors that are initialised where they are missing."""
+
+    collavo_entries: dict[str, Any] = field(default_factory=dict)
+    """Entries of CollavoConfig that the weights ask for."""
+
+    normalisation: dict[str, list[float]] = field(default_factory=dict)
+    """`image_mean` and `image_std`, if not CLIP's."""
+
+    chat_template: str = ""
+    """The checkpoint's own, which tells its chat format."""
+
+
+def assemble_from_llava(llava: str | Path, **options: Any) -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
+    """CoLLaVO on a LLaVA checkpoint; its projector stays, and the layer of the vision encoder that it looks at.
+
+    Args:
+        llava: folder or hub id.
+        options: of `build`.
+
+    Raises:
+        UserError: if the checkpoint cannot be used.
+    """
+    with one_line_errors("llava", llava):
+        folder = find_checkpoint(llava)
+        entries = read_config(folder)
+        if entries.get("model_type") != "llava" or "text_config" not in entries:
+            raise ValueError(f"type {entries.get('model_type')!r} is not supported; 'llava' in transformers' layout is")
+        config: Any = LlavaConfig.from_pretrained(folder)
+        if config.vision_feature_select_strategy != "default":
+            raise ValueError("its image tokens include the class token, which has no cell of a crayon map")
+        _check_type(config.vision_config.model_type, VISION_ENCODERS)
+        _check_type(config.text_config.model_type, NATIVE_LANGUAGE_MODELS)
+        kept = ("projector_hidden_act", "multimodal_projector_bias", "vision_feature_layer")
+        ingredients = Ingredients(
+            config.vision_config,
+            config.text_config,
+            {_llava_name(name): tensor for name, tensor in read_weights(folder).items()},
+            read_tokenizer(folder),
+            collavo_entries={name: getattr(config, name) for name in kept},
+            normalisation=_normalisation(folder),
+            chat_template=read_chat_template(folder),
+        )
+        return build(ingredients, **options)
+
+
+def assemble_from_parts(
+    vision: str | Path, language: str | Path, **options: Any
+) -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
+    """CoLLaVO on a CLIP vision encoder, its last layer, and a language model, with a new projector between them.
+
+    Args:
+        vision, language: folders or hub ids.
+        options: of `build`.
+
+    Raises:
+        UserError: if one of the checkpoints cannot be used.
+    """
+    with one_line_errors("vision", vision):
+        folder = find_checkpoint(vision)
+        _check_type(read_config(folder).get("model_type"), VISION_ENCODERS)
+        vision_config = CLIPVisionConfig.from_pretrained(folder)
+        vision_weights = vision_tower_weights(read_weights(folder))
+        check_weights(CLIPVisionModel, vision_config, vision_weights, "model.vision_tower.")
+        normalisation = _normalisation(folder)
+    with one_line_errors("language", language):
+        folder = find_checkpoint(language)
+        text_config, text_weights, tokenizer = _read_language_model(folder)
+        ingredients = Ingredients(
+            vision_config,
+            text_config,
+            vision_weights | text_weights,
+            tokenizer,
+            new=(*NEW, "model.multi_modal_projector."),
+            normalisation=normalisation,
+            chat_template=read_chat_template(folder),
+        )
+        return build(ingredients, **options)
+
+
+def build(
+    ingredients: Ingredients,
+    image_size: int = 490,
+    chat_format: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    attention: str = "sdpa",
+    **entries: Any,
+) -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
+    """The model and its processor.
+
+    Args:
+        image_size: in pixels; CLIP's position embeddings are interpolated to its grid.
+        chat_format: a key of `collavo.model.prompt.CHAT_FORMATS`; None for the checkpoint's own, `paper` where it has
+            none of them.
+        attention: transformers' attention implementation.
+        entries: further entries of CollavoConfig, such as `crayon_width`.
+
+    Raises:
+        ValueError: if something is missing or does not fit; UserError if an argument is to blame.
+    """
+    weights = dict(ingredients.weights)
+    chat_format = chat_format or _own_chat_format(ingredients)
+    config = CollavoConfig(
+        vision_config=ingredients.vision_config,
+        text_config=ingredients.text_config,
+        chat_format=chat_format,
+        **ingredients.collavo_entries | entries,
+    )
+    if image_size < config.vision_config.patch_size or image_size % config.vision_config.patch_size:
+        raise UserError(f"image_size {image_size}: no multiple of the patch size, {config.vision_config.patch_size}")
+    config.vision_config.image_size = image_size
+    config.image_seq_length = math.prod(config.grid_hw)
+    if _POSITIONS in weights:
+        weights[_POSITIONS] = resize_positions(weights[_POSITIONS], config.grid_hw)
+
+    tokenizer = ingredients.tokenizer
+    generation_config = _generation_config(tokenizer, chat_format)
+    processor = build_processor(config, tokenizer, **ingredients.normalisation)
+    config.image_token_index = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if config.tie_word_embeddings:
+        weights.pop(_HEAD, None)
+    _grow_vocabulary(weights, len(tokenizer))
+    if _EMBEDDING in weights:
+        config.text_config.vocab_size = len(weights[_EMBEDDING])
+
+    new = (*ingredients.new, _HEAD) if config.tie_word_embeddings else ingredients.new
+    check_weights(CollavoForConditionalGeneration, config, weights, may_lack=new)
+    with without_loading_report():
+        model = CollavoForConditionalGeneration.from_pretrained(
+            None, config=config, state_dict=weights, dtype=dtype, attn_implementation=attention
+        )
+    model.generation_config = generation_config
+    return model, processor
+
+
+def check_weights(
+    model_class: type[PreTrainedModel],
+    config: Any,
+    weights: Mapping[str, torch.Tensor],
+    prefix: str = "",
+    may_lack: tuple[str, ...] = (),
+) -> None:
+    """Whether these are the tensors of that model, by name and shape.
+
+    Raises:
+        ValueError: naming some that are missing, unknown, or of another shape.
+    """
+    with torch.device("meta"):
+        expected = {prefix + name: tensor.shape for name, tensor in model_class(config).state_dict().items()}
+    missing = [name for name in expected if name not in weights and not name.startswith(may_lack)]
+    unknown = [name for name in weights if name not in expected]
+    unfit = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(shape)}"
+        for name, shape in expected.items()
+        if name in weights and weights[name].shape != shape
+    ]
+    for problem, names in (("missing", missing), ("of unknown name", unknown), ("of another shape", unfit)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"tensors {problem}: {', '.join(names[:3])}{more}")
+
+
+def resize_positions(positions: torch.Tensor, grid_hw: tuple[int, int]) -> torch.Tensor:
+    """CLIP's position embeddings [1 + cells, width], interpolated to another grid; the class token keeps its own."""
+    side = math.isqrt(len(positions) - 1)
+    if (side, side) == grid_hw:
+        return positions
+    cells = positions[1:].float().T.unflatten(1, (side, side)).unsqueeze(0)
+    resized = nn.functional.interpolate(cells, size=grid_hw, mode="bicubic", align_corners=False)
+    return torch.cat([positions[:1], resized[0].flatten(1).T.to(positions.dtype)])
+
+
+def vision_tower_weights(weights: Mapping[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
+    """The tensors of a CLIP vision encoder, whose names begin with `prefix`, under ours; others are left out."""
+    matches = [(_VISION_NAME.fullmatch(name.removeprefix(prefix)), name) for name in weights if name.startswith(prefix)]
+    return {f"model.vision_tower.{match[1]}": weights[name] for match, name in matches if match}
+
+
+def language_model_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a causal language model under our names."""
+    return {re.sub(r"^model\.", "model.language_model.", name): tensor for name, tensor in weights.items()}
+
+
+def _read_language_model(folder: Path) -> tuple[Any, dict[str, torch.Tensor], Any]:
+    entries = read_config(folder)
+    _check_type(entries.get("model_type"), (*NATIVE_LANGUAGE_MODELS, *INTERNLM))
+    weights = read_weights(folder)
+    if entries["model_type"] in INTERNLM:
+        config = llama_config(entries)
+        return config, language_model_weights(llama_weights(weights, config)), internlm_tokenizer(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return config, language_model_weights(weights), read_tokenizer(folder)
+
+
+def _llava_name(name: str) -> str:
+    for pattern, ours in (
+        (r"^(model\.language_model|language_model\.model)\.", "model.language_model."),
+        (r"^language_model\.lm_head\.", "lm_head."),
+        (r"^(model\.)?vision_tower\.(vision_model\.)?", "model.vision_tower."),
+        (r"^(model\.)?multi_modal_projector\.", "model.multi_modal_projector."),
+    ):
+        name = re.sub(pattern, ours, name)
+    return name
+
+
+def _check_type(model_type: str | None, supported: tuple[str, ...]) -> None:
+    if model_type not in supported:
+        raise ValueError(f"architecture {model_type!r} is not supported; supported are {', '.join(supported)}")
+
+
+def _normalisation(folder: Path) -> dict[str, list[float]]:
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            entries = json.loads((folder / name).read_text(encoding="utf-8"))
+            entries = entries.get("image_processor", entries)
+            return {key: entries[key] for key in ("image_mean", "image_std") if key in entries}
+    return {}
+
+
+def _own_chat_format(ingredients: Ingredients) -> str:
+    """What the checkpoint converses in, if its tokenizer has the token that ends a turn there."""
+    name = chat_format_of(ingredients.chat_template)
+    stop_ids = ingredients.tokenizer(CHAT_FORMATS[name].stop, add_special_tokens=False).input_ids
+    return name if len(stop_ids) <= 1 else "paper"
+
+
+def _generation_config(tokenizer: Any, chat_format: str) -> GenerationConfig:
+    """Where answers end: at the end of text, or where a turn ends in this chat format."""
+    if chat_format not in CHAT_FORMATS:
+        raise UserError(f"chat_format {chat_format}: unknown; known are {', '.join(CHAT_FORMATS)}")
+    if tokenizer.eos_token_id is None:
+        raise ValueError("its tokenizer has no end-of-text token")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    ends = [tokenizer.eos_token_id]
+    if stop := CHAT_FORMATS[chat_format].stop:
+        stop_ids = tokenizer(stop, add_special_tokens=False).input_ids
+        if len(stop_ids) != 1:
+            raise UserError(f"chat_format {chat_format}: the tokenizer has no token {stop}, which ends its turns")
+        ends = [*dict.fromkeys([*stop_ids, *ends])]
+    return GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id)
+
+
+def _grow_vocabulary(weights: dict[str, torch.Tensor], tokens: int) -> None:
+    """Rows for every token, in multiples of 64: the mean of the others, which makes no logit the largest."""
+    tables = {name: weights[name] for name in (_EMBEDDING, _HEAD) if name in weights}
+    rows = max((len(table) for table in tables.values()), default=0)
+    if tokens > rows:
+        rows = math.ceil(tokens / 64) * 64
+    for name, table in tables.items():
+        if len(table) < rows:
+            mean = table.mean(0, dtype=torch.float32).to(table.dtype)
+            weights[name] = torch.cat([table, mean.expand(rows - len(table), -1)])

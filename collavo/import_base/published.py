@@ -1,0 +1,128 @@
+"""Published checkpoints: finding them, reading their configuration, tensors and tokenizer.
+
+Nothing that a checkpoint brings along is executed: configurations are JSON, tensors come from safetensors or, where a
+checkpoint has none, from `pytorch_model*.bin` through `torch.load(weights_only=True)`. Tensors are mapped from disk,
+not read, so they take memory only where they are changed.
+"""
+
+import json
+import logging
+import pickle
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer
+
+from collavo.errors import UserError
+
+_LOG = logging.getLogger(__name__)
+_BUFFERS = ("position_ids", "rotary_emb.inv_freq")
+_DESCRIPTIONS = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
+
+
+@contextmanager
+def one_line_errors(argument: str, source: str | Path) -> Iterator[None]:
+    """Turn what goes wrong with the checkpoint that `argument` named into a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        problem = f"no entry {error} in config.json" if isinstance(error, KeyError) else _first_line(error)
+        raise UserError(f"{argument} {source}: {problem}") from error
+    except (SafetensorError, pickle.UnpicklingError) as error:
+        raise UserError(f"{argument} {source}: damaged or unsafe weights: {_first_line(error)}") from error
+
+
+def find_checkpoint(source: str | Path) -> Path:
+    """The folder of a checkpoint: `source` itself, or where the files of that Hugging Face hub id are kept.
+
+    Raises:
+        OSError, ValueError: if it is neither, or has no config.json.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(str(source), allow_patterns=[*_DESCRIPTIONS, "model*.safetensors"]))
+            if not any(folder.glob("model*.safetensors")):
+                folder = Path(snapshot_download(str(source), allow_patterns=[*_DESCRIPTIONS, "pytorch_model*.bin"]))
+        except (OSError, ValueError) as error:
+            raise OSError(f"no such folder, and no hub id within reach: {_first_line(error)}") from error
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError("no config.json there; a checkpoint in transformers' layout has one")
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checkpoint's config.json; ValueError if its weights are quantised."""
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"config.json is no JSON: {error}") from error
+    if "quantization_config" in config:
+        raise ValueError("its weights are quantised; name the unquantised checkpoint")
+    return config
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint by its name, but for the buffers that older ones saved."""
+    weights: dict[str, torch.Tensor] = {}
+    for file in _weight_files(folder):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as tensors:
+                weights.update((name, tensors.get_tensor(name)) for name in tensors.keys())  # noqa: SIM118
+        elif not zipfile.is_zipfile(file):
+            raise ValueError(f"{file.name} is damaged, or in torch's format from before version 1.6")
+        else:
+            weights.update(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
+    return {name: tensor for name, tensor in weights.items() if not name.endswith(_BUFFERS)}
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint, if transformers can make a fast one of what is there."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ValueError(f"no tokenizer that transformers can read: {_first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise ValueError("no fast tokenizer; a tokenizer.json is one")
+    return tokenizer
+
+
+def read_chat_template(folder: Path) -> str:
+    """The chat template of a checkpoint, all of them where it has several; empty where it has none."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            entries = json.loads((folder / name).read_text(encoding="utf-8"))
+            if template := entries.get("chat_template"):
+                return template if isinstance(template, str) else json.dumps(template)
+    return ""
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        whole, index = folder / f"{stem}.{suffix}", folder / f"{stem}.{suffix}.index.json"
+        if not whole.is_file() and not index.is_file():
+            continue
+        names = [whole.name]
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = [folder / Path(name).name for name in names]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise FileNotFoundError(f"{len(missing)} of {len(files)} weight files are missing, {missing[0]} first")
+        if suffix == "bin":
+            _LOG.warning("%s has no safetensors; its pickled weights are read with weights_only=True", folder)
+        return files
+    raise FileNotFoundError("no weights: neither model.safetensors nor pytorch_model.bin, nor an index of shards")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,132 @@
+"""The processor: images, their panoptic maps and conversations in, the model's inputs out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoProcessor, BatchFeature, CLIPImageProcessorPil, ProcessorMixin
+
+from collavo.instructions.text import format_objects_with_boxes
+from collavo.model.configuration import CollavoConfig
+from collavo.model.prompt import CHAT_FORMATS, IMAGE_TOKEN, ChatFormat, RenderedPrompt, Turns, render_conversation
+from collavo.panoptic.grid import crayon_grid
+from collavo.panoptic.maps import PanopticMap
+
+
+class CollavoProcessor(ProcessorMixin):
+    """Image processor and tokenizer with the prompt protocol.
+
+    Images are squeezed whole to the square that the patch grid lies on, neither cropped nor padded, so that a cell of
+    the crayon map and a patch of the image are the same part of the picture.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        patch_size: int = 14,
+        chat_format: str = "paper",
+        **kwargs: Any,
+    ) -> None:
+        self.patch_size = patch_size
+        self.chat_format = chat_format
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        size = self.image_processor.size
+        return size["height"] // self.patch_size, size["width"] // self.patch_size
+
+    def __call__(
+        self,
+        images: Sequence[np.ndarray],
+        panoptic: Sequence[PanopticMap],
+        conversations: Sequence[Turns],
+        object_list: bool = True,
+    ) -> BatchFeature:
+        """A left-padded batch to generate from.
+
+        Args:
+            images: uint8 RGB arrays [height, width, 3].
+            panoptic: the map of each image.
+            conversations: turns about each image, the last one by `human`.
+            object_list: whether the first question is preceded by the recognised objects.
+        """
+        prompts = [
+            self.render(turns, segments_text(found, _size_wh(image)) if object_list else None)
+            for image, found, turns in zip(images, panoptic, conversations, strict=True)
+        ]
+        batch = self.tokenizer.pad(
+            {"input_ids": [prompt.input_ids for prompt in prompts]}, padding_side="left", return_tensors="pt"
+        )
+        return BatchFeature({**batch, **self.picture_inputs(images, panoptic)})
+
+    def render(self, turns: Turns, objects: str | None = None) -> RenderedPrompt:
+        """A conversation in this model's chat format; see `collavo.model.prompt.render_conversation`."""
+        rows, columns = self.grid_hw
+        return render_conversation(self.tokenizer, self.format, turns, rows * columns, objects)
+
+    @property
+    def image_token_id(self) -> int:
+        token_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        return token_id
+
+    @property
+    def format(self) -> ChatFormat:
+        return CHAT_FORMATS[self.chat_format]
+
+    def pixel_values(self, image: np.ndarray) -> torch.Tensor:
+        """float32 [3, side, side] of an image, uint8 RGB [height, width, 3]."""
+        pixels: torch.Tensor = self.image_processor(Image.fromarray(image), return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+    def picture_inputs(self, images: Sequence[np.ndarray], panoptic: Sequence[PanopticMap]) -> dict[str, torch.Tensor]:
+        """What the model is given of some pictures: the one place where pixels and crayon maps become tensors.
+
+        Args:
+            images: uint8 RGB arrays [height, width, 3].
+            panoptic: the map of each image, of the same height and width.
+
+        Returns:
+            `pixel_values`, float32 [images, 3, side, side], and `semantic_ids` and `numbering_ids`, int64 [images,
+            rows, columns].
+        """
+        grids = [crayon_grid(found.index_map, found.segments, self.grid_hw) for found in panoptic]
+        return {
+            "pixel_values": torch.stack([self.pixel_values(image) for image in images]),
+            "semantic_ids": torch.stack([torch.from_numpy(semantic) for semantic, _ in grids]),
+            "numbering_ids": torch.stack([torch.from_numpy(numbering) for _, numbering in grids]),
+        }
+
+
+def build_processor(
+    config: CollavoConfig, tokenizer: Any, image_mean: Any = None, image_std: Any = None
+) -> CollavoProcessor:
+    """The processor that belongs to a model: its image size, its grid, its chat format.
+
+    Args:
+        tokenizer: of the language model; `<image>` is added to it where it is missing.
+        image_mean, image_std: of the vision encoder; CLIP's by default.
+    """
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    side = config.vision_config.image_size
+    normalisation = {k: v for k, v in (("image_mean", image_mean), ("image_std", image_std)) if v is not None}
+    image_processor = CLIPImageProcessorPil(
+        size={"height": side, "width": side}, do_center_crop=False, default_to_square=True, **normalisation
+    )
+    return CollavoProcessor(image_processor, tokenizer, config.vision_config.patch_size, config.chat_format)
+
+
+def segments_text(panoptic: PanopticMap, size_wh: tuple[int, int]) -> str:
+    """The object list of an image, with boxes."""
+    return format_objects_with_boxes(panoptic.segments, size_wh)
+
+
+def _size_wh(image: np.ndarray) -> tuple[int, int]:
+    return image.shape[1], image.shape[0]
+
+
+AutoProcessor.register(CollavoConfig, CollavoProcessor)

@@ -1,0 +1,54 @@
+"""The `panoptic_map` column: an index map as a PNG that any viewer shows in crayon colours.
+
+Up to 255 segments it is a palette PNG, one byte a pixel, the palette being the crayon colours; above that 16-bit grey.
+It is put together here, because a map is no photograph: each row as its difference from the one above, which is nearly
+all zeros, compressed by its runs alone by zlib-ng, takes a fifth of the time of Pillow's encoder and two thirds of the
+bytes.
+"""
+
+import io
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+from zlib_ng import zlib_ng
+
+from collavo.panoptic.colors import segment_palette
+from schemas.crayon_row import Segment
+
+_PALETTE, _GREY = 3, 0
+_FILTER_UP = 2
+
+
+def encode_index_map(index_map: np.ndarray, segments: Sequence[Segment]) -> bytes:
+    """Write a uint8 or uint16 index map [height, width] as PNG."""
+    height, width = index_map.shape
+    in_colour = index_map.dtype == np.uint8
+    rows = index_map if in_colour else index_map.astype(">u2").view(np.uint8)
+    filtered = np.empty((height, 1 + rows.shape[1]), dtype=np.uint8)
+    filtered[:, 0] = _FILTER_UP
+    filtered[0, 1:] = rows[0]
+    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
+    runs = zlib_ng.compressobj(strategy=zlib_ng.Z_RLE)
+    header = struct.pack(">IIBBBBB", width, height, 8 if in_colour else 16, _PALETTE if in_colour else _GREY, 0, 0, 0)
+    palette = bytes(channel for color in segment_palette(segments) for channel in color) if in_colour else b""
+    return b"".join(
+        (
+            b"\x89PNG\r\n\x1a\n",
+            _chunk(b"IHDR", header),
+            _chunk(b"PLTE", palette) if in_colour else b"",
+            _chunk(b"IDAT", runs.compress(filtered.data) + runs.flush()),
+            _chunk(b"IEND", b""),
+        )
+    )
+
+
+def decode_index_map(data: bytes) -> np.ndarray:
+    """Read back the index map [height, width], uint8 or uint16, out of a `panoptic_map`."""
+    return np.asarray(Image.open(io.BytesIO(data), formats=("PNG",)))
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    checksum = zlib_ng.crc32(data, zlib_ng.crc32(name))
+    return b"".join((struct.pack(">I", len(data)), name, data, struct.pack(">I", checksum)))

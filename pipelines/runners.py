@@ -1,0 +1,112 @@
+"""Beam's own options: what our flags leave of the command line, and what a runner cannot do with them."""
+
+import argparse
+from collections.abc import Sequence
+from contextlib import suppress
+
+from apache_beam.options.pipeline_options import (
+    DebugOptions,
+    DirectOptions,
+    GoogleCloudOptions,
+    PipelineOptions,
+    StandardOptions,
+    WorkerOptions,
+)
+from apache_beam.options.pipeline_options_validator import PipelineOptionsValidator
+from apache_beam.runners import create_runner
+
+from collavo.cli import Parser
+from collavo.errors import UserError
+from collavo.storage import has_file_system, is_local
+
+
+def parse_beam_options(prog: str, rest: Sequence[str]) -> PipelineOptions:
+    """The options, with the runner that is meant where none is named.
+
+    Raises:
+        UserError: for what Beam does not know, and for what the runner itself finds missing.
+    """
+    parser = Parser(prog=prog, add_help=False)
+    for options_class in PipelineOptions.__subclasses__():
+        with suppress(argparse.ArgumentError):  # a few options are declared by two of Beam's classes
+            options_class._add_argparse_args(parser)  # type: ignore[arg-type]
+    _, unknown = parser.parse_known_args(list(rest))
+    if unknown:
+        raise UserError(f"unknown flag {unknown[0]}; --help lists the build's own, the rest must be one of Beam's")
+    options = PipelineOptions(list(rest))
+    standard = options.view_as(StandardOptions)
+    standard.runner = standard.runner or "DirectRunner"
+    try:
+        faults = PipelineOptionsValidator(options, create_runner(standard.runner)).validate()
+    except (ValueError, ImportError) as error:
+        raise UserError(f"--runner {standard.runner}: {error}") from error
+    if faults:
+        raise UserError(f"--runner {standard.runner}: {' '.join(faults)}")
+    return options
+
+
+def check_file_systems(options: PipelineOptions, paths: Sequence[tuple[str, str]]) -> None:
+    """Refuse paths that Beam has no file system for, or that the runner's workers cannot see.
+
+    Args:
+        paths: flag and path, for every path on the command line.
+    """
+    for flag, path in paths:
+        if not has_file_system(path):
+            raise UserError(
+                f"--{flag} {path}: Beam has no file system for it here; collavo[dataflow] brings that of Google Cloud"
+            )
+        if is_local(path) and _is_dataflow(options):
+            raise UserError(f"--{flag} {path}: Dataflow's workers see no local disk; a gs:// path would work")
+
+
+def check_workers(options: PipelineOptions, model_device: str | None, model_copies: int | None) -> None:
+    """Refuse workers that would lack this package, fight over a GPU, or silently not be there.
+
+    Args:
+        model_device: `--device`, None where no model runs.
+        model_copies: `--model_copies`.
+    """
+    if _is_dataflow(options):
+        _check_dataflow(options)
+    if options.view_as(StandardOptions).runner != "DirectRunner":
+        return
+    direct = options.view_as(DirectOptions)
+    if direct.direct_running_mode == "in_memory" and direct.direct_num_workers != 1:
+        raise UserError(
+            f"--direct_num_workers {direct.direct_num_workers} has no effect in one process; "
+            "add --direct_running_mode multi_processing"
+        )
+    several = direct.direct_running_mode == "multi_processing"
+    if several and model_device and not model_copies and _is_cuda(model_device):
+        raise UserError(
+            "--direct_running_mode multi_processing would load a model into the GPU for every process; add "
+            "--model_copies 1, or leave the mode out"
+        )
+
+
+def _check_dataflow(options: PipelineOptions) -> None:
+    if not options.view_as(WorkerOptions).sdk_container_image:
+        raise UserError(
+            "--runner DataflowRunner needs --sdk_container_image, for Beam's own lacks this package and torch; "
+            "docker/Dockerfile makes one"
+        )
+    services = options.view_as(GoogleCloudOptions).dataflow_service_options or []
+    experiments = options.view_as(DebugOptions).experiments or []
+    if any("use_nvidia_mps" in service for service in services) and "no_use_multiple_sdk_containers" in experiments:
+        raise UserError(
+            "--dataflow_service_options use_nvidia_mps shares the GPU among processes, of which --experiments "
+            "no_use_multiple_sdk_containers leaves one; take either"
+        )
+
+
+def _is_dataflow(options: PipelineOptions) -> bool:
+    return str(options.view_as(StandardOptions).runner).endswith("DataflowRunner")
+
+
+def _is_cuda(device: str) -> bool:
+    if device != "auto":
+        return device.startswith("cuda")
+    from collavo.device import resolve_device  # loads torch, which most builds can do without
+
+    return resolve_device(device).type == "cuda"

@@ -1,0 +1,141 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tiny_model import scene_rows
+from tiny_run import ADAPTERS, save_tiny_run
+
+from collavo.export_model import TOLERANCES, main
+from collavo.inference import Request, load_answerer
+from collavo.model import CollavoForConditionalGeneration
+from collavo.model.adapters import LINEAR_LAYERS
+from collavo.pictures import picture_of_row
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return save_tiny_run(tmp_path_factory.mktemp("export") / "run", object_list="none")
+
+
+def export(run, output, *flags: str) -> dict:
+    assert main(["--model", str(run), "--output", str(output), *flags]) == 0
+    return json.loads((output / "export.json").read_text())
+
+
+def answers(model, **options) -> list[str]:
+    row = scene_rows(1)[0]
+    requests = [Request(0, [("human", i.question)], None, 8) for i in row.instructions]
+    return load_answerer(str(model), CPU, **options).answer([picture_of_row(row, None)], requests)
+
+
+@pytest.mark.parametrize("dtype, rounding", [("float32", 2**-22), ("bfloat16", 2**-8)])
+def test_merged_weights_are_base_and_both_adapters_rounded_once_and_nothing_else_changes(
+    run, tmp_path, dtype, rounding
+):
+    facts = export(run, tmp_path / "m", "--as", "merged", "--dtype", dtype)
+    base = load_file(json.loads((run / "train_args.json").read_text())["base"] + "/model.safetensors")
+    merged = load_file(tmp_path / "m" / "model.safetensors")
+    adapters = [load_file(run / "adapters" / name / "adapter_model.safetensors") for name in ADAPTERS]
+    assert merged.keys() == base.keys()
+    changed = 0
+    for name, weight in base.items():
+        weight = weight.to(getattr(torch, dtype))
+        layer = name.removesuffix(".weight")
+        if not LINEAR_LAYERS.fullmatch(layer):
+            assert torch.equal(merged[name], weight), name
+            continue
+        factors = [[adapter[f"base_model.model.{layer}.lora_{side}.weight"] for side in "BA"] for adapter in adapters]
+        delta = sum(b.double() @ a.double() * (8 / 4) for b, a in factors)  # alpha over rank
+        torch.testing.assert_close(merged[name].double(), weight.double() + delta, rtol=1.01 * rounding, atol=1e-6)
+        changed += not torch.equal(merged[name], weight)
+    assert changed == 2 * 7
+    (difference,) = facts["logits"].values()
+    assert difference["largest"] < TOLERANCES[getattr(torch, dtype)] * difference["of"]
+
+
+def test_a_merged_model_needs_no_peft_and_answers_as_the_run(run, tmp_path):
+    export(run, tmp_path / "m", "--as", "merged", "--dtype", "float32")
+    script = (
+        "import sys; sys.modules['peft'] = None; from collavo.model import CollavoForConditionalGeneration;"
+        f"print(CollavoForConditionalGeneration.from_pretrained({str(tmp_path / 'm')!r}).num_parameters())"
+    )
+    assert int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout) > 0
+    assert answers(tmp_path / "m") == answers(run)
+    assert load_answerer(str(tmp_path / "m"), CPU).listed == ()  # prompts go without objects, as in training
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_one_adapter_equals_the_two_and_plain_peft_loads_it(tmp_path, quantize):
+    run = save_tiny_run(tmp_path / "run", quantize=quantize)
+    facts = export(run, tmp_path / "a", "--as", "adapter")
+    (difference,) = facts["logits"].values()
+    assert difference["largest"] < 1e-4 * difference["of"]
+    assert answers(tmp_path / "a", quantize=False) == answers(run, quantize=False)
+    base = CollavoForConditionalGeneration.from_pretrained(tmp_path / "run-base")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "a" / "adapters" / "cit")
+    assert loaded.peft_config["default"].r == 4 + 4
+    assert (tmp_path / "a" / "crayon.safetensors").read_bytes() == (run / "crayon.safetensors").read_bytes()
+
+
+def test_a_run_on_nf4_tells_how_far_its_merged_model_is_from_it(tmp_path, capsys):
+    run = save_tiny_run(tmp_path / "run", quantize=True)
+    facts = export(run, tmp_path / "m", "--as", "merged", "--dtype", "float32")
+    like_with_like, quantized = facts["logits"].values()
+    assert like_with_like["largest"] < 1e-4 * like_with_like["of"] < quantized["largest"]
+    assert "NF4" in capsys.readouterr().out
+
+
+def test_a_run_without_adapters_is_merged_as_it_is(tmp_path):
+    run = save_tiny_run(tmp_path / "run", adapters=())
+    export(run, tmp_path / "m", "--as", "merged", "--dtype", "float32")
+    assert answers(tmp_path / "m") == answers(run)
+
+
+def test_an_export_that_answers_otherwise_is_refused_and_leaves_nothing(run, tmp_path, monkeypatch, capsys):
+    """What could go wrong between memory and disk: here a weight changes in between."""
+    save = CollavoForConditionalGeneration.save_pretrained
+
+    def save_damaged(self, folder, **options):
+        save(self, folder, **options)
+        weights = load_file(folder / "model.safetensors")
+        weights["lm_head.weight"][5] += 1
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(CollavoForConditionalGeneration, "save_pretrained", save_damaged)
+    assert main(["--model", str(run), "--output", str(tmp_path / "m"), "--as", "merged"]) == 1
+    assert "collavo.export_model: refused: " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        (["--model", "nowhere"], "--model nowhere: not a run directory"),
+        (["--output", "full"], "--output full is there already; name a new or empty folder"),
+        (["--as", "adapter", "--dtype", "float32"], "--dtype concerns merged weights"),
+        (["--as", "adapter", "--model", "bare"], "--as adapter: bare has no adapters; use --as merged"),
+        (["--device", "tpu"], "--device tpu: not a device"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(run, tmp_path, monkeypatch, capsys, flags, complaint):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    shutil.copytree(run, tmp_path / "bare")
+    args = json.loads((run / "train_args.json").read_text())
+    (tmp_path / "bare" / "train_args.json").write_text(json.dumps({**args, "adapter_names": []}))
+    given = {"--model": str(run), "--output": "new", "--as": "merged"}
+    given |= dict(zip(flags[::2], flags[1::2], strict=True))
+    assert main([part for flag in given.items() for part in flag]) == 2
+    (error,) = [
+        line for line in capsys.readouterr().err.splitlines() if line.startswith("collavo.export_model: error: ")
+    ]
+    assert complaint in error
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,176 @@
+"""The graph of the build: that its parts travel, and that a cloud runner can be handed it."""
+
+import dataclasses
+import pickle
+import subprocess
+import sys
+
+import apache_beam as beam
+import numpy as np
+import pytest
+from apache_beam.internal import pickler
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.portability import common_urns
+from apache_beam.portability.api import beam_runner_api_pb2
+from apache_beam.transforms.environments import DockerEnvironment
+from builds import PICTURE, REPOSITORY, CocoFolder
+
+from collavo.instructions.choose import ClassStatistics
+from collavo.sources.coco_panoptic import Annotation
+from pipelines import graph as crayon_job
+from pipelines import sources
+from pipelines.graph import CombineStatistics, CrayonJob, build_graph
+from pipelines.model_segmentation import SegmenterHandler
+from pipelines.options import parse_command
+from pipelines.records import ImageTask, Input, Mention, packed, unpacked
+
+IMAGE = "registry/collavo:1"
+DATAFLOW = PipelineOptions(
+    [
+        *("--runner=DataflowRunner", "--project=some-project", "--region=europe-west4"),
+        *("--temp_location=gs://bucket/temp", "--staging_location=gs://bucket/staging"),
+        f"--sdk_container_image={IMAGE}",
+    ]
+)
+
+
+@pytest.fixture
+def jobs(tmp_path) -> dict[str, CrayonJob]:
+    """A job of every kind: from annotations and a model, from finished rows, and from all sources at once."""
+    coco = CocoFolder(tmp_path / "coco")
+    coco.add("a.jpg", PICTURE)
+    (tmp_path / "l.json").write_text("[]")
+    (tmp_path / "rows.parquet").touch()
+    lines = {
+        "scenes": [],
+        "model": ["--images", tmp_path, "--device", "cuda", "--model_copies", "1"],
+        "rows": ["--from_crayon", tmp_path / "rows.parquet"],
+        "all": [*coco.flags(), "--llava_json", tmp_path / "l.json", "--image_root", tmp_path, "--images", tmp_path],
+    }
+    flags = ["--output", str(tmp_path / "out")]
+    return {name: parse_command([*map(str, line), *flags]).job for name, line in lines.items()}
+
+
+KINDS = ["scenes", "model", "rows", "all"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_job_travels(jobs, kind):
+    job = jobs[kind]
+    for copy in (pickle.loads(pickle.dumps(job)), pickler.loads(pickler.dumps(job))):
+        if job.model:  # a partial function equals only itself
+            assert copy.model.load.keywords == job.model.load.keywords
+            copy = dataclasses.replace(copy, model=job.model)
+        assert copy == job
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_step_travels(jobs, kind):
+    job = jobs[kind]
+    steps = [
+        *(sources.ReadCoco(), sources.ReadLlava(), sources.ReadImageList(), sources.ReadCrayonRows(True)),
+        *(crayon_job.SpillMentions("s"), crayon_job.MergeMentions(), crayon_job.ReadImages(job)),
+        crayon_job.SegmentByAnnotation(),
+        *(crayon_job.SpillDrafts(job), crayon_job.CombineStatistics(), crayon_job.CountShards("s", 1)),
+        crayon_job.WriteShards(job),
+    ]
+    own = [v for m in (crayon_job, sources) for v in vars(m).values() if isinstance(v, type)]
+    step_classes = {
+        c for c in own if issubclass(c, (beam.DoFn, beam.CombineFn)) and c.__module__.startswith("pipelines")
+    }
+    assert {type(step) for step in steps} == step_classes
+    if job.model:
+        model = job.model
+        steps.append(SegmenterHandler(model.load, model.batch_size, model.max_batch_pixels, model.model_copies))
+    for step in steps:
+        assert type(pickler.loads(pickler.dumps(step))) is type(step)
+        assert type(pickle.loads(pickle.dumps(step))) is type(step)
+
+
+def graph_of(job: CrayonJob) -> beam_runner_api_pb2.Pipeline:
+    """The graph as Dataflow is sent it, serialised and read back."""
+    pipeline = beam.Pipeline(options=DATAFLOW)
+    build_graph(pipeline, job)
+    proto = pipeline.to_runner_api(default_environment=DockerEnvironment.from_container_image(IMAGE))
+    return beam_runner_api_pb2.Pipeline.FromString(proto.SerializeToString())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dataflow_can_be_sent_the_graph(jobs, kind):
+    graph = graph_of(jobs[kind])
+    assert graph.ByteSize() < 1 << 20  # Dataflow takes up to 10 MB
+    images = {
+        beam_runner_api_pb2.DockerPayload.FromString(environment.payload).container_image
+        for environment in graph.components.environments.values()
+        if environment.urn == common_urns.environments.DOCKER.urn
+    }
+    assert images == {IMAGE}
+    names = {transform.unique_name for transform in graph.components.transforms.values()}
+    assert len(names) == len(graph.components.transforms)
+    assert {"WriteShards", "Publish", "ClassStatistics"} <= names
+    assert any("RunInference" in name for name in names) == (jobs[kind].model is not None)
+
+
+@pytest.mark.parametrize("kind", ["model", "all"])
+def test_a_worker_needs_nothing_of_the_launchers_main_module(jobs, kind, tmp_path):
+    (tmp_path / "graph").write_bytes(graph_of(jobs[kind]).SerializeToString())
+    code = """
+import sys
+from apache_beam.internal import pickler
+from apache_beam.portability import common_urns
+from apache_beam.portability.api import beam_runner_api_pb2 as api
+
+graph = api.Pipeline.FromString(open(sys.argv[1], "rb").read())
+loaded = 0
+for transform in graph.components.transforms.values():
+    if transform.spec.urn == common_urns.primitives.PAR_DO.urn:
+        function = api.ParDoPayload.FromString(transform.spec.payload).do_fn
+        if function.urn == "beam:dofn:pickled_python_info:v1":
+            pickler.loads(function.payload)
+            loaded += 1
+print(loaded)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "graph")],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(run.stdout) > 20
+    assert b"__main__" not in (tmp_path / "graph").read_bytes()
+
+
+def test_what_is_shuffled_per_image_is_small():
+    annotation = Annotation("000000142238.png", tuple((i * 1000, 1, 0) for i in range(40)))
+    mention = Mention(Input("coco", "142238"), "a/b.jpg", "/data/a/b.jpg", 3, annotation, "/data/m/b.png")
+    tasks = [ImageTask((mention._replace(image_path=f"a/{i}.jpg"),)) for i in range(16)]
+    count, data = batch = packed(tasks)
+    assert count == 16 and len(data) < 16 * 100
+    assert unpacked(batch) == tasks
+
+
+def test_class_statistics_are_the_same_for_any_grouping():
+    images = [(0, 2), (2,), (), (0, 2, 79), (5,)]
+    combine = CombineStatistics()
+
+    def accumulated(part: list[tuple[int, ...]]) -> ClassStatistics:
+        accumulator = combine.create_accumulator()
+        for labels in part:
+            accumulator = combine.add_input(accumulator, labels)
+        return accumulator
+
+    whole = combine.extract_output(accumulated(images))
+    for cut in range(len(images) + 1):
+        parts = [accumulated(images[cut:]), accumulated([]), accumulated(images[:cut])]
+        assert np.array_equal(combine.extract_output(combine.merge_accumulators(parts)).together, whole.together)
+    assert whole.together[2, 2] == 3 and whole.together[0, 2] == 2 and whole.together[5].sum() == 1
+
+
+def test_the_number_of_shards_follows_the_images_unless_it_is_given(tmp_path):
+    def shards(images: int, given: int | None) -> int:
+        (count,) = crayon_job.CountShards(str(tmp_path), given).process(images)
+        return count
+
+    assert [shards(images, None) for images in (0, 1, 2999, 3001, 118_287)] == [1, 1, 1, 2, 59]
+    assert shards(10, 64) == 64

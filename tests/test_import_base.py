@@ -1,0 +1,402 @@
+"""Models from LLaVA and from separate parts, and the command that makes them."""
+
+import json
+import pickle
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+
+from collavo.errors import UserError
+from collavo.import_base.__main__ import main
+from collavo.import_base.assemble import assemble_from_llava, assemble_from_parts, resize_positions
+from collavo.model import CollavoForConditionalGeneration
+from collavo.model.processing import CollavoProcessor
+from collavo.panoptic.maps import PanopticMap
+
+IMAGE_SIZE, GRID = 56, 4
+TEXT = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+VISION = CLIPVisionConfig(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    image_size=IMAGE_SIZE,
+    patch_size=14,
+    initializer_range=0.2,
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet)
+    backend.train_from_iterator(["User: hello Assistant: Sure, it is. How many people are there?"] * 5, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llava")
+    torch.manual_seed(0)
+    text_config = {"model_type": "llama", **TEXT}
+    config = LlavaConfig(
+        vision_config=VISION.to_dict(), text_config=text_config, image_token_index=300, vision_feature_layer=-2
+    )
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    tokens = tokenizer()
+    tokens.add_tokens(["<image>"], special_tokens=True)
+    tokens.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]})
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(1)
+    CLIPVisionModel(VISION).save_pretrained(folder)
+    return folder
+
+
+def save_language_model(folder: Path, model_type: str, **changes: Any) -> Path:
+    torch.manual_seed(2)
+    config = AutoConfig.for_model(model_type, **{**TEXT, **changes})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_language_model(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def batch(image_token_id: int, cells: int = GRID**2, side: int = IMAGE_SIZE) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(4, 290, (2, cells + 8), generator=generator)
+    ids[:, 3 : 3 + cells] = image_token_id
+    return {"input_ids": ids, "pixel_values": torch.randn(2, 3, side, side, generator=generator)}
+
+
+def crayon_maps(grid: int = GRID) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    return {
+        "semantic_ids": torch.randint(0, 134, (2, grid, grid), generator=generator),
+        "numbering_ids": torch.randint(0, 21, (2, grid, grid), generator=generator),
+    }
+
+
+def logits(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(**inputs).logits
+
+
+@pytest.mark.parametrize("queries", [True, False])
+def test_a_llava_answers_as_before(llava: Path, queries: bool) -> None:
+    original = LlavaForConditionalGeneration.from_pretrained(llava)
+    switches = {"semantic_queries": queries, "numbering_queries": queries}
+    model, processor = assemble_from_llava(llava, image_size=IMAGE_SIZE, dtype=torch.float32, **switches)
+    inputs = batch(300)
+    maps = crayon_maps() if queries else {}
+    assert torch.equal(logits(model, **inputs, **maps), logits(original, **inputs))
+    assert processor.image_processor.image_mean == (0.1, 0.2, 0.3)
+    assert model.config.vision_feature_layer == -2
+
+
+def test_a_llava_is_read_under_the_names_of_its_older_layout(llava: Path, tmp_path: Path) -> None:
+    older = {
+        "model.language_model.": "language_model.model.",
+        "lm_head.": "language_model.lm_head.",
+        "model.vision_tower.": "vision_tower.vision_model.",
+        "model.multi_modal_projector.": "multi_modal_projector.",
+    }
+    weights = {
+        f"model.{name}": t
+        for name, t in LlavaForConditionalGeneration.from_pretrained(llava).model.state_dict().items()
+    }
+    weights["lm_head.weight"] = LlavaForConditionalGeneration.from_pretrained(llava).lm_head.weight.data
+    for file in llava.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    save_file(
+        {
+            next(old + n.removeprefix(new) for new, old in older.items() if n.startswith(new)): t
+            for n, t in weights.items()
+        },
+        tmp_path / "model.safetensors",
+    )
+    models_ = [assemble_from_llava(f, image_size=IMAGE_SIZE, dtype=torch.float32)[0] for f in (llava, tmp_path)]
+    inputs = batch(300) | crayon_maps()
+    assert torch.equal(logits(models_[0], **inputs), logits(models_[1], **inputs))
+
+
+@pytest.mark.parametrize(
+    "model_type, changes",
+    [
+        ("llama", {}),
+        ("llama", {"attention_bias": True, "rope_parameters": {"rope_type": "linear", "rope_theta": 500, "factor": 2}}),
+        ("mistral", {}),
+        ("qwen2", {"tie_word_embeddings": True}),
+        ("qwen3", {}),
+        pytest.param("internlm3", {}, marks=pytest.mark.skipif("internlm3" not in CONFIG_MAPPING, reason="too old")),
+    ],
+)
+def test_a_language_model_answers_text_as_before(
+    model_type: str, changes: dict[str, Any], clip: Path, tmp_path: Path
+) -> None:
+    original = AutoModelForCausalLM.from_pretrained(save_language_model(tmp_path / "language", model_type, **changes))
+    model, processor = assemble_from_parts(clip, tmp_path / "language", image_size=IMAGE_SIZE, dtype=torch.float32)
+    ids = batch(5)["input_ids"]
+    assert torch.equal(logits(model, input_ids=ids), logits(original, input_ids=ids))
+    model.save_pretrained(tmp_path / "ours")
+    restored = CollavoForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    inputs = batch(processor.tokenizer.convert_tokens_to_ids("<image>")) | crayon_maps()
+    assert torch.equal(logits(restored, **inputs), logits(model, **inputs))
+
+
+def test_parts_see_the_last_layer_of_the_vision_encoder(clip: Path, llama: Path) -> None:
+    model, _ = assemble_from_parts(clip, llama, image_size=IMAGE_SIZE, dtype=torch.float32)
+    pixels = batch(300)["pixel_values"]
+    with torch.inference_mode():
+        last = CLIPVisionModel.from_pretrained(clip)(pixels).last_hidden_state[:, 1:]
+        ours = torch.stack(model.get_image_features(pixels).pooler_output)
+        torch.testing.assert_close(ours, model.model.multi_modal_projector(last))
+
+
+def test_the_vision_encoder_of_a_whole_clip_is_taken(clip: Path, llama: Path, tmp_path: Path) -> None:
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    CLIPModel(CLIPConfig(vision_config=VISION.to_dict(), text_config=text)).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    vision = {f"vision_model.{n}": t for n, t in CLIPVisionModel.from_pretrained(clip).state_dict().items()}
+    buffer = {"vision_model.embeddings.position_ids": torch.arange(17)[None]}  # as older checkpoints have
+    save_file(
+        {n: t for n, t in weights.items() if n.startswith("text")} | vision | buffer, tmp_path / "model.safetensors"
+    )
+    pixels = batch(300)["pixel_values"]
+    whole, alone = (
+        assemble_from_parts(f, llama, image_size=IMAGE_SIZE)[0].model.vision_tower for f in (tmp_path, clip)
+    )
+    with torch.inference_mode():
+        assert torch.equal(whole(pixels).last_hidden_state, alone(pixels).last_hidden_state)
+
+
+@pytest.mark.parametrize("image_size", [28, 84, 70])
+def test_positions_are_interpolated_as_transformers_does(clip: Path, llama: Path, image_size: int) -> None:
+    model, processor = assemble_from_parts(clip, llama, image_size=image_size, dtype=torch.float32)
+    pixels = torch.randn(2, 3, image_size, image_size)
+    original = CLIPVisionModel.from_pretrained(clip)
+    with torch.inference_mode():
+        expected = original(pixels, interpolate_pos_encoding=True).last_hidden_state
+        torch.testing.assert_close(model.model.vision_tower(pixels).last_hidden_state, expected, rtol=0, atol=1e-5)
+    side = image_size // 14
+    assert processor.grid_hw == model.config.grid_hw == (side, side)
+    assert model.config.image_seq_length == side * side
+
+
+def test_positions_of_the_same_grid_are_left_alone() -> None:
+    positions = torch.randn(1 + 9, 4).half()
+    assert resize_positions(positions, (3, 3)) is positions
+    assert torch.equal(resize_positions(positions, (5, 5))[0], positions[0])
+
+
+def test_tokens_beyond_the_vocabulary_get_rows_that_are_never_chosen(clip: Path, tmp_path: Path) -> None:
+    tokens = len(tokenizer())
+    save_language_model(tmp_path, "llama", vocab_size=tokens)
+    model, processor = assemble_from_parts(clip, tmp_path, image_size=IMAGE_SIZE, dtype=torch.float32)
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_id == tokens
+    assert model.config.text_config.vocab_size == model.lm_head.weight.shape[0] == 320
+    assert model.get_input_embeddings().weight.shape[0] == 320
+    answers = logits(model, **batch(tokens), **crayon_maps())
+    assert (answers[..., tokens:].amax(-1) < answers[..., :tokens].amax(-1)).all()
+
+
+def test_generation_ends_where_a_turn_of_the_chat_format_ends(clip: Path, llama: Path) -> None:
+    for chat_format, ends in (("paper", [1]), ("chatml", [3, 1])):
+        model, processor = assemble_from_parts(clip, llama, image_size=IMAGE_SIZE, chat_format=chat_format)
+        assert model.generation_config.eos_token_id == ends
+        assert processor.chat_format == model.config.chat_format == chat_format
+        assert processor.tokenizer.pad_token_id == model.generation_config.pad_token_id == 1
+
+
+@pytest.mark.parametrize(
+    "template, chat_format",
+    [
+        ("{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}", "chatml"),
+        ("{{ message['role'].upper() + ': ' }}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}", "vicuna"),
+        ("{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}", "mistral"),
+        ("{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>' }}", "paper"),  # no token ends its turns
+        (None, "paper"),
+    ],
+)
+def test_a_language_model_converses_as_its_own_template_says(
+    template: str | None, chat_format: str, clip: Path, llama: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(llama, tmp_path / "model")
+    if template:
+        (tmp_path / "model" / "chat_template.jinja").write_text(template)
+    model, processor = assemble_from_parts(clip, tmp_path / "model", image_size=IMAGE_SIZE)
+    assert processor.chat_format == model.config.chat_format == chat_format
+
+
+def test_the_command_writes_a_whole_model(llava: Path, tmp_path: Path) -> None:
+    output = tmp_path / "model"
+    flags = ["--llava", str(llava), "--image_size", "84", "--chat_format", "chatml", "--output", str(output)]
+    main(flags)
+    model = CollavoForConditionalGeneration.from_pretrained(output)
+    processor = CollavoProcessor.from_pretrained(output)
+    expected, _ = assemble_from_llava(llava, image_size=84, chat_format="chatml")
+    weights = expected.state_dict()
+    for name, tensor in model.state_dict().items():
+        if "crayon_prompt" not in name:
+            assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, weights[name]), name
+    picture, nothing = np.zeros((30, 40, 3), np.uint8), PanopticMap(np.zeros((30, 40), np.uint8), ())
+    inputs = processor([picture], [nothing], [[("human", "How many people are there?")]])
+    generated = model.generate(**inputs.to(torch.bfloat16), max_new_tokens=3, do_sample=False)
+    assert generated.shape[1] > inputs["input_ids"].shape[1]
+
+    before = (output / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit):
+        main(flags)
+    main([*flags, "--overwrite"])
+    assert (output / "model.safetensors").read_bytes() == before  # what is new is drawn from the same seed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_shards_and_tensor_pickles_are_read_and_other_pickles_are_not(clip: Path, llama: Path, tmp_path: Path) -> None:
+    original = AutoModelForCausalLM.from_pretrained(llama)
+    expected = logits(original, input_ids=batch(5)["input_ids"])
+    original.save_pretrained(tmp_path, max_shard_size="20KB")
+    for file in llama.glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shards = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    read = {"image_size": IMAGE_SIZE, "dtype": torch.float32}
+    model, _ = assemble_from_parts(clip, tmp_path, **read)
+    assert torch.equal(logits(model, input_ids=batch(5)["input_ids"]), expected)
+
+    weights = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    shards[0].unlink()
+    with pytest.raises(UserError, match=rf"1 of {len(shards)} weight files are missing, {shards[0].name} first"):
+        assemble_from_parts(clip, tmp_path, **read)
+
+    for file in tmp_path.glob("model*"):
+        file.unlink()
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    model, _ = assemble_from_parts(clip, tmp_path, **read)
+    assert torch.equal(logits(model, input_ids=batch(5)["input_ids"]), expected)
+
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (tmp_path.joinpath("sprung").touch, ())
+
+    for save in (lambda f: torch.save({"w": Trap()}, f), lambda f: Path(f).write_bytes(pickle.dumps(Trap()))):
+        save(tmp_path / "pytorch_model.bin")
+        with pytest.raises(UserError, match=f"language {tmp_path}: .*") as refusal:
+            assemble_from_parts(clip, tmp_path, **read)
+        assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "sprung").exists()
+
+
+def spoilt(folder: Path, **entries: Any) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | entries))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "flags, problem",
+    [
+        ([], "one of --llava, --vision with --language, or --release is needed; given: none"),
+        (["--vision", "CLIP"], "given: --vision"),
+        (["--llava", "LLAMA", "--release", "LLAMA"], "given: --llava, --release"),
+        (["--llava", "LLAMA"], "--llava LLAMA: type 'llama' is not supported"),
+        (["--release", "LLAMA"], "--release LLAMA: no entry 'bias'|--release LLAMA: .*layout of CoLLaVO-7B"),
+        (["--vision", "LLAMA", "--language", "LLAMA"], "--vision LLAMA: architecture 'llama' is not supported"),
+        (
+            ["--vision", "CLIP", "--language", "CLIP"],
+            "--language CLIP: architecture 'clip_vision_model' .*llama, mistral",
+        ),
+        (["--vision", "CLIP", "--language", "EMPTY"], "--language EMPTY: no config.json there"),
+        (
+            ["--vision", "CLIP", "--language", "NOWHERE"],
+            "--language NOWHERE: no such folder, and no hub id within reach",
+        ),
+        (["--vision", "CLIP", "--language", "QUANTISED"], "--language QUANTISED: its weights are quantised"),
+        (["--vision", "CLIP", "--language", "WEIGHTLESS"], "--language WEIGHTLESS: no weights"),
+        (
+            ["--vision", "CLIP", "--language", "RESHAPED"],
+            "--language RESHAPED: tensors of another shape: .* instead of",
+        ),
+        (["--vision", "SHALLOW", "--language", "LLAMA"], "--vision SHALLOW: tensors missing: .* and 13 more"),
+        (
+            ["--vision", "CLIP", "--language", "LLAMA", "--image_size", "100"],
+            "--image_size 100: no multiple of the patch size, 14",
+        ),
+        (
+            ["--vision", "CLIP", "--language", "LLAMA", "--chat_format", "llama3"],
+            "--chat_format llama3: the tokenizer has no token <.eot_id.>",
+        ),
+        (["--vision", "CLIP", "--language", "LLAMA", "--output", "FULL"], "--output FULL: holds something that is no"),
+        (["--vision", "CLIP", "--language", "LLAMA", "--seed", "1"], "unrecognized arguments: --seed 1"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_flag(
+    flags: list[str], problem: str, clip: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("EMPTY", "FULL"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "FULL" / "thesis.txt").write_text("years of work")
+    spoilt(save_language_model(tmp_path / "QUANTISED", "llama"), quantization_config={"load_in_4bit": True})
+    (save_language_model(tmp_path / "WEIGHTLESS", "llama") / "model.safetensors").unlink()
+    spoilt(save_language_model(tmp_path / "RESHAPED", "llama"), intermediate_size=64)
+    CLIPVisionModel(VISION).save_pretrained(tmp_path / "SHALLOW")
+    spoilt(tmp_path / "SHALLOW", num_hidden_layers=4)
+    places = {"CLIP": clip, "LLAMA": llama} | {
+        name: tmp_path / name for name in ("EMPTY", "FULL", "QUANTISED", "WEIGHTLESS", "RESHAPED", "SHALLOW", "NOWHERE")
+    }
+    if "--output" not in flags:
+        flags = [*flags, "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as exit_:
+        main([str(places.get(flag, flag)) for flag in flags])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    for name, place in places.items():
+        error = error.replace(str(place), name)
+    assert error.startswith("collavo.import_base: error: ")
+    assert re.search(problem, error), error
+    assert not (tmp_path / "out").exists() and (tmp_path / "FULL" / "thesis.txt").exists()

@@ -1,0 +1,113 @@
+import json
+import shutil
+
+import pytest
+import torch
+from tiny_model import scene_rows
+from tiny_run import save_tiny_run
+
+from collavo.errors import UserError
+from collavo.evaluation.questions import EVALUATED_TASKS, questions_of
+from collavo.inference import Answerer, Request, load_answerer
+from collavo.pictures import Picture, picture_of_row
+
+CPU = torch.device("cpu")
+ROWS = scene_rows(3)
+PICTURES = [picture_of_row(row, None) for row in ROWS]
+REQUESTS = [
+    Request(number, question.turns, PICTURES[number].objects if question.task == "dialogue" else None, limit)
+    for number, row in enumerate(ROWS)
+    for question, limit in zip(questions_of(row, EVALUATED_TASKS), [4, 9] * 50, strict=False)
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return save_tiny_run(tmp_path_factory.mktemp("answering") / "run")
+
+
+@pytest.fixture(scope="module")
+def answerer(run):
+    return load_answerer(str(run), CPU)
+
+
+@torch.inference_mode()
+def alone(answerer: Answerer, request: Request) -> str:
+    """The answer to one prompt by transformers' own `generate`, nothing shared and nothing padded."""
+    picture, processor = PICTURES[request.picture], answerer.processor
+    inputs = processor([picture.image], [picture.panoptic], [request.turns], object_list=request.objects is not None)
+    assert inputs["attention_mask"].all()
+    tokens = answerer.model.generate(
+        **inputs, max_new_tokens=request.max_new_tokens, num_beams=answerer.beams, do_sample=False, pad_token_id=2
+    )
+    return processor.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_answers_from_a_shared_beginning_equal_those_of_whole_prompts_alone(run, beams):
+    answerer = load_answerer(str(run), CPU, beams=beams)
+    requests = REQUESTS[::3]
+    expected = [alone(answerer, request) for request in requests]
+    assert len(set(expected)) > len(expected) // 2  # prompts that differ are answered differently
+    assert answerer.answer(PICTURES, requests, 16) == expected
+
+
+def test_answers_do_not_depend_on_the_company_they_are_given_in(answerer):
+    together = answerer.answer(PICTURES, REQUESTS, 16)
+    assert answerer.answer(PICTURES, REQUESTS, 1) == together
+    assert answerer.answer(PICTURES, REQUESTS[::-1], 5) == together[::-1]
+
+
+def test_an_image_passes_the_vision_tower_once_for_all_of_its_questions(answerer):
+    passes = []
+    tower = answerer.model.get_base_model().model.vision_tower
+    handle = tower.register_forward_hook(lambda module, args, kwargs, output: passes.append(1), with_kwargs=True)
+    answerer.answer(PICTURES[:1], [request for request in REQUESTS if request.picture == 0], 4)
+    handle.remove()
+    assert len(passes) == 1
+
+
+def test_an_answer_rests_on_the_image_the_crayon_map_and_the_adapters(answerer):
+    requests = [request for request in REQUESTS if request.picture == 0 and request.objects is None]
+    answers = answerer.answer(PICTURES[:1], requests)
+    first, second = PICTURES[0], PICTURES[1]
+    assert answerer.answer([Picture(second.image, first.panoptic)], requests) != answers
+    assert answerer.answer([Picture(first.image, second.panoptic)], requests) != answers
+    with answerer.model.disable_adapter():
+        assert answerer.answer(PICTURES[:1], requests) != answers
+
+
+def test_nf4_answers_are_the_same_every_time_and_for_any_batch_size(run):
+    answerer = load_answerer(str(run), CPU, quantize=True)
+    first = answerer.answer(PICTURES[:1], REQUESTS[:8], 8)  # bitsandbytes repacks a CPU's weights at their first use
+    assert answerer.answer(PICTURES[:1], REQUESTS[:8], 8) == first
+    assert answerer.answer(PICTURES[:1], REQUESTS[:8], 3) == first
+
+
+@pytest.mark.parametrize(
+    "trained, listed", [("dialogues", ("dialogue",)), ("all", ("crayon", "dialogue")), ("none", ())]
+)
+def test_a_run_tells_which_prompts_it_was_trained_to_see_the_objects_in(tmp_path, trained, listed):
+    assert load_answerer(str(save_tiny_run(tmp_path / "run", object_list=trained)), CPU).listed == listed
+
+
+def test_a_whole_model_is_loaded_like_a_run(run):
+    base = json.loads((run / "train_args.json").read_text())["base"]
+    answerer = load_answerer(base, CPU)
+    request = REQUESTS[0]
+    assert answerer.answer(PICTURES[:1], [request]) == [alone(answerer, request)]
+
+
+def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path):
+    with pytest.raises(
+        UserError, match=r"^--model .*: holds neither a run's train_args.json nor a model's config.json$"
+    ):
+        load_answerer(str(tmp_path), CPU)
+
+
+def test_a_run_whose_base_is_gone_is_refused_in_one_line(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    args = json.loads((run / "train_args.json").read_text())
+    (tmp_path / "run" / "train_args.json").write_text(json.dumps({**args, "base": "./gone"}))
+    with pytest.raises(UserError, match=r"^--model .*run: its base, ./gone: not a folder or hub id [^\n]*$"):
+        load_answerer(str(tmp_path / "run"), CPU)

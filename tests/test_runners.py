@@ -1,0 +1,95 @@
+"""What Beam, its runners and their workers cannot do is refused when the command starts, not hours later."""
+
+import pytest
+from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
+
+from collavo.errors import UserError
+from pipelines.command import main
+from pipelines.runners import check_file_systems, check_workers, parse_beam_options
+
+CLOUD = ["--project=some-project", "--region=europe-west4", "--temp_location=gs://bucket/temp"]
+DATAFLOW = ["--runner=DataflowRunner", *CLOUD, "--staging_location=gs://bucket/staging"]
+IMAGE = "--sdk_container_image=registry/collavo:1"
+MPS = "--dataflow_service_options=worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver;use_nvidia_mps"
+ONE_PROCESS = "--experiments=no_use_multiple_sdk_containers"
+
+
+def parsed(*arguments: str) -> PipelineOptions:
+    return parse_beam_options("test", arguments)
+
+
+def refusal(check, *arguments: object) -> str:
+    with pytest.raises(UserError) as error:
+        check(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_the_local_runner_is_meant_where_none_is_named():
+    assert parsed().view_as(StandardOptions).runner == "DirectRunner"
+    options = parsed("--direct_running_mode", "multi_processing", "--direct_num_workers", "3")
+    assert options.view_as(DirectOptions).direct_num_workers == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nosuch"], "unknown flag --nosuch"),
+        (["--runner", "Nosuch"], "--runner Nosuch: Unexpected pipeline runner"),
+        (["--runner=DataflowRunner", *CLOUD[1:], "--staging_location=gs://b/s"], "Missing required option: project"),
+        ([*DATAFLOW, "--num_workers=5", "--max_num_workers=2"], "num_workers (5) cannot exceed max_num_workers (2)"),
+    ],
+)
+def test_options_that_beam_or_a_runner_refuses_are_refused_in_one_line(arguments, message):
+    assert message in refusal(parse_beam_options, "test", arguments)
+
+
+def test_a_bad_value_of_beams_is_refused_in_one_line(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["--direct_num_workers", "two"])
+    assert error.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "build_crayon.py: error: argument --direct_num_workers: invalid int value: 'two'"
+
+
+def test_workers_in_one_process_are_refused():
+    assert "--direct_num_workers 4 has no effect in one process" in refusal(
+        check_workers, parsed("--direct_num_workers=4"), None, None
+    )
+    check_workers(parsed("--direct_num_workers=4", "--direct_running_mode=multi_threading"), None, None)
+
+
+def test_a_gpu_is_not_given_a_model_by_every_process():
+    options = parsed("--direct_running_mode=multi_processing", "--direct_num_workers=2")
+    assert "--model_copies 1" in refusal(check_workers, options, "cuda", None)
+    assert "--model_copies 1" in refusal(check_workers, options, "cuda:1", None)
+    check_workers(options, "cuda", 1)
+    check_workers(options, "cpu", None)
+    check_workers(options, None, None)  # no model runs
+    check_workers(parsed(), "cuda", None)
+
+
+def test_dataflow_needs_an_image_that_holds_this_package():
+    assert "--sdk_container_image" in refusal(check_workers, parsed(*DATAFLOW), "cuda", None)
+    check_workers(parsed(*DATAFLOW, IMAGE), "cuda", None)
+
+
+def test_dataflow_either_shares_a_gpu_or_has_one_process():
+    check_workers(parsed(*DATAFLOW, IMAGE, MPS), "cuda", None)
+    check_workers(parsed(*DATAFLOW, IMAGE, ONE_PROCESS), "cuda", None)
+    message = refusal(check_workers, parsed(*DATAFLOW, IMAGE, MPS, ONE_PROCESS), "cuda", None)
+    assert "use_nvidia_mps" in message and "no_use_multiple_sdk_containers" in message
+
+
+def test_dataflow_reads_no_local_disk():
+    message = refusal(check_file_systems, parsed(*DATAFLOW, IMAGE), [("images", "pictures")])
+    assert "--images pictures: Dataflow's workers see no local disk" in message
+    check_file_systems(parsed(), [("images", "pictures")])
+
+
+def test_sample_scenes_are_not_drawn_for_dataflow(capsys):
+    with pytest.raises(SystemExit) as error:
+        main([*DATAFLOW, IMAGE])
+    assert error.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--output out: Dataflow's workers see no local disk" in line
