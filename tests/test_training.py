@@ -115,7 +115,7 @@ def test_two_processes_take_the_steps_of_one(world: Path, finished: Path) -> Non
 
 
 def test_queries_can_begin_as_names_of_which_the_first_step_is_already_told(world: Path, finished: Path) -> None:
-    flags = ("--stage", "cpt", "--query_start", "names")
+    flags = ("--phase", "cpt", "--query_start", "names")
     assert train.main(command(world, world / "names", *flags)) == 0
     found, others = losses(world / "names"), losses(finished)
     assert found[0][2] != others[0][2]  # queries that begin at random have no effect yet
@@ -171,9 +171,9 @@ def test_ablations_train_what_they_name(
 
 def test_the_phases_can_be_run_one_after_the_other(world: Path, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert train.main(command(world, run, "--stage", "cpt")) == 0
+    assert train.main(command(world, run, "--phase", "cpt")) == 0
     assert not (run / "adapters").exists()
-    assert train.main(command(world, run, "--stage", "cit")) == 0
+    assert train.main(command(world, run, "--phase", "cit")) == 0
     assert sorted(path.name for path in (run / "adapters").iterdir()) == ["image_cit", "vl_cit"]
     assert losses(finished)[:6] == losses(run)[:6]
 
@@ -263,14 +263,14 @@ def test_a_gpu_without_memory_stops_the_run_and_tells_what_takes_less() -> None:
     ("flags", "said"),
     [
         (["--batch_size", "0"], "--batch_size is 0"),
-        (["--stage", "cpt", "--queries", "none"], "--queries none"),
+        (["--phase", "cpt", "--queries", "none"], "--queries none"),
         (["--attention", "flash_attention_2"], "--instructions_per_sequence 1"),
         (["--device", "cuda"], "--device cuda"),
         (["--data", "missing.parquet"], "missing.parquet"),
         (["--preset", "no/such-model"], "no/such-model"),
         (["--batch_size", "4000"], "lower --batch_size"),
         (["--max_length", "20"], "--max_length 20 leaves no room"),
-        (["--stage", "cit"], "crayon.safetensors"),
+        (["--phase", "cit"], "crayon.safetensors"),
         (["--crayon_share", "1.5"], "--crayon_share is 1.5"),
         (["--resume", "--overwrite"], "choose one"),
         (["--report_to", "wandb"], "pip install wandb"),
@@ -347,7 +347,7 @@ def test_data_without_the_wanted_kind_are_refused(
     assert train.main([*command(world, tmp_path / "run"), "--data", str(data)]) == 2
     assert "0 dialogues of the split 'train' make no batch" in capsys.readouterr().err
     assert (
-        train.main([*command(world, tmp_path / "run", "--stage", "cpt", "--max_steps", "1"), "--data", str(data)]) == 0
+        train.main([*command(world, tmp_path / "run", "--phase", "cpt", "--max_steps", "1"), "--data", str(data)]) == 0
     )
 
 

@@ -6,13 +6,19 @@ first, wherever `<image>` stood in the data; the loss covers each answer and the
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from rich.text import Text
 
 from collavo.errors import Rejected
 
 IMAGE_TOKEN = "<image>"
+
+Kind = Literal["crayon", "dialogue"]
+"""The two kinds of text that a model learns from: instructions about a crayon map, and free dialogues. The kind decides
+which adapter learns, and whether the prompt begins with the object list."""
+
+KINDS: tuple[Kind, ...] = ("crayon", "dialogue")
 
 Turns = Sequence[tuple[str, str]]
 """(`human` | `gpt`, text) in turn, beginning with human; a human turn at the end asks for an answer."""
