@@ -52,8 +52,7 @@ def take_steps(staged: StagedModel, optimizer: torch.optim.Optimizer, steps: int
         optimizer.zero_grad(set_to_none=True)
 
 
-@pytest.mark.parametrize("quantized", [True, False])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("quantized", "checkpointing"), [(True, True), (False, False)])
 def test_each_stage_moves_its_own_weights_and_leaves_the_rest_bit_for_bit(quantized: bool, checkpointing: bool) -> None:
     staged = staged_model(quantized, checkpointing)
     optimizer = torch.optim.AdamW(staged.parameters_of(ADAPTERS).values(), lr=1e-2)

@@ -55,26 +55,21 @@ class CrayonPrompt(nn.Module):
         Returns:
             float [images, rows * columns, hidden_size].
         """
-        queries = [
-            embedding(ids)
-            for embedding, ids in (
-                (self.semantic_queries, semantic_ids),
-                (self.numbering_queries, numbering_ids),
-            )
-            if embedding is not None
-        ]
-        return self.linear_2(self.act(self.linear_1(sum(queries).flatten(1, 2))))
+        given = ((self.semantic_queries, semantic_ids), (self.numbering_queries, numbering_ids))
+        queries = sum(embedding(ids) for embedding, ids in given if embedding is not None)
+        return self.linear_2(self.act(self.linear_1(queries.flatten(1, 2))))
 
     @torch.no_grad()
     def begin_with(self, semantic: torch.Tensor, numbering: torch.Tensor) -> None:
-        """Set queries and connector so that the signal of a cell is the sum of what is given for its class and number.
+        """Set queries and connector so that the signal of a cell is the sum of two given vectors.
 
-        GELU(x) - GELU(-x) is x, so half of the hidden units can pass on what the other half would bend. Queries
-        narrower than what they stand for keep its principal directions.
+        The connector has to pass on its input unchanged. That works because GELU(x) - GELU(-x) = x: the first layer
+        gives each value to one hidden unit and its negative to another, the second subtracts them. Queries narrower
+        than the vectors keep the principal directions of the vectors.
 
         Args:
-            semantic: float [134, hidden_size].
-            numbering: float [21, hidden_size].
+            semantic: float [134, hidden_size], for the class of a cell.
+            numbering: float [21, hidden_size], for its number.
         """
         given = [(self.semantic_queries, semantic), (self.numbering_queries, numbering)]
         pairs = [(queries, vectors) for queries, vectors in given if queries is not None]

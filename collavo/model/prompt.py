@@ -1,7 +1,7 @@
-"""The prompt protocol: a conversation about an image, as token ids and a mask of what is supervised.
+"""The prompt protocol: how a conversation about an image becomes token ids, and which of them are supervised.
 
-One function renders for training, evaluation and chat alike, so that a model is asked as it was taught. The image comes
-first, wherever `<image>` stood in the data; the loss covers each answer and the stop after it, and nothing else.
+One function renders for training, evaluation and chat, so that a model is asked in the way it was taught. The image
+comes first, wherever `<image>` stands in the data. The loss covers each answer and the stop after it, nothing else.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,8 +44,8 @@ class ChatFormat:
     """Between the stop and the next question."""
 
     answer_lead: str = ""
-    """What an answer begins with: a space after `Assistant:`, which tokenizers make part of the first word. It belongs
-    to the answer, so that a prompt to be answered ends where the training text could have ended."""
+    """The beginning of an answer: a space after `Assistant:`, which tokenizers make part of the first word. It belongs
+    to the answer: a prompt that ended in a space would end in a token that never stood there in training."""
 
 
 _RELEASE_SYSTEM = "AI assistant should give helpful and detailed answers to user after fully understanding an image. "
@@ -82,21 +82,21 @@ CHAT_FORMATS: Mapping[str, ChatFormat] = {
 
 _MARKERS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", "[INST]": "mistral", "ASSISTANT:": "vicuna"}
 
-OBJECTS_KNOWN = "The image includes {objects}. "
-OBJECTS_UNKNOWN = "None of detailed object information for image. "
-"""What a general question is preceded by (the authors' release), with and without recognised objects."""
+_OBJECTS_KNOWN = "The image includes {objects}. "
+_OBJECTS_UNKNOWN = "None of detailed object information for image. "
+"""The sentence before a question in the authors' release, with and without recognised objects; word for word."""
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedPrompt:
-    """Token ids, and for each whether the loss covers it; the image token stands once for every cell of its grid."""
+    """Token ids, and whether the loss covers each of them. The image token is repeated for every cell of the grid."""
 
     input_ids: list[int]
     supervised: list[bool]
 
     @property
     def labels(self) -> list[int]:
-        """The ids where supervised, -100 elsewhere."""
+        """The ids where supervised, -100 elsewhere, which PyTorch's cross entropy ignores."""
         return [i if s else -100 for i, s in zip(self.input_ids, self.supervised, strict=True)]
 
 
@@ -114,6 +114,8 @@ def render_conversation(
     Raises:
         Rejected: if the turns do not alternate, beginning with `human`.
     """
+    # The text is tokenized in one piece, since pieces tokenized apart may join to other tokens than the whole. Which
+    # tokens belong to an answer is then told by the characters they came from.
     text, answers = _compose(tokenizer, chat_format, turns, objects)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     input_ids: list[int] = []
@@ -135,14 +137,8 @@ def chat_format_of(template: str) -> str:
     return next((name for marker, name in _MARKERS.items() if marker in template), "paper")
 
 
-def object_text(objects: str) -> str:
-    """The sentence that tells a model of the objects in an image; `objects` as `collavo.instructions.text` writes
-    them."""
-    return OBJECTS_KNOWN.format(objects=objects) if objects else OBJECTS_UNKNOWN
-
-
 def show_supervision(tokenizer: Any, prompt: RenderedPrompt) -> Text:
-    """A rendered prompt for the terminal: supervised tokens in green, the image's run of tokens folded into one."""
+    """Show a rendered prompt on the terminal: supervised tokens in green, the image's tokens as one."""
     shown = Text()
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     previous = None
@@ -170,7 +166,7 @@ def _compose(
     bos = tokenizer.bos_token if tokenizer("").input_ids == [tokenizer.bos_token_id] else ""
     text = f"{bos}{chat_format.opening}{IMAGE_TOKEN}{chat_format.after_image}"
     if objects is not None:
-        text += object_text(objects)
+        text += _OBJECTS_KNOWN.format(objects=objects) if objects else _OBJECTS_UNKNOWN
     answers = []
     for position, (speaker, value) in enumerate(turns):
         value = value.replace(IMAGE_TOKEN, "").strip()

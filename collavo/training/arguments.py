@@ -12,6 +12,8 @@ from collavo.embedded import TINY
 from collavo.errors import UserError
 from schemas.crayon_row import TASKS
 
+TRACKERS = ("tensorboard", "wandb")
+
 
 @dataclass(frozen=True, slots=True)
 class TrainArguments:
@@ -40,23 +42,15 @@ class TrainArguments:
     lora_rank: int = flag(64, "rank of the adapters", least=1, group="method")
     lora_alpha: int = flag(64, "alpha of the adapters", least=1)
     adapters: str = flag("dual", "dual; single or vl_only for an ablation", choices=("dual", "single", "vl_only"))
-    queries: str = flag(
-        "both", "both; semantic, numbering or none for an ablation", choices=("both", "semantic", "numbering", "none")
-    )
+    queries: str = flag("both", "both; others for an ablation", choices=("both", "semantic", "numbering", "none"))
     query_start: str = flag(
         "random",
         "initial queries: random, or names, the embeddings of class names and numbers",
         choices=("random", "names"),
     )
-    crayon_share: float | None = flag(
-        None, "share of crayon sequences in instruction tuning (default: as in the data)", kind=float
-    )
-    tasks: tuple[str, ...] = flag(
-        TASKS, f"of {', '.join(TASKS)} (default: all)", many=True, choices=TASKS, metavar="TASK"
-    )
-    object_list: str = flag(
-        "dialogues", "prompts that begin with the recognised objects", choices=("dialogues", "all", "none")
-    )
+    crayon_share: float | None = flag(None, "share of crayon sequences in cit (default: as in the data)", kind=float)
+    tasks: tuple[str, ...] = flag(TASKS, f"{', '.join(TASKS)} (default: all)", many=True, choices=TASKS, metavar="TASK")
+    object_list: str = flag("dialogues", "prompts that begin with the objects", choices=("dialogues", "all", "none"))
     instructions_per_sequence: int = flag(8, "instructions of an image packed into one sequence; 1 for none", least=1)
     max_length: int = flag(4096, "tokens of a sequence; longer ones are left out, never cut", least=1)
 
@@ -68,14 +62,12 @@ class TrainArguments:
     workers: int = flag(1, "processes that read and decode", least=0)
 
     log_steps: int = flag(1, "steps between lines in metrics.jsonl", least=1, group="logs and checkpoints")
-    eval_steps: int | None = flag(
-        None, "steps between evaluations (default: at the end of each phase)", kind=int, least=1
-    )
+    eval_steps: int | None = flag(None, "steps between evaluations (default: once a phase)", kind=int, least=1)
     eval_batches: int = flag(16, "micro-batches of each kind in an evaluation", least=1)
     checkpoint_steps: int = flag(500, "steps between checkpoints", least=1)
     keep_checkpoints: int = flag(2, "checkpoints to keep", least=1)
     report_to: tuple[str, ...] = flag(
-        (), "trackers: tensorboard, wandb", many=True, choices=("tensorboard", "wandb"), metavar="NAME"
+        (), f"trackers: {', '.join(TRACKERS)}", many=True, choices=TRACKERS, metavar="NAME"
     )
 
     @property

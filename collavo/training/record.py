@@ -20,38 +20,6 @@ _FREE_ARGUMENTS = (
     "report_to",
 )  # fmt: skip
 
-_CARD = """\
----
-library_name: peft
-base_model: {base}
-tags: [collavo, vision-language-model, qlora]
----
-
-# CoLLaVO: {name}
-
-Crayon Prompt and QLoRA adapters on `{base}`, trained with collavo {collavo} on {started}.
-
-| | |
-|---|---|
-| data | {files} Parquet files (checksums in `train_args.json`) |
-| steps | {steps}, of {batch_size} sequences |
-| language model | {quantized}, LoRA rank {lora_rank}, alpha {lora_alpha}, adapters {adapters} |
-| queries | {queries} |
-| learning rates | Crayon Prompt Tuning {cpt_learning_rate:g}, instruction tuning {cit_learning_rate:g}, both to \
-{final_learning_rate:g} |
-| last validation loss | {validation} |
-
-Every argument is in `train_args.json`, every step in `metrics.jsonl`.
-
-```
-python -m collavo.evaluate --model {folder} --data out/*.parquet
-python -m collavo.chat --model {folder} --image picture.jpg --prompt "What is on the left?"
-```
-
-Crayon data contain other people's images and dialogues. Their licences, and the base's, limit what this model may be
-used for.
-"""
-
 
 def fingerprint(arguments: TrainArguments, files: Sequence[Path]) -> str:
     """Identify what a run learns from what, and in which order: its data and the arguments that matter."""
@@ -84,7 +52,7 @@ def write_train_args(
 
 
 def write_model_card(folder: Path) -> None:
-    """Write the card of a finished run from its `train_args.json` and `metrics.jsonl`."""
+    """Write the card of a finished run: `model_card.md`, filled in from `train_args.json` and `metrics.jsonl`."""
     args: dict[str, Any] = read_train_args(folder)
     lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     phases = {line["phase"]: line["step"] for line in lines}
@@ -101,7 +69,8 @@ def write_model_card(folder: Path) -> None:
         "adapters": ", ".join(f"`{name}`" for name in args["adapter_names"]) or "none",
         "validation": ", ".join(f"{kind} {loss:.3f}" for kind, loss in last.items()) or "none measured",
     }
-    (folder / CARD).write_text(_CARD.format_map(facts))
+    template = Path(__file__).with_name("model_card.md").read_text()
+    (folder / CARD).write_text(template.format_map(facts))
 
 
 def _footer_sha256(file: Path) -> str:

@@ -90,16 +90,13 @@ def build_row_index(
             groups.append(RowGroup(file, group, rows, table.num_rows))
             rows += table.num_rows
             for record in table.to_pylist():
-                asked: list[tuple[int, list[str]]] = []
-                said: list[tuple[int, list[str]]] = []
-                if record["split"] == split:
-                    rows_in_split += 1
-                    numbered = enumerate(record["instructions"])
-                    asked = [(i, [r["question"], r["answer"]]) for i, r in numbered if r["task"] in tasks]
-                    dialogues = enumerate(record["conversations"])
-                    said = [(i, [turn["value"] for turn in dialogue["turns"]]) for i, dialogue in dialogues]
-                collected["crayon"].add_row(asked)
-                collected["dialogue"].add_row(said)
+                wanted = record["split"] == split
+                rows_in_split += wanted
+                asked, said = enumerate(record["instructions"]), enumerate(record["conversations"])
+                collected["crayon"].add_row(
+                    [(i, [r["question"], r["answer"]]) for i, r in asked if wanted and r["task"] in tasks]
+                )
+                collected["dialogue"].add_row([(i, [t["value"] for t in d["turns"]]) for i, d in said if wanted])
     if not rows_in_split:
         raise UserError(f"none of the {rows} rows is in the split {split!r}")
     return RowIndex(
@@ -137,9 +134,6 @@ class _Collector:
 
 def _has_null_images(parquet: pq.ParquetFile, group: int) -> bool:
     """Tell from the statistics in a file's footer, without reading an image."""
-    columns = parquet.metadata.row_group(group)
-    for number in range(columns.num_columns):
-        column = columns.column(number)
-        if column.path_in_schema == "image.bytes":
-            return bool(column.statistics is None or column.statistics.null_count)
-    return True
+    columns = map(parquet.metadata.row_group(group).column, range(parquet.metadata.num_columns))
+    statistics = next(column.statistics for column in columns if column.path_in_schema == "image.bytes")
+    return statistics is None or bool(statistics.null_count)
