@@ -93,20 +93,17 @@ def load_base(
     """
     embedded = find_embedded(base)
     source = str(embedded.folder) if embedded else base
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        **{f"{kind}_queries": queries in ("both", kind) for kind in ("semantic", "numbering")},
-    }
+    switches = {f"{kind}_queries": queries in ("both", kind) for kind in ("semantic", "numbering")}
     try:
         try:
             architecture = AutoConfig.from_pretrained(source).model_type
         except (OSError, ValueError) as error:
             raise ValueError(f"not a folder or hub id of a model that can be reached ({_first_line(error)})") from error
         if architecture == "llava":
-            return assemble_from_llava(source, attention=attention, **options)
+            return assemble_from_llava(source, dtype=dtype, attention=attention, **switches)
         if architecture != "collavo":
             raise ValueError(f"a {architecture} model; python -m collavo.import_base makes a base out of one")
-        return _load_whole(source, attn_implementation=attention, **options)
+        return _load_whole(source, dtype=dtype, attn_implementation=attention, **switches)
     except UserError:
         raise
     except SafetensorError as error:
@@ -184,8 +181,7 @@ def read_train_args(run: Path) -> dict[str, Any]:
     file = run / TRAIN_ARGS
     if not file.exists():
         raise UserError(f"{run}: not a run directory, for it has no {TRAIN_ARGS}; train one with collavo.train")
-    args: dict[str, Any] = json.loads(file.read_text())
-    return args
+    return json.loads(file.read_text())
 
 
 def base_of(model: str) -> str | None:
@@ -193,8 +189,7 @@ def base_of(model: str) -> str | None:
     for name in (TRAIN_ARGS, EXPORT):
         file = Path(model) / name
         if file.exists():
-            base: str | None = json.loads(file.read_text()).get("base")
-            return base
+            return json.loads(file.read_text()).get("base")
     return model
 
 

@@ -27,17 +27,14 @@ def _train(argv: Sequence[str] | None) -> None:
 
     from collavo.training.run import TrainingRun
 
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several processes, only the first prints
-    console.print(
-        f"Preset {arguments.preset}: {arguments.about}. Others: --preset tiny, collavo-7b, or a base of yours.",
-        highlight=False,
-        soft_wrap=True,
-    )
+    # Of several processes, only the first prints.
+    console = Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False)
+    console.print(f"Preset {arguments.preset}: {arguments.about}; --preset names another, see --help.", soft_wrap=True)
     try:
         TrainingRun(arguments, console).train()
     except KeyboardInterrupt:
         raise UserError("interrupted; --resume continues from the last checkpoint", 130) from None
-    console.print(f"Trained: {arguments.output_dir}", highlight=False, soft_wrap=True)
+    console.print(f"Trained: {arguments.output_dir}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ class CollavoModel(LlavaModel):
         has_images = pixel_values is not None or (mm_encoder_outputs or {}).get("image") is not None
         if has_images and self.config.has_crayon_prompt:
             kwargs[CRAYON_SIGNAL] = self.signal(input_ids, semantic_ids, numbering_ids)
-        outputs: LlavaModelOutputWithPast = super().forward(
+        return super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
@@ -89,7 +89,6 @@ class CollavoModel(LlavaModel):
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
-        return outputs
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -152,7 +151,7 @@ class CollavoForConditionalGeneration(LlavaForConditionalGeneration):
         """
         if labels is not None and kwargs.pop("supervised_only", False):
             kwargs.update(_supervised_positions(labels))
-        outputs: LlavaCausalLMOutputWithPast = super().forward(
+        return super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
             semantic_ids=semantic_ids,
@@ -161,7 +160,6 @@ class CollavoForConditionalGeneration(LlavaForConditionalGeneration):
             labels=labels,
             **kwargs,
         )
-        return outputs
 
 
 def _supervised_positions(labels: torch.Tensor) -> dict[str, torch.Tensor]:

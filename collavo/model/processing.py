@@ -73,13 +73,11 @@ class CollavoProcessor(ProcessorMixin):
 
     @property
     def image_token_id(self) -> int:
-        token_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        return token_id
+        return self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
     def pixel_values(self, image: np.ndarray) -> torch.Tensor:
         """float32 [3, side, side] of an image, uint8 RGB [height, width, 3]."""
-        pixels: torch.Tensor = self.image_processor(Image.fromarray(image), return_tensors="pt")["pixel_values"][0]
-        return pixels
+        return self.image_processor(Image.fromarray(image), return_tensors="pt")["pixel_values"][0]
 
     def picture_inputs(self, images: Sequence[np.ndarray], panoptic: Sequence[PanopticMap]) -> dict[str, torch.Tensor]:
         """Turn pictures into the model's inputs; the one place where pixels and crayon maps become tensors.

@@ -6,6 +6,7 @@ comes first, wherever `<image>` stands in the data. The loss covers each answer 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 from rich.text import Text
@@ -141,14 +142,11 @@ def show_supervision(tokenizer: Any, prompt: RenderedPrompt) -> Text:
     """Show a rendered prompt on the terminal: supervised tokens in green, the image's tokens as one."""
     shown = Text()
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    previous = None
-    for token_id, supervised in zip(prompt.input_ids, prompt.supervised, strict=True):
-        if token_id == image_token_id:
-            if previous != image_token_id:
-                shown.append(f"{IMAGE_TOKEN} x {prompt.input_ids.count(image_token_id)}", style="bold blue")
-        else:
-            shown.append(tokenizer.decode([token_id]), style="bold green" if supervised else "dim")
-        previous = token_id
+    pairs = zip(prompt.input_ids, prompt.supervised, strict=True)
+    for (is_image, supervised), alike in groupby(pairs, key=lambda pair: (pair[0] == image_token_id, pair[1])):
+        ids = [token_id for token_id, _ in alike]
+        text = f"{IMAGE_TOKEN} x {len(ids)}" if is_image else tokenizer.decode(ids)
+        shown.append(text, style="bold blue" if is_image else "bold green" if supervised else "dim")
     return shown
 
 
@@ -156,12 +154,10 @@ def _compose(
     tokenizer: Any, chat_format: ChatFormat, turns: Turns, objects: str | None
 ) -> tuple[str, list[tuple[int, int]]]:
     """The whole text, and the character spans of the answers with their stops."""
-    expected = ["human" if i % 2 == 0 else "gpt" for i in range(len(turns))]
-    if not turns or [speaker for speaker, _ in turns] != expected:
-        raise Rejected(
-            "turns_do_not_alternate",
-            f"turns must alternate, human first; found {', '.join(s for s, _ in turns) or 'none'}",
-        )
+    speakers = [speaker for speaker, _ in turns]
+    if not turns or speakers != [("human", "gpt")[i % 2] for i in range(len(turns))]:
+        found = ", ".join(speakers) or "none"
+        raise Rejected("turns_do_not_alternate", f"turns must alternate, human first; found {found}")
     stop = chat_format.stop or tokenizer.eos_token
     bos = tokenizer.bos_token if tokenizer("").input_ids == [tokenizer.bos_token_id] else ""
     text = f"{bos}{chat_format.opening}{IMAGE_TOKEN}{chat_format.after_image}"

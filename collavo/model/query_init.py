@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.nn.functional import embedding_bag, normalize
 
+from collavo.errors import UserError
 from collavo.model.modeling import CollavoForConditionalGeneration
 from schemas.categories import CATEGORIES, MAX_NUMBERING
 
@@ -52,10 +53,11 @@ def begin_with_names(model: CollavoForConditionalGeneration, tokenizer: Any) -> 
     """Set the queries of a model to the names of their classes and to numbers, in place.
 
     Raises:
-        ValueError: for a model whose signal is not added to the attention inputs.
+        UserError: for a model whose signal is not added to the attention inputs.
     """
     if model.config.crayon_signal != "attention_input":
-        raise ValueError(f"queries cannot begin as names where the crayon signal is {model.config.crayon_signal!r}")
+        signal = model.config.crayon_signal
+        raise UserError(f"queries cannot start as names where the crayon signal is {signal!r}, only at random")
     if model.config.has_crayon_prompt:
         model.model.crayon_prompt.begin_with(*(v.float() for v in ClassWords(tokenizer).vectors(model)))
 

@@ -45,10 +45,12 @@ class TrainArguments:
     queries: str = flag("both", "both; others for an ablation", choices=("both", "semantic", "numbering", "none"))
     query_start: str = flag(
         "random",
-        "initial queries: random, or names, the embeddings of class names and numbers",
+        "first queries: random, or names, the embeddings of class names",
         choices=("random", "names"),
     )
-    crayon_share: float | None = flag(None, "share of crayon sequences in cit (default: as in the data)", kind=float)
+    crayon_share: float | None = flag(
+        None, "share of crayon sequences in cit (default: as in the data)", kind=float, least=0.001, most=0.999
+    )
     tasks: tuple[str, ...] = flag(TASKS, f"{', '.join(TASKS)} (default: all)", many=True, choices=TASKS, metavar="TASK")
     object_list: str = flag("dialogues", "prompts that begin with the objects", choices=("dialogues", "all", "none"))
     instructions_per_sequence: int = flag(8, "instructions of an image packed into one sequence; 1 for none", least=1)
@@ -163,8 +165,6 @@ def _has_gpu() -> bool:
 
 
 def _check(arguments: TrainArguments) -> None:
-    if arguments.crayon_share is not None and not 0 < arguments.crayon_share < 1:
-        raise UserError(f"--crayon_share is {arguments.crayon_share}, but must lie between 0 and 1")
     if arguments.queries == "none" and arguments.phase == "cpt":
         raise UserError("--phase cpt trains the queries, and --queries none has none; use --phase cit or all")
     if arguments.attention == "flash_attention_2" and arguments.instructions_per_sequence > 1:

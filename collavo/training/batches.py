@@ -97,8 +97,7 @@ class RowReader:
             while len(self._tables) > 1 and sum(map(len, self._tables.values())) > self._kept_rows:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(number)
-        record: dict[str, Any] = self._tables[number].slice(row - self._first_rows[number], 1).to_pylist()[0]
-        return record
+        return self._tables[number].slice(row - self._first_rows[number], 1).to_pylist()[0]
 
 
 class ExampleDataset(Dataset[Example | UserError]):

@@ -174,11 +174,9 @@ class Trainer:
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in piece.inputs.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
             # `num_items_in_batch` is what transformers' Trainer passes to its models, for the same purpose.
-            outputs = self._staged.model(
+            return self._staged.model(
                 **inputs, supervised_only=True, num_items_in_batch=supervised_tokens, use_cache=False
-            )
-        loss: torch.Tensor = outputs.loss
-        return loss
+            ).loss
 
     def _sum_gradients(self, learning: Sequence[nn.Parameter]) -> None:
         """Add up the gradients of all ranks.

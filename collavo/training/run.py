@@ -149,11 +149,10 @@ class TrainingRun:
         return ExampleDataset(index, self.processor, arguments.object_list, image_root)
 
     def _token_bound(self, text: str) -> int:
-        """An upper bound of a text's tokens: its bytes, or where these are too many, the tokens themselves."""
-        length = len(text.encode())
-        if length > self._max_text_tokens:
-            return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return length
+        """An upper bound of a text's tokens: its bytes, or if these are too many, its tokens, which take longer."""
+        length, tokenizer = len(text.encode()), self.processor.tokenizer
+        fits = length <= self._max_text_tokens
+        return length if fits else len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @cached_property
     def _max_text_tokens(self) -> int:

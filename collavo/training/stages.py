@@ -84,7 +84,12 @@ class StagedModel:
                 f"stage {stage.name}: entered while gradients of stage {self.stage.name} wait for its step"
             )
         if self.stage is None or stage.active != self.stage.active:
-            self._activate(stage.active)
+            tuner: Any = self.model.base_model
+            if stage.active:
+                tuner.enable_adapter_layers()
+                tuner.set_adapter(list(stage.active))  # makes all of them trainable, which is corrected below
+            else:
+                tuner.disable_adapter_layers()
         self.stage = stage
         for parameter in self._prompt.values():
             parameter.requires_grad_(True)
@@ -130,11 +135,3 @@ class StagedModel:
             # Single ones may be zero: LoRA starts with B = 0, through which no gradient reaches A in the first step.
             if group and not any(p.grad.any() for p in group.values() if p.grad is not None):
                 raise StageError(f"stage {self.stage.name}: {min(group)} and its like got gradients of zero")
-
-    def _activate(self, adapters: tuple[str, ...]) -> None:
-        tuner: Any = self.model.base_model
-        if not adapters:
-            tuner.disable_adapter_layers()
-            return
-        tuner.enable_adapter_layers()
-        tuner.set_adapter(list(adapters))  # makes all of them trainable; `enter` says which are

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from collavo.cli import naming
-from collavo.errors import UserError
 from collavo.model.adapters import add_adapters, enable_checkpointing, quantize_language_model
 from collavo.model.processing import CollavoProcessor
 from collavo.model.query_init import begin_with_names
@@ -37,10 +36,8 @@ def load_trainable(
         with naming("phase"):
             load_crayon_prompt(crayon_file, model)
     elif arguments.query_start == "names":
-        try:
+        with naming("query_start"):
             begin_with_names(model, processor.tokenizer)
-        except ValueError as error:
-            raise UserError(f"--query_start names: {error}; use --query_start random") from error
     if arguments.quantize:
         quantize_language_model(model, dtype, device)
     if arguments.gradient_checkpointing:
