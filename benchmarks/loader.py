@@ -3,8 +3,8 @@
     python benchmarks/loader.py --data out/*.parquet [--base collavo/assets/tiny_base] [--image_size 490]
 
 A 7B model trains on fewer than 20 samples a second on the fastest card, so one worker has to deliver at least 20. The
-worker reads whole row groups in the order of the plan, and the index has read the text columns before, so no byte should
-be read much more than once. Only a data set of more than 2,000 rows, as many as a worker keeps, can show that. The last
+worker reads whole row groups in the order of the plan, after the index has read the text columns, so no byte should be
+read much more than once. Only a data set of more than 2,000 rows, as many as a worker keeps, can show that. The last
 line is JSON.
 """
 
