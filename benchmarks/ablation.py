@@ -273,7 +273,7 @@ class Study:
         sequences_per_epoch = flags.train_scenes  # at least, for every scene has instructions and a dialogue
         argv = [
             *("--data", str(self._folder / "data" / "train"), "--preset", flags.base, "--output_dir", str(run)),
-            *("--phase", stage, "--queries", arm.queries, "--adapters", arm.adapters, "--seed", str(seed)),
+            *("--stage", stage, "--queries", arm.queries, "--adapters", arm.adapters, "--seed", str(seed)),
             *("--batch_size", str(flags.batch_size), "--max_steps", str(steps), "--object_list", "none"),
             *("--epochs", str(1 + steps * flags.batch_size // sequences_per_epoch), "--device", "cpu"),
             *("--checkpoint_steps", "100", "--keep_checkpoints", "1"),
