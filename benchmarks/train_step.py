@@ -1,4 +1,4 @@
-"""One training step, side by side with what it stands against; interleaved, median and spread, results compared first.
+"""Compare a training step with the steps that others take: results first, then interleaved times, median and spread.
 
     python benchmarks/train_step.py                         # on a CPU: a 1:8 model of the 7B shape, in its proportions
     python benchmarks/train_step.py --sizes 7b --device cuda                # the 7B shape with random weights, in NF4

@@ -1,10 +1,10 @@
-"""The models that come with the package, each known by a name that stands where a folder or hub id may.
+"""The models that come with the package. Each has a name, which can be given instead of a folder or hub id.
 
     scenes   collavo/assets/segmenter   a segmenter that knows drawn scenes: `--segmenter_checkpoint scenes`
     tiny     collavo/assets/tiny_base   a small base to train from: `--preset tiny`
 
-A folder of the same name is reached as `./scenes`. `collavo/assets/SHA256SUMS` holds the checksum of every file of
-weights, as `sha256sum --check` reads it; weights that are not listed there, or differ, are not opened.
+A folder of the same name is reached as `./scenes`. `collavo/assets/SHA256SUMS` holds the checksums of the weights, in
+the format of `sha256sum --check`. Weights that are not listed there, or differ, are not opened.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ _FOLDERS = {SCENES: "segmenter", TINY: "tiny_base"}
 
 
 class EmbeddedModel(NamedTuple):
-    """An embedded model whose weights are as they were published."""
+    """An embedded model whose checksum is right."""
 
     folder: Path
     sha256: str
@@ -29,10 +29,13 @@ class EmbeddedModel(NamedTuple):
 
 
 def find_embedded(source: str) -> EmbeddedModel | None:
-    """The embedded model of that name, checked; None where `source` is a folder, a hub id, or anything else.
+    """Find the embedded model of that name and check its weights.
+
+    Returns:
+        None if `source` is a folder, a hub id, or anything else.
 
     Raises:
-        UserError: where its weights are missing or damaged.
+        UserError: if the weights are missing or damaged.
     """
     if source not in _FOLDERS:
         return None
@@ -55,4 +58,4 @@ def _checksums() -> dict[str, str]:
 
 
 def _remedy(source: str) -> str:
-    return f"the embedded model {source!r} comes whole with a new installation of the package"
+    return f"reinstall the package, which brings the embedded model {source!r}"

@@ -1,4 +1,4 @@
-"""Weights loaded in silence, where what transformers would say of them is checked beside."""
+"""Load weights without transformers' report, where the caller checks their names itself."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,8 +8,7 @@ from transformers.utils import logging as transformers_logging
 
 @contextmanager
 def without_loading_report() -> Iterator[None]:
-    """While weights are loaded whose names are checked beside: transformers reports what is initialised or left out,
-    and shows a bar of its own. Downloads keep theirs."""
+    """Silence transformers' table of initialised and ignored weights, and its bar. Bars of downloads stay."""
     verbosity, had_bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -1,13 +1,13 @@
 """The run directory: what training leaves behind, and how it is loaded again.
 
-    RUN/config.json          the model's configuration, and the base it was trained on
-    RUN/train_args.json      every argument, the data's checksums, library versions
+    RUN/config.json          the model's configuration
+    RUN/train_args.json      every argument, the base, checksums of the data, library versions
     RUN/metrics.jsonl        a line per step
     RUN/crayon.safetensors   queries and crayon connector
     RUN/adapters/NAME/       each adapter in peft's own format
     RUN/README.md            the model card
 
-The base itself is not copied: it is loaded from where it came from, and its configuration must be the same.
+The base itself is not copied. It is loaded from the place it came from, and every saved weight has to fit it.
 """
 
 import json
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoProcessor
@@ -25,33 +26,25 @@ from collavo.device import move_to_device
 from collavo.embedded import find_embedded
 from collavo.errors import UserError
 from collavo.import_base.assemble import NEW, assemble_from_llava
-from collavo.import_base.published import one_line_errors
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.adapters import quantize_language_model, without_peft_warnings
 from collavo.model.processing import CollavoProcessor
 from collavo.quiet import without_loading_report
 
-CONFIG, TRAIN_ARGS, METRICS, CRAYON, ADAPTERS, CARD = (
-    "config.json",
-    "train_args.json",
-    "metrics.jsonl",
-    "crayon.safetensors",
-    "adapters",
-    "README.md",
-)
+CONFIG, TRAIN_ARGS, METRICS = "config.json", "train_args.json", "metrics.jsonl"
+CRAYON, ADAPTERS, CARD = "crayon.safetensors", "adapters", "README.md"
 
 EXPORT = "export.json"
-"""What `collavo.export_model` tells of a merged model, beside its weights."""
+"""What `collavo.export_model` writes beside the weights of a merged model: its base, and how it was trained."""
 
 
 def save_run(run: Path, model: PeftModel, adapters: Sequence[str], processor: CollavoProcessor) -> None:
-    """Write what was trained; the model's configuration and the processor go with it."""
-    save_file(
-        {name: p.detach().cpu().contiguous() for name, p in _crayon_prompt(model).state_dict().items()}, run / CRAYON
-    )
+    """Write what was trained, with the model's configuration and the processor."""
+    prompt = _crayon_prompt(model).state_dict()
+    save_file({name: tensor.cpu().contiguous() for name, tensor in prompt.items()}, run / CRAYON)
     if adapters:
         model.save_pretrained(str(run / ADAPTERS), selected_adapters=list(adapters))
-        (run / ADAPTERS / CARD).unlink(missing_ok=True)  # peft's own card, which says less than the run's
+        (run / ADAPTERS / CARD).unlink(missing_ok=True)  # peft's own card; the run's says more
     model.config.save_pretrained(run)
     processor.save_pretrained(run)
 
@@ -66,17 +59,15 @@ def load_run(
         quantize: whether the language model is NF4; None for as it was trained.
 
     Raises:
-        UserError: if the folder is not a finished run.
-        UserError: if an adapter's weights do not fit the base, key by key.
-        UserError: if the model does not fit the device.
+        UserError: if the folder is not a finished run, the weights do not fit the base, or the model not the device.
     """
     args = read_train_args(run)
-    # Flash attention, which a CPU lacks, computes the same.
+    # A CPU has no flash attention. SDPA computes the same.
     attention = args["attention"] if device.type == "cuda" else "sdpa"
     try:
         model, _ = load_base(args["base"], dtype, args["queries"], attention)
     except UserError as error:
-        raise UserError(f"--model {run}: its base, {str(error).removeprefix('--preset ')}") from error
+        raise UserError(f"{run}: its base, {error}") from error
     load_crayon_prompt(run / CRAYON, model)
     if args["quantize"] if quantize is None else quantize:
         quantize_language_model(model, dtype, device)
@@ -94,40 +85,39 @@ def load_base(
 
     Args:
         base: a folder, a hub id, or `tiny`, the embedded one.
-        queries: `both`, `semantic`, `numbering` or `none`; what is left out is not there at all.
+        queries: `both`, `semantic`, `numbering` or `none`; the model has no weights for the others.
         attention: transformers' attention implementation.
 
     Raises:
-        UserError: if it cannot be reached, is incomplete or damaged, or is of another architecture.
+        UserError: if it cannot be reached, is incomplete or damaged, or has another architecture.
     """
+    embedded = find_embedded(base)
+    source = str(embedded.folder) if embedded else base
     switches = {f"{kind}_queries": queries in ("both", kind) for kind in ("semantic", "numbering")}
     try:
-        with one_line_errors("llava", base):
-            embedded = find_embedded(base)
-            source = str(embedded.folder) if embedded else base
-            if _architecture(source) == "llava":
-                return assemble_from_llava(source, dtype=dtype, attention=attention, **switches)
-            return _load_whole(source, dtype=dtype, attn_implementation=attention, **switches)
-    except UserError as error:
-        raise UserError(f"--preset {str(error).removeprefix('llava ')}") from error
-
-
-def _architecture(base: str) -> str:
-    try:
-        name: str = AutoConfig.from_pretrained(base).model_type
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"not a folder or hub id of a model that can be reached ({reason})") from error
-    if name not in ("collavo", "llava"):
-        raise ValueError(f"a {name} model; python -m collavo.import_base makes a base out of one")
-    return name
+        try:
+            architecture = AutoConfig.from_pretrained(source).model_type
+        except (OSError, ValueError) as error:
+            raise ValueError(f"not a folder or hub id of a model that can be reached ({_first_line(error)})") from error
+        if architecture == "llava":
+            return assemble_from_llava(source, dtype=dtype, attention=attention, **switches)
+        if architecture != "collavo":
+            raise ValueError(f"a {architecture} model; python -m collavo.import_base makes a base out of one")
+        return _load_whole(source, dtype=dtype, attn_implementation=attention, **switches)
+    except UserError:
+        raise
+    except SafetensorError as error:
+        raise UserError(f"{base}: damaged weights ({_first_line(error)})") from error
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
+        raise UserError(f"{base}: {_first_line(error)}") from error
 
 
 def _load_whole(base: str, **options: Any) -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
     with without_loading_report():
         loaded: Any = CollavoForConditionalGeneration.from_pretrained(base, output_loading_info=True, **options)
     model, found = loaded
-    # Queries may be switched on that the base lacks, or off that it has; nothing else may be initialised or left out.
+    # The queries asked for may differ from those that the base was saved with. Otherwise transformers must not have
+    # initialised a weight at random, nor ignored one.
     wrong = [key for key in (*found["missing_keys"], *found["unexpected_keys"]) if not key.startswith(NEW)]
     if wrong:
         raise ValueError(f"{len(wrong)} weights are missing or unknown, such as {min(wrong)}")
@@ -144,7 +134,7 @@ def load_crayon_prompt(file: Path, model: CollavoForConditionalGeneration | Peft
     if not prompt.state_dict():
         return
     if not file.exists():
-        raise UserError(f"{file}: there is none; --stage cit goes on from a run whose stage cpt is done")
+        raise UserError(f"{file}: there is no such file; Crayon Prompt Tuning (cpt) writes it")
     weights = load_file(file)
     if differing := set(weights) ^ set(prompt.state_dict()):
         raise UserError(f"{file}: {len(differing)} weights do not match the model's, such as {min(differing)}")
@@ -152,10 +142,10 @@ def load_crayon_prompt(file: Path, model: CollavoForConditionalGeneration | Peft
 
 
 def load_adapters(model: CollavoForConditionalGeneration, folders: dict[str, Path]) -> PeftModel:
-    """Put saved adapters on a model, all of them active; the order of `folders` is kept.
+    """Put saved adapters on a model, in the order of `folders`, all of them active and none of them trainable.
 
     Raises:
-        UserError: if a file lacks weights that the model needs, or has some that it does not know.
+        UserError: if a file lacks weights that the model needs, or has some that the model does not know.
     """
     adapted: PeftModel | None = None
     for name, folder in folders.items():
@@ -167,6 +157,7 @@ def load_adapters(model: CollavoForConditionalGeneration, folders: dict[str, Pat
             adapted.add_adapter(name, config)
         weights = load_file(folder / "adapter_model.safetensors")
         result: Any = set_peft_model_state_dict(adapted, weights, adapter_name=name)
+        # peft lists the base's own weights, and those of other adapters, as missing too.
         missing = [key for key in result.missing_keys if f".{name}." in key]
         if missing or result.unexpected_keys:
             wrong = (missing or result.unexpected_keys)[0]
@@ -182,26 +173,28 @@ def load_adapters(model: CollavoForConditionalGeneration, folders: dict[str, Pat
 
 
 def read_train_args(run: Path) -> dict[str, Any]:
-    """What a run was trained with.
+    """Read what a run was trained with.
 
     Raises:
         UserError: if the folder is not a run.
     """
     file = run / TRAIN_ARGS
     if not file.exists():
-        raise UserError(f"--model {run}: not a run directory, for it has no {TRAIN_ARGS}; train one with collavo.train")
-    args: dict[str, Any] = json.loads(file.read_text())
-    return args
+        raise UserError(f"{run}: not a run directory, for it has no {TRAIN_ARGS}; train one with collavo.train")
+    return json.loads(file.read_text())
 
 
 def base_of(model: str) -> str | None:
-    """What a run was trained on, or a merged model made from; the model itself where it tells of none."""
+    """The base that a run or a merged model was trained from; the model itself if its folder names no base."""
     for name in (TRAIN_ARGS, EXPORT):
         file = Path(model) / name
         if file.exists():
-            base: str | None = json.loads(file.read_text()).get("base")
-            return base
+            return json.loads(file.read_text()).get("base")
     return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _crayon_prompt(model: CollavoForConditionalGeneration | PeftModel) -> nn.Module:

@@ -1,42 +1,40 @@
-"""Train CoLLaVO from crayon data: `python -m collavo.train --data out/*.parquet`.
+"""Train CoLLaVO on crayon data: `python -m collavo.train --data out/*.parquet`.
 
 Reads:    Parquet files that pipelines/build_crayon.py wrote, and a base model
 Writes:   a run directory, see collavo/runs.py
-Not here: the steps, see collavo/training/loop.py; which weights move, see collavo/training/stages.py
+Not here: the flags, see collavo/training/arguments.py; the run itself, see collavo/training/run.py
 """
 
 import os
-import sys
 from collections.abc import Sequence
 
-import torch
-from rich.console import Console
-
+from collavo import cli
 from collavo.errors import UserError
 from collavo.training.arguments import parse_arguments
-from collavo.training.run import TrainingRun
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit status: 0, 1 where training had to stop, 2 for what it was given, 130 where it was
+    """Run the command and return its exit status: 0, 1 if training had to stop, 2 for wrong input, 130 if
     interrupted."""
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of several processes one speaks
+    return cli.run("collavo.train", lambda: _train(argv))
+
+
+def _train(argv: Sequence[str] | None) -> None:
+    arguments = parse_arguments(argv)
+
+    # These take seconds to import, so the flags are parsed first.
+    from rich.console import Console
+
+    from collavo.training.run import TrainingRun
+
+    # Of several processes, only the first prints.
+    console = Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False)
+    console.print(f"Preset {arguments.preset}: {arguments.about}; --preset names another, see --help.", soft_wrap=True)
     try:
-        arguments, preset = parse_arguments(argv, torch.cuda.is_available())
-        console.print(
-            f"Preset {arguments.preset}: {preset.about}. Another one: --preset tiny, collavo-7b, or a base of yours.",
-            highlight=False,
-            soft_wrap=True,
-        )
-        TrainingRun(arguments, preset.base, console).train()
-    except UserError as error:
-        print(f"collavo.train: error: {error}", file=sys.stderr)
-        return error.exit_status
+        TrainingRun(arguments, console).train()
     except KeyboardInterrupt:
-        print("collavo.train: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
-    console.print(f"Trained: {arguments.output_dir}", highlight=False, soft_wrap=True)
-    return 0
+        raise UserError("interrupted; --resume continues from the last checkpoint", 130) from None
+    console.print(f"Trained: {arguments.output_dir}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny_model import GRID, scene_rows, tiny_processor, write_crayon_file
@@ -14,9 +15,8 @@ from collavo.errors import UserError
 from collavo.images import decode_rgb
 from collavo.panoptic.grid import crayon_grid
 from collavo.panoptic.index_png import decode_index_map
-from collavo.training import batches as batches_module
 from collavo.training.batch_plan import PlanOptions, Sample, plan_epoch
-from collavo.training.batches import ExampleDataset, ExampleOptions, build_loader, collate
+from collavo.training.batches import ExampleDataset, build_loader
 from collavo.training.row_index import KINDS, build_row_index
 from schemas.crayon_row import CrayonRow
 
@@ -28,7 +28,7 @@ def dataset(
 ) -> ExampleDataset:
     files = find_files([str(write_crayon_file(folder / "rows.parquet", rows))])
     index = build_row_index(files, "train", len, max_tokens=600)
-    return ExampleDataset(index, PROCESSOR, ExampleOptions(object_list, image_root))
+    return ExampleDataset(index, PROCESSOR, object_list, image_root)
 
 
 def text_of(ids: torch.Tensor) -> str:
@@ -53,9 +53,9 @@ def test_an_example_is_the_row_it_came_from(tmp_path: Path) -> None:
 
 def test_a_dialogue_is_rendered_turn_by_turn(tmp_path: Path) -> None:
     rows = scene_rows(1)
-    example = dataset(tmp_path, rows, "none")[Sample("dialogue", 0, (0,))]
+    labels = dataset(tmp_path, rows).example(Sample("dialogue", 0, (0,))).labels
     turns = rows[0].conversations[0].turns
-    assert text_of(example.labels[example.labels != -100]) == "".join(f" {v}</s>" for s, v in turns if s == "gpt")
+    assert text_of(labels[labels != -100]) == "".join(f" {v}</s>" for s, v in turns if s == "gpt")
 
 
 @pytest.mark.parametrize(
@@ -88,12 +88,12 @@ def test_only_the_rows_of_the_split_are_learned_from(tmp_path: Path) -> None:
 
 
 def test_every_row_group_is_read_once_by_one_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [replace(row, image_id=f"{n}-{row.image_id}") for n in range(60) for row in scene_rows(5)]
-    examples = dataset(tmp_path, rows)
+    scenes = scene_rows(5)
+    examples = dataset(tmp_path, [replace(row, image_id=f"{n}-{row.image_id}") for n in range(60) for row in scenes])
     reads = []
-    read_row_group = batches_module.pq.ParquetFile.read_row_group
+    read_row_group = pq.ParquetFile.read_row_group
     monkeypatch.setattr(
-        batches_module.pq.ParquetFile,
+        pq.ParquetFile,
         "read_row_group",
         lambda file, group, **more: (reads.append(group), read_row_group(file, group, **more))[1],
     )
@@ -108,34 +108,34 @@ def test_every_row_group_is_read_once_by_one_worker(tmp_path: Path, monkeypatch:
 
 def test_rows_that_refer_to_their_image_need_its_root(tmp_path: Path) -> None:
     embedded, referring = scene_rows(1), scene_rows(1, embed=False)
-    with pytest.raises(UserError, match="--image_root"):
-        dataset(tmp_path, referring)
-    (tmp_path / referring[0].image_path).write_bytes(embedded[0].image_bytes or b"")
     sample = Sample("crayon", 0, (0,))
-    found = dataset(tmp_path, referring, image_root=tmp_path)[sample]
-    assert torch.equal(found.pixel_values, dataset(tmp_path, embedded)[sample].pixel_values)
+    with pytest.raises(UserError, match="refer to their images"):
+        dataset(tmp_path, referring).example(sample)
+    (tmp_path / referring[0].image_path).write_bytes(embedded[0].image_bytes or b"")
+    found = dataset(tmp_path, referring, image_root=tmp_path).example(sample)
+    assert torch.equal(found.pixel_values, dataset(tmp_path, embedded).example(sample).pixel_values)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_is_not_there_is_named_in_one_line(tmp_path: Path, workers: int) -> None:
     examples = dataset(tmp_path, scene_rows(1, embed=False), image_root=tmp_path)
-    loader = build_loader(examples, [[Sample("crayon", 0, (0,))]], 2, workers, pin_memory=False)
-    with pytest.raises(UserError, match=r"^--data: image of scene-000: .*scene-000.jpg'$"):
+    loader = build_loader(examples, [[Sample("crayon", 0, (0,))]], workers, pin_memory=False)
+    with pytest.raises(UserError, match=r"^image scene-000: missing_file: .*scene-000.jpg$"):
         next(loader)
 
 
 def test_a_worker_that_dies_is_told_of_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ExampleDataset, "example", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    loader = build_loader(dataset(tmp_path, scene_rows(1)), [[Sample("crayon", 0, (0,))]], 2, 1, pin_memory=False)
-    with pytest.raises(UserError, match=r"^--workers 1: a process that reads the data died .*lower --workers[^\n]*$"):
+    loader = build_loader(dataset(tmp_path, scene_rows(1)), [[Sample("crayon", 0, (0,))]], 1, pin_memory=False)
+    with pytest.raises(UserError, match=r"^one of 1 processes that read the data died .*use fewer workers[^\n]*$"):
         next(loader)
 
 
 def test_workers_give_the_batches_of_the_plan_in_order(tmp_path: Path) -> None:
     examples = dataset(tmp_path, scene_rows(4))
     samples = [[Sample("crayon", row, (0, 1))] for row in (2, 0, 1)]
-    apart = [collate([examples[s] for s in piece], 2) for piece in samples]
-    loaded = list(build_loader(examples, samples, 2, workers=2, pin_memory=False))
+    apart = [examples.collate_or_error([examples[s] for s in piece]) for piece in samples]
+    loaded = list(build_loader(examples, samples, workers=2, pin_memory=False))
     assert [piece.image_ids for piece in loaded] == [["scene-002"], ["scene-000"], ["scene-001"]]
     for one, other in zip(loaded, apart, strict=True):
         assert one.inputs.keys() == other.inputs.keys()

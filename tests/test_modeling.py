@@ -9,7 +9,6 @@ from tiny_model import GRID, tiny_config, tiny_model
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
 
 from collavo.model import CollavoForConditionalGeneration
-from collavo.model.adapters import enable_checkpointing
 
 IMAGE = 3
 # Not every version of transformers that is allowed knows InternLM3.
@@ -108,21 +107,6 @@ def test_left_padding_changes_no_answer() -> None:
     assert torch.equal(together, torch.cat(alone))
 
 
-def test_gradients_are_the_same_with_and_without_checkpointing() -> None:
-    gradients = []
-    for checkpointing in (False, True):
-        model = tiny_model().train()
-        if checkpointing:
-            enable_checkpointing(model)
-        batch = inputs()
-        model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters()})
-    assert gradients[0]["model.crayon_prompt.semantic_queries.weight"].abs().sum() > 0
-    for name, gradient in gradients[0].items():
-        if gradient is not None:
-            torch.testing.assert_close(gradient, gradients[1][name], msg=name)
-
-
 def test_a_head_on_supervised_positions_only_gives_the_same_loss_and_gradients() -> None:
     results = []
     for supervised_only in (False, True):
@@ -164,15 +148,10 @@ def test_it_saves_and_loads_through_the_auto_classes(tmp_path: Path) -> None:
         assert torch.equal(loaded(**batch).logits, model(**batch).logits)
 
 
-def test_an_image_without_its_crayon_map_is_refused() -> None:
+def test_images_that_do_not_match_their_crayon_maps_are_refused() -> None:
     batch = inputs()
-    del batch["semantic_ids"]
     with pytest.raises(ValueError, match="semantic_ids"):
-        tiny_model()(**batch)
-
-
-def test_a_count_of_image_tokens_that_does_not_fit_the_map_is_refused_with_both_counts() -> None:
-    batch = inputs()
+        tiny_model()(**{name: tensor for name, tensor in batch.items() if name != "semantic_ids"})
     batch["input_ids"][0, 2] = 5
     with pytest.raises(ValueError, match=r"71 image tokens in input_ids for 2 crayon maps of 36 cells"):
         tiny_model()(**batch)

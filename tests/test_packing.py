@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_model import GRID, tiny_config, tiny_model, tiny_processor
+from tiny_model import GRID, tiny_model, tiny_processor
 
 from collavo.model.packing import PADDING, SHARED, packed_positions, packing_mask
 from collavo.training.batches import Example, collate, pack_prompts
@@ -33,40 +33,21 @@ def example(turns: list, seed: int = 0) -> Example:
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_loss_of_a_packed_sequence_is_that_of_its_instructions_apart(attention: str) -> None:
-    model = tiny_model()
-    model.set_attn_implementation(attention)
-    packed = collate([example(QUESTIONS), example(QUESTIONS[:1])], pad_token_id=2)
+def test_loss_and_gradients_of_a_packed_sequence_are_those_of_its_instructions_apart(attention: str) -> None:
+    packed = [collate([example(QUESTIONS), example(QUESTIONS[:1])], pad_token_id=2)]
     apart = [collate([example([turns])], pad_token_id=2) for turns in [*QUESTIONS, QUESTIONS[0]]]
-    with torch.no_grad():
-        whole = model(**packed.inputs, supervised_only=True, num_items_in_batch=1).loss
-        parts = [model(**piece.inputs, supervised_only=True, num_items_in_batch=1).loss for piece in apart]
-    assert packed.supervised_tokens == sum(piece.supervised_tokens for piece in apart)
-    torch.testing.assert_close(whole, sum(parts), rtol=1e-5, atol=1e-4)
-
-
-def test_gradients_of_a_packed_sequence_are_those_of_its_instructions_apart() -> None:
-    gradients = []
-    for groups in ([QUESTIONS], [[turns] for turns in QUESTIONS]):
+    assert packed[0].supervised_tokens == sum(piece.supervised_tokens for piece in apart)
+    losses, gradients = [], []
+    for pieces in (packed, apart):
         model = tiny_model()
-        for group in groups:
-            piece = collate([example(group)], pad_token_id=2)
-            model(**piece.inputs, supervised_only=True, num_items_in_batch=1).loss.backward()
+        model.set_attn_implementation(attention)
+        loss = sum(model(**piece.inputs, supervised_only=True, num_items_in_batch=1).loss for piece in pieces)
+        loss.backward()
+        losses.append(loss.detach())
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-4)
     for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-5, msg=name)
-
-
-def test_an_instruction_does_not_see_its_siblings() -> None:
-    model = tiny_model()
-    other = [("human", "Can you see a boat? Answer yes or no."), ("gpt", "Yes.")]
-    logits = []
-    for first in (QUESTIONS[0], other):
-        piece = collate([example([first, QUESTIONS[1]])], pad_token_id=2)
-        own = piece.inputs["sequence_ids"][0] == 2
-        with torch.no_grad():
-            logits.append(model(**piece.inputs).logits[0][own])
-    torch.testing.assert_close(logits[0], logits[1])
+        torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-4, msg=name)
 
 
 def test_an_implementation_that_cannot_keep_sequences_apart_is_refused() -> None:
@@ -92,7 +73,3 @@ def test_the_mask_shows_a_token_the_shared_part_and_its_own_past(ids: list[int])
         for key, of_key in enumerate(ids):
             sees = key <= query and of_key != PADDING and of_key in (SHARED, of_query)
             assert bool(mask[query, key]) == (sees or key == query)
-
-
-def test_a_tiny_config_has_the_grid_that_the_tests_count_on() -> None:
-    assert tiny_config().grid_hw == (GRID, GRID)

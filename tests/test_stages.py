@@ -52,8 +52,7 @@ def take_steps(staged: StagedModel, optimizer: torch.optim.Optimizer, steps: int
         optimizer.zero_grad(set_to_none=True)
 
 
-@pytest.mark.parametrize("quantized", [True, False])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("quantized", "checkpointing"), [(True, True), (False, False)])
 def test_each_stage_moves_its_own_weights_and_leaves_the_rest_bit_for_bit(quantized: bool, checkpointing: bool) -> None:
     staged = staged_model(quantized, checkpointing)
     optimizer = torch.optim.AdamW(staged.parameters_of(ADAPTERS).values(), lr=1e-2)
@@ -103,16 +102,6 @@ def test_a_model_that_does_not_follow_its_stage_is_found_out() -> None:
         staged.check()
 
 
-def test_a_weight_that_learns_without_a_gradient_is_found_out() -> None:
-    staged = staged_model()
-    staged.enter(IMAGE_CIT)
-    staged.model(**batch().inputs, supervised_only=True).loss.backward()
-    name, parameter = next(iter(staged.learning.items()))
-    parameter.grad = None
-    with pytest.raises(StageError, match=f"{name} got no gradient"):
-        staged.check_gradients()
-
-
 def test_a_stage_does_not_change_in_the_middle_of_a_step() -> None:
     staged = staged_model()
     staged.enter(IMAGE_CIT)
@@ -124,16 +113,19 @@ def test_a_stage_does_not_change_in_the_middle_of_a_step() -> None:
 
 
 @pytest.mark.parametrize("group", ["crayon_prompt", "image_cit"])
-def test_gradients_that_are_all_zero_are_found_out(group: str) -> None:
-    """As reentrant checkpointing leaves them, which sees no input that asks for any."""
+def test_gradients_that_are_missing_or_all_zero_are_found_out(group: str) -> None:
     staged = staged_model()
     staged.enter(IMAGE_CIT)
     staged.model(**batch().inputs, supervised_only=True).loss.backward()
     staged.check_gradients()
-    for name, parameter in staged.learning.items():
-        if group in name:
-            parameter.grad.zero_()
+    of_group = {name: parameter for name, parameter in staged.learning.items() if group in name}
+    for parameter in of_group.values():
+        parameter.grad.zero_()  # as reentrant checkpointing leaves them
     with pytest.raises(StageError, match=rf"{group}.* got gradients of zero"):
+        staged.check_gradients()
+    name, parameter = next(iter(of_group.items()))
+    parameter.grad = None
+    with pytest.raises(StageError, match=f"{name} got no gradient"):
         staged.check_gradients()
 
 
@@ -164,13 +156,3 @@ def test_nf4_and_adapters_touch_the_linear_layers_of_the_language_model_and_noth
     assert quantized == expected
     adapted = add_adapters(model, [IMAGE_ADAPTER], rank=4, alpha=4).get_base_model()
     assert {name for name, module in adapted.named_modules() if isinstance(module, LoraLayer)} == expected
-
-
-def test_nf4_stays_close_to_what_it_stands_for() -> None:
-    model = tiny_model()
-    inputs = batch().inputs
-    with torch.no_grad():
-        exact = model(**inputs).logits
-        quantize_language_model(model, torch.float32, torch.device("cpu"))
-        difference = (model.train()(**inputs).logits - exact).abs().max()
-    assert 0 < difference < 0.25 * exact.abs().max()

@@ -1,4 +1,4 @@
-"""A tiny world to train in: a tokenizer, a CoLLaVO base of 60,000 weights, and crayon data of a few drawn scenes."""
+"""Tiny parts to train with: a tokenizer, a CoLLaVO base of 60,000 weights, and crayon data of a few drawn scenes."""
 
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def tiny_config(text: dict[str, Any] | None = None, **changes: Any) -> CollavoCo
 
 
 def tiny_model(config: CollavoConfig | None = None, *, open_prompt: bool = True) -> CollavoForConditionalGeneration:
-    """Random weights, the same every time; `open_prompt` gives the Crayon Prompt an effect from the start."""
+    """A model of random weights, the same every time; with `open_prompt`, its Crayon Prompt has an effect."""
     torch.manual_seed(0)
     model = CollavoForConditionalGeneration(config or tiny_config()).eval()
     if open_prompt and model.config.has_crayon_prompt:

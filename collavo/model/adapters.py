@@ -1,13 +1,14 @@
-"""What is put on the language model for training: NF4 beneath, LoRA adapters beside its linear layers, by peft.
+"""QLoRA on the language model: its linear layers stored in NF4, and peft's LoRA adapters beside them.
 
-Only the linear layers inside the language model's decoder layers are touched. Vision tower, projector, Crayon Prompt,
-embeddings and head keep their precision and get no adapter.
+Only the linear layers inside the language model's decoder layers are quantised and adapted. Vision tower, projector,
+Crayon Prompt, embeddings and head keep their precision and get no adapter.
 """
 
 import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,7 +18,7 @@ from collavo.errors import UserError
 from collavo.model import CollavoForConditionalGeneration
 
 IMAGE_ADAPTER, DIALOGUE_ADAPTER = "image_cit", "vl_cit"
-"""Names of the two adapters: crayon batches move the first, dialogue batches the second."""
+"""Names of the two adapters: crayon batches train the first, dialogue batches the second."""
 
 LINEAR_LAYERS = re.compile(r"model\.language_model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)")
 """Full names of the layers that are quantised and adapted."""
@@ -26,33 +27,29 @@ LINEAR_LAYERS = re.compile(r"model\.language_model\.layers\.\d+\.(?:self_attn\.[
 def quantize_language_model(
     model: CollavoForConditionalGeneration, compute_dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Replace the language model's linear layers by NF4 ones, doubly quantised, in place, one at a time.
+    """Replace the language model's linear layers by doubly quantised NF4 ones, in place.
+
+    transformers quantises while it loads a checkpoint; this works on a model in memory, which may be assembled from
+    several checkpoints. One layer at a time goes to the device, so a GPU needs room for the quantised layers only.
 
     Args:
         compute_dtype: of the matrix products.
-        device: where the quantised layers end up; the rest of the model is not moved.
+        device: of the quantised layers; the rest of the model is not moved.
     """
-    import bitsandbytes as bnb
+    import bitsandbytes as bnb  # takes seconds, and not every model is quantised
 
+    nf4: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
     for name in linear_layer_names(model):
         parent = model.get_submodule(name.rpartition(".")[0])
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         quantized = bnb.nn.Linear4bit(
-            layer.in_features,
-            layer.out_features,
-            bias=layer.bias is not None,
-            compute_dtype=compute_dtype,
-            compress_statistics=True,
-            quant_type="nf4",
-            device="meta",
+            layer.in_features, layer.out_features, layer.bias is not None, compute_dtype, device="meta", **nf4
         )
-        quantized.weight = bnb.nn.Params4bit(
-            layer.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4", module=quantized
-        )
+        quantized.weight = bnb.nn.Params4bit(layer.weight.data, requires_grad=False, module=quantized, **nf4)
         if layer.bias is not None:
             quantized.bias = nn.Parameter(layer.bias.data, requires_grad=False)
-        setattr(parent, name.rpartition(".")[2], quantized.to(device))
+        setattr(parent, name.rpartition(".")[2], quantized.to(device))  # the move is what quantises
     setattr(model, "is_loaded_in_4bit", True)  # noqa: B010  # what peft asks before it adapts 4-bit layers
 
 
@@ -62,11 +59,8 @@ def linear_layer_names(model: nn.Module) -> list[str]:
     Raises:
         UserError: if there are none, because the language model is not Llama-shaped.
     """
-    names = [
-        name
-        for name, module in model.named_modules()
-        if LINEAR_LAYERS.fullmatch(name) and isinstance(module, nn.Linear)
-    ]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name in linear if LINEAR_LAYERS.fullmatch(name)]
     if not names:
         raise UserError("the language model has no linear layers under the names of Llama's")
     return names
@@ -74,9 +68,9 @@ def linear_layer_names(model: nn.Module) -> list[str]:
 
 def add_adapters(model: CollavoForConditionalGeneration, names: Sequence[str], rank: int, alpha: int) -> PeftModel:
     """Put one LoRA adapter per name on the language model, none of them trainable yet."""
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=linear_layer_names(model)
-    )
+    layers = linear_layer_names(model)
+    # No dropout, so that training mode and evaluation mode compute the same; see `Trainer.evaluate`.
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=layers)
     with without_peft_warnings():
         adapted: PeftModel = get_peft_model(model, config, adapter_name=names[0])
     for name in names[1:]:
@@ -85,8 +79,9 @@ def add_adapters(model: CollavoForConditionalGeneration, names: Sequence[str], r
 
 
 def enable_checkpointing(model: CollavoForConditionalGeneration) -> None:
-    """Recompute activations in the backward pass, without reentrance, which frozen inputs would leave without
-    gradients."""
+    """Recompute activations in the backward pass, which saves memory and costs time."""
+    # Reentrant checkpointing computes gradients only if an input of the checkpointed layer requires them. Here the
+    # inputs are frozen embeddings, so everything would silently get gradients of zero.
     # Before version 5.24 of transformers, `activation` is `gradient`.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -94,12 +89,7 @@ def enable_checkpointing(model: CollavoForConditionalGeneration) -> None:
 
 @contextmanager
 def without_peft_warnings() -> Iterator[None]:
-    """While peft is put on a model: it asks for checkpointing by a name that transformers deprecates."""
+    """Silence peft, which asks a model about checkpointing by a name that transformers deprecates."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`is_gradient_checkpointing`", FutureWarning)
         yield
-
-
-def adapter_parameters(model: nn.Module, adapter: str) -> dict[str, nn.Parameter]:
-    """The parameters of one adapter, by full name."""
-    return {name: parameter for name, parameter in model.named_parameters() if f".{adapter}." in name}

@@ -1,12 +1,13 @@
-"""The authors' release adds the crayon signal through low-rank branches beside the linear layers of the decoder.
+"""Low-rank branches beside the linear layers of the decoder, through which the authors' release adds the signal.
 
-At image tokens, and at no others, two products of rank r join the output of a layer: one of the layer's own input, one
-of the crayon signal. The signal goes to the query/key/value, output, gate and up projections; the down projection has
-the first product only. Scaling is alpha / r = 1.
+At image tokens, and at no others, the output of a linear layer becomes W x + B A x + D C s: x is the layer's input, s
+the cell's crayon signal, and A, B, C, D are of rank r. The query/key/value, output, gate and up projections have both
+products, the down projection only the first. Their scale is alpha / r = 1.
 
-The branches stand apart from the language model, whose linear layers may be quantised or wrapped by adapters at any
-time. So they join by hooks set when an attention module or an MLP is entered and taken away when it is left, on
-whatever modules stand there then. A pass without images sets none.
+The branches are modules of their own, not part of the linear layers. Those may be replaced at any time: by NF4 layers,
+or by peft's wrappers. So a branch never keeps a reference to a linear layer. When an attention module or an MLP is
+entered, a hook looks up the linear layers that are there now and sets hooks on them, and they are removed when the
+module is left. A pass without images sets none.
 
 Source: github.com/ByungKwanLee/CoLLaVO, collavo/arch/build_mlp.py and modeling_internlm2.py.
 """
@@ -23,17 +24,17 @@ CRAYON_SIGNAL = "crayon_signal"
 
 
 class CellSignal(NamedTuple):
-    """The crayon signal of the cells, and where they stand in the batch."""
+    """The crayon signal of all cells in a batch, and which tokens they belong to."""
 
     positions: torch.Tensor
-    """int64 [cells], into the tokens of the whole batch, flattened."""
+    """int64 [cells]: indices into the tokens of the flattened batch."""
 
     cells: torch.Tensor
     """float [cells, hidden_size]."""
 
 
 class LayerBranches(nn.Module):
-    """The branches of one decoder layer, each two linear layers; query, key and value share one, in that order."""
+    """The branches of one decoder layer, each two linear layers. Query, key and value share one, in that order."""
 
     def __init__(self, layer: Any, rank: int) -> None:
         super().__init__()
@@ -48,7 +49,8 @@ class LayerBranches(nn.Module):
             "down": (mlp.down_proj.in_features, hidden_size),
         }
         self.image = nn.ModuleDict({name: _branch(*shape, rank, ClosedLinear) for name, shape in shapes.items()})
-        # These need not start at zero: the signal itself does, and were both zero, none would ever learn.
+        # These need not start at zero, because the signal itself does. And they must not: the gradient of each is a
+        # product with the other, so if both were zero, neither would ever learn.
         self.crayon = nn.ModuleDict(
             {name: _branch(hidden_size, rows, rank, nn.Linear) for name, (_, rows) in shapes.items() if name != "down"}
         )
@@ -56,16 +58,17 @@ class LayerBranches(nn.Module):
         self._handles: list[Any] = []
 
     def attach(self, layer: Any) -> None:
-        """Join the layer's attention and MLP whenever a `CellSignal` comes to the attention.
-
-        The hooks lie inside what gradient checkpointing runs again; those of the layer itself would not.
-        """
+        """Take effect in the layer's attention and MLP whenever the attention receives a `CellSignal`."""
+        # transformers checkpoints the decoder layer's forward. Hooks of the layer itself would run outside of it, so
+        # the recomputed pass would lack the branches. Hooks of its children are inside and run again.
+        # `always_call` removes the inner hooks even if the module raises; otherwise the next pass would add twice.
         layer.self_attn.register_forward_pre_hook(self._enter_attention, with_kwargs=True)
         layer.self_attn.register_forward_hook(self._leave_attention, always_call=True)
         layer.mlp.register_forward_pre_hook(self._enter_mlp)
         layer.mlp.register_forward_hook(self._leave_mlp, always_call=True)
 
     def _enter_attention(self, attention: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        # Only the attention modules are given the keyword, so the signal is kept here until the MLP has run.
         self._signal = kwargs.pop(CRAYON_SIGNAL, None)
         if self._signal is not None:
             additions = self._addition("qkv", kwargs["hidden_states"]).split(self.qkv_rows, dim=-1)
@@ -88,7 +91,7 @@ class LayerBranches(nn.Module):
         self._signal = None
 
     def _addition(self, name: str, states: torch.Tensor) -> torch.Tensor:
-        """What joins the output of a projection at the image tokens: [cells, out_features]."""
+        """What is added to the output of a projection at the image tokens: float [cells, out_features]."""
         assert self._signal is not None
         positions, cells = self._signal
         branch: Any = self.image[name]
@@ -97,7 +100,7 @@ class LayerBranches(nn.Module):
         return addition + self.crayon[name](cells.to(dtype)) if name in self.crayon else addition
 
     def _join(self, linear: nn.Module, name: str, addition: torch.Tensor | None = None) -> None:
-        """Add to what `linear` will put out, on whatever module stands there."""
+        """Hook a linear layer: add the branch called `name`, or an addition computed before, to its next output."""
         assert self._signal is not None
         positions = self._signal.positions
 

@@ -1,4 +1,4 @@
-"""Configuration of a CoLLaVO model: LLaVA's, and what the Crayon Prompt adds."""
+"""Configuration of a CoLLaVO model: LLaVA's, with the settings of the Crayon Prompt."""
 
 from typing import Any, Literal
 
@@ -24,10 +24,10 @@ class CollavoConfig(LlavaConfig):
     """Width of the queries; 1024 in the authors' release, the language model's width in the paper."""
 
     semantic_queries: bool = True
-    """Whether a cell's class is told; off for an ablation."""
+    """Whether the signal tells the class of a cell; off for an ablation."""
 
     numbering_queries: bool = True
-    """Whether a cell's ordinal within its class is told; off for an ablation."""
+    """Whether the signal tells the number of a cell's object within its class; off for an ablation."""
 
     crayon_signal: Literal["attention_input", "low_rank_branches"] = "attention_input"
     """How the signal enters: added to the image tokens at the input of every attention module (the paper), or through
@@ -37,7 +37,7 @@ class CollavoConfig(LlavaConfig):
     """Rank and alpha of those branches; used with `low_rank_branches` only."""
 
     chat_format: str = "paper"
-    """Which of `collavo.model.prompt.CHAT_FORMATS` the language model converses in."""
+    """The language model's chat format, one of `collavo.model.prompt.CHAT_FORMATS`."""
 
     @property
     def grid_hw(self) -> tuple[int, int]:

@@ -1,4 +1,8 @@
-"""The Crayon Prompt: queries for what a cell is, and the connector that brings them to the language model's width.
+"""The Crayon Prompt: queries for the class and number of a cell, and the connector to the language model's width.
+
+The starting values matter. The last layer starts at zero, so that an untrained Crayon Prompt adds nothing. Queries and
+first layer must not start near zero as well: the gradient of each is a product with the other two, and learning would
+hardly begin.
 
 Source: arXiv 2402.11248, section 3 and figure 6a.
 """
@@ -11,7 +15,7 @@ from schemas.categories import MAX_NUMBERING, SEMANTIC_INDICES
 
 
 class ClosedLinear(nn.Linear):
-    """A linear layer that starts at zero: an untrained Crayon Prompt leaves the language model exactly as it was."""
+    """A linear layer that starts at zero, so that the language model is at first exactly what it was."""
 
     def reset_parameters(self) -> None:
         init.zeros_(self.weight)
@@ -20,7 +24,7 @@ class ClosedLinear(nn.Linear):
 
 
 class UnitEmbedding(nn.Embedding):
-    """Vectors of unit scale. Were queries and both layers near zero, learning would hardly begin."""
+    """Vectors whose entries start at unit scale."""
 
     def reset_parameters(self) -> None:
         init.normal_(self.weight)
@@ -35,7 +39,13 @@ class UnitLinear(nn.Linear):
 
 
 class CrayonPrompt(nn.Module):
-    """Learnable queries, summed per cell, through a two-layer MLP."""
+    """Learnable queries, summed for each cell, then passed through an MLP of two layers.
+
+    Args:
+        width: of the queries.
+        hidden_size: of the language model.
+        semantic, numbering: whether there are queries for classes, and for numbers; one of them at least.
+    """
 
     def __init__(self, width: int, hidden_size: int, semantic: bool = True, numbering: bool = True) -> None:
         super().__init__()
@@ -46,7 +56,7 @@ class CrayonPrompt(nn.Module):
         self.linear_2 = ClosedLinear(hidden_size, hidden_size)
 
     def forward(self, semantic_ids: torch.Tensor, numbering_ids: torch.Tensor) -> torch.Tensor:
-        """The signal of every cell.
+        """Compute the signal of every cell.
 
         Args:
             semantic_ids: int [images, rows, columns], 0..133.
@@ -55,26 +65,21 @@ class CrayonPrompt(nn.Module):
         Returns:
             float [images, rows * columns, hidden_size].
         """
-        queries = [
-            embedding(ids)
-            for embedding, ids in (
-                (self.semantic_queries, semantic_ids),
-                (self.numbering_queries, numbering_ids),
-            )
-            if embedding is not None
-        ]
-        return self.linear_2(self.act(self.linear_1(sum(queries).flatten(1, 2))))
+        given = ((self.semantic_queries, semantic_ids), (self.numbering_queries, numbering_ids))
+        queries = sum(embedding(ids) for embedding, ids in given if embedding is not None)
+        return self.linear_2(self.act(self.linear_1(queries.flatten(1, 2))))
 
     @torch.no_grad()
     def begin_with(self, semantic: torch.Tensor, numbering: torch.Tensor) -> None:
-        """Set queries and connector so that the signal of a cell is the sum of what is given for its class and number.
+        """Set queries and connector so that the signal of a cell is the sum of two given vectors.
 
-        GELU(x) - GELU(-x) is x, so half of the hidden units can pass on what the other half would bend. Queries
-        narrower than what they stand for keep its principal directions.
+        The connector has to pass on its input unchanged. That works because GELU(x) - GELU(-x) = x: the first layer
+        gives each value to one hidden unit and its negative to another, the second subtracts them. Queries narrower
+        than the vectors keep the principal directions of the vectors.
 
         Args:
-            semantic: float [134, hidden_size].
-            numbering: float [21, hidden_size].
+            semantic: float [134, hidden_size], for the class of a cell.
+            numbering: float [21, hidden_size], for its number.
         """
         given = [(self.semantic_queries, semantic), (self.numbering_queries, numbering)]
         pairs = [(queries, vectors) for queries, vectors in given if queries is not None]

@@ -1,7 +1,15 @@
-"""Packed sequences: one image, several instructions, each blind to its siblings.
+"""Packed sequences: one image, several instructions, each blind to the others.
 
-A packed sequence begins with what all share - system text and image - and goes on with one instruction after the other.
-Every token is labelled with the sequence it belongs to, and attends to the shared part and its own.
+An image takes hundreds of tokens, an instruction about thirty. Trained one by one, a dozen instructions about an image
+would pass the image through the model a dozen times. A packed sequence holds it once:
+
+    token            sys  img  img  q1   a1   q2   a2   pad
+    sequence id       0    0    0    1    1    2    2   -1
+    position          0    1    2    3    4    3    4    0
+
+Two things make the losses equal to those of separate sequences. A token attends to the shared part and to its own
+instruction only (`packing_mask`), and each instruction's positions continue from the shared part, as if there were no
+other (`packed_positions`).
 """
 
 import torch
@@ -19,7 +27,8 @@ def packing_mask(sequence_ids: torch.Tensor, attention: str, dtype: torch.dtype)
         dtype: of its hidden states.
 
     Returns:
-        [batch, 1, tokens, tokens]: bool, True where attended, for `sdpa`; additive in `dtype` for `eager`.
+        [batch, 1, tokens, tokens], which transformers uses as it is: bool, True where attended, for `sdpa`; for `eager`
+        a tensor of `dtype` that is added to the scores.
 
     Raises:
         ValueError: for an implementation that cannot express the mask.
@@ -29,8 +38,10 @@ def packing_mask(sequence_ids: torch.Tensor, attention: str, dtype: torch.dtype)
     tokens = sequence_ids.shape[1]
     query, key = sequence_ids[:, :, None], sequence_ids[:, None, :]
     causal = torch.ones(tokens, tokens, dtype=torch.bool, device=sequence_ids.device).tril()
+    # The shared part comes first, so to a query in it all instructions lie in the future: no instruction leaks into
+    # the image's states, through which another could read it.
     attended = causal & ((key == SHARED) | (key == query)) & (key != PADDING)
-    # A padding token attends to itself, for a row without any key would come out as NaN.
+    # Each token attends to itself, padding too: the softmax of a row without any key would be NaN, which spreads.
     attended |= torch.eye(tokens, dtype=torch.bool, device=sequence_ids.device)
     mask = attended[:, None]
     if attention == "sdpa":
@@ -39,7 +50,7 @@ def packing_mask(sequence_ids: torch.Tensor, attention: str, dtype: torch.dtype)
 
 
 def packed_positions(sequence_ids: torch.Tensor) -> torch.Tensor:
-    """Position ids of packed sequences: every instruction goes on where the shared part ends.
+    """Position ids of packed sequences: every instruction continues where the shared part ends.
 
     Args:
         sequence_ids: int [tokens] of one sequence, or [batch, tokens].
@@ -51,6 +62,7 @@ def packed_positions(sequence_ids: torch.Tensor) -> torch.Tensor:
     index = torch.arange(sequence_ids.shape[-1], device=sequence_ids.device).expand_as(sequence_ids)
     starts = torch.ones_like(sequence_ids, dtype=torch.bool)
     starts[..., 1:] = sequence_ids[..., 1:] != sequence_ids[..., :-1]
+    # Where the run of equal ids that a token is in began: starts only grow, so a running maximum carries them on.
     run_start = torch.where(starts, index, 0).cummax(-1).values
     positions = index - run_start + torch.where(sequence_ids > SHARED, shared, 0)
     return positions.masked_fill(sequence_ids == PADDING, 0)

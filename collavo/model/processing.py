@@ -1,4 +1,4 @@
-"""The processor: images, their panoptic maps and conversations in, the model's inputs out."""
+"""The processor: it turns images, their panoptic maps and conversations into the model's inputs."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from transformers import AutoProcessor, BatchFeature, CLIPImageProcessorPil, Pro
 
 from collavo.instructions.text import format_objects_with_boxes
 from collavo.model.configuration import CollavoConfig
-from collavo.model.prompt import CHAT_FORMATS, IMAGE_TOKEN, ChatFormat, RenderedPrompt, Turns, render_conversation
+from collavo.model.prompt import CHAT_FORMATS, IMAGE_TOKEN, RenderedPrompt, Turns, render_conversation
 from collavo.panoptic.grid import crayon_grid
 from collavo.panoptic.maps import PanopticMap
 
@@ -18,8 +18,8 @@ from collavo.panoptic.maps import PanopticMap
 class CollavoProcessor(ProcessorMixin):
     """Image processor and tokenizer with the prompt protocol.
 
-    Images are squeezed whole to the square that the patch grid lies on, neither cropped nor padded, so that a cell of
-    the crayon map and a patch of the image are the same part of the picture.
+    Images are squeezed to a square, neither cropped nor padded. So the patches of the vision encoder cover the whole
+    picture, and the cell of a crayon map is the same part of it as the patch at the same place.
     """
 
     def __init__(
@@ -36,6 +36,7 @@ class CollavoProcessor(ProcessorMixin):
 
     @property
     def grid_hw(self) -> tuple[int, int]:
+        """Rows and columns of the crayon map."""
         size = self.image_processor.size
         return size["height"] // self.patch_size, size["width"] // self.patch_size
 
@@ -46,44 +47,40 @@ class CollavoProcessor(ProcessorMixin):
         conversations: Sequence[Turns],
         object_list: bool = True,
     ) -> BatchFeature:
-        """A left-padded batch to generate from.
+        """Make a left-padded batch to generate from.
 
         Args:
             images: uint8 RGB arrays [height, width, 3].
             panoptic: the map of each image.
             conversations: turns about each image, the last one by `human`.
-            object_list: whether the first question is preceded by the recognised objects.
+            object_list: whether the recognised objects precede the first question.
         """
-        prompts = [
-            self.render(turns, segments_text(found, _size_wh(image)) if object_list else None)
-            for image, found, turns in zip(images, panoptic, conversations, strict=True)
-        ]
+        prompts = []
+        for image, found, turns in zip(images, panoptic, conversations, strict=True):
+            size_wh = (image.shape[1], image.shape[0])
+            prompts.append(
+                self.render(turns, format_objects_with_boxes(found.segments, size_wh) if object_list else None)
+            )
         batch = self.tokenizer.pad(
             {"input_ids": [prompt.input_ids for prompt in prompts]}, padding_side="left", return_tensors="pt"
         )
         return BatchFeature({**batch, **self.picture_inputs(images, panoptic)})
 
     def render(self, turns: Turns, objects: str | None = None) -> RenderedPrompt:
-        """A conversation in this model's chat format; see `collavo.model.prompt.render_conversation`."""
+        """Render a conversation in this model's chat format; see `collavo.model.prompt.render_conversation`."""
         rows, columns = self.grid_hw
-        return render_conversation(self.tokenizer, self.format, turns, rows * columns, objects)
+        return render_conversation(self.tokenizer, CHAT_FORMATS[self.chat_format], turns, rows * columns, objects)
 
     @property
     def image_token_id(self) -> int:
-        token_id: int = self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        return token_id
-
-    @property
-    def format(self) -> ChatFormat:
-        return CHAT_FORMATS[self.chat_format]
+        return self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
 
     def pixel_values(self, image: np.ndarray) -> torch.Tensor:
         """float32 [3, side, side] of an image, uint8 RGB [height, width, 3]."""
-        pixels: torch.Tensor = self.image_processor(Image.fromarray(image), return_tensors="pt")["pixel_values"][0]
-        return pixels
+        return self.image_processor(Image.fromarray(image), return_tensors="pt")["pixel_values"][0]
 
     def picture_inputs(self, images: Sequence[np.ndarray], panoptic: Sequence[PanopticMap]) -> dict[str, torch.Tensor]:
-        """What the model is given of some pictures: the one place where pixels and crayon maps become tensors.
+        """Turn pictures into the model's inputs; the one place where pixels and crayon maps become tensors.
 
         Args:
             images: uint8 RGB arrays [height, width, 3].
@@ -104,7 +101,7 @@ class CollavoProcessor(ProcessorMixin):
 def build_processor(
     config: CollavoConfig, tokenizer: Any, image_mean: Any = None, image_std: Any = None
 ) -> CollavoProcessor:
-    """The processor that belongs to a model: its image size, its grid, its chat format.
+    """Build the processor that fits a model's image size, grid and chat format.
 
     Args:
         tokenizer: of the language model; `<image>` is added to it where it is missing.
@@ -118,15 +115,6 @@ def build_processor(
         size={"height": side, "width": side}, do_center_crop=False, default_to_square=True, **normalisation
     )
     return CollavoProcessor(image_processor, tokenizer, config.vision_config.patch_size, config.chat_format)
-
-
-def segments_text(panoptic: PanopticMap, size_wh: tuple[int, int]) -> str:
-    """The object list of an image, with boxes."""
-    return format_objects_with_boxes(panoptic.segments, size_wh)
-
-
-def _size_wh(image: np.ndarray) -> tuple[int, int]:
-    return image.shape[1], image.shape[0]
 
 
 AutoProcessor.register(CollavoConfig, CollavoProcessor)

@@ -1,18 +1,25 @@
-"""The prompt protocol: a conversation about an image, as token ids and a mask of what is supervised.
+"""The prompt protocol: how a conversation about an image becomes token ids, and which of them are supervised.
 
-One function renders for training, evaluation and chat alike, so that a model is asked as it was taught. The image comes
-first, wherever `<image>` stood in the data; the loss covers each answer and the stop after it, and nothing else.
+One function renders for training, evaluation and chat, so that a model is asked in the way it was taught. The image
+comes first, wherever `<image>` stands in the data. The loss covers each answer and the stop after it, nothing else.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import groupby
+from typing import Any, Literal
 
 from rich.text import Text
 
 from collavo.errors import Rejected
 
 IMAGE_TOKEN = "<image>"
+
+Kind = Literal["crayon", "dialogue"]
+"""The two kinds of text that a model learns from: instructions about a crayon map, and free dialogues. The kind decides
+which adapter learns, and whether the prompt begins with the object list."""
+
+KINDS: tuple[Kind, ...] = ("crayon", "dialogue")
 
 Turns = Sequence[tuple[str, str]]
 """(`human` | `gpt`, text) in turn, beginning with human; a human turn at the end asks for an answer."""
@@ -38,8 +45,8 @@ class ChatFormat:
     """Between the stop and the next question."""
 
     answer_lead: str = ""
-    """What an answer begins with: a space after `Assistant:`, which tokenizers make part of the first word. It belongs
-    to the answer, so that a prompt to be answered ends where the training text could have ended."""
+    """The beginning of an answer: a space after `Assistant:`, which tokenizers make part of the first word. It belongs
+    to the answer: a prompt that ended in a space would end in a token that never stood there in training."""
 
 
 _RELEASE_SYSTEM = "AI assistant should give helpful and detailed answers to user after fully understanding an image. "
@@ -76,21 +83,21 @@ CHAT_FORMATS: Mapping[str, ChatFormat] = {
 
 _MARKERS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", "[INST]": "mistral", "ASSISTANT:": "vicuna"}
 
-OBJECTS_KNOWN = "The image includes {objects}. "
-OBJECTS_UNKNOWN = "None of detailed object information for image. "
-"""What a general question is preceded by (the authors' release), with and without recognised objects."""
+_OBJECTS_KNOWN = "The image includes {objects}. "
+_OBJECTS_UNKNOWN = "None of detailed object information for image. "
+"""The sentence before a question in the authors' release, with and without recognised objects; word for word."""
 
 
 @dataclass(frozen=True, slots=True)
 class RenderedPrompt:
-    """Token ids, and for each whether the loss covers it; the image token stands once for every cell of its grid."""
+    """Token ids, and whether the loss covers each of them. The image token is repeated for every cell of the grid."""
 
     input_ids: list[int]
     supervised: list[bool]
 
     @property
     def labels(self) -> list[int]:
-        """The ids where supervised, -100 elsewhere."""
+        """The ids where supervised, -100 elsewhere, which PyTorch's cross entropy ignores."""
         return [i if s else -100 for i, s in zip(self.input_ids, self.supervised, strict=True)]
 
 
@@ -108,6 +115,8 @@ def render_conversation(
     Raises:
         Rejected: if the turns do not alternate, beginning with `human`.
     """
+    # The text is tokenized in one piece, since pieces tokenized apart may join to other tokens than the whole. Which
+    # tokens belong to an answer is then told by the characters they came from.
     text, answers = _compose(tokenizer, chat_format, turns, objects)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     input_ids: list[int] = []
@@ -129,24 +138,15 @@ def chat_format_of(template: str) -> str:
     return next((name for marker, name in _MARKERS.items() if marker in template), "paper")
 
 
-def object_text(objects: str) -> str:
-    """The sentence that tells a model of the objects in an image; `objects` as `collavo.instructions.text` writes
-    them."""
-    return OBJECTS_KNOWN.format(objects=objects) if objects else OBJECTS_UNKNOWN
-
-
 def show_supervision(tokenizer: Any, prompt: RenderedPrompt) -> Text:
-    """A rendered prompt for the terminal: supervised tokens in green, the image's run of tokens folded into one."""
+    """Show a rendered prompt on the terminal: supervised tokens in green, the image's tokens as one."""
     shown = Text()
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    previous = None
-    for token_id, supervised in zip(prompt.input_ids, prompt.supervised, strict=True):
-        if token_id == image_token_id:
-            if previous != image_token_id:
-                shown.append(f"{IMAGE_TOKEN} x {prompt.input_ids.count(image_token_id)}", style="bold blue")
-        else:
-            shown.append(tokenizer.decode([token_id]), style="bold green" if supervised else "dim")
-        previous = token_id
+    pairs = zip(prompt.input_ids, prompt.supervised, strict=True)
+    for (is_image, supervised), alike in groupby(pairs, key=lambda pair: (pair[0] == image_token_id, pair[1])):
+        ids = [token_id for token_id, _ in alike]
+        text = f"{IMAGE_TOKEN} x {len(ids)}" if is_image else tokenizer.decode(ids)
+        shown.append(text, style="bold blue" if is_image else "bold green" if supervised else "dim")
     return shown
 
 
@@ -154,17 +154,15 @@ def _compose(
     tokenizer: Any, chat_format: ChatFormat, turns: Turns, objects: str | None
 ) -> tuple[str, list[tuple[int, int]]]:
     """The whole text, and the character spans of the answers with their stops."""
-    expected = ["human" if i % 2 == 0 else "gpt" for i in range(len(turns))]
-    if not turns or [speaker for speaker, _ in turns] != expected:
-        raise Rejected(
-            "turns_do_not_alternate",
-            f"turns must alternate, human first; found {', '.join(s for s, _ in turns) or 'none'}",
-        )
+    speakers = [speaker for speaker, _ in turns]
+    if not turns or speakers != [("human", "gpt")[i % 2] for i in range(len(turns))]:
+        found = ", ".join(speakers) or "none"
+        raise Rejected("turns_do_not_alternate", f"turns must alternate, human first; found {found}")
     stop = chat_format.stop or tokenizer.eos_token
     bos = tokenizer.bos_token if tokenizer("").input_ids == [tokenizer.bos_token_id] else ""
     text = f"{bos}{chat_format.opening}{IMAGE_TOKEN}{chat_format.after_image}"
     if objects is not None:
-        text += object_text(objects)
+        text += _OBJECTS_KNOWN.format(objects=objects) if objects else _OBJECTS_UNKNOWN
     answers = []
     for position, (speaker, value) in enumerate(turns):
         value = value.replace(IMAGE_TOKEN, "").strip()

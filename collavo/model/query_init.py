@@ -1,7 +1,8 @@
-"""What a language model reads for the name of a class and for a number, as vectors that a cell's signal can be.
+"""Start the queries as the names of their classes (`--query_start names`).
 
-A Crayon Prompt whose queries begin there (`--query_start names`) says to the language model what it has words for
-already; the paper's queries begin at random and have to find such words first.
+The language model has embeddings of words and numbers already. If the signal of a cell with the second dog starts as
+the embeddings of "dog" and "2", the model can read it from the first step on. The paper's queries start at random, and
+first have to find vectors that mean something to the language model.
 """
 
 from collections.abc import Sequence
@@ -11,12 +12,13 @@ from typing import Any
 import torch
 from torch.nn.functional import embedding_bag, normalize
 
+from collavo.errors import UserError
 from collavo.model.modeling import CollavoForConditionalGeneration
 from schemas.categories import CATEGORIES, MAX_NUMBERING
 
 
 class ClassWords:
-    """The tokens of all class names and numbers.
+    """The tokens of all class names and numbers, as vectors for the Crayon Prompt.
 
     Args:
         tokenizer: the language model's.
@@ -27,8 +29,10 @@ class ClassWords:
         self._numbers = _bags(tokenizer, ["", *map(str, range(1, MAX_NUMBERING + 1))])
 
     def vectors(self, model: CollavoForConditionalGeneration) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the first layer's attention is given for such a word where it stands in a text: the embeddings of its
-        tokens, summed, scaled to a root mean square of 1 and weighted as the layer's norm does.
+        """What the attention of the first layer would receive for each word in a text.
+
+        That is the sum of the embeddings of its tokens, normalised to a root mean square of 1 and multiplied by the
+        weights of the layer's norm: the signal is added behind that norm.
 
         Returns:
             float [134, hidden] by semantic index and [21, hidden] by number; zero for index 0, which means unknown.
@@ -46,19 +50,20 @@ class ClassWords:
 
 @torch.no_grad()
 def begin_with_names(model: CollavoForConditionalGeneration, tokenizer: Any) -> None:
-    """Let the queries of a model begin as the names of their classes and as numbers, in place.
+    """Set the queries of a model to the names of their classes and to numbers, in place.
 
     Raises:
-        ValueError: for a model whose signal is not added to the attention inputs.
+        UserError: for a model whose signal is not added to the attention inputs.
     """
     if model.config.crayon_signal != "attention_input":
-        raise ValueError(f"queries cannot begin as names where the crayon signal is {model.config.crayon_signal!r}")
+        signal = model.config.crayon_signal
+        raise UserError(f"queries cannot start as names where the crayon signal is {signal!r}, only at random")
     if model.config.has_crayon_prompt:
         model.model.crayon_prompt.begin_with(*(v.float() for v in ClassWords(tokenizer).vectors(model)))
 
 
 def _bags(tokenizer: Any, words: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens of all words in a row, and where those of each begin."""
+    """The tokens of all words, one after the other, and where each word begins: the form of `embedding_bag`."""
     tokens = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
     starts = accumulate((len(ids) for ids in tokens[:-1]), initial=0)
     return torch.tensor([*chain.from_iterable(tokens)]), torch.tensor([*starts])

@@ -1,10 +1,20 @@
 """Training: from the Parquet files of a data set to a run directory.
 
-`row_index`      what is in the files: rows, instructions, dialogues, without their images
-`batch_plan`     which samples make up which step, for any seed, resumable at any step
-`batches`        rows read, decoded, gridded, rendered and padded, in the loader's workers
-`adapters`       NF4 and the two adapters on the language model's linear layers
-`stages`         which weights are active and which learn: CPT, Image-CIT, VL-CIT
-`loop`           steps, evaluation, checkpoints
-`run_directory`  what a run leaves behind, and how it is loaded again
+How a row becomes a loss, in this order:
+
+`row_index`    what the files hold: rows, instructions, dialogues, without their images
+`batch_plan`   which samples make up which step; the same for a given seed, so that a run can resume at any step
+`batches`      rows read, decoded, rendered, packed and padded, in the loader's worker processes
+`stages`       which weights are active and which learn
+`loop`         forward, backward, update
+
+What surrounds it:
+
+`arguments`    flags and presets
+`phases`       Crayon Prompt Tuning, then instruction tuning: the batches and stages of each
+`trainable`    the base, in NF4, with adapters, ready to learn
+`checkpoint`   saved and loaded, for an exact resume
+`display`      what is printed and logged
+`record`       train_args.json and the model card
+`run`          all of it together
 """

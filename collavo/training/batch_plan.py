@@ -1,11 +1,15 @@
 """Which samples make up which step.
 
-Every step is of one kind: crayon instructions or dialogues. The plan walks through the data in windows of a few row
-groups, in shuffled order; within a window all samples are shuffled, and so are the batches of both kinds. What does
-not fill a batch is carried into the next window. So every file is read about once, in order of use; and since the plan
-of an epoch follows from the seed alone, a resumed run skips what is done, and each rank takes its share of each batch.
+Every step is of one kind: crayon instructions or dialogues. Shuffling all samples freely would read every row group
+many times over. So the plan goes through the row groups in random order, some of them at a time (a window);
+within a window, all samples are shuffled, and so are the batches of both kinds. Samples that do not fill a batch wait
+for the next window. Each file is thus read about once, in order of use.
+
+The plan of an epoch is a function of the seed and nothing else. That is what makes resuming exact (a resumed run skips
+the batches that are done) and lets each rank compute its share of each batch without asking the others.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,7 +19,8 @@ import numpy as np
 from collavo.training.row_index import Kind, RowGroup, RowIndex
 
 ROWS_PER_WINDOW = 1000
-"""Rows whose samples are shuffled together; a reader that keeps twice as many reads each of them once."""
+"""Rows whose samples are shuffled together. A reader that keeps twice as many in memory reads each of them once: a
+waiting sample is used within the next window."""
 
 
 class Sample(NamedTuple):
@@ -35,7 +40,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class PlanOptions:
-    """What determines a plan beside the data."""
+    """What a plan depends on, beside the data."""
 
     batch_size: int
     seed: int
@@ -46,29 +51,32 @@ class PlanOptions:
     """Bound on the text of a sequence, in tokens."""
 
     crayon_share: float | None = None
-    """Share of crayon samples; None for the data's own. The kind there is too much of is thinned out evenly."""
+    """Share of crayon samples, between 0 and 1 exclusive; the kind with too many is thinned out at random. None keeps
+    all samples."""
 
 
 def plan_epoch(index: RowIndex, kinds: Sequence[Kind], options: PlanOptions, epoch: int) -> list[Batch]:
-    """All batches of an epoch, in order.
+    """Plan all batches of an epoch, in order.
 
-    A last batch of each kind that cannot be filled is left out; which samples these are differs by epoch.
+    The last samples of each kind, which fill no batch, are left out; which samples these are differs by epoch.
 
     Args:
-        kinds: those that take part: both for instruction tuning, `crayon` alone for Crayon Prompt Tuning.
+        kinds: both for instruction tuning, `crayon` alone for Crayon Prompt Tuning.
     """
+    # Philox gives the same numbers on every machine, and an independent stream for each key.
     rng = np.random.Generator(np.random.Philox(key=[options.seed, epoch]))
-    samples_by_window = [
+    windows = [
         [sample for group in window for sample in _samples_of(group, index, kinds, options, rng)]
         for window in _windows(index.row_groups, rng)
     ]
-    kept = _kept_shares(samples_by_window, options.crayon_share)
+    kept = _kept_shares(Counter(sample.kind for window in windows for sample in window), options.crayon_share)
     waiting: dict[Kind, list[Sample]] = {kind: [] for kind in kinds}
     batches: list[Batch] = []
-    for samples in samples_by_window:
+    for samples in windows:
         ready: list[Batch] = []
         for number in rng.permutation(len(samples)):
             sample = samples[number]
+            # Draws a number even where all are kept, so that a share changes the selection and not the order.
             if rng.random() >= kept[sample.kind]:
                 continue
             queue = waiting[sample.kind]
@@ -76,6 +84,7 @@ def plan_epoch(index: RowIndex, kinds: Sequence[Kind], options: PlanOptions, epo
             if len(queue) == options.batch_size:
                 ready.append(Batch(sample.kind, tuple(queue)))
                 queue.clear()
+        # Batches of the scarcer kind fill up late in a window; shuffled, both kinds are spread over it.
         batches += [ready[number] for number in rng.permutation(len(ready))]
     return batches
 
@@ -97,7 +106,7 @@ def _samples_of(
     for row in range(group.first_row, group.first_row + group.rows):
         if "crayon" in kinds:
             numbers, lengths = index.texts["crayon"].of_row(row)
-            order = rng.permutation(len(numbers))
+            order = rng.permutation(len(numbers))  # other instructions share a sequence in each epoch
             yield from (Sample("crayon", row, pack) for pack in _packs(numbers[order], lengths[order], options))
         if "dialogue" in kinds:
             numbers, _ = index.texts["dialogue"].of_row(row)
@@ -105,7 +114,7 @@ def _samples_of(
 
 
 def _packs(numbers: np.ndarray, lengths: np.ndarray, options: PlanOptions) -> Iterator[tuple[int, ...]]:
-    """Instructions of one row, in sequences that are neither too many nor too long."""
+    """Divide the instructions of a row into sequences that are neither too many nor too long."""
     pack: list[int] = []
     tokens = 0
     for number, length in zip(numbers.tolist(), lengths.tolist(), strict=True):
@@ -118,16 +127,10 @@ def _packs(numbers: np.ndarray, lengths: np.ndarray, options: PlanOptions) -> It
         yield tuple(pack)
 
 
-def _kept_shares(samples_by_window: Sequence[Sequence[Sample]], crayon_share: float | None) -> dict[Kind, float]:
-    """The share of each kind's samples to keep, so that what is left mixes as asked."""
-    counts: dict[Kind, int] = {"crayon": 0, "dialogue": 0}
-    for samples in samples_by_window:
-        for sample in samples:
-            counts[sample.kind] += 1
-    if crayon_share is None or not all(counts.values()):
+def _kept_shares(counts: Counter[Kind], crayon_share: float | None) -> dict[Kind, float]:
+    """The share of each kind's samples to keep, so that the rest has the wanted mix; the scarcer kind stays whole."""
+    if crayon_share is None or len(counts) < 2:
         return {"crayon": 1.0, "dialogue": 1.0}
-    if not 0 < crayon_share < 1:
-        return {"crayon": float(crayon_share == 1), "dialogue": float(crayon_share == 0)}
     wanted_ratio = crayon_share / (1 - crayon_share)
     ratio = counts["crayon"] / counts["dialogue"]
     return {"crayon": min(1.0, wanted_ratio / ratio), "dialogue": min(1.0, ratio / wanted_ratio)}

@@ -1,10 +1,11 @@
-"""Checkpoints: all that a resumed run needs to go on as if nothing had happened.
+"""Checkpoints: what a resumed run needs to continue as if it had never stopped.
 
     RUN/checkpoints/step-000500/weights.safetensors      queries, connector and adapters
-    RUN/checkpoints/step-000500/optimizer.safetensors    its moments, by the weight's name
-    RUN/checkpoints/step-000500/state.json               phase, step, position in the plan
+    RUN/checkpoints/step-000500/optimizer.safetensors    AdamW's moments, by the weight's name
+    RUN/checkpoints/step-000500/state.json               where the run stands, and its fingerprint
 
-A checkpoint appears whole or not at all: it is written beside its place and then renamed. No pickles.
+There is no state of a random generator to save: the plan of the batches follows from the seed (`batch_plan`), and the
+model has no dropout. Position, weights and moments are all. No pickles, which could run code when they are loaded.
 """
 
 import json
@@ -17,13 +18,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from collavo.errors import UserError
+from collavo.folders import whole_folder
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """Where a run stands: so many steps of a phase (`cpt` or `cit`) are done; `total_steps` counts over phases."""
+class Position:
+    """Where a run stands: how many steps of a phase (`cpt` or `cit`) are done, and how many over all phases."""
 
     phase: str
     phase_steps: int
@@ -32,30 +34,30 @@ class Progress:
 
 def save_checkpoint(
     run: Path,
-    progress: Progress,
+    position: Position,
     parameters: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
     fingerprint: str,
     keep: int,
-) -> Path:
-    """Write a checkpoint, and remove all but the last `keep`.
+) -> None:
+    """Write a checkpoint, whole or not at all, and remove all but the last `keep`.
 
     Args:
-        parameters: what has been or is being trained, by name.
-        fingerprint: identifies data and arguments; a resume under others is refused.
+        parameters: what has learned or is learning, by name.
+        fingerprint: identifies data and arguments; the checkpoint is refused under others.
     """
-    folder = run / "checkpoints" / f"step-{progress.total_steps:06d}"
-    unfinished = folder.with_name(f".{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, unfinished / WEIGHTS)
-    save_file(_optimizer_tensors(parameters, optimizer), unfinished / OPTIMIZER)
-    (unfinished / STATE).write_text(json.dumps({**asdict(progress), "fingerprint": fingerprint}, indent=2))
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+    with whole_folder(run / "checkpoints" / f"step-{position.total_steps:06d}") as folder:
+        save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, folder / WEIGHTS)
+        # By name, where torch's own state dict counts parameters in the order in which the optimizer was given them.
+        moments = {
+            f"{entry}/{name}": value.detach().cpu().contiguous()
+            for name, parameter in parameters.items()
+            for entry, value in optimizer.state.get(parameter, {}).items()
+        }
+        save_file(moments, folder / OPTIMIZER)
+        (folder / STATE).write_text(json.dumps({**asdict(position), "fingerprint": fingerprint}, indent=2))
     for old in list_checkpoints(run)[:-keep]:
         shutil.rmtree(old)
-    return folder
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -63,7 +65,7 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
-def read_progress(checkpoint: Path, fingerprint: str) -> Progress:
+def read_position(checkpoint: Path, fingerprint: str) -> Position:
     """Where a checkpoint stands.
 
     Raises:
@@ -72,10 +74,10 @@ def read_progress(checkpoint: Path, fingerprint: str) -> Progress:
     state = json.loads((checkpoint / STATE).read_text())
     if state.pop("fingerprint") != fingerprint:
         raise UserError(
-            f"--resume: {checkpoint} was made from other data or with other arguments; repeat those that "
-            "train_args.json of the run holds, or train into another --output_dir"
+            f"{checkpoint}: made from other data or with other arguments; repeat those in the run's train_args.json, "
+            "or train into another folder"
         )
-    return Progress(**state)
+    return Position(**state)
 
 
 def load_weights(checkpoint: Path, parameters: Mapping[str, torch.Tensor]) -> None:
@@ -93,20 +95,9 @@ def load_weights(checkpoint: Path, parameters: Mapping[str, torch.Tensor]) -> No
 
 
 def load_optimizer(checkpoint: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's optimizer state back; weights that never learned have none, as before."""
-    tensors = load_file(checkpoint / OPTIMIZER)
-    for key, tensor in tensors.items():
+    """Put a checkpoint's moments into an optimizer. Weights that have not learned yet have none, as before."""
+    for key, tensor in load_file(checkpoint / OPTIMIZER).items():
         entry, _, name = key.partition("/")
         parameter = parameters[name]
         # AdamW keeps its step count on the CPU, the moments beside the weight.
         optimizer.state[parameter][entry] = tensor if entry == "step" else tensor.to(parameter.device)
-
-
-def _optimizer_tensors(
-    parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
-    return {
-        f"{entry}/{name}": value.detach().cpu().contiguous()
-        for name, parameter in parameters.items()
-        for entry, value in optimizer.state.get(parameter, {}).items()
-    }

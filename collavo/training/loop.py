@@ -1,14 +1,17 @@
-"""Steps: forward, backward, update, and what goes with them - metrics, evaluation, checkpoints.
+"""Steps: forward, backward, update, and the losses of an evaluation.
 
 A step takes one batch of one kind. Its loss is the mean over all supervised tokens of the batch, wherever they are
-computed, so that micro-batches and ranks change nothing but the time. Gradients are summed over ranks here, by hand:
-the weights that learn differ from step to step, which a wrapper that fixes them once cannot follow.
+computed, so that micro-batches and ranks change the time of a step, not its result.
+
+Gradients are summed over ranks here, by hand. DistributedDataParallel fixes the set of learning weights when it wraps a
+model, but here the set differs from step to step: crayon batches train one adapter, dialogue batches the other.
 """
 
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from accelerate import Accelerator
@@ -18,36 +21,29 @@ from collavo.errors import UserError
 from collavo.training.arguments import TrainArguments
 from collavo.training.batch_plan import Batch
 from collavo.training.batches import ExampleDataset, MicroBatch, build_loader, micro_batches
-from collavo.training.checkpoint import Progress
+from collavo.training.phases import Phase
 from collavo.training.row_index import Kind
-from collavo.training.stages import Stage, StagedModel
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """A pass of the optimizer: Crayon Prompt Tuning (`cpt`) or instruction tuning (`cit`)."""
-
-    name: str
-    stages: dict[Kind, Stage]
-    batches: Sequence[Batch]
-    learning_rate: float
-    steps_before: int
-    """Steps of earlier phases, so that steps are counted over the whole run."""
+from collavo.training.stages import StagedModel
 
 
 @dataclass(slots=True)
 class StepResult:
-    """What is logged of a step; `peak_memory_gb` is the GPU's so far in its phase, None on a CPU."""
+    """What is logged of a step."""
 
     step: int
+    """Counted over the whole run, from 1 on."""
+
     phase: str
     stage: str
     loss: float
     learning_rate: float
     gradient_norm: float
+    """Before clipping."""
+
     samples_per_s: float
     tokens_per_s: float
     peak_memory_gb: float | None
+    """The GPU's so far in this phase; None on a CPU."""
 
 
 def learning_rate_at(step: int, steps: int, first: float, last: float) -> float:
@@ -57,7 +53,11 @@ def learning_rate_at(step: int, steps: int, first: float, last: float) -> float:
 
 
 class Trainer:
-    """Runs the steps of a phase."""
+    """Takes the steps of a phase.
+
+    Args:
+        dtype: of the computation.
+    """
 
     def __init__(
         self, staged: StagedModel, accelerator: Accelerator, arguments: TrainArguments, dtype: torch.dtype
@@ -72,70 +72,62 @@ class Trainer:
         self,
         phase: Phase,
         dataset: ExampleDataset,
-        pad_token_id: int,
         optimizer: torch.optim.Optimizer,
         first_step: int,
-        after_step: Callable[[StepResult, Progress], None],
+        after_step: Callable[[StepResult], None],
     ) -> None:
         """Take the steps of a phase from `first_step` on.
 
         Raises:
             UserError: for a loss that is not finite, a batch without a supervised token, or a GPU without memory.
-            UserError: where an image is missing or damaged.
+            UserError: if an image is missing or damaged.
         """
-        arguments, device = self._arguments, self._accelerator.device
-        if device.type == "cuda":
+        arguments, accelerator, device = self._arguments, self._accelerator, self._accelerator.device
+        on_gpu = device.type == "cuda"
+        if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
-        pieces = [
-            micro_batches(
-                batch, arguments.micro_batch_size, self._accelerator.process_index, self._accelerator.num_processes
-            )
+        micro = [
+            micro_batches(batch, arguments.micro_batch_size, accelerator.process_index, accelerator.num_processes)
             for batch in phase.batches[first_step:]
         ]
-        loader = build_loader(
-            dataset,
-            [piece for step_pieces in pieces for piece in step_pieces],
-            pad_token_id,
-            arguments.workers,
-            device.type == "cuda",
-        )
-        steps = len(phase.batches)
-        for step, step_pieces in enumerate(pieces, start=first_step):
-            rate = learning_rate_at(step, steps, phase.learning_rate, arguments.final_learning_rate)
+        loader = build_loader(dataset, [*chain.from_iterable(micro)], arguments.workers, pin_memory=on_gpu)
+        for step, of_step in enumerate(micro, start=first_step):
+            batch = phase.batches[step]
+            rate = learning_rate_at(step, len(phase.batches), phase.learning_rate, arguments.final_learning_rate)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            self._staged.enter(phase.stages[phase.batches[step].kind])
+            stage = phase.stages[batch.kind]
+            self._staged.enter(stage)
             start = time.perf_counter()
             number = phase.steps_before + step + 1
-            loss, norm, tokens = self._step(number, [next(loader) for _ in step_pieces], optimizer)
+            loss, norm, tokens = self._step(number, [next(loader) for _ in of_step], optimizer)
             seconds = time.perf_counter() - start
-            result = StepResult(
-                step=number,
-                phase=phase.name,
-                stage=phase.stages[phase.batches[step].kind].name,
-                loss=loss,
-                learning_rate=rate,
-                gradient_norm=norm,
-                samples_per_s=len(phase.batches[step].samples) / seconds,
-                tokens_per_s=tokens / seconds,
-                peak_memory_gb=torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
+            after_step(
+                StepResult(
+                    step=number,
+                    phase=phase.name,
+                    stage=stage.name,
+                    loss=loss,
+                    learning_rate=rate,
+                    gradient_norm=norm,
+                    samples_per_s=len(batch.samples) / seconds,
+                    tokens_per_s=tokens / seconds,
+                    peak_memory_gb=torch.cuda.max_memory_allocated(device) / 1e9 if on_gpu else None,
+                )
             )
-            after_step(result, Progress(phase.name, step + 1, number))
 
     def _step(
         self, step: int, pieces: Sequence[MicroBatch], optimizer: torch.optim.Optimizer
     ) -> tuple[float, float, int]:
-        """One update; the loss, the gradient's norm before clipping, and the tokens processed."""
-        counts = torch.tensor(
-            [
-                sum(piece.supervised_tokens for piece in pieces),
-                sum(piece.inputs["input_ids"].numel() for piece in pieces),
-            ],
-            device=self._accelerator.device,
-        )
+        """Take one step; the loss, the gradient's norm before clipping, and the tokens processed."""
+        # The divisor of the loss is counted before the first forward pass, over the micro-batches of all ranks. A mean
+        # of the micro-batches' means would give a token more weight the fewer others are supervised beside it.
+        counted = [(piece.supervised_tokens, piece.inputs["input_ids"].numel()) for piece in pieces]
+        counts = torch.tensor(counted, device=self._accelerator.device).sum(0)
         supervised, tokens = self._accelerator.reduce(counts, "sum").tolist()
+        images = "images " + ", ".join(image_id for piece in pieces for image_id in piece.image_ids)
         if not supervised:
-            raise UserError(f"step {step}: no token of the batch is supervised; {_images_of(pieces)}", 1)
+            raise UserError(f"step {step}: no token of the batch is supervised; {images}", 1)
         loss = torch.zeros((), device=self._accelerator.device)
         try:
             for piece in pieces:
@@ -150,59 +142,51 @@ class Trainer:
             ) from error
         loss = self._accelerator.reduce(loss, "sum")
         if not torch.isfinite(loss):
-            raise UserError(f"step {step}: the loss is {loss.item()}; {_images_of(pieces)}", 1)
+            raise UserError(f"step {step}: the loss is {loss.item()}; {images}", 1)
         learning = list(self._staged.learning.values())
         self._sum_gradients(learning)
-        self._check_once()
+        assert self._staged.stage is not None
+        if self._staged.stage.name not in self._checked:  # once for each stage, for it looks at every weight
+            self._staged.check_gradients()
+            self._checked.add(self._staged.stage.name)
         norm = nn.utils.clip_grad_norm_(learning, self._arguments.max_grad_norm)
         optimizer.step()
+        # None, not zero: AdamW passes over weights without a gradient. With a zero, its momentum would go on moving
+        # the adapter whose turn it is not.
         optimizer.zero_grad(set_to_none=True)
         return float(loss), float(norm), tokens
 
-    def evaluate(self, batches: Sequence[Batch], dataset: ExampleDataset, pad_token_id: int) -> dict[Kind, float]:
+    def evaluate(self, batches: Sequence[Batch], dataset: ExampleDataset) -> dict[Kind, float]:
         """Mean loss per supervised token of each kind, over some batches, in the present stage."""
-        samples = [list(batch.samples) for batch in batches]
         sums: dict[Kind, float] = {}
         tokens: dict[Kind, int] = {}
-        # The model stays in training mode, where it has no dropout: bitsandbytes repacks 4-bit weights for a CPU the
-        # first time they are used in evaluation mode, and through repacked weights no gradient flows any more.
+        # The model stays in training mode, which changes no result, since there is no dropout. In evaluation mode,
+        # bitsandbytes would repack the 4-bit weights for the CPU, and no gradient flows through repacked weights.
         with torch.no_grad():
-            for piece in build_loader(dataset, samples, pad_token_id, 0, False):
+            for piece in build_loader(dataset, [list(batch.samples) for batch in batches], 0, pin_memory=False):
                 sums[piece.kind] = sums.get(piece.kind, 0.0) + float(self._loss(piece, 1))
                 tokens[piece.kind] = tokens.get(piece.kind, 0) + piece.supervised_tokens
         return {kind: sums[kind] / max(tokens[kind], 1) for kind in sums}
 
     def _loss(self, piece: MicroBatch, supervised_tokens: int) -> torch.Tensor:
-        """The sum of the losses of a micro-batch's tokens, over the supervised tokens of its whole batch."""
+        """The sum of the losses of a micro-batch's tokens, divided by the supervised tokens of the whole batch."""
         device = self._accelerator.device
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in piece.inputs.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
-            outputs = self._staged.model(
+            # `num_items_in_batch` is what transformers' Trainer passes to its models, for the same purpose.
+            return self._staged.model(
                 **inputs, supervised_only=True, num_items_in_batch=supervised_tokens, use_cache=False
-            )
-        loss: torch.Tensor = outputs.loss
-        return loss
+            ).loss
 
     def _sum_gradients(self, learning: Sequence[nn.Parameter]) -> None:
-        """Add up the gradients of all ranks, in one piece."""
+        """Add up the gradients of all ranks.
+
+        The sum is right as it is, without a division by the number of ranks, because each rank has divided its losses
+        by the tokens of all. All gradients travel in one tensor: one message instead of hundreds.
+        """
         if self._accelerator.num_processes == 1:
             return
-        flat = torch.cat([parameter.grad.flatten() for parameter in learning if parameter.grad is not None])
-        flat = self._accelerator.reduce(flat, "sum")
-        offset = 0
-        for parameter in learning:
-            if parameter.grad is not None:
-                parameter.grad.copy_(flat[offset : offset + parameter.numel()].view_as(parameter))
-                offset += parameter.numel()
-
-    def _check_once(self) -> None:
-        """After the first backward pass of each stage, make sure that the right weights, and all of them, got
-        gradients."""
-        assert self._staged.stage is not None
-        if self._staged.stage.name not in self._checked:
-            self._staged.check_gradients()
-            self._checked.add(self._staged.stage.name)
-
-
-def _images_of(pieces: Sequence[MicroBatch]) -> str:
-    return "images " + ", ".join(image_id for piece in pieces for image_id in piece.image_ids)
+        gradients = [parameter.grad for parameter in learning if parameter.grad is not None]
+        summed = self._accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
+        for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))

@@ -1,29 +1,23 @@
 """What a data set holds, without its images: where each row lies, and how long its texts are.
 
-Built by reading the text columns once; everything that decides which samples there are, and in which order, rests on
-it.
+The text columns are read once, at the start. The plan of the batches follows from this index alone.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow.parquet as pq
 
 from collavo.errors import UserError
+from collavo.model.prompt import KINDS, Kind
 from schemas.crayon_row import TASKS
-
-Kind = Literal["crayon", "dialogue"]
-"""What a sample is made of: instructions of a row, or one of its dialogues."""
-
-KINDS: tuple[Kind, ...] = ("crayon", "dialogue")
 
 
 @dataclass(frozen=True, slots=True)
 class RowGroup:
-    """A row group of a file, the unit of reading; its rows count on from `first_row` over the whole data set."""
+    """A row group of a file, the unit of reading. Row numbers count over the whole data set, from `first_row` on."""
 
     file: Path
     group: int
@@ -33,10 +27,10 @@ class RowGroup:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """The instructions, or the dialogues, of all rows, one after the other; a row's are `offsets[row]:offsets[row +
-    1]`.
+    """All instructions, or all dialogues, in order of their rows.
 
-    `numbers` are their places in the row's list, `lengths` upper bounds of their tokens.
+    Those of a row are `offsets[row]:offsets[row + 1]`. `numbers` are their places in the row's own list, `lengths` are
+    upper bounds of their tokens.
     """
 
     offsets: np.ndarray
@@ -47,20 +41,22 @@ class Texts:
         return len(self.numbers)
 
     def of_row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers and lengths of a row's texts."""
         part = slice(self.offsets[row], self.offsets[row + 1])
         return self.numbers[part], self.lengths[part]
 
 
 @dataclass(frozen=True, slots=True)
 class RowIndex:
-    """The texts of one split; rows of other splits are there, without any."""
+    """The texts of one split. Rows of other splits keep their numbers, but have no texts here."""
 
     row_groups: tuple[RowGroup, ...]
     texts: dict[Kind, Texts]
     too_long: dict[Kind, int]
-    """How many were left out because no sequence could hold them."""
+    """How many texts were left out because they do not fit into a sequence."""
 
     has_null_images: bool
+    """Whether some row refers to its image instead of holding it."""
 
 
 def build_row_index(
@@ -75,9 +71,9 @@ def build_row_index(
     Args:
         files: crayon data, already checked by `collavo.dataset.find_files`.
         split: `train` or `validation`.
-        token_bound: an upper bound of the tokens of a text.
-        max_tokens: texts that may exceed it are left out, and counted.
-        tasks: instructions of other tasks are passed over.
+        token_bound: returns an upper bound of the tokens of a text.
+        max_tokens: longer texts are left out and counted.
+        tasks: instructions of other tasks are ignored.
 
     Raises:
         UserError: if the split has no rows.
@@ -96,16 +92,13 @@ def build_row_index(
             for record in table.to_pylist():
                 wanted = record["split"] == split
                 rows_in_split += wanted
-                asked = [
-                    (i, [r["question"], r["answer"]])
-                    for i, r in enumerate(record["instructions"])
-                    if r["task"] in tasks
-                ]
-                said = [(i, [turn["value"] for turn in d["turns"]]) for i, d in enumerate(record["conversations"])]
-                collected["crayon"].add_row(asked if wanted else [])
-                collected["dialogue"].add_row(said if wanted else [])
+                asked, said = enumerate(record["instructions"]), enumerate(record["conversations"])
+                collected["crayon"].add_row(
+                    [(i, [r["question"], r["answer"]]) for i, r in asked if wanted and r["task"] in tasks]
+                )
+                collected["dialogue"].add_row([(i, [t["value"] for t in d["turns"]]) for i, d in said if wanted])
     if not rows_in_split:
-        raise UserError(f"--data: none of its {rows} rows is in the split {split!r}")
+        raise UserError(f"none of the {rows} rows is in the split {split!r}")
     return RowIndex(
         tuple(groups),
         {kind: collector.texts() for kind, collector in collected.items()},
@@ -114,33 +107,33 @@ def build_row_index(
     )
 
 
+@dataclass(slots=True)
 class _Collector:
-    def __init__(self, token_bound: Callable[[str], int], max_tokens: int) -> None:
-        self._token_bound = token_bound
-        self._max_tokens = max_tokens
-        self._offsets = [0]
-        self._numbers: list[int] = []
-        self._lengths: list[int] = []
-        self.too_long = 0
+    """Gathers the `Texts` of one kind, row by row."""
+
+    token_bound: Callable[[str], int]
+    max_tokens: int
+    too_long: int = 0
+    offsets: list[int] = field(default_factory=lambda: [0])
+    numbers: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
 
     def add_row(self, texts: Sequence[tuple[int, Sequence[str]]]) -> None:
         for number, parts in texts:
-            length = sum(map(self._token_bound, parts))
-            if length > self._max_tokens:
+            length = sum(map(self.token_bound, parts))
+            if length > self.max_tokens:
                 self.too_long += 1
             else:
-                self._numbers.append(number)
-                self._lengths.append(length)
-        self._offsets.append(len(self._numbers))
+                self.numbers.append(number)
+                self.lengths.append(length)
+        self.offsets.append(len(self.numbers))
 
     def texts(self) -> Texts:
-        return Texts(np.array(self._offsets), np.array(self._numbers, np.int32), np.array(self._lengths, np.int32))
+        return Texts(np.array(self.offsets), np.array(self.numbers, np.int32), np.array(self.lengths, np.int32))
 
 
 def _has_null_images(parquet: pq.ParquetFile, group: int) -> bool:
-    columns = parquet.metadata.row_group(group)
-    for number in range(columns.num_columns):
-        column = columns.column(number)
-        if column.path_in_schema == "image.bytes":
-            return bool(column.statistics is None or column.statistics.null_count)
-    return True
+    """Tell from the statistics in a file's footer, without reading an image."""
+    columns = map(parquet.metadata.row_group(group).column, range(parquet.metadata.num_columns))
+    statistics = next(column.statistics for column in columns if column.path_in_schema == "image.bytes")
+    return statistics is None or bool(statistics.null_count)

@@ -1,12 +1,16 @@
-"""The stages of training, and the one object that knows what each of them moves.
+"""The stages of training, and the one object that knows what is active and what learns in each.
 
     cpt         queries and connector learn; no adapter is active
-    image_cit   queries, connector and the first adapter learn; the second is active and stays as it is
-    vl_cit      queries, connector and the second adapter learn; the first is active and stays as it is
+    image_cit   queries, connector and the first adapter learn; the second is active, but frozen
+    vl_cit      queries, connector and the second adapter learn; the first is active, but frozen
 
-Everything that has to agree about a stage - active adapters, trainable weights, the optimizer's groups - is set here
-and checked here. A stage changes between complete steps only: a backward pass under another stage than its forward
-pass would give wrong gradients without a word.
+"Active" and "learning" are different things. Both adapters are active in every step of instruction tuning, since both
+are active when the model is asked later, and each has to learn beside the other. Which one learns depends on the batch.
+
+peft is made for one adapter at a time: activating an adapter makes it trainable, and a frozen adapter differs from an
+inactive one only by flags on hundreds of layers. If one of them is wrong, nothing fails, and the model learns something
+else. So active adapters and trainable weights are set in one place, `StagedModel.enter`, and checked after every change
+and after the first backward pass of every stage.
 """
 
 from collections.abc import Sequence
@@ -17,19 +21,17 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from collavo.model.adapters import adapter_parameters
-
 CRAYON_PROMPT = "crayon_prompt"
-"""What the full names of queries and connector contain."""
+"""A part of the full names of queries and connector, and of no other weight."""
 
 
 class StageError(RuntimeError):
-    """The model is not in the state that its stage demands; a fault of the program, not of its user."""
+    """The model is not in the state that its stage demands. A fault of the program, not of its user."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """What is active and what learns, beside the Crayon Prompt, which always does both."""
+    """Which adapters are active, and which of them learns. The Crayon Prompt always does both."""
 
     name: str
     active: tuple[str, ...]
@@ -51,7 +53,9 @@ class StagedModel:
         self.model = model
         self.stage: Stage | None = None
         self._prompt = {name: p for name, p in model.named_parameters() if CRAYON_PROMPT in name}
-        self._adapters = {adapter: adapter_parameters(model, adapter) for adapter in adapters}
+        self._adapters = {
+            adapter: {name: p for name, p in model.named_parameters() if f".{adapter}." in name} for adapter in adapters
+        }
         self._layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -63,23 +67,29 @@ class StagedModel:
         return {**self._prompt, **adapter}
 
     def parameters_of(self, adapters: Sequence[str]) -> dict[str, nn.Parameter]:
-        """The Crayon Prompt and some adapters: what an optimizer has to know from the start."""
+        """The parameters of the Crayon Prompt and of some adapters, by full name: what an optimizer is made for."""
         return {**self._prompt, **{name: p for adapter in adapters for name, p in self._adapters[adapter].items()}}
 
     def enter(self, stage: Stage) -> None:
-        """Make a stage the present one.
+        """Change to a stage.
 
         Raises:
             StageError: in the middle of a step, or if the model does not follow.
         """
         if stage == self.stage:
             return
+        # Gradients of one stage must not meet an update of another, or a frozen adapter would move.
         if self.stage and any(parameter.grad is not None for parameter in self.learning.values()):
             raise StageError(
                 f"stage {stage.name}: entered while gradients of stage {self.stage.name} wait for its step"
             )
         if self.stage is None or stage.active != self.stage.active:
-            self._activate(stage.active)
+            tuner: Any = self.model.base_model
+            if stage.active:
+                tuner.enable_adapter_layers()
+                tuner.set_adapter(list(stage.active))  # makes all of them trainable, which is corrected below
+            else:
+                tuner.disable_adapter_layers()
         self.stage = stage
         for parameter in self._prompt.values():
             parameter.requires_grad_(True)
@@ -89,7 +99,7 @@ class StagedModel:
         self.check()
 
     def check(self) -> None:
-        """Make sure that exactly the stage's adapters are active and exactly its weights trainable.
+        """Make sure that exactly the stage's adapters are active, and exactly its weights are trainable.
 
         Raises:
             StageError: naming what differs.
@@ -106,8 +116,10 @@ class StagedModel:
             )
 
     def check_gradients(self) -> None:
-        """After a backward pass: every learning weight has a gradient, and no other weight has any; and neither all
-        those of the Crayon Prompt nor all those of the learning adapter are zero.
+        """Make sure, after a backward pass, that exactly the learning weights have gradients.
+
+        Those of the Crayon Prompt must not all be zero, nor those of the learning adapter. Zeros are what checkpointing
+        leaves behind where it loses track of a gradient.
 
         Raises:
             StageError: naming a weight.
@@ -120,14 +132,6 @@ class StagedModel:
                 raise StageError(f"stage {self.stage.name}: {name} got {state} gradient")
         adapter = self._adapters[self.stage.learning] if self.stage.learning else {}
         for group in (self._prompt, adapter):
-            # Single ones may be: of a new adapter, all A's are.
+            # Single ones may be zero: LoRA starts with B = 0, through which no gradient reaches A in the first step.
             if group and not any(p.grad.any() for p in group.values() if p.grad is not None):
                 raise StageError(f"stage {self.stage.name}: {min(group)} and its like got gradients of zero")
-
-    def _activate(self, adapters: tuple[str, ...]) -> None:
-        tuner: Any = self.model.base_model
-        if not adapters:
-            tuner.disable_adapter_layers()
-            return
-        tuner.enable_adapter_layers()
-        tuner.set_adapter(list(adapters))  # makes all of them trainable; `enter` says which are

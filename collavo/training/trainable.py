@@ -1,0 +1,71 @@
+"""The model as training needs it: a base, its language model in NF4, with adapters, and precise where it learns."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from collavo.cli import naming
+from collavo.model.adapters import add_adapters, enable_checkpointing, quantize_language_model
+from collavo.model.processing import CollavoProcessor
+from collavo.model.query_init import begin_with_names
+from collavo.runs import load_base, load_crayon_prompt
+from collavo.training.arguments import TrainArguments
+from collavo.training.stages import StagedModel
+
+
+def load_trainable(
+    arguments: TrainArguments, adapters: Sequence[str], crayon_file: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[StagedModel, CollavoProcessor]:
+    """Load the base and make it ready to learn.
+
+    Args:
+        adapters: names of the adapters to add.
+        crayon_file: queries and connector of a finished cpt, which `--phase cit` begins with.
+        dtype: of the computation.
+
+    Raises:
+        UserError: if base or file cannot be used, or do not fit the arguments.
+    """
+    # What is not quantised takes half the memory in bfloat16, which matters on a GPU only.
+    base_dtype = dtype if device.type == "cuda" else torch.float32
+    with naming("preset"):
+        model, processor = load_base(arguments.base, base_dtype, arguments.queries, arguments.attention)
+    if arguments.phase == "cit":
+        with naming("phase"):
+            load_crayon_prompt(crayon_file, model)
+    elif arguments.query_start == "names":
+        with naming("query_start"):
+            begin_with_names(model, processor.tokenizer)
+    if arguments.quantize:
+        quantize_language_model(model, dtype, device)
+    if arguments.gradient_checkpointing:
+        enable_checkpointing(model)
+    adapted = add_adapters(model, adapters, arguments.lora_rank, arguments.lora_alpha)
+    staged = StagedModel(adapted.to(device).train(), adapters)
+    # In bfloat16, with 8 bits of mantissa, a weight would not notice an update of less than 1/256 of itself.
+    for parameter in staged.parameters_of(adapters).values():
+        parameter.data = parameter.data.float()
+    return staged, processor
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Turn `--precision` into the type that the model computes in."""
+    if precision == "auto":
+        # A CPU without bfloat16 instructions can compute in it too, but slower than in float32.
+        in_bf16 = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    else:
+        in_bf16 = precision == "bf16"
+    return torch.bfloat16 if in_bf16 else torch.float32
+
+
+def count_weights(model: torch.nn.Module) -> Counter[str]:
+    """Numbers of weights by how they are stored: `NF4`, `bfloat16`, `float32`."""
+    counts: Counter[str] = Counter()
+    for parameter in model.parameters():
+        if quantization := getattr(parameter, "quant_state", None):
+            counts["NF4"] += quantization.shape.numel()  # two weights share a byte, so numel() would be half of it
+        else:
+            counts[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    return counts
