@@ -57,7 +57,7 @@ def show_positions(model: CollavoForConditionalGeneration, pixel_values: torch.T
 
 
 def place_code(side: int) -> torch.Tensor:
-    """Return sines and cosines of cells' columns and rows: float [side * side, 4 * WAVES_PER_AXIS], norm 1 on average."""
+    """Return waves along columns and rows: float [side * side, 4 * WAVES_PER_AXIS], mean square norm 1."""
     waves = torch.logspace(-2, 2, WAVES_PER_AXIS, base=2) * 2 * torch.pi / side
     along = torch.arange(side) - (side - 1) / 2
     y, x = torch.meshgrid(along, along, indexing="ij")

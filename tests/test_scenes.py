@@ -13,10 +13,10 @@ from PIL import Image
 from scipy import ndimage
 
 from collavo.errors import UserError
-from collavo.scenes import Scene, Segment, draw_scene, scene_seed, write_scenes
+from collavo.scenes import Scene, SceneSegment, draw_scene, scene_seed, write_scenes
 from collavo.scenes.__main__ import main
 from collavo.scenes.drawing import Dice, Drawing, rasterize
-from collavo.scenes.thing import THINGS
+from collavo.scenes.thing import DRAWABLE
 from schemas.categories import BY_CATEGORY_ID, CATEGORIES
 
 SMALL = (96, 72)
@@ -83,12 +83,12 @@ def test_a_scene_too_small_to_draw_is_refused() -> None:
 
 def test_every_thing_and_stuff_that_can_be_drawn_turns_up(scenes: list[Scene]) -> None:
     seen = {s.category.display_name for scene in scenes for s in scene.segments}
-    assert {kind.category.display_name for kind in THINGS.values()} | set(f"{STUFF} {WALLS}".split()) <= seen
-    assert len({kind.category.label for kind in THINGS.values()}) >= 36
+    assert {kind.category.display_name for kind in DRAWABLE.values()} | set(f"{STUFF} {WALLS}".split()) <= seen
+    assert len({kind.category.label for kind in DRAWABLE.values()}) >= 36
 
 
 def test_scenes_vary_in_place_light_and_number_of_things(scenes: list[Scene]) -> None:
-    assert len({scene.setting for scene in scenes}) == 9
+    assert len({scene.place for scene in scenes}) == 9
     assert {scene.time for scene in scenes} == {"morning", "day", "evening", "night"}
     assert {scene.weather for scene in scenes} == {"clear", "cloudy", "rainy", "snowy"}
     counts = [sum(s.category.is_thing for s in scene.segments) for scene in scenes]
@@ -121,10 +121,10 @@ def test_stuff_is_one_segment_per_class_and_crowds_are_things(scenes: list[Scene
 # Exactness of the masks
 
 
-@pytest.mark.parametrize("name", sorted(THINGS.keys() - {"bottle", "wine glass"}))
+@pytest.mark.parametrize("name", sorted(DRAWABLE.keys() - {"bottle", "wine glass"}))
 def test_a_mask_holds_the_pixels_that_are_painted_by_half_or_more(name: str) -> None:
     drawing = Drawing()
-    THINGS[name].draw(drawing, (200, 60, 50), Dice(4))
+    DRAWABLE[name].draw(drawing, (200, 60, 50), Dice(4))
     sprite = rasterize(drawing, 40, turn_deg=20)
     assert np.array_equal(sprite.mask, np.asarray(sprite.picture.getchannel(3)) >= 128)
 
@@ -143,7 +143,7 @@ def test_a_mask_has_the_area_and_extent_of_the_shape(rx: int, ry: int, turn_deg:
 
 def test_a_hole_belongs_to_what_lies_behind() -> None:
     drawing = Drawing()
-    THINGS["donut"].draw(drawing, (200, 60, 50), Dice(4))
+    DRAWABLE["donut"].draw(drawing, (200, 60, 50), Dice(4))
     holes, count = ndimage.label(~np.pad(rasterize(drawing, 90).mask, 1))
     assert count == 2
     assert (holes == 2).sum() == pytest.approx(np.pi * (90 * 0.15) ** 2, rel=0.15)
@@ -159,7 +159,7 @@ def test_a_clear_glass_counts_as_covered() -> None:
 
 def test_a_drawing_keeps_its_area_when_turned_and_mirrored() -> None:
     drawing = Drawing()
-    THINGS["car"].draw(drawing, (200, 60, 50), Dice(4))
+    DRAWABLE["car"].draw(drawing, (200, 60, 50), Dice(4))
     upright = rasterize(drawing, 80)
     assert np.array_equal(rasterize(drawing, 80, flip=True).mask[:, 5:-5].any(1), upright.mask[:, 5:-5].any(1))
     assert rasterize(drawing, 80, turn_deg=90).mask.sum() == pytest.approx(upright.mask.sum(), rel=0.02)
@@ -168,11 +168,11 @@ def test_a_drawing_keeps_its_area_when_turned_and_mirrored() -> None:
 # What is said about them
 
 
-def phrases(scene: Scene) -> dict[str, Segment]:
+def phrases(scene: Scene) -> dict[str, SceneSegment]:
     """The things a phrase can mean, worked out from the segments alone."""
-    meant: dict[str, Segment] = {}
+    meant: dict[str, SceneSegment] = {}
     crowds = {s.category_id for s in scene.segments if s.is_crowd}
-    by_class: dict[int, list[Segment]] = {}
+    by_class: dict[int, list[SceneSegment]] = {}
     for segment in scene.segments:
         if segment.category.is_thing and segment.category_id not in crowds:
             by_class.setdefault(segment.category_id, []).append(segment)
@@ -187,7 +187,7 @@ def phrases(scene: Scene) -> dict[str, Segment]:
     return meant
 
 
-def middle(segment: Segment) -> float:
+def middle(segment: SceneSegment) -> float:
     return segment.box_xywh[0] + segment.box_xywh[2] / 2
 
 

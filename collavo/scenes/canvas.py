@@ -1,4 +1,4 @@
-"""The stage of a scene: its size and light, and the layers that are painted from back to front."""
+"""The canvas of a scene: its size and light, and the layers that are painted from back to front."""
 
 from dataclasses import dataclass, field
 
@@ -90,7 +90,7 @@ class Surface:
 
 
 @dataclass
-class Stage:
+class Canvas:
     size_wh: tuple[int, int]
     dice: Dice
     light: Light

@@ -243,30 +243,30 @@ def rasterize(
     # The nudge keeps halves from falling either way with the last bit of a cosine.
     grid = np.floor(points + 0.50001).astype(np.int32)
     width, height = (math.ceil((extent + pad) / fine) for extent in points.max(0).tolist())
-    canvas = Image.new("RGBX", (width * fine, height * fine))
-    _paint(canvas, shapes, grid.ravel().tolist(), scale * fine, fine * min(2.0, max(0.5, span_px * 0.011)))
-    x0, y0, x1, y1 = canvas.getchannel(3).reduce(fine).getbbox() or (0, 0, 1, 1)
-    canvas = canvas.crop((x0 * fine, y0 * fine, x1 * fine, y1 * fine))
-    mask = np.asarray(canvas.getchannel(3).point([0] + [255] * 255).reduce(fine)) >= 128
-    return Sprite(_lit(canvas.reduce(fine), light, span_px * 0.05, relief), mask)
+    sheet = Image.new("RGBX", (width * fine, height * fine))
+    _paint(sheet, shapes, grid.ravel().tolist(), scale * fine, fine * min(2.0, max(0.5, span_px * 0.011)))
+    x0, y0, x1, y1 = sheet.getchannel(3).reduce(fine).getbbox() or (0, 0, 1, 1)
+    sheet = sheet.crop((x0 * fine, y0 * fine, x1 * fine, y1 * fine))
+    mask = np.asarray(sheet.getchannel(3).point([0] + [255] * 255).reduce(fine)) >= 128
+    return Sprite(_lit(sheet.reduce(fine), light, span_px * 0.05, relief), mask)
 
 
-def _paint(canvas: Image.Image, shapes: list[_Shape], grid: list[int], scale: float, edge_px: float) -> None:
-    target, pen, clip = canvas, ImageDraw.Draw(canvas), Image.new("L", (1, 1))
+def _paint(sheet: Image.Image, shapes: list[_Shape], grid: list[int], scale: float, edge_px: float) -> None:
+    target, pen, clip = sheet, ImageDraw.Draw(sheet), Image.new("L", (1, 1))
     start = 0
     for shape in shapes:
         xy = grid[start : start + 2 * len(shape.points)]
         start += len(xy)
         ink, outline = _ink(shape.fill), _ink(shade(shape.fill, 0.58)) if shape.edge else _HOLE
         if shape.kind == "clip":
-            clip = Image.new("L", canvas.size)
+            clip = Image.new("L", sheet.size)
             ImageDraw.Draw(clip).polygon(xy, fill=255)
-            target = canvas.copy()
+            target = sheet.copy()
             pen = ImageDraw.Draw(target)
         elif shape.kind == "unclip":
             box = clip.getbbox() or (0, 0, 1, 1)
-            canvas.paste(target.crop(box), box, clip.crop(box))
-            pen = ImageDraw.Draw(canvas)
+            sheet.paste(target.crop(box), box, clip.crop(box))
+            pen = ImageDraw.Draw(sheet)
         elif shape.kind == "fill":
             pen.polygon(xy, fill=ink)
             if shape.edge:

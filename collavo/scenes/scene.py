@@ -11,7 +11,7 @@ Dialogue = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class SceneSegment:
     """One segment of the panoptic map, by what is visible of it.
 
     `box_xywh` and `area` are in pixels. `colors` names the colour or the two colours of a thing, or of its `part`
@@ -44,8 +44,8 @@ class Scene:
 
     image: np.ndarray
     ids: np.ndarray
-    segments: tuple[Segment, ...]
-    setting: str
+    segments: tuple[SceneSegment, ...]
+    place: str
     time: str
     weather: str
     dialogues: tuple[Dialogue, ...]

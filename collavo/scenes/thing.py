@@ -30,7 +30,7 @@ class Thing:
     draw: Draw
 
 
-THINGS: dict[str, Thing] = {}
+DRAWABLE: dict[str, Thing] = {}
 """Every kind of thing that can be drawn, by name; filled by the modules of drawings."""
 
 
@@ -48,7 +48,7 @@ def thing(
 
     def register(draw: Draw) -> Draw:
         kind = BY_DISPLAY_NAME[category or name]
-        THINGS[name] = Thing(kind, span_m, tuple(colors.split()), part, turn_deg, flips, seat, draw)
+        DRAWABLE[name] = Thing(kind, span_m, tuple(colors.split()), part, turn_deg, flips, seat, draw)
         return draw
 
     return register
