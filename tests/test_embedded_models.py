@@ -71,15 +71,14 @@ def test_damaged_weights_are_refused_in_one_line(assets):
         load_segmenter("mask2former", checkpoint="scenes", device="cpu")
     with pytest.raises(UserError) as of_base:
         load_base("tiny", torch.float32)
-    for error, flag in ((of_segmenter, "--segmenter_checkpoint scenes: "), (of_base, "--preset tiny: ")):
-        message = str(error.value)
-        assert message.startswith(flag) and "model.safetensors: damaged" in message and "\n" not in message
+    for error in (of_segmenter, of_base):
+        assert "model.safetensors: damaged" in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("missing", ["segmenter/model.safetensors", CHECKSUMS])
 def test_what_is_missing_is_named(assets, missing):
     (assets / missing).unlink()
-    with pytest.raises(UserError, match=rf"{missing}: No such file or directory; .* a new installation"):
+    with pytest.raises(UserError, match=rf"{missing}: No such file or directory"):
         find_embedded("scenes")
 
 
@@ -114,6 +113,19 @@ def test_the_base_in_the_package_finds_words_that_are_laid_over_pictures_it_neve
         supervised = (labels[1:] != IGNORED).nonzero().squeeze(1)
         right += (outputs.logits[0, supervised].argmax(-1) == labels[supervised + 1]).tolist()
     assert sum(right) / len(right) > 0.97  # of three tokens of an answer, the last two are always the same
+
+
+@needs_scenes_model
+def test_the_segmenter_in_the_package_sees_what_is_in_a_scene():
+    segmenter = load_segmenter("mask2former", checkpoint="scenes", device="cpu")
+    right = []
+    for number in range(3):
+        scene = draw_scene(scene_seed(4_000_037, number), (320, 240))
+        labels = {0: -1} | {s.id: s.category.label for s in scene.segments}
+        (found,) = segmenter.segment([scene.image])
+        found_labels = np.array([-1, *(s.label for s in found.segments)])[found.index_map]
+        right.append(np.mean(np.vectorize(labels.get)(scene.ids) == found_labels))
+    assert np.mean(right) > 0.9
 
 
 def words_of(listing: str) -> list[str]:
@@ -171,6 +183,7 @@ def test_what_is_in_the_package_is_small():
     assert sum(file.stat().st_size for file in files) < 25e6
 
 
+@pytest.mark.slow
 @needs_scenes_model
 def test_the_segmenter_is_as_good_as_its_card_says(tmp_path):
     """On the first of the scenes that the card's figures come from, which no training has seen."""
@@ -213,6 +226,7 @@ def test_the_segmenters_training_can_go_on_from_a_segmenter(tmp_path):
     assert all(torch.equal(weight, after[name]) for name, weight in before.items() if not name.endswith(BATCH_NORMS))
 
 
+@pytest.mark.slow
 def test_the_bases_training_goes_on_where_it_stopped_and_leaves_a_base(tmp_path, monkeypatch):
     monkeypatch.setattr(base, "TOKENIZER_SCENES", 20)
     run = tmp_path / "run"
@@ -223,6 +237,7 @@ def test_the_bases_training_goes_on_where_it_stopped_and_leaves_a_base(tmp_path,
     assert model.config.image_token_index == processor.image_token_id
 
 
+@pytest.mark.slow
 @needs_tiny_base
 @pytest.mark.parametrize("frozen", [False, True])
 def test_pretraining_can_go_on_from_a_base(tmp_path, monkeypatch, frozen):
@@ -297,6 +312,7 @@ def told_column(model, pixel_values) -> float:
     return float(1 - missed.var() / columns.var())
 
 
+@pytest.mark.slow
 def test_image_tokens_tell_their_places_once_they_are_shown(monkeypatch):
     """A projector's output behind a tower of random weights tells no column; with the code of places it does."""
     monkeypatch.setattr(base, "TOKENIZER_SCENES", 1)
@@ -308,5 +324,3 @@ def test_image_tokens_tell_their_places_once_they_are_shown(monkeypatch):
     assert told_column(model, pixel_values) < 0.2
     show_positions(model, pixel_values)
     assert told_column(model, pixel_values) > 0.7
-
-

@@ -8,7 +8,6 @@ import math
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
-from scipy.ndimage import find_objects
 
 from collavo.scenes import creatures, indoors, outdoors  # noqa: F401  (they register what they draw)
 from collavo.scenes.canvas import Canvas, Layer, Light, Surface
@@ -173,6 +172,8 @@ def _settled(canvas: Canvas) -> tuple[list[Layer], np.ndarray]:
 
 def _annotated(canvas: Canvas, layers: list[Layer], owners: np.ndarray) -> tuple[np.ndarray, tuple[SceneSegment, ...]]:
     """Number the segments, one for each thing and one for all stuff of a class, and measure what is visible."""
+    from scipy.ndimage import find_objects  # here, because scipy takes longer to import than all the rest
+
     first: dict[Category, Layer] = {}
     heads = [layer if layer.thing else first.setdefault(layer.category, layer) for layer in layers]
     positions = {head: position for position, head in enumerate(dict.fromkeys(heads), 1)}
