@@ -3,9 +3,9 @@
     python benchmarks/help_cost.py [--repeats 5]
 
 A command has to parse its flags before it imports anything heavy, so that a mistyped flag is answered at once. Each
-round runs `python -c "import numpy, pyarrow.parquet"` and then every command, in turn, so that other work on the machine
-slows all of them alike. Prints the median CPU seconds (user and system) and their ratio to the imports', and as the last
-line JSON.
+round runs `python -c "import numpy, pyarrow.parquet"` and then every command in turn, so that other work on the machine
+slows all of them alike. Prints the median CPU seconds (user and system) and their ratio to those of the imports, and as
+the last line JSON.
 """
 
 import argparse
