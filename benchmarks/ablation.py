@@ -63,8 +63,8 @@ MAX_NEW_TOKENS = dict.fromkeys(EVALUATED_TASKS, 24) | {"class_to_box": 64, DIALO
 """Two boxes with their names fit into 64 tokens of the embedded base, which writes digit by digit."""
 
 TRAIN_FLAGS = "--tasks counting box_to_class class_to_binary --instructions_per_sequence 8 --max_length 512"
-"""Lists are neither taught nor asked for. Class-to-box is asked for, but not taught: the embedded base cannot write boxes,
-and their long answers, 70 % of all tokens, would drown the other tasks (benchmarks/LOG.md, 2026-11-26)."""
+"""Lists are neither taught nor asked for. Class-to-box is asked for, but not taught: the embedded base cannot write
+boxes, and the long answers, 70 % of all tokens, would drown the other tasks (benchmarks/LOG.md, 2026-11-26)."""
 
 STUDY, FIGURES = "study.json", "figures.json"
 STUDY_FLAGS = ("train_scenes", "eval_scenes", "cpt_steps", "cit_steps", "batch_size", "base", "train_flags",

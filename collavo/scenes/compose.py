@@ -1,7 +1,7 @@
-"""Scenes: things put into a place, annotated by what is visible of them.
+"""Compose a scene: put things into a place, paint them, and annotate what is visible.
 
-A thing that the others hide too much is taken out before anything is painted, so that the picture and its annotation
-hold exactly the same things.
+A thing that is hidden too much is taken out before anything is painted, so that the picture and its annotation hold
+exactly the same things.
 """
 
 import math
@@ -27,7 +27,7 @@ _CROWDS = ("person", "sheep", "orange", "apple", "book", "donut")
 
 
 def draw_scene(seed: int, size_wh: tuple[int, int] = (640, 480)) -> Scene:
-    """The scene of this seed: the same bytes for the same seed and size on any machine.
+    """Draw the scene of a seed: the same bytes for the same seed and size on any machine.
 
     Raises:
         ValueError: for a side below 32 pixels.
@@ -49,7 +49,7 @@ def draw_scene(seed: int, size_wh: tuple[int, int] = (640, 480)) -> Scene:
 
 
 def _populate(canvas: Canvas) -> None:
-    """Put things into the place, now and then a flock of small ones or a crowd that is one region."""
+    """Put things into the place, sometimes also a flock of small ones, or a crowd as one region."""
     dice, room = canvas.dice, max(canvas.size_wh) / canvas.unit
     crowds = _CROWDS[canvas.light.indoors :]  # people do not crowd a room
     for gather, names in ((_crowd, crowds), (_flock, _FLOCKS)):
@@ -68,21 +68,21 @@ def _populate(canvas: Canvas) -> None:
 
 
 def _flock(canvas: Canvas, surface: Surface, name: str) -> None:
-    """A dozen or two dozen of a kind, the more the smaller."""
+    """Put about a dozen of a kind, or thirty smaller ones."""
     many = canvas.dice.chance(0.4)
     for _ in range(canvas.dice.integer(26, 36) if many else canvas.dice.integer(10, 14)):
         _put(canvas, surface, DRAWABLE[name], shrink=0.6 if many else 0.75)
 
 
 def _drawn(dice: Dice, kind: Thing) -> tuple[Drawing, tuple[str, ...]]:
-    """A thing of this kind, and the names of its colours."""
+    """Draw a thing of this kind, and return it with the names of its colours."""
     drawing, color = Drawing(), dice.pick(kind.colors or ("grey",))
     second = kind.draw(drawing, dice.paint(color), dice)
     return drawing, (color, *([second] if second else [])) if kind.colors else ()
 
 
 def _put(canvas: Canvas, surface: Surface, kind: Thing, shrink: float = 1) -> None:
-    """Draw a thing and find room for it, in a few tries at most; what has a seat may get something to bear."""
+    """Draw a thing, find room for it in up to six tries, and perhaps put something on its seat."""
     dice, (width, height) = canvas.dice, canvas.size_wh
     drawing, colors = _drawn(dice, kind)
     wide, high = drawing.size_wh()
@@ -107,7 +107,7 @@ def _put(canvas: Canvas, surface: Surface, kind: Thing, shrink: float = 1) -> No
 def _laid(
     canvas: Canvas, surface: Surface, kind: Thing, drawing: Drawing, span: float, x: int, y: int, turn_deg: float = 0
 ) -> Layer:
-    """Put a drawing on (or, where things hang, about) a point of a surface."""
+    """Put a drawing on a point of a surface, or centre it there if things hang."""
     sprite = rasterize(drawing, span, turn_deg, kind.flips and canvas.dice.chance(0.5), canvas.light.side)
     w, h = sprite.picture.size
     layer = Layer(sprite, x - w // 2, y - h, y, kind.category, kind, base_y=y, on=surface.category)
@@ -129,7 +129,7 @@ def _seat(canvas: Canvas, bearer: Layer, seat: tuple[float, float, float], kind:
 
 
 def _crowd(canvas: Canvas, surface: Surface, name: str) -> None:
-    """A distant crowd, or a heap, that nobody would count: one region."""
+    """Put a distant crowd, or a heap, that nobody would count, as one region."""
     dice, kind, crowd = canvas.dice, DRAWABLE[name], Drawing()
     standing = name in ("person", "sheep")
     step = {"person": 24, "sheep": 84}.get(name, 76)
@@ -143,7 +143,7 @@ def _crowd(canvas: Canvas, surface: Surface, name: str) -> None:
 
 
 def _is_crowded(canvas: Canvas, box_xyxy: tuple[float, float, float, float]) -> bool:
-    """Whether a thing here would overlap another by more than a third of the smaller one's box."""
+    """Tell whether a box would overlap that of another thing by more than a third of the smaller one."""
     x0, y0, x1, y1 = box_xyxy
     for layer in canvas.layers:
         w, h = layer.sprite.picture.size
@@ -154,7 +154,7 @@ def _is_crowded(canvas: Canvas, box_xyxy: tuple[float, float, float, float]) -> 
 
 
 def _settled(canvas: Canvas) -> tuple[list[Layer], np.ndarray]:
-    """The layers from back to front, and the owner of each pixel, once nothing is hidden too much."""
+    """Remove things until none is hidden too much; return the layers from back to front and the owner of each pixel."""
     least = _LEAST_VISIBLE_AREA * canvas.size_wh[0] * canvas.size_wh[1]
     layers = sorted(canvas.layers, key=lambda layer: layer.depth)
     while True:
@@ -171,7 +171,7 @@ def _settled(canvas: Canvas) -> tuple[list[Layer], np.ndarray]:
 
 
 def _annotated(canvas: Canvas, layers: list[Layer], owners: np.ndarray) -> tuple[np.ndarray, tuple[SceneSegment, ...]]:
-    """Number the segments, one for each thing and one for all stuff of a class, and measure what is visible."""
+    """Number the segments, one for each thing and one for all stuff of a class, and measure their visible parts."""
     from scipy.ndimage import find_objects  # here, because scipy takes longer to import than all the rest
 
     first: dict[Category, Layer] = {}
@@ -208,7 +208,7 @@ def _annotated(canvas: Canvas, layers: list[Layer], owners: np.ndarray) -> tuple
 
 
 def _fresh_id(dice: Dice, category: Category, taken: list[int]) -> int:
-    """An id whose bytes resemble the class's colour, as in COCO's own files, so that the PNG shows the classes."""
+    """Return an id whose bytes resemble the class's colour, as in COCO's files, so that the PNG shows the classes."""
     while True:
         r, g, b = (max(0, min(255, c + dice.integer(-30, 30))) for c in category.color_rgb)
         new = r + 256 * g + 65536 * b
@@ -217,7 +217,7 @@ def _fresh_id(dice: Dice, category: Category, taken: list[int]) -> int:
 
 
 def _graded(canvas: Canvas, frame: Image.Image) -> np.ndarray:
-    """The weather, the light of the hour and a little grain over the whole picture."""
+    """Lay the weather, the light of the hour and a little grain over the whole picture."""
     dice, light, (width, height) = canvas.dice, canvas.light, canvas.size_wh
     veil = Image.new("L", frame.size)
     pen = ImageDraw.Draw(veil)

@@ -1,4 +1,4 @@
-"""The places where scenes are set: which stuff lies where, and what may stand, hang or fly there."""
+"""The places of scenes: which stuff lies where, and which things may stand, hang or fly there."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,9 +20,9 @@ _WOODS: tuple[Color, ...] = ((190, 136, 88), (150, 100, 66), (220, 186, 142), (1
 
 
 def _wavy(canvas: Canvas, level: float, swell: float) -> np.ndarray:
-    """A gently rolling line about `level` (fraction of the height): y in pixels for each column."""
+    """Return a rolling line about `level`, a fraction of the height: y in pixels for each column."""
     across = np.arange(canvas.size_wh[0]) / canvas.unit
-    # Arcs of parabolas instead of a sine: their last bit is the same on any machine.
+    # Arcs of parabolas instead of a sine, because their last bit is the same on any machine.
     phase = (across * canvas.dice.uniform(1.5, 4) + canvas.dice.uniform(0, 2)) % 2 - 1
     return level * canvas.size_wh[1] + swell * canvas.unit * 4 * phase * (1 - np.abs(phase))
 
@@ -33,7 +33,7 @@ def _trees(canvas: Canvas, kind: str, bases: tuple[float, float], count: int, sp
 
 
 def _town(canvas: Canvas, base: float, scale: float, density: float) -> None:
-    """A row of houses; `scale` is short sides per 100 units of the drawing."""
+    """Put a row of houses; `scale` is short sides per 100 units of the drawing."""
     x = canvas.dice.uniform(-0.1, 0.05)
     while x < 1:
         house = stuff.building(canvas.dice, canvas.light)
@@ -56,7 +56,7 @@ def _fence(canvas: Canvas, y: float, high: float) -> None:
 
 
 def _open_air(canvas: Canvas, horizon: float, peaks: float, towns: float, snowy: bool = False) -> None:
-    """The sky and what stands at the horizon: mountains or houses, with the given probabilities, or nothing."""
+    """Paint the sky and the horizon: mountains or houses, with the given probabilities, or nothing."""
     stuff.sky(canvas, horizon)
     chance = canvas.dice.uniform(0, 1)
     if chance < peaks:
@@ -127,7 +127,7 @@ def _street(canvas: Canvas) -> None:
 
 
 def _room(canvas: Canvas, walls: str, floor: float) -> None:
-    """A wall, often with a window and curtains, sometimes a clock."""
+    """Paint a wall, often with a window and curtains, sometimes with room for a clock."""
     (width, height), dice, name = canvas.size_wh, canvas.dice, canvas.dice.pick(walls.split())
     bricks = ((176, 96, 76), (190, 128, 100), (206, 196, 186))
     paints = bricks if name == "wall-brick" else tuple(shade(color, 1.6) for color in COLORS.values())
@@ -188,12 +188,12 @@ PLACES: dict[str, Callable[[Canvas], None]] = {
     "office": partial(_table, walls="wall wall wall-brick", cloths=False, things=_WORK),
     "living room": _living_room,
 }
-"""Every place, by name; each function lays out the stuff and says where things may go."""
+"""All places by name; each function lays out the stuff and says where things may go."""
 
 FREQUENT = (*PLACES, "street", "kitchen", "office")
-"""The places to draw from: those at home to many kinds of things come up twice as often."""
+"""The places to draw from; those with many kinds of things come twice as often."""
 
 INDOORS = ("kitchen", "office", "living room")
 
 ANYWHERE = "apple, teddy bear, sports ball, book, suitcase, bird, cat, umbrella, cup, bottle, banana, potted plant"
-"""Things that turn up where one does not expect them, so that a place does not give its things away."""
+"""Things that turn up anywhere, so that a place does not give its things away."""

@@ -1,4 +1,4 @@
-"""Stuff: textures of ground, walls and water; drawings of trees, buildings, mountains and windows."""
+"""Stuff: textures of grounds, walls and water, and drawings of trees, buildings, mountains and windows."""
 
 import math
 
@@ -16,7 +16,7 @@ _PLAIN = (246, 244, 238)
 def _texture(
     dice: Dice, size_wh: tuple[int, int], far: Color, near: Color, cell_wh: tuple[float, float], rough: int, fine: int
 ) -> Image.Image:
-    """A gradient from top to bottom under blotches as large as the cell (pixels) and fine grain."""
+    """Return a gradient from top to bottom with blotches of the cell's size (pixels) and fine grain."""
     w, h = size_wh
     down = np.arange(h)[:, None, None] * 256 // max(1, h - 1)
     column = ((np.array(far) * (256 - down) + np.array(near) * down) // 256).astype(np.uint8)
@@ -31,7 +31,7 @@ def _texture(
 
 
 def ground(canvas: Canvas, name: str, top_px: np.ndarray | float, far: Color, near: Color, marks: str) -> None:
-    """Grass, sand, snow, water or paving below a line; `marks` is what lies on it: blades, waves, dots or nothing."""
+    """Paint grass, sand, snow, water or paving below a line, with `marks` on it: blades, waves, dots or none ("")."""
     (width, height), dice = canvas.size_wh, canvas.dice
     size = (width, height - max(0, int(np.min(top_px))))
     cell = canvas.unit * 0.06
@@ -53,7 +53,7 @@ def ground(canvas: Canvas, name: str, top_px: np.ndarray | float, far: Color, ne
 
 
 def road(canvas: Canvas, top_px: int, bottom_px: int, tone: Color) -> None:
-    """A road from side to side, with a kerb and a dashed line in the middle."""
+    """Paint a road from side to side, with a kerb and a dashed line in the middle."""
     (width, height), edge = canvas.size_wh, max(1, canvas.unit // 80)
     size = (width, height - top_px)
     picture = _texture(canvas.dice, size, shade(tone, 0.95), shade(tone, 1.06), (canvas.unit * 0.2,) * 2, 8, 14)
@@ -66,7 +66,7 @@ def road(canvas: Canvas, top_px: int, bottom_px: int, tone: Color) -> None:
 
 
 def sky(canvas: Canvas, horizon: float) -> None:
-    """The sky down to the horizon (a fraction of the height) and a little below, with sun, moon, stars and clouds."""
+    """Paint the sky to a little below the horizon (a fraction of the height), with sun or moon, stars and clouds."""
     (width, height), light, dice, r = canvas.size_wh, canvas.light, canvas.dice, canvas.unit * 0.05
     deep = min(height, int(height * horizon) + 2 + canvas.unit // 10)
     picture = Image.new("RGB", canvas.size_wh)
@@ -95,7 +95,7 @@ def sky(canvas: Canvas, horizon: float) -> None:
 
 
 def tree(dice: Dice, kind: str) -> Drawing:
-    """A "round" tree, a "conifer" or a "palm", about 120 high."""
+    """Draw a "round" tree, a "conifer" or a "palm", about 120 high."""
     d, leaf = Drawing(), shade(dice.pick(_GREENS if kind == "round" else _GREENS[:4]), dice.uniform(0.85, 1.1))
     if kind == "conifer":
         d.box(-5, -16, 5, 0, (112, 80, 56))
@@ -118,7 +118,7 @@ def tree(dice: Dice, kind: str) -> Drawing:
 
 
 def building(dice: Dice, light: Light) -> Drawing:
-    """A house front of 2 to 6 floors, 26 each."""
+    """Draw a house front of 2 to 6 floors, each 26 high."""
     d, wall = Drawing(), shade(dice.pick(_FACADES), dice.uniform(0.88, 1.05))
     columns, rows = dice.integer(2, 4), dice.integer(2, 6)
     w, h, lit = columns * 22 + 8, rows * 26 + 30, light.time in ("night", "evening")
@@ -139,7 +139,7 @@ def building(dice: Dice, light: Light) -> Drawing:
 
 
 def mountains(dice: Dice, tone: Color, high: float, snowy: bool) -> Drawing:
-    """A range 130 wide with peaks up to `high`."""
+    """Draw a range 130 wide with peaks up to `high`."""
     d = Drawing()
     peaks = [(x + dice.uniform(-6, 6), dice.uniform(0.5, 1) * high) for x in range(-4, 110, max(3, int(high * 0.8)))]
     for x, y in sorted(peaks, key=lambda peak: -peak[1]):
@@ -155,7 +155,7 @@ def mountains(dice: Dice, tone: Color, high: float, snowy: bool) -> Drawing:
 
 
 def fence(dice: Dice, length: float) -> Drawing:
-    """Pickets or rails, 24 high."""
+    """Draw pickets or rails, 24 high."""
     d, paint, pickets = Drawing(), dice.pick((_PLAIN, (164, 116, 74), (120, 90, 66), (206, 190, 160))), dice.chance(0.5)
     for y in (-17, -8):
         d.box(0, y, length, y + (3 if pickets else 5), shade(paint, 0.88))
@@ -184,18 +184,16 @@ def window(dice: Dice, light: Light) -> Drawing:
 
 def curtain(paint: Color) -> Drawing:
     d = Drawing()
-    cloth = d.poly([(2, 0), (38, 0), *((x, 118 - x // 5 % 2 * 2) for x in range(40, -5, -5))], paint)
-    with d.within(cloth):
+    with d.within(d.poly([(2, 0), (38, 0), *((x, 118 - x // 5 % 2 * 2) for x in range(40, -5, -5))], paint)):
         for k, x in enumerate(range(3, 42, 5)):
             d.line([(x, -4), (x * 1.1 - 2, 122)], 2.4, shade(paint, 0.78 if k % 2 else 1.18))
     return d
 
 
 def sideboard(dice: Dice) -> Drawing:
-    """A low table, 140 long and 46 high."""
+    """Draw a low table, 140 long and 46 high."""
     d, wood = Drawing(), dice.pick(((156, 108, 66), (206, 168, 120), (236, 230, 220), (96, 70, 56)))
-    for x in (12, 122):
-        d.box(x, -40, x + 7, 0, shade(wood, 0.7))
+    d.box(12, -40, 19, 0, shade(wood, 0.7), at="0,0 110,0")
     d.box(4, -40, 136, -26, shade(wood, 0.86))
     d.box(0, -46, 140, -39, wood, corner=2)
     return d
@@ -209,7 +207,7 @@ def rug(paint: Color) -> Drawing:
 
 
 def wall(canvas: Canvas, name: str, paint: Color) -> None:
-    """The whole frame: plain or papered ("wall"), of bricks or of tiles."""
+    """Paint a wall over the whole frame: plain or papered ("wall"), of bricks or of tiles."""
     (width, height), dice, bricks = canvas.size_wh, canvas.dice, name == "wall-brick"
     picture = _texture(dice, canvas.size_wh, shade(paint, 1.06), shade(paint, 0.94), (canvas.unit * 0.5,) * 2, 8, 4)
     pen, paper = ImageDraw.Draw(picture), dice.pick(("plain", "stripes", "dots"))
@@ -231,7 +229,7 @@ def wall(canvas: Canvas, name: str, paint: Color) -> None:
 
 
 def boards(canvas: Canvas, name: str, top_px: int, paint: Color, stripe: Color | None = None) -> None:
-    """A wooden floor or table top in perspective, or a tablecloth with stripes."""
+    """Paint a wooden floor or table top in perspective, or a tablecloth with stripes."""
     (width, height), dice = canvas.size_wh, canvas.dice
     deep, step, middle = height - top_px, canvas.unit * 0.26, width / 2
     picture = _texture(dice, (width, deep), shade(paint, 0.9), paint, (canvas.unit * 0.5, canvas.unit * 0.02), 10, 6)

@@ -46,44 +46,33 @@ def write_scenes(
     """
     output = Path(output).resolve()
     _check_replaceable(output, overwrite)
-    with whole_folder(output) as folder:
-        _write(folder, count, size_wh, seed, start, progress)
-
-
-def _write(
-    folder: Path,
-    count: int,
-    size_wh: tuple[int, int],
-    seed: int,
-    start: int,
-    progress: Callable[[range], Iterable[int]],
-) -> None:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     dialogues: list[dict[str, Any]] = []
-    for kind in ("images", "panoptic"):
-        (folder / kind).mkdir()
-    for index in progress(range(start, start + count)):
-        scene, name = draw_scene(scene_seed(seed, index), size_wh), f"scene-{index:06d}"
-        Image.fromarray(scene.image).save(folder / "images" / f"{name}.jpg", quality=90)
-        rgb = np.stack([scene.ids & 255, scene.ids >> 8 & 255, scene.ids >> 16], -1).astype(np.uint8)
-        Image.fromarray(rgb).save(folder / "panoptic" / f"{name}.png")
-        width, height = size_wh
-        images.append({"id": index, "file_name": f"{name}.jpg", "width": width, "height": height, "license": 1})
-        annotations.append({"image_id": index, "file_name": f"{name}.png", "segments_info": _segments_info(scene)})
-        dialogues += _llava_entries(scene, name)
-    panoptic = {
-        "info": {"description": f"Sample scenes of CoLLaVO, seed {seed}", "version": "1"},
-        "licenses": [_LICENSE],
-        "images": images,
-        "annotations": annotations,
-        "categories": [
-            {"id": c.category_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color_rgb)}
-            for c in CATEGORIES
-        ],
-    }
-    (folder / "dialogues.json").write_text(json.dumps(dialogues), encoding="utf-8")
-    (folder / "panoptic.json").write_text(json.dumps(panoptic), encoding="utf-8")
+    with whole_folder(output) as folder:
+        for kind in ("images", "panoptic"):
+            (folder / kind).mkdir()
+        for index in progress(range(start, start + count)):
+            scene, name = draw_scene(scene_seed(seed, index), size_wh), f"scene-{index:06d}"
+            Image.fromarray(scene.image).save(folder / "images" / f"{name}.jpg", quality=90)
+            rgb = np.stack([scene.ids & 255, scene.ids >> 8 & 255, scene.ids >> 16], -1).astype(np.uint8)
+            Image.fromarray(rgb).save(folder / "panoptic" / f"{name}.png")
+            width, height = size_wh
+            images.append({"id": index, "file_name": f"{name}.jpg", "width": width, "height": height, "license": 1})
+            annotations.append({"image_id": index, "file_name": f"{name}.png", "segments_info": _segments_info(scene)})
+            dialogues += _llava_entries(scene, name)
+        panoptic = {
+            "info": {"description": f"Sample scenes of CoLLaVO, seed {seed}", "version": "1"},
+            "licenses": [_LICENSE],
+            "images": images,
+            "annotations": annotations,
+            "categories": [
+                {"id": c.category_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color_rgb)}
+                for c in CATEGORIES
+            ],
+        }
+        (folder / "dialogues.json").write_text(json.dumps(dialogues), encoding="utf-8")
+        (folder / "panoptic.json").write_text(json.dumps(panoptic), encoding="utf-8")
 
 
 def _check_replaceable(output: Path, overwrite: bool) -> None:
