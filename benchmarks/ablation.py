@@ -1,21 +1,22 @@
-"""The proof: what the Crayon Prompt and the two adapters are worth, on drawn scenes that no model has seen.
+"""The proof: measure what the Crayon Prompt and the two adapters are worth, on drawn scenes that no model has seen.
 
     python benchmarks/ablation.py --folder ablation [--seeds 0 1 2] [--arms full no_queries ...]
 
 The arms are those of the paper's tables 2 and 3: no queries, semantic queries, semantic and numbering queries; VL-CIT
-alone, both kinds of batches with one adapter, with two. The last of each table is the same model. Every arm is trained
-once per seed by `collavo.train`, from the embedded base, without an object list in any prompt. Segments are predicted,
-in training and in evaluation. The questions of the evaluation, and what is true, come from the scenes' annotations: a
-mistake of the segmenter counts against the model. `map` stands for a reader who knows nothing but the predicted map and
-reads it without a mistake: what an arm can get from the Crayon Prompt at best.
+alone, both kinds of batches with one adapter, with two. The last arm of each table is the same model. `collavo.train`
+trains every arm once per seed, from the embedded base and without an object list in any prompt.
 
-Arms of one seed with the same queries share one Crayon Prompt Tuning, which no adapter takes part in. An arm without
-queries has none. An arm without crayon batches takes as many dialogue steps as the others do.
+A segmenter predicts the segments, in training and in evaluation. The evaluation's questions and true answers come from
+the scenes' annotations, so a mistake of the segmenter counts against the model. `map` is a reader who knows only the
+predicted map and reads it without a mistake: the best that an arm can get from the Crayon Prompt.
 
-The folder holds scenes, data, and a run directory per arm and seed. The command goes on where it was stopped, and what
-is done is not done again; several commands, each with --seeds of its own, share the work. The results of all that is
-finished are in ablation.json, ablation.md and ablation.png. A small study is given more by more --seeds, never by
-another --train_scenes, --cpt_steps or --cit_steps: these want a new folder.
+Arms of one seed with the same queries share one Crayon Prompt Tuning, because no adapter takes part in it. An arm
+without queries has no such tuning. An arm without crayon batches takes as many dialogue steps as the others.
+
+The folder holds scenes, data, and a run directory per arm and seed. Repeat the command to continue a stopped study; it
+does nothing twice. Several commands with different --seeds can share the work. ablation.json, ablation.md and
+ablation.png hold the results of all finished runs. To extend a study, add --seeds; another --train_scenes, --cpt_steps
+or --cit_steps needs a new folder.
 """
 
 import argparse
@@ -52,28 +53,28 @@ from schemas.categories import BY_DISPLAY_NAME
 from schemas.crayon_row import CrayonRow, Segment
 
 TRAIN_SEED, EVALUATION_SEED = 20_001, 30_001
-"""Of the scenes; neither the embedded models nor the main command draw with them."""
+"""Seeds of the scenes; neither the embedded models nor the build use them."""
 
 CRAYON_SHARE = 0.5
-"""Of the steps of instruction tuning, where it has both kinds."""
+"""Share of crayon batches among the steps of instruction tuning, where it has both kinds."""
 
 PICTURES_AT_ONCE, QUESTIONS_AT_ONCE = 16, 128
 MAX_NEW_TOKENS = dict.fromkeys(EVALUATED_TASKS, 24) | {"class_to_box": 64, DIALOGUE: 16}
-"""Two boxes with their names fit into 64 tokens of the embedded base, digit by digit."""
+"""Two boxes with their names fit into 64 tokens of the embedded base, which writes digit by digit."""
 
 TRAIN_FLAGS = "--tasks counting box_to_class class_to_binary --instructions_per_sequence 8 --max_length 512"
-"""Lists are not asked for and not taught. Nor is class-to-box, although it is asked for: the embedded base cannot write
-boxes, and its long answers, seven tenths of all tokens, took everything else away (benchmarks/LOG.md, 2026-11-26)."""
+"""Lists are neither taught nor asked for. Class-to-box is asked for, but not taught: the embedded base cannot write
+boxes, and the long answers, 70 % of all tokens, would drown the other tasks (benchmarks/LOG.md, 2026-11-26)."""
 
 STUDY, FIGURES = "study.json", "figures.json"
 STUDY_FLAGS = ("train_scenes", "eval_scenes", "cpt_steps", "cit_steps", "batch_size", "base", "train_flags",
                "segmenter", "segmenter_checkpoint")  # fmt: skip
-"""What makes a study: in one folder they do not change."""
+"""Flags that must not change within one folder."""
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One way to train, as flags of `collavo.train`."""
+    """One way to train, in the words of `collavo.train`'s flags."""
 
     queries: str
     adapters: str
@@ -99,7 +100,7 @@ TABLES = {
         FULL: "both, dual adapters",
     },
 }
-"""Arms by table, under the names that tell them apart there; the full model is the last of both."""
+"""Arms by table, with the names that they have there; the full model is the last of both."""
 
 MEASURES = {
     "class_to_binary": ("C2B", "correct"),
@@ -108,20 +109,20 @@ MEASURES = {
     "class_to_box": ("Class-to-box IoU", "mean_iou"),
     DIALOGUE: ("Dialogue", "correct"),
 }
-"""By task: its title, and the figure of `collavo.evaluation.scores` that stands for it."""
+"""Title of each task, and the figure of `collavo.evaluation.scores` to report."""
 
 SPREAD = ("class_to_binary", "box_to_class")
-"""Tasks whose best and worst classes the paper tells apart."""
+"""Tasks for which the paper reports the best and the worst classes."""
 
 Figures = Mapping[str, Mapping[str, Any]]
-"""Of one run, by task, as `collavo.evaluation.scores.summarise` has them."""
+"""Figures of one run by task, as `collavo.evaluation.scores.summarise` returns them."""
 
 Values = Mapping[str, Mapping[int, Mapping[str, float]]]
-"""In percent, by arm, seed, and title; the map has one seed, 0."""
+"""Percentages by arm, seed and title; the map has only seed 0."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; see the module's text."""
+    """Run the command; the module's docstring describes it."""
     flags = _parser().parse_args(argv)
     study = Study(flags)
     if not flags.report_only:
@@ -162,7 +163,7 @@ class Study:
         self._claim()
 
     def run(self, arms: Sequence[str], seeds: Sequence[int]) -> None:
-        """Do what is left to do, one seed after the other, so that there is something to see early."""
+        """Do what is left to do, one seed after the other, so that first results come early."""
         self._build_data()
         for seed in seeds:
             for arm in arms:
@@ -173,7 +174,7 @@ class Study:
                     self._evaluate(run)
 
     def results(self) -> dict[str, dict[int, Figures]]:
-        """Figures of all runs that are finished, and of the map."""
+        """Return the figures of all finished runs and of the map."""
         found: dict[str, dict[int, Figures]] = {}
         for file in sorted(self._folder.glob(f"runs/*-seed-*/{FIGURES}")):
             arm, _, seed = file.parent.name.rpartition("-seed-")
@@ -182,7 +183,7 @@ class Study:
         return {MAP: {0: summarise(answers)}, **found}
 
     def facts(self) -> dict[str, Any]:
-        """What the figures rest on."""
+        """Return what the figures depend on."""
         asked = [question.task for _, questions in self._pairs() for question in questions]
         return {
             "study": json.loads((self._folder / STUDY).read_text()),
@@ -192,7 +193,7 @@ class Study:
         }
 
     def _claim(self) -> None:
-        """Write down what the study is, or make sure that it is the one that the folder holds."""
+        """Record the study's flags, or check that they are those of the study in the folder."""
         asked = {name: getattr(self._flags, name) for name in STUDY_FLAGS}
         file = self._folder / STUDY
         if not file.exists():
@@ -205,7 +206,7 @@ class Study:
                 )
 
     def _build_data(self) -> None:
-        """Draw scenes and build crayon data of them: to learn from, to ask about, and the maps shown with it."""
+        """Draw scenes and build three data sets: for training, for the questions, and for the maps shown with them."""
         flags = self._flags
         segmenter = ["--segmenter", flags.segmenter]
         if flags.segmenter != "annotations":
@@ -233,7 +234,7 @@ class Study:
             raise SystemExit(status)
 
     def _pairs(self) -> Iterator[tuple[CrayonRow, list[Question]]]:
-        """Rows with predicted maps, each with the questions that the annotation of its image gives rise to."""
+        """Yield rows with predicted maps, each with the questions that come from its image's annotation."""
         truth = {row.image_id: row for row in self._rows("truth")}
         for row in self._rows("maps"):
             if questions := questions_of(truth[row.image_id], tuple(MEASURES)):
@@ -261,19 +262,19 @@ class Study:
             self._collavo_train(run, arm, seed, "cit", steps, "--crayon_share", str(share))
 
     def _tuned_prompt(self, arm: Arm, seed: int) -> Path:
-        """The run directory of the Crayon Prompt Tuning that arms with these queries share."""
+        """Return the run directory of the Crayon Prompt Tuning that arms with these queries share."""
         run = self._folder / "cpt" / f"{arm.queries}-seed-{seed}"
         if not (run / CARD).exists():
             self._collavo_train(run, arm, seed, "cpt", self._flags.cpt_steps)
         return run
 
-    def _collavo_train(self, run: Path, arm: Arm, seed: int, stage: str, steps: int, *more: str) -> None:
-        """Train, or go on, with the public command; what it says goes to a log beside the run directory."""
+    def _collavo_train(self, run: Path, arm: Arm, seed: int, phase: str, steps: int, *more: str) -> None:
+        """Train, or continue, with the public command; its output goes to a log beside the run directory."""
         flags = self._flags
         sequences_per_epoch = flags.train_scenes  # at least, for every scene has instructions and a dialogue
         argv = [
             *("--data", str(self._folder / "data" / "train"), "--preset", flags.base, "--output_dir", str(run)),
-            *("--stage", stage, "--queries", arm.queries, "--adapters", arm.adapters, "--seed", str(seed)),
+            *("--phase", phase, "--queries", arm.queries, "--adapters", arm.adapters, "--seed", str(seed)),
             *("--batch_size", str(flags.batch_size), "--max_steps", str(steps), "--object_list", "none"),
             *("--epochs", str(1 + steps * flags.batch_size // sequences_per_epoch), "--device", "cpu"),
             *("--checkpoint_steps", "100", "--keep_checkpoints", "1"),
@@ -282,7 +283,7 @@ class Study:
         ]
         if list_checkpoints(run):
             argv.append("--resume")
-        elif stage == "cpt":
+        elif phase == "cpt":
             argv.append("--overwrite")
         self._log(f"training {run}: python -m collavo.train {' '.join(argv)}")
         run.parent.mkdir(parents=True, exist_ok=True)
@@ -309,7 +310,7 @@ class Study:
 
 
 def answers_of_model(run: Path, pairs: Sequence[tuple[CrayonRow, Sequence[Question]]]) -> list[Answered]:
-    """What a trained model answers, judged; it sees the image and the map of the row beside each list of questions."""
+    """Ask a trained model about images with their maps, and judge its answers."""
     answerer = load_answerer(str(run), torch.device("cpu"))
     answers: list[Answered] = []
     for start in range(0, len(pairs), PICTURES_AT_ONCE):
@@ -323,7 +324,7 @@ def answers_of_model(run: Path, pairs: Sequence[tuple[CrayonRow, Sequence[Questi
 
 
 def answers_of_map(row: CrayonRow, questions: Sequence[Question]) -> Iterator[Answered]:
-    """What a row's own segments answer to questions about its image; a map answers no dialogue."""
+    """Answer questions from a row's own segments, and judge the answers; a map answers no dialogue."""
     size_wh = (row.width, row.height)
     for question in questions:
         if question.task == DIALOGUE or (question.category is None and question.task != "box_to_class"):
@@ -344,7 +345,7 @@ def answers_of_map(row: CrayonRow, questions: Sequence[Question]) -> Iterator[An
 
 
 def _object_at(box: tuple[float, float, float, float], segments: Sequence[Segment], size_wh: tuple[int, int]) -> str:
-    """The thing whose box overlaps a box most."""
+    """Return the thing whose box overlaps a box most."""
     scale = np.array([*size_wh, *size_wh])
     things = [segment for segment in segments if segment.category.is_thing]
     overlaps = [box_iou(box, tuple(np.array(segment.box_xyxy) / scale)) for segment in things]
@@ -364,7 +365,7 @@ def write_report(folder: Path, results: Mapping[str, Mapping[int, Figures]], fac
 
 
 def percentages(figures: Figures) -> dict[str, float]:
-    """What the tables show of a run, by title; what was not asked is left out."""
+    """Return the tables' figures of a run by title, without those that were not asked."""
     found = {title: figures[task].get(key) for task, (title, key) in MEASURES.items() if task in figures}
     for task in SPREAD:
         of_task = figures.get(task, {})
@@ -374,7 +375,7 @@ def percentages(figures: Figures) -> dict[str, float]:
 
 
 def mean_and_deviation(of_seeds: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and standard deviation over seeds, by title; a single seed has no deviation."""
+    """Return mean and standard deviation over seeds by title; a single seed has no deviation."""
     found = {}
     for title in of_seeds[0]:
         values = [of_seed[title] for of_seed in of_seeds]
@@ -385,7 +386,7 @@ def mean_and_deviation(of_seeds: Sequence[Mapping[str, float]]) -> dict[str, dic
 
 
 def markdown(values: Values) -> str:
-    """The two tables, in percent: mean and standard deviation over seeds."""
+    """Return the two tables: mean and standard deviation over seeds in percent."""
     titles = [title for title, _ in MEASURES.values()]
     titles += [f"{MEASURES[task][0]} top - bottom 20" for task in SPREAD]
     lines = []
@@ -407,7 +408,7 @@ def _cell(figure: Mapping[str, float] | None) -> str:
 
 
 def plot(values: Values) -> Figure:
-    """A panel per table and measure: a point per seed, a bar at the mean, the map's figure as a dashed line."""
+    """Draw a panel per table and measure: a point per seed, a bar at the mean, a dashed line for the map."""
     titles = [title for title, _ in MEASURES.values()]
     figure = Figure(figsize=(2.5 * len(titles), 6.4), layout="constrained")
     panels = figure.subplots(len(TABLES), len(titles), sharey="col", squeeze=False)

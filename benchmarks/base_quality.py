@@ -1,9 +1,9 @@
-"""How well a base reads charts that it has not seen: the figures of the embedded base's card.
+"""Measure how well a base reads new word grids (charts): the figures in the embedded base's card.
 
     python benchmarks/base_quality.py [--base DIR]
 
-Every token is predicted with the true tokens before it. What counts of an answer is yes or no, a count, or a word
-without its number: how it is put into a sentence is a matter of taste.
+The base predicts every token of an answer from the true tokens before it. Yes or no, the count, or the word without its
+number has to be right; the rest of the sentence does not matter.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from itertools import product
 
 import torch
 
-from collavo.errors import UserError
+from collavo import cli
 from collavo.runs import load_base
 from collavo.scenes import draw_scene, scene_seed
 from collavo.training.batches import IGNORED, collate
@@ -23,35 +23,32 @@ from pretraining.word_grids import Lesson, WordPrompt, chart_example, draw_chart
 LESSONS: tuple[Lesson, ...] = ("all", "tiles")
 
 FIRST_CHART = 10**7
-"""Pre-training draws charts of lower numbers."""
+"""Pre-training draws charts with lower numbers."""
 
 SAID: dict[str, Callable[[str], object]] = {
     "whether": str,
     "count": lambda text: re.findall(r"\d+", text)[-1:],
     "what": lambda text: text.lstrip("0123456789"),
 }
-"""What counts of an answer, by what was asked for; the first tokens may begin another sentence."""
+"""The part of an answer that has to be right, by kind of question; its first tokens may begin another sentence."""
 
 
 def kind_of(answer: str) -> str:
-    """What a chart was asked for, as the answer tells."""
+    """Return the kind of question that an answer belongs to."""
     if "#" in answer:
         return "what"
     return "count" if re.search(r"\d", answer) else "whether"
 
 
-def main() -> int:
-    """The command; see the module's text."""
+def main() -> None:
+    """Run the command; the module's docstring describes it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--base", default="tiny", help="a base (default: tiny)")
     parser.add_argument("--charts", type=int, default=40, help="default: 40")
     flags = parser.parse_args()
-    try:
-        model, processor = load_base(flags.base, torch.float32)
-    except UserError as error:
-        parser.error(f"--base {str(error).removeprefix('--preset ')}")
+    model, processor = load_base(flags.base, torch.float32)
     model.model.crayon_prompt = WordPrompt(model, processor.tokenizer)
     right: dict[str, list[bool]] = defaultdict(list)
     for number, lesson in product(range(flags.charts), LESSONS):
@@ -66,15 +63,14 @@ def main() -> int:
             places = ((sequence_ids[1:] == position) & (labels[1:] != IGNORED)).nonzero().squeeze(1)
             kind = kind_of(processor.tokenizer.decode(labels[places + 1]))
             if kind == "what":
-                # The name follows a token that ends with #, which may be the first of the answer, and then has rivals.
+                # Look behind the token with the #, because what comes before may be worded differently.
                 tokens = processor.tokenizer.batch_decode(labels[places + 1, None])
                 places = places[next(i for i, token in enumerate(tokens, start=1) if "#" in token) :]
             truth, answer = (processor.tokenizer.decode(ids[places + at]) for ids, at in ((labels, 1), (found, 0)))
             right[f"{kind}, {lesson}"].append(SAID[kind](truth) == SAID[kind](answer))
     for kind, answers in right.items():
         print(f"{kind:12} {100 * sum(answers) / len(answers):5.1f} % of {len(answers)}")
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(cli.run("base_quality", main))

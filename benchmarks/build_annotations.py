@@ -1,16 +1,16 @@
-"""Time the build from annotations beside the script that one would write without it.
+"""Time the build from annotations beside a plain script that does the same work.
 
     python benchmarks/build_annotations.py [--count 2000] [--size 640x480] [--repeats 5]
 
 Both read the same drawn scenes as COCO panoptic and LLaVA files and write the same rows, on one core each, in turns.
-The plain script is Pillow and numpy as in most tutorials: it decodes image and mask, and makes one boolean mask per
-segment, whose area, box and place in the index map it takes from numpy; class statistics and phrasings come from the
-same functions as in the build, and pyarrow writes one table in the end. Before anything is timed, the rows of both are
-compared, every column of every row; of the maps' PNGs, which are compressed in different ways, the pixels.
+The plain script uses Pillow and numpy as most tutorials do: it decodes image and mask, makes one boolean mask per
+segment, and computes area, box and index map from it. Class statistics and phrasings come from the same functions as in
+the build, and pyarrow writes one table at the end. Before anything is timed, all columns of all rows are compared; of
+the maps' PNGs, which are compressed differently, the pixels.
 
-Start-up (imports, the graph, the report) is what the same command takes for one image; rates are given without it, with
-it, and, without it, by CPU time, which hardly feels what else the machine does. Prints a table, how the build's seconds
-divide into steps, and one line of JSON last.
+Start-up (imports, the graph, the report) is the time for one image. Rates are given without it, with it, and without it
+by CPU time, which other work on the machine hardly changes. Prints a table, the shares of the build's steps, and as the
+last line JSON.
 """
 
 import argparse
@@ -25,9 +25,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from measure import Run, add_common_flags, build, cached_scenes, circumstances, run, source_flags, spread, summary
+from measure import (
+    Run,
+    add_common_flags,
+    build,
+    cached_scenes,
+    circumstances,
+    compare_with_build,
+    run,
+    size_text,
+    source_flags,
+)
 from PIL import Image
 
+from collavo.cli import size_wh
 from collavo.instructions.choose import ClassStatistics
 from collavo.instructions.phrasebook import load_phrasebook
 from collavo.instructions.write import InstructionOptions, present_thing_labels, write_instructions
@@ -40,7 +51,7 @@ from schemas.crayon_row import CRAYON_SCHEMA, CrayonRow, Dialogue, Segment
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000)
-    parser.add_argument("--size", default="640x480")
+    parser.add_argument("--size", type=size_wh, default="640x480")
     parser.add_argument("--core", type=int, default=0, help="the core that both run on")
     add_common_flags(parser)
     parser.add_argument("--plain", nargs=2, type=Path, metavar=("SCENES", "OUTPUT"), help="only run the plain script")
@@ -49,8 +60,7 @@ def main() -> None:
         plain_script(*args.plain)
         return
 
-    size_wh = tuple(map(int, args.size.split("x")))
-    many, one = cached_scenes(args.cache, args.count, size_wh), cached_scenes(args.cache, 1, size_wh)
+    many, one = (cached_scenes(args.cache, count, args.size) for count in (args.count, 1))
     ours_output, plain_output = args.cache / "out-build", args.cache / "out-plain.parquet"
 
     def ours(scenes: Path) -> Run:
@@ -78,35 +88,18 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, figures: dict[str, list[Run]], steps: dict[str, float]) -> None:
-    rates: dict[str, list[float]] = {}
-    for name in ("ours", "plain"):
-        pairs = list(zip(figures[name], figures[f"{name} 1"], strict=True))
-        rates[name] = [(args.count - 1) / (whole.seconds - startup.seconds) for whole, startup in pairs]
-        rates[f"{name} with start-up"] = [args.count / whole.seconds for whole, _ in pairs]
-        rates[f"{name} by CPU time"] = [
-            (args.count - 1) / (whole.cpu_seconds - startup.cpu_seconds) for whole, startup in pairs
-        ]
-    result: dict[str, Any] = {name: summary(values) for name, values in rates.items()}
-    print(f"{'images/s, one core':<22}{'build':>24}{'plain script':>24}{'ratio':>22}")
-    for suffix in ("", " with start-up", " by CPU time"):
-        ours, plain = rates[f"ours{suffix}"], rates[f"plain{suffix}"]
-        ratio = [a / b for a, b in zip(ours, plain, strict=True)]
-        print(f"{suffix.strip() or 'without start-up':<22}{spread(ours):>24}{spread(plain):>24}{spread(ratio):>22}")
-        result[f"ratio{suffix}"] = summary(ratio)
-    startups = {name: [one.seconds for one in figures[f"{name} 1"]] for name in ("ours", "plain")}
-    print(f"{'start-up, s':<22}{spread(startups['ours']):>24}{spread(startups['plain']):>24}")
+    result = compare_with_build(figures, "plain", args.count, "images/s, one core")
     total = statistics.mean(one.seconds for one in figures["ours"])
-    rest = {"start-up": statistics.mean(startups["ours"])}
+    rest = {"start-up": statistics.mean(one.seconds for one in figures["ours 1"])}
     rest["runner and the rest"] = total - sum(steps.values()) - rest["start-up"]
     print("of the build's time: " + ", ".join(f"{k} {v / total:.0%}" for k, v in {**steps, **rest}.items()))
-    result |= {f"start-up s, {name}": summary(values) for name, values in startups.items()}
     shares = {step: round(seconds / total, 3) for step, seconds in {**steps, **rest}.items()}
-    setting = {"benchmark": "build_annotations", "count": args.count, "size": args.size, "repeats": args.repeats}
-    print(json.dumps({**setting, **result, "shares": shares, **circumstances()}))
+    sizes = {"count": args.count, "size": size_text(args.size), "repeats": args.repeats}
+    print(json.dumps({"benchmark": "build_annotations", **sizes, **result, "shares": shares, **circumstances()}))
 
 
 def check_equal(ours_output: Path, plain_output: Path) -> None:
-    """All rows, column by column; the index maps by their pixels."""
+    """Compare all rows column by column, and the index maps by their pixels."""
     ours = pa.concat_tables(pq.read_table(file) for file in sorted(ours_output.glob("*.parquet"))).sort_by("image_id")
     plain = pq.read_table(plain_output).sort_by("image_id")
     for name in CRAYON_SCHEMA.names:
@@ -118,7 +111,7 @@ def check_equal(ours_output: Path, plain_output: Path) -> None:
 
 
 def plain_script(scenes: Path, output: Path) -> None:
-    """What the build does for annotated images, written down straight."""
+    """Do what the build does for annotated images, step by step."""
     coco = json.loads((scenes / "panoptic.json").read_text())
     dialogues: dict[str, list[Dialogue]] = {}
     for entry in json.loads((scenes / "dialogues.json").read_text()):

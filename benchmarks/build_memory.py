@@ -2,10 +2,10 @@
 
     python benchmarks/build_memory.py [--count 2000] [--times 10] [--size 160x120] [--workers 1] [--repeats 3]
 
-Builds from drawn scenes, and from the same scenes under ten names each, in turns. They are small, for what could grow
-with their number - listings, shuffles, side inputs, statistics, the manifest - does not depend on their size. Peak
-memory is the largest sum of the resident sets of the command and its processes, sampled 20 times a second. Start-up,
-what a build of one image takes, is taken out of the rates. Prints a table, and one line of JSON last.
+Builds from drawn scenes, and from the same scenes under ten names each, in turns. The scenes are small, because what
+could grow with their number (listings, shuffles, side inputs, statistics, the manifest) does not depend on their size.
+Peak memory is the largest sum of the resident sets of the command and its processes, sampled 20 times a second. Rates
+are given without start-up, which is the time for one image. Prints a table, and as the last line JSON.
 """
 
 import argparse
@@ -21,26 +21,28 @@ from measure import (
     circumstances,
     repeated_scenes,
     run,
+    size_text,
     source_flags,
     spread,
     summary,
 )
+
+from collavo.cli import size_wh
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=2000, help="scenes to draw")
     parser.add_argument("--times", type=int, default=10, help="names of each scene in the larger data set")
-    parser.add_argument("--size", default="160x120")
+    parser.add_argument("--size", type=size_wh, default="160x120")
     parser.add_argument("--workers", type=int, default=1, help="worker processes; 1 runs in one process")
     parser.add_argument("--cores", type=int, nargs="+", default=[0])
     add_common_flags(parser)
     parser.set_defaults(repeats=3)
     args = parser.parse_args()
 
-    width, height = map(int, args.size.split("x"))
     few, many = args.count, args.times * args.count
-    folders = {count: cached_scenes(args.cache, count, (width, height)) for count in (1, few)}
+    folders = {count: cached_scenes(args.cache, count, args.size) for count in (1, few)}
     folders[many] = repeated_scenes(folders[few], args.times)
     mode = ["--direct_running_mode", "multi_processing", "--direct_num_workers", str(args.workers)]
 
@@ -67,7 +69,7 @@ def main() -> None:
     print(f"{many} against {few} images: {memory_ratio:.2f} times the memory, {rate_ratio:.2f} times the rate")
     result = {
         "benchmark": "build_memory",
-        "size": args.size,
+        "size": size_text(args.size),
         "workers": args.workers,
         "repeats": args.repeats,
         "start-up s": round(startup, 2),

@@ -2,12 +2,11 @@
 
     python benchmarks/build_model.py [--count 1000] [--size 320x240] [--repeats 5]
 
-The loop decodes each image and hands batches to the segmenter, and does nothing else: what it takes, no pipeline can
-save. The build does the same, and reads, encodes, phrases and writes. Both run in processes of their own on the same
-cores, in turns, with a Mask2Former of random weights whose size is that of a small real one; that both made the
-same maps is checked by their segments. Start-up (imports, loading the model, the graph, the report) is what each
-takes for one image; rates are given without it, with it, and, without it, by CPU time, which hardly feels what else the
-machine does. Prints a table, and one line of JSON last.
+The loop decodes each image and hands batches to the segmenter, and does nothing else, so no pipeline can be faster. The
+build also reads, encodes, phrases and writes. Both run in their own processes on the same cores, in turns, with a
+Mask2Former of random weights and the size of a small real one. Their segments are compared. Start-up (imports, loading
+the model, the graph, the report) is the time for one image. Rates are given without it, with it, and without it by CPU
+time, which other work on the machine hardly changes. Prints a table, and as the last line JSON.
 """
 
 import argparse
@@ -15,7 +14,9 @@ import json
 import sys
 from pathlib import Path
 
-from measure import Run, add_common_flags, build, cached_scenes, circumstances, run, spread, summary
+from measure import Run, add_common_flags, build, cached_scenes, circumstances, compare_with_build, run, size_text
+
+from collavo.cli import size_wh
 
 BATCH_SIZE = 8
 
@@ -23,7 +24,7 @@ BATCH_SIZE = 8
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--size", default="320x240")
+    parser.add_argument("--size", type=size_wh, default="320x240")
     parser.add_argument("--input_size", type=int, default=192, help="side of the square that the model sees")
     parser.add_argument("--checkpoint", type=Path, help="a Mask2Former (default: one of random weights)")
     parser.add_argument("--cores", type=int, nargs="+", default=[0])
@@ -37,8 +38,7 @@ def main() -> None:
     if not checkpoint.exists():
         save_random_model(checkpoint)
 
-    width, height = map(int, args.size.split("x"))
-    many, one = (cached_scenes(args.cache, count, (width, height)) / "images" for count in (args.count, 1))
+    many, one = (cached_scenes(args.cache, count, args.size) / "images" for count in (args.count, 1))
     ours_output, loop_output = args.cache / "out-model", args.cache / "out-loop.json"
     model = ["--segmenter_checkpoint", str(checkpoint), "--segmenter_input_size", str(args.input_size)]
     model += ["--device", "cpu", "--batch_size", str(BATCH_SIZE)]
@@ -65,31 +65,14 @@ def main() -> None:
 
 
 def report(args: argparse.Namespace, figures: dict[str, list[Run]]) -> None:
-    rates: dict[str, list[float]] = {}
-    for name in ("ours", "loop"):
-        pairs = list(zip(figures[name], figures[f"{name} 1"], strict=True))
-        rates[name] = [(args.count - 1) / (whole.seconds - startup.seconds) for whole, startup in pairs]
-        rates[f"{name} with start-up"] = [args.count / whole.seconds for whole, _ in pairs]
-        rates[f"{name} by CPU time"] = [
-            (args.count - 1) / (whole.cpu_seconds - startup.cpu_seconds) for whole, startup in pairs
-        ]
-    print(f"{'images/s':<22}{'build':>24}{'bare loop':>24}{'ratio':>22}")
-    result: dict[str, object] = {}
-    for label in ("", " with start-up", " by CPU time"):
-        ratios = [a / b for a, b in zip(rates[f"ours{label}"], rates[f"loop{label}"], strict=True)]
-        build_rate, loop_rate = spread(rates[f"ours{label}"]), spread(rates[f"loop{label}"])
-        print(f"{label.strip() or 'without start-up':<22}{build_rate:>24}{loop_rate:>24}{spread(ratios):>22}")
-        result[f"ratio{label}"] = summary(ratios)
-    startups = {name: [one.seconds for one in figures[f"{name} 1"]] for name in ("ours", "loop")}
-    print(f"{'start-up, s':<22}{spread(startups['ours']):>24}{spread(startups['loop']):>24}")
-    result |= {name: summary(values) for name, values in rates.items()}
-    result |= {f"start-up s, {name}": summary(values) for name, values in startups.items()}
-    setting = {"benchmark": "build_model", "count": args.count, "size": args.size, "input_size": args.input_size}
-    print(json.dumps({**setting, "cores_used": args.cores, "repeats": args.repeats, **result, **circumstances()}))
+    result = compare_with_build(figures, "loop", args.count, "images/s")
+    sizes = {"count": args.count, "size": size_text(args.size), "input_size": args.input_size}
+    more = {"cores_used": args.cores, "repeats": args.repeats}
+    print(json.dumps({"benchmark": "build_model", **sizes, **more, **result, **circumstances()}))
 
 
 def bare_loop(images: Path, output: Path, checkpoint: Path, input_size: int) -> None:
-    """Decode, segment, and keep only how many pixels each segment has, to show that it was done."""
+    """Decode and segment the images, and write only the areas of the segments, as proof of the work."""
     from collavo.images import decode_rgb
     from collavo.segmenters import load_segmenter
 
@@ -114,7 +97,7 @@ def check_equal(ours_output: Path, loop_output: Path) -> None:
 
 
 def save_random_model(checkpoint: Path) -> None:
-    """A Mask2Former over COCO's classes, of random weights: its cost is real, its answers are not."""
+    """Save a Mask2Former over COCO's classes with random weights: its cost is real, its answers are not."""
     import torch
     from transformers import Mask2FormerForUniversalSegmentation
 
@@ -122,7 +105,7 @@ def save_random_model(checkpoint: Path) -> None:
 
     torch.manual_seed(0)
     model = Mask2FormerForUniversalSegmentation(segmenter_config())
-    with torch.no_grad():  # as drawn, no query is sure of anything, and post-processing has nothing to do
+    with torch.no_grad():  # without this no query is sure of anything, and post-processing has nothing to do
         model.class_predictor.weight.mul_(150)
     model.save_pretrained(checkpoint)
 

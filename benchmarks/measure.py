@@ -1,4 +1,4 @@
-"""What the benchmarks of the build share: scenes drawn once, commands run and measured, figures in one line."""
+"""Helpers that the benchmarks share: draw scenes once, run and measure commands, summarise figures."""
 
 import argparse
 import json
@@ -24,10 +24,10 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 class Run(NamedTuple):
-    """A command that ended well: what it took, and its largest resident set, its children's included.
+    """What a successful command took, and the largest resident set of it and its children together.
 
-    `cpu_seconds` hardly feel what else the machine does meanwhile; on a core of its own they are the seconds, but for
-    waiting.
+    Other work on the machine hardly changes `cpu_seconds`. On an otherwise idle core they equal the seconds, less what
+    the command waited.
     """
 
     seconds: float
@@ -42,17 +42,22 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=5)
 
 
-def cached_scenes(cache: Path, count: int, size_wh: tuple[int, int]) -> Path:
-    """A folder of drawn scenes, from an earlier run if it was completed."""
-    folder = cache / f"scenes-{count}-{size_wh[0]}x{size_wh[1]}"
+def size_text(size_wh: tuple[int, int]) -> str:
+    """Return a size as its flag takes it: 640x480."""
+    return f"{size_wh[0]}x{size_wh[1]}"
+
+
+def cached_scenes(cache: Path, count: int, size_wh: tuple[int, int], seed: int = 0) -> Path:
+    """Draw scenes into a folder, or return that of an earlier run."""
+    folder = cache / (f"scenes-{count}-{size_text(size_wh)}" + (f"-seed-{seed}" if seed else ""))
     if not (folder / "panoptic.json").exists():
         print(f"drawing {count} scenes into {folder}", flush=True)
-        write_scenes(folder, count, size_wh, overwrite=True)
+        write_scenes(folder, count, size_wh, seed, overwrite=True)
     return folder
 
 
 def repeated_scenes(scenes: Path, times: int) -> Path:
-    """Drawn scenes, each under as many names as asked for: files of their own to whoever reads them, by hard links."""
+    """Return a folder with each scene under several names, as hard links: to a reader they are different files."""
     folder = scenes.with_name(f"{scenes.name}-times-{times}")
     if (folder / "panoptic.json").exists():
         return folder
@@ -79,7 +84,7 @@ def repeated_scenes(scenes: Path, times: int) -> Path:
 
 
 def source_flags(scenes: Path) -> list[str]:
-    """Drawn scenes as COCO panoptic and LLaVA sources of the build."""
+    """Return the build's flags that read drawn scenes as COCO panoptic and LLaVA sources."""
     flags = [
         "--coco_panoptic",
         scenes / "panoptic.json",
@@ -92,12 +97,12 @@ def source_flags(scenes: Path) -> list[str]:
 
 
 def build(*flags: str) -> list[str]:
-    """The command of the build."""
+    """Return the build's command."""
     return [sys.executable, str(REPOSITORY / "pipelines" / "build_crayon.py"), *flags, "--overwrite"]
 
 
 def run(command: Sequence[str], cores: set[int]) -> Run:
-    """Run a command on some cores, with as many threads in each of its processes; its output is shown if it fails."""
+    """Run a command on some cores, with one thread per core in each process; show its output if it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
     start, cpu_start = time.perf_counter(), _cpu_seconds_of_children()
     process = subprocess.Popen(
@@ -121,7 +126,7 @@ def _cpu_seconds_of_children() -> float:
 
 
 class _PeakWatch:
-    """Samples the resident sets of a process and its descendants, and remembers the largest sum."""
+    """Sample the resident sets of a process and its descendants, and keep the largest sum."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -146,7 +151,7 @@ class _PeakWatch:
 
 
 def summary(figures: Sequence[float]) -> dict[str, float]:
-    """Median and spread, for JSON."""
+    """Return median, lowest and highest, for JSON."""
     return {
         "median": round(statistics.median(figures), 3),
         "low": round(min(figures), 3),
@@ -155,18 +160,48 @@ def summary(figures: Sequence[float]) -> dict[str, float]:
 
 
 def spread(figures: Sequence[float]) -> str:
-    """Median and spread, for eyes."""
+    """Return median, lowest and highest, for a table."""
     return f"{statistics.median(figures):.2f} ({min(figures):.2f}-{max(figures):.2f})"
 
 
+def compare_with_build(figures: dict[str, list[Run]], other: str, count: int, title: str) -> dict[str, Any]:
+    """Print the rates of the build and of another program that does the same work, and return them for JSON.
+
+    Args:
+        figures: runs of `ours` and of `other` on `count` images, and of both on one image as `ours 1` and so on. Runs
+            on one image measure start-up.
+        other: name of the other program.
+        title: heading of the table's first column.
+    """
+    names = ("ours", other)
+    rates: dict[str, list[float]] = {}
+    for name in names:
+        pairs = list(zip(figures[name], figures[f"{name} 1"], strict=True))
+        rates[name] = [(count - 1) / (whole.seconds - startup.seconds) for whole, startup in pairs]
+        rates[f"{name} with start-up"] = [count / whole.seconds for whole, _ in pairs]
+        rates[f"{name} by CPU time"] = [
+            (count - 1) / (whole.cpu_seconds - startup.cpu_seconds) for whole, startup in pairs
+        ]
+    startups = {name: [one.seconds for one in figures[f"{name} 1"]] for name in names}
+    result: dict[str, Any] = {name: summary(values) for name, values in rates.items()}
+    print(f"{title:<22}{'build':>24}{other:>24}{'ratio':>22}")
+    for suffix in ("", " with start-up", " by CPU time"):
+        ours, theirs = (rates[f"{name}{suffix}"] for name in names)
+        ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+        print(f"{suffix.strip() or 'without start-up':<22}{spread(ours):>24}{spread(theirs):>24}{spread(ratios):>22}")
+        result[f"ratio{suffix}"] = summary(ratios)
+    print(f"{'start-up, s':<22}{spread(startups['ours']):>24}{spread(startups[other]):>24}")
+    return result | {f"start-up s, {name}": summary(values) for name, values in startups.items()}
+
+
 def machine_name() -> str:
-    """The processor as Linux names it."""
+    """Return the processor's name in Linux."""
     named = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     return named[1] if named else platform.machine()
 
 
 def circumstances() -> dict[str, Any]:
-    """What a figure is worth: machine, date, and how busy the machine is with other things."""
+    """Return what a figure depends on: machine, date, and how busy the machine is with other work."""
     return {
         "machine": machine_name(),
         "cores": os.cpu_count(),

@@ -2,14 +2,13 @@
 
     python benchmarks/segmenter_quality.py [--checkpoint scenes] [--count 500] [--write_card]
 
-Draws scenes, segments them as the build does, writes the predictions in COCO's panoptic format, and has hotcoco compare
-them with the annotation: panoptic quality as panopticapi defines it, where a segment matches at an overlap above one
-half, crowd regions are neither found nor missed, and a prediction that lies in one of its own class is no mistake. A
-mean is over classes, all or things or stuff, that the scenes or the predictions hold. Prints a table, and one line of
-JSON last.
+The script draws scenes, segments them as the build does, and writes the predictions in COCO's panoptic format. hotcoco
+then computes panoptic quality as panopticapi defines it: a segment matches at an overlap above one half, crowd regions
+count neither as found nor as missed, and a prediction within a crowd of its class is no mistake. Means are over the
+classes (all, things or stuff) that the scenes or the predictions hold. Prints a table, and as the last line JSON.
 
-Thresholds are chosen on other scenes than those reported: `--seed 5000011 --thresholds ...` for the choice.
---write_card puts the figures of the embedded segmenter beside its weights, for the tests to read, and into its card.
+Choose thresholds on other scenes than those reported: `--seed 5000011 --thresholds ...`. --write_card puts the figures
+of the embedded segmenter beside its weights, where the tests read them, and into its card.
 
 Needs hotcoco: pip install 'collavo[dev]'.
 """
@@ -24,23 +23,23 @@ from typing import Any
 
 import numpy as np
 from hotcoco.panoptic import PanopticEval
-from measure import circumstances
+from measure import cached_scenes, circumstances, size_text
 from PIL import Image
 from rich.progress import track
 
+from collavo.cli import size_wh
 from collavo.embedded import SCENES, find_embedded
 from collavo.images import decode_rgb
 from collavo.panoptic.maps import PanopticMap
 from collavo.panoptic.thresholds import PRESETS
-from collavo.scenes import write_scenes
 from collavo.segmenters import Segmenter, load_segmenter
 from schemas.categories import BY_CATEGORY_ID
 
 HELD_OUT_SEED = 4_000_037
-"""Of the scenes reported on; training draws with `pretraining.loop.TRAIN_SCENES_SEED`, the build with 0."""
+"""Seed of the scenes to report on; training uses `pretraining.loop.TRAIN_SCENES_SEED`, the build 0."""
 
 FIRST = 40
-"""So many of the scenes make a figure of their own, which the tests repeat in seconds."""
+"""The first scenes have a figure of their own, which a test repeats."""
 
 FIGURES, CARD = "figures.json", "README.md"
 _TABLE = re.compile(r"(<!-- figures -->\n).*?(<!-- end of figures -->)", re.DOTALL)
@@ -52,7 +51,9 @@ def main() -> None:
         "--checkpoint", default=SCENES, help="a Mask2Former: folder, hub id, or scenes, the embedded one"
     )
     parser.add_argument("--count", type=int, default=500, help="scenes")
-    parser.add_argument("--size", default="320x240", help="of the scenes; the default is that of the build")
+    parser.add_argument(
+        "--size", type=size_wh, default="320x240", help="of the scenes; the default is that of the build"
+    )
     parser.add_argument("--seed", type=int, default=HELD_OUT_SEED, help="of the scenes")
     parser.add_argument("--thresholds", choices=tuple(PRESETS), help="a preset (default: the checkpoint's own)")
     parser.add_argument("--device", default="auto")
@@ -64,7 +65,7 @@ def main() -> None:
     if args.write_card and (args.checkpoint, args.seed) != (SCENES, HELD_OUT_SEED):
         parser.error("--write_card is for the embedded model on the default --seed")
 
-    scenes = held_out_scenes(args.cache, args.count, args.size, args.seed)
+    scenes = cached_scenes(args.cache, args.count, args.size, args.seed)
     thresholds = PRESETS[args.thresholds] if args.thresholds else None
     segmenter = load_segmenter("mask2former", checkpoint=args.checkpoint, thresholds=thresholds, device=args.device)
     truth = json.loads((scenes / "panoptic.json").read_text())
@@ -74,7 +75,7 @@ def main() -> None:
     seconds = time.perf_counter() - start
     result = {
         "benchmark": "segmenter_quality",
-        "scenes": {"count": args.count, "size": args.size, "seed": args.seed},
+        "scenes": {"count": args.count, "size": size_text(args.size), "seed": args.seed},
         **quality(scenes, truth, predictions, annotations, args.count),
         f"first_{FIRST}": quality(scenes, truth, predictions, annotations, FIRST)["panoptic_quality"],
         "ms_per_image": round(1000 * seconds / args.count, 1),
@@ -87,20 +88,10 @@ def main() -> None:
     print(json.dumps(result))
 
 
-def held_out_scenes(cache: Path, count: int, size: str, seed: int) -> Path:
-    """A folder of drawn scenes, from an earlier run if it was completed."""
-    folder = cache / f"scenes-{count}-{size}-seed-{seed}"
-    width, height = map(int, size.split("x"))
-    if not (folder / "panoptic.json").exists():
-        print(f"drawing {count} scenes into {folder}", flush=True)
-        write_scenes(folder, count, (width, height), seed, overwrite=True)
-    return folder
-
-
 def predict(
     segmenter: Segmenter, scenes: Path, images: Sequence[dict[str, Any]], folder: Path
 ) -> Iterator[dict[str, Any]]:
-    """Segment the scenes, as they are stored, one by one, into annotations of COCO's format; masks go to `folder`."""
+    """Segment the stored scenes one by one, yield annotations in COCO's format, and write the masks to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for image in track(images, "Segmenting"):
         (panoptic,) = segmenter.segment([decode_rgb((scenes / "images" / image["file_name"]).read_bytes())])
@@ -112,7 +103,7 @@ def predict(
 
 
 def segments_info(panoptic: PanopticMap) -> list[dict[str, Any]]:
-    """The segments as COCO lists them, their ids being their positions in the index map."""
+    """Return the segments in COCO's format; their ids are their positions in the index map."""
     return [
         {"id": position, "category_id": segment.category.category_id, "area": segment.area, "iscrowd": 0}
         for position, segment in enumerate(panoptic.segments, start=1)
@@ -122,7 +113,7 @@ def segments_info(panoptic: PanopticMap) -> list[dict[str, Any]]:
 def quality(
     scenes: Path, truth: dict[str, Any], predictions: Path, annotations: Sequence[dict[str, Any]], count: int
 ) -> dict[str, Any]:
-    """Panoptic quality over the first `count` scenes: of all classes, things and stuff, and class by class."""
+    """Compute panoptic quality over the first `count` scenes: of all classes, things and stuff, and class by class."""
     evaluation = PanopticEval(
         {**truth, "images": truth["images"][:count], "annotations": truth["annotations"][:count]},
         {**truth, "images": truth["images"][:count], "annotations": list(annotations[:count])},
@@ -148,7 +139,7 @@ def quality(
 
 
 def table(result: dict[str, Any]) -> list[str]:
-    """Markdown, for the terminal and the card."""
+    """Return Markdown for the terminal and the card."""
     lines = ["| | PQ | SQ | RQ | classes |", "|---|---|---|---|---|"]
     for group, figures in result["panoptic_quality"].items():
         pq, sq, rq = (f"{100 * figures[name]:.1f}" for name in ("pq", "sq", "rq"))
@@ -159,7 +150,7 @@ def table(result: dict[str, Any]) -> list[str]:
 
 
 def write_card(result: dict[str, Any]) -> None:
-    """Keep the figures beside the embedded weights, and put the table into their card."""
+    """Write the figures beside the embedded weights, and the table into their card."""
     embedded = find_embedded(SCENES)
     assert embedded is not None
     (embedded.folder / FIGURES).write_text(json.dumps(result, indent=1) + "\n")

@@ -1,17 +1,17 @@
-"""Pre-train the embedded base: a small LLaVA-shaped model with its tokenizer, from scratch, on drawn scenes.
+"""Pre-train the embedded base, a small LLaVA-shaped model with its tokenizer, from scratch on drawn scenes.
 
     python -m pretraining.base --output runs/base --steps 10000
 
-It learns what a large base would bring along: to see (colours, also those within a box; places, what stands where), to
-speak (the dialogues that come with the scenes), to write numbers and plurals, and to find and count words among words
-that it was given, in a list or laid over a picture's cells, where also what stands in a box (`pretraining.word_grids`,
-`pretraining.box_loss`). No crayon task is among it: no object of a picture is counted, boxed, listed or
-asked for, and no crayon map of a picture is shown. The folder `model` in the output is a base for
-`collavo.train --preset`. A stopped run goes on when the command is repeated.
+The base learns what a large one would bring along: to see colours, places and what stands where; to hold the dialogues
+that come with the scenes; to write numbers and plurals; to find and count words in a list or in a word grid, which lays
+words over the cells of a picture; and to read which word of a grid stands in a box (`word_grids`, `box_loss`). No
+crayon task is part of it: no question counts, boxes or lists objects of a picture, and the model sees no crayon map.
+
+The output's folder `model` is a base for `collavo.train --preset`. Repeat the command to continue a stopped run.
 """
 
-import argparse
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Literal
@@ -24,7 +24,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
-from collavo.cli import Parser, whole_number
+from collavo import cli
+from collavo.cli import REQUIRED, flag, naming
 from collavo.errors import UserError
 from collavo.instructions.phrasebook import load_phrasebook
 from collavo.model import CollavoConfig, CollavoForConditionalGeneration
@@ -35,7 +36,7 @@ from collavo.runs import load_base
 from collavo.scenes import draw_scene, scene_seed
 from collavo.training.batches import IGNORED, Example, MicroBatch, collate, pack_prompts
 from pretraining.box_loss import PlaceHead
-from pretraining.loop import TRAIN_SCENES_SEED, ScratchOptions, train_from_scratch
+from pretraining.loop import TRAIN_SCENES_SEED, LoopOptions, train_from_scratch
 from pretraining.positions import show_positions
 from pretraining.word_grids import CHART, Lesson, WordPrompt, chart_example, draw_chart
 from pretraining.word_lists import color_dialogues, list_dialogues, short_list_dialogues, word_dialogue
@@ -43,33 +44,33 @@ from schemas.categories import CATEGORIES
 
 VOCABULARY = 1408
 TOKENIZER_SCENES = 2000
-"""Scenes whose dialogues the tokenizer is made from."""
+"""Number of scenes whose dialogues train the tokenizer."""
 
 SHORT_LISTS_FIRST = 300
-"""Steps with nothing but short lists: whether a word is among others is learned soonest by itself."""
+"""Steps at the start with short lists only: a model learns soonest alone whether a word is among others."""
 
 SIMPLE_CHARTS_NEXT: tuple[tuple[Lesson, int], ...] = (("whether", 300), ("tiles", 500))
-"""Lessons after those, with nothing but simple charts, and their steps, for the same reason."""
+"""Lessons after that with simple charts only, for the same reason, and the steps of each."""
 
 ROTATION: tuple[Lesson | Literal["scene", "list"], ...] = ("scene", "all", "all", "tiles", "list", "all")
-"""What the batches after those are made of, in turn: scenes, lists, or charts of a lesson."""
+"""What the batches after that hold, in turn: scenes, lists, or charts of a lesson."""
 
 PLACE_WEIGHT = 3.0
-"""Of the loss on places beside that on answers."""
+"""Weight of the loss on boxes; the loss on answers has weight 1."""
 
 CHART_PICTURES = 64
-"""Scenes that charts are laid over."""
+"""Number of scenes that charts are laid over."""
 
 
 class PretrainingExamples(Dataset[Example]):
-    """Short lists of words first, then simple charts, then batches of scenes, charts and lists in turn.
+    """First short lists of words, then simple charts, then batches of scenes, charts and lists in turn.
 
-    A packed sequence is a list, or several short ones, with the questions about it, without a picture; a chart with its
-    questions, over a picture that has nothing to do with it; or a scene with all its dialogues, questions about its
-    colours, and one about words or numbers by themselves.
+    Each example is one packed sequence. It holds one list, or several short ones, with questions and without a picture;
+    or a chart with its questions, over an unrelated picture; or a scene with all its dialogues, questions about its
+    colours, and one question about words or numbers alone.
 
     Args:
-        first_step: where in this order to begin.
+        first_step: the step of this course to begin with.
     """
 
     _SIZES_WH = ((192, 144), (256, 192), (320, 240))
@@ -107,8 +108,7 @@ class PretrainingExamples(Dataset[Example]):
         return chart_example(chart, _chart_picture(index % CHART_PICTURES), self._processor)
 
     def _words(self, index: int, dialogues: Sequence[Turns]) -> Example:
-        """What the conversations begin with in common, then each by itself, as a picture and the questions about it are
-        packed."""
+        """Pack conversations as if they were about one picture: their common beginning once, then the rest of each."""
         image_token = self._processor.image_token_id
         prompts = [self._processor.render(turns) for turns in dialogues]
         texts = [[i for i in prompt.input_ids if i != image_token] for prompt in prompts]
@@ -130,7 +130,7 @@ class PretrainingExamples(Dataset[Example]):
 
 
 class SupervisedBase(nn.Module):
-    """A base with what is asked of it in training: the answers, and on charts the places of boxes."""
+    """A base with its training losses: on answers and, for charts, on the cells of boxes."""
 
     def __init__(self, model: CollavoForConditionalGeneration, processor: CollavoProcessor, bf16: bool) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class SupervisedBase(nn.Module):
         self._bf16 = bf16
 
     def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """The loss of a batch."""
+        """Return the loss of a batch."""
         inputs, charts = batch.inputs, CHART in batch.image_ids
         if not (inputs["input_ids"] == self._processor.image_token_id).any():
             inputs = {
@@ -155,7 +155,7 @@ class SupervisedBase(nn.Module):
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of at most `VOCABULARY` tokens that keeps digits apart, the same on every machine."""
+    """Train a byte-level BPE tokenizer of up to `VOCABULARY` tokens, one token a digit, the same on any machine."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -174,7 +174,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def new_base() -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
-    """A base that has learned nothing yet."""
+    """Return a base with initial weights, and its processor."""
     config = base_config()
     model = CollavoForConditionalGeneration(config)
     match_like_with_like(model)
@@ -184,7 +184,7 @@ def new_base() -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
 
 
 def base_config() -> CollavoConfig:
-    """A model of 6.2 million weights: pictures of 192 px in 12 x 12 patches, a Llama of four layers."""
+    """Describe a model of 6.2 million weights: pictures of 192 px in 12 x 12 patches, a Llama of four layers."""
     return CollavoConfig(
         vision_config={
             "model_type": "clip_vision_model",
@@ -218,10 +218,10 @@ def base_config() -> CollavoConfig:
 
 @torch.no_grad()
 def match_like_with_like(model: CollavoForConditionalGeneration) -> None:
-    """Let every head of the language model begin with keys that are its queries, so that a token attends to its like.
+    """Initialise the keys of every head of the language model with its queries, so that a token attends to its like.
 
-    Without it no head found a word among others within 126,000 questions; with it, within 80,000 (benchmarks/LOG.md,
-    2026-11-26). The idea is that of mimetic initialisation, arXiv 2305.09828; here it is exact, without noise.
+    Without this, no head had found a word among others after 126,000 questions; with it, 80,000 were enough
+    (benchmarks/LOG.md, 2026-11-26). The idea is mimetic initialisation (arXiv 2305.09828), here without noise.
     """
     model.model.language_model.embed_tokens.weight.normal_(std=0.06)
     for layer in model.model.language_model.layers:
@@ -238,42 +238,61 @@ def _chart_picture(number: int) -> np.ndarray:
     return draw_scene(scene_seed(TRAIN_SCENES_SEED, number), (192, 144)).image
 
 
+@dataclass(frozen=True, slots=True)
+class Flags:
+    output: str = flag(REQUIRED, "folder for checkpoints, metrics and the model", metavar="DIR")
+    start: str | None = flag(None, "base to continue from (default: random weights)", metavar="DIR")
+    first_step: int = flag(0, "step of the course to begin with", least=0)
+    show_positions: bool = flag(False, "teach the image tokens of --start their places; a new base knows them")
+    steps: int = flag(10000, "updates", least=1)
+    batch_size: int = flag(16, "scenes, charts or sequences of lists per update", least=1)
+    learning_rate: float = flag(1e-3, "peak of the learning rate")
+    freeze_vision: bool = flag(False, "train neither vision tower nor projector")
+    bf16: bool = flag(True, "multiply in bfloat16")
+    seed: int = flag(0, "of the initial weights", least=0)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; see the module's text."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    if arguments.show_positions and not arguments.start:
-        parser.error("--show_positions is for a base of --start; a new one is shown its positions anyway")
-    run = Path(arguments.output)
-    torch.manual_seed(arguments.seed)
-    try:
-        model, processor = load_base(arguments.start, torch.float32) if arguments.start else new_base()
-    except UserError as error:
-        parser.error(f"--start {str(error).removeprefix('--preset ')}")
-    if arguments.show_positions:
+    """Run the command; the module's docstring describes it."""
+    return cli.run("pretraining.base", lambda: _train(argv))
+
+
+def _train(argv: Sequence[str] | None) -> None:
+    flags = cli.parse(
+        Flags,
+        argv,
+        prog="python -m pretraining.base",
+        usage="python -m pretraining.base --output DIR [options]",
+        description="Pre-train the embedded base on drawn scenes.",
+        epilog="Repeat the command to continue a stopped run.",
+    )
+    if flags.show_positions and not flags.start:
+        raise UserError("--show_positions needs --start; a new base knows the places of its image tokens anyway")
+    torch.manual_seed(flags.seed)
+    with naming("start"):
+        model, processor = load_base(flags.start, torch.float32) if flags.start else new_base()
+    if flags.show_positions:
         show_positions(model, _chart_pictures(processor))
-    if arguments.freeze_vision:
+    if flags.freeze_vision:
         model.model.vision_tower.requires_grad_(False)
         model.model.multi_modal_projector.requires_grad_(False)
-    # The Crayon Prompt is no part of the base: it waits, closed, for Crayon Prompt Tuning.
+    # The Crayon Prompt is no part of pre-training. Its weights wait, closed, for Crayon Prompt Tuning.
     crayon_prompt = model.model.crayon_prompt
     model.model.crayon_prompt = WordPrompt(model, processor.tokenizer)
 
-    options = ScratchOptions(
-        steps=arguments.steps, batch_size=arguments.batch_size, learning_rate=arguments.learning_rate
-    )
+    run = Path(flags.output)
     pad = partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
-    examples = PretrainingExamples(processor, options.batch_size, arguments.first_step)
-    supervised = SupervisedBase(model, processor, arguments.bf16)
+    examples = PretrainingExamples(processor, flags.batch_size, flags.first_step)
+    supervised = SupervisedBase(model, processor, flags.bf16)
+    options = LoopOptions(flags.steps, flags.batch_size, flags.learning_rate)
     train_from_scratch(run, supervised, examples, pad, supervised, options, Console())
     model.model.crayon_prompt = crayon_prompt
     model.bfloat16().save_pretrained(run / "model")
     processor.save_pretrained(run / "model")
-    return 0
 
 
 def _tokenizer_texts() -> Iterator[str]:
-    """Every word that the model is to read or write, in the places where it stands, so that each becomes a token."""
+    """Yield every word that the model will read or write, in its usual context, so that each becomes a token."""
     for index in range(TOKENIZER_SCENES):
         scene = draw_scene(scene_seed(TRAIN_SCENES_SEED, index), (64, 64))
         dialogues = (
@@ -288,37 +307,6 @@ def _tokenizer_texts() -> Iterator[str]:
         yield from (f"{phrasing.question} {phrasing.present} {phrasing.absent or ''}" for phrasing in phrasings)
     yield from (f"{c.display_name} {c.display_name} {c.singular} {c.plural}" for c in CATEGORIES)
     yield "User: \n Assistant:"
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m pretraining.base",
-        usage="python -m pretraining.base --output DIR [options]",
-        description="Pre-train the embedded base on drawn scenes.",
-        epilog="A stopped run goes on when the command is repeated.",
-    )
-    add, count = parser.add_argument, whole_number(1)
-    add("--output", required=True, metavar="DIR", help="checkpoints, metrics and the model")
-    add("--start", metavar="DIR", help="a base to go on from (default: weights at random)")
-    add("--first_step", type=whole_number(0), default=0, metavar="N", help="of the course to begin with (default: 0)")
-    add(
-        "--show_positions",
-        action="store_true",
-        help="give the base of --start a code of places that its image tokens carry; a new one has it",
-    )
-    add("--steps", type=count, default=10000, metavar="N", help="updates (default: 10000)")
-    add(
-        "--batch_size",
-        type=count,
-        default=16,
-        metavar="N",
-        help="scenes, charts, or sequences of lists of words, per update (default: 16)",
-    )
-    add("--learning_rate", type=float, default=1e-3, metavar="X", help="its peak (default: 1e-3)")
-    add("--freeze_vision", action="store_true", help="leave vision tower and projector as they are")
-    add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 products (default: on)")
-    add("--seed", type=whole_number(0), default=0, metavar="N", help="of the initial weights (default: 0)")
-    return parser
 
 
 if __name__ == "__main__":

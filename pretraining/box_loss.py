@@ -1,9 +1,9 @@
-"""Dense supervision of places, beside the loss on answers, while a base learns what part of a picture a box means.
+"""A loss that teaches a base which part of a picture a box means, beside the loss on its answers.
 
-To answer "What is in [0.25, 0.10, 0.75, 0.60]?" a language model has to gather eight digits, turn them into a place,
-and attend to it. As long as it does none of the three, none of the three is worth learning: left to its answers, a base
-found no column in 30,000 questions (benchmarks/LOG.md, 2026-11-26). So where it begins to answer, its hidden states
-are also asked for the cells that the box covers. The head that asks is thrown away.
+To answer "What is in [0.25, 0.10, 0.75, 0.60]?" a language model has to gather eight digits, turn them into a place
+and attend to that place. Each of the three steps is useless without the others, so the loss on answers alone teaches
+none: a base found no column in 30,000 questions (benchmarks/LOG.md, 2026-11-26). So a linear head predicts the cells
+that the box covers from the hidden states where the answer begins. The head is thrown away after training.
 """
 
 from collections.abc import Sequence
@@ -18,18 +18,18 @@ from collavo.instructions.text import Box, find_boxes
 from collavo.training.batches import IGNORED, MicroBatch
 
 ASKED_LAYER = 2
-"""Hidden states that are asked for the box, early enough to be of use."""
+"""The layer whose hidden states have to know the box: early, so that later layers can use it."""
 
 FIRST_TOKENS = 8
-"""Of an answer: the class of `Sure, it is (#1 dog)` comes eighth."""
-
+"""Number of tokens at the start of an answer that the loss looks at: in `Sure, it is (#1 dog)` the class is the
+eighth."""
 
 _ROUNDED = 0.005
-"""What two decimals may have taken from a box on each side: all there was, if it is thin."""
+"""How much rounding to two decimals may have taken from each side of a box; a thin box may have lost all of it."""
 
 
 class PlaceHead(nn.Module):
-    """A linear reading of a place from hidden states."""
+    """A linear layer that reads a box's cells from hidden states."""
 
     def __init__(self, hidden_size: int, grid_hw: tuple[int, int]) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class PlaceHead(nn.Module):
         self.cells = nn.Linear(hidden_size, grid_hw[0] * grid_hw[1])
 
     def forward(self, hidden_states: Sequence[torch.Tensor], batch: MicroBatch, tokenizer: Any) -> torch.Tensor:
-        """The loss over all conversations of a batch with a box in the question; zero if there are none.
+        """Return the loss over all conversations of a batch with a box in the question; 0 if there are none.
 
         Args:
             hidden_states: float [batch, tokens, hidden] of every layer.
@@ -54,14 +54,14 @@ class PlaceHead(nn.Module):
         return functional.binary_cross_entropy_with_logits(told, covers)
 
     def _asked(self, box: Box) -> torch.Tensor:
-        """What a box covers, in shares of the cell that it covers most: one smaller than a cell has a cell as well."""
+        """Return each cell's cover, relative to the one that the box covers most, so that small boxes have one."""
         x_min, y_min, x_max, y_max = box
         covered = cover((x_min - _ROUNDED, y_min - _ROUNDED, x_max + _ROUNDED, y_max + _ROUNDED), self.grid_hw)
         return covered / covered.max()
 
 
 def cover(box: Box, grid_hw: tuple[int, int]) -> torch.Tensor:
-    """The share of every cell that a box covers: float32 [rows * columns]."""
+    """Return the share of every cell that a box covers: float32 [rows * columns]."""
     rows, columns = grid_hw
     x_min, y_min, x_max, y_max = box
     along_y, along_x = (
@@ -74,7 +74,7 @@ def cover(box: Box, grid_hw: tuple[int, int]) -> torch.Tensor:
 def _conversations(
     inputs: dict[str, torch.Tensor], tokenizer: Any
 ) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], list[str]]:
-    """Of each: where the first tokens of its answer are predicted, as rows and tokens; its question."""
+    """Return where each conversation predicts the first tokens of its answer (rows, tokens), and its question."""
     input_ids, labels, sequence_ids = (inputs[name] for name in ("input_ids", "labels", "sequence_ids"))
     begun, asked = [], []
     for row in range(len(input_ids)):

@@ -1,7 +1,7 @@
-"""Training from scratch on drawn scenes: the loop that both embedded models come out of.
+"""The training loop that made both embedded models.
 
-Every step draws scenes of its own, by number, so that no epoch, no shuffling and no data set is needed: step s of a
-command is the same on every machine, and a run that was stopped goes on where its last checkpoint stands.
+Each step draws its own scenes by number, so the loop needs no data set, no epochs and no shuffling. Step s of a command
+is the same on every machine, and a stopped run continues from its last checkpoint.
 """
 
 import json
@@ -14,27 +14,19 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from collavo.training.checkpoint import (
-    Progress,
-    list_checkpoints,
-    load_optimizer,
-    load_weights,
-    read_progress,
-    save_checkpoint,
-)
+from collavo.progress import Progress
+from collavo.training import checkpoint
 
 TRAIN_SCENES_SEED = 1_000_003
-"""Seed of the scenes that the embedded models learn from; the build and every evaluation draw with other seeds."""
+"""Seed of the scenes for pre-training. The build and all evaluations use other seeds."""
 
 
 @dataclass(frozen=True, slots=True)
-class ScratchOptions:
-    """How long and how fast; the learning rate rises linearly, then falls in a cosine to a hundredth."""
+class LoopOptions:
+    """Length and speed of a run. The learning rate rises linearly, then falls along a cosine to 1 % of its peak."""
 
     steps: int
     batch_size: int
@@ -53,14 +45,19 @@ def train_from_scratch(
     examples: Dataset[Any],
     collate: Callable[[list[Any]], Any],
     loss_of: Callable[[Any], torch.Tensor],
-    options: ScratchOptions,
+    options: LoopOptions,
     console: Console,
 ) -> None:
-    """Train all weights of a model; logs to `run/metrics.jsonl`, goes on from a checkpoint in `run` if there is one.
+    """Train all weights of a model, log to `run/metrics.jsonl`, and continue from a checkpoint if `run` holds one.
 
     Args:
-        examples: example i is made of scene i; step s takes those from s * batch_size on.
-        loss_of: the loss of a collated batch.
+        run: folder for the log and the checkpoints.
+        examples: step s takes the examples from s * batch_size on.
+        collate: makes a batch of a list of examples.
+        loss_of: returns the loss of a batch.
+
+    Raises:
+        FloatingPointError: if a gradient is not finite.
     """
     run.mkdir(parents=True, exist_ok=True)
     parameters = dict(model.named_parameters())
@@ -72,8 +69,8 @@ def train_from_scratch(
     model.train()
     losses: list[float] = []
     began = time.monotonic()
-    with _bar(console) as bar:
-        shown = bar.add_task("training", total=options.steps, completed=first, note="")
+    with Progress(console) as progress:
+        bar = progress.add("training", options.steps, first)
         for step, batch in enumerate(loader, start=first):
             for group in optimizer.param_groups:
                 group["lr"] = options.learning_rate * _rate(step, options)
@@ -86,31 +83,35 @@ def train_from_scratch(
             optimizer.zero_grad(set_to_none=True)
             losses.append(float(loss.detach()))
             done = step + 1
-            bar.update(shown, completed=done, note=f"loss {losses[-1]:.3f}")
+            progress.update(bar, done, note=f"loss {losses[-1]:.3f}")
             if done % options.log_steps == 0 or done == options.steps:
                 _log(run, {"step": done, "loss": sum(losses) / len(losses), "seconds": time.monotonic() - began})
                 losses.clear()
             if done % options.checkpoint_steps == 0 or done == options.steps:
-                save_checkpoint(run, Progress("scratch", done, done), state, optimizer, "", keep=2)
+                checkpoint.save_checkpoint(
+                    run, checkpoint.Progress("scratch", done, done), state, optimizer, "", keep=2
+                )
 
 
 def _resume(run: Path, state: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> int:
-    checkpoints = list_checkpoints(run)
+    """Load the last checkpoint and return the number of steps that it has done."""
+    checkpoints = checkpoint.list_checkpoints(run)
     if not checkpoints:
         return 0
-    load_weights(checkpoints[-1], state)
-    load_optimizer(checkpoints[-1], state, optimizer)
-    return read_progress(checkpoints[-1], "").total_steps
+    checkpoint.load_weights(checkpoints[-1], state)
+    checkpoint.load_optimizer(checkpoints[-1], state, optimizer)
+    return checkpoint.read_progress(checkpoints[-1], "").total_steps
 
 
 def _decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices are decayed, norms, biases and single vectors are not."""
+    """Apply weight decay to matrices, but not to norms, biases and single vectors."""
     matrices = [p for p in parameters.values() if p.ndim >= 2]
     others = [p for p in parameters.values() if p.ndim < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def _rate(step: int, options: ScratchOptions) -> float:
+def _rate(step: int, options: LoopOptions) -> float:
+    """The learning rate of a step, as a share of its peak."""
     if step < options.warmup_steps:
         return (step + 1) / options.warmup_steps
     progress = (step - options.warmup_steps) / max(options.steps - options.warmup_steps, 1)
@@ -120,14 +121,3 @@ def _rate(step: int, options: ScratchOptions) -> float:
 def _log(run: Path, values: dict[str, float]) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({name: round(value, 5) for name, value in values.items()}) + "\n")
-
-
-def _bar(console: Console) -> Bar:
-    return Bar(
-        TextColumn("{task.description}"),
-        BarColumn(24),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeRemainingColumn(),
-        console=console,
-    )

@@ -1,8 +1,8 @@
-"""Places in a picture, for a language model to read: a code that every image token carries of where it is.
+"""A code in every image token that tells the language model where in the picture the token is.
 
-A vision tower that learns from scratch, to tell colours mostly, may pass on next to nothing of where a patch is: the
-features of the embedded base had five directions that mattered, and no linear reading of them told a column. What a
-language model does not see it cannot learn to find. Large pre-trained towers bring places along.
+A vision tower that learns from scratch, mostly to tell colours, may lose where a patch is: the embedded base's features
+had five directions that mattered, and no linear reading of them gave a patch's column. The language model then cannot
+learn to find places. Large pre-trained towers already carry them.
 """
 
 from typing import Any
@@ -12,22 +12,22 @@ import torch
 from collavo.model import CollavoForConditionalGeneration
 
 WAVES_PER_AXIS = 6
-"""Sines and cosines, each along both axes, of a quarter of a wave to four over the picture."""
+"""Number of frequencies, from a quarter of a wave to four waves over the picture; each gives a sine and a cosine."""
 
 STRENGTH = 4.0
-"""Norm of the code behind the tower's first layer norm, where features have one of the square root of their width."""
+"""Norm of the code after the tower's first layer norm, where features have a norm of the square root of their width."""
 
 
 @torch.no_grad()
 def show_positions(model: CollavoForConditionalGeneration, pixel_values: torch.Tensor) -> None:
-    """Add a code of places to a model's image tokens, in place, and change next to nothing else of them.
+    """Add a code of places to a model's image tokens, in place, and change little else about them.
 
-    The code joins the tower's position embedding in those directions that its features make least use of. The projector
-    passes it on, by the hidden units that do least now, as far as its features vary on the whole: GELU(x) - GELU(-x)
-    is x.
+    The code is added to the tower's position embedding, in the directions that the features use least. Pairs of the
+    projector's least used hidden units pass it on, because GELU(x) - GELU(-x) is x; they write it with the same spread
+    as the projector's other output has.
 
     Args:
-        pixel_values: float [images, 3, height, width], pictures to judge use by; a few dozen.
+        pixel_values: float [images, 3, height, width], a few dozen pictures by which to measure what is used.
     """
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     features = _features(tower, pixel_values)
@@ -57,7 +57,7 @@ def show_positions(model: CollavoForConditionalGeneration, pixel_values: torch.T
 
 
 def place_code(side: int) -> torch.Tensor:
-    """Sines and cosines of a cell's column and row: float [side * side, 4 * WAVES_PER_AXIS], of mean square norm 1."""
+    """Return waves along columns and rows: float [side * side, 4 * WAVES_PER_AXIS], mean square norm 1."""
     waves = torch.logspace(-2, 2, WAVES_PER_AXIS, base=2) * 2 * torch.pi / side
     along = torch.arange(side) - (side - 1) / 2
     y, x = torch.meshgrid(along, along, indexing="ij")
@@ -67,13 +67,13 @@ def place_code(side: int) -> torch.Tensor:
 
 
 def _features(tower: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-    """float [images, patches, width]"""
+    """Return the tower's features without the class token: float [images, patches, width]."""
     features: torch.Tensor = tower(pixel_values).last_hidden_state[:, 1:]
     return features
 
 
 def _least_used(projector: Any, features: torch.Tensor) -> torch.Tensor:
-    """The projector's hidden units, those first that contribute least to how its output varies."""
+    """Return the projector's hidden units in the order of how much they make its output vary, the least first."""
     hidden = projector.act(projector.linear_1(features)).flatten(0, 1)
     use: torch.Tensor = hidden.std(0) * projector.linear_2.weight.norm(dim=0)
     return use.argsort()

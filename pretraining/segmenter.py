@@ -1,16 +1,16 @@
-"""Train the embedded segmenter: a small Mask2Former, from scratch, on drawn scenes.
+"""Train the embedded segmenter, a small Mask2Former, from scratch on drawn scenes.
 
     python -m pretraining.segmenter --output runs/segmenter --steps 60000
 
-Writes checkpoints and metrics into the output folder, and in the end the model itself: `config.json` and
-`model.safetensors`, which `--segmenter mask2former --segmenter_checkpoint runs/segmenter/model` loads. A stopped run
-goes on when the command is repeated. How good it is: `benchmarks/segmenter_quality.py`.
+The command writes checkpoints and metrics into the output folder, and at the end the folder `model`, which the build
+loads with `--segmenter mask2former --segmenter_checkpoint runs/segmenter/model`. Repeat the command to continue a
+stopped run. `benchmarks/segmenter_quality.py` measures how good the model is.
 """
 
-import argparse
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,21 +23,26 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
-from collavo.cli import Parser, whole_number
+from collavo import cli
+from collavo.cli import REQUIRED, flag
+from collavo.errors import UserError
 from collavo.scenes import draw_scene, scene_seed
 from collavo.segmenters.mask2former import normalise, resize, without_backbone_warnings
-from pretraining.loop import TRAIN_SCENES_SEED, ScratchOptions, train_from_scratch
+from pretraining.loop import TRAIN_SCENES_SEED, LoopOptions, train_from_scratch
 from schemas.categories import BY_CATEGORY_ID, CATEGORIES
 
 INPUT_HW = (256, 320)
-"""Rows and columns that the model sees; the sample scenes have 240 x 320 pixels, and its sides are multiples of 32."""
+"""Rows and columns that the model sees. Sample scenes have 240 x 320 pixels; both sides have to be multiples of 32."""
 
 MIDDLES_HW = (12, 16)
-IGNORED = -100
+"""Rows and columns of the grid in which the dense loss places the middles of things."""
+
+UNLABELLED = -100
+"""Label of a cell that no loss looks at."""
 
 
-class Example(NamedTuple):
-    """A scene as the model sees it."""
+class SegmentedScene(NamedTuple):
+    """A scene as the model sees it, with the targets of all losses."""
 
     pixels: np.ndarray
     """uint8 [height, width, 3]"""
@@ -49,16 +54,21 @@ class Example(NamedTuple):
     """int64 [segments]"""
 
     cell_labels: torch.Tensor
-    """int64 [height / 4, width / 4]: the label of each cell, `IGNORED` in crowds."""
+    """int64 [height / 4, width / 4]: the class label of each cell, `UNLABELLED` in crowds."""
 
     cell_middles: torch.Tensor
-    """int64, of the same shape: where the middle of the thing lies that the cell belongs to, as a place in a grid of
-    `MIDDLES_HW`; `IGNORED` where there is stuff."""
+    """int64, same shape: the cell of the `MIDDLES_HW` grid that holds the middle of this cell's thing; `UNLABELLED` in
+    stuff."""
 
 
-class SceneExamples(Dataset[Example]):
-    """`pool` scenes, drawn at the build's default size or at smaller ones, brought to the model's input size or, in the
-    first `half_size_examples`, to half of it; every other round shows them mirrored."""
+class SegmentedScenes(Dataset[SegmentedScene]):
+    """Scenes of the build's default size or smaller, resized to the model's input, mirrored in every second round.
+
+    Args:
+        input_hw: rows and columns that the model sees.
+        pool: number of different scenes.
+        half_size_examples: number of examples at the start that are shown at half the input size.
+    """
 
     _SIZES_WH = ((320, 240), (256, 192), (320, 240), (192, 144))
 
@@ -68,7 +78,7 @@ class SceneExamples(Dataset[Example]):
         self._half_size_examples = half_size_examples
         self._drawn: dict[tuple[int, int], tuple[np.ndarray, np.ndarray, list[int]]] = {}
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> SegmentedScene:
         shrink = 2 if index < self._half_size_examples else 1
         key = (index % self._pool, shrink)
         if key not in self._drawn:
@@ -78,7 +88,7 @@ class SceneExamples(Dataset[Example]):
             pixels, positions = pixels[:, ::-1], positions[:, ::-1]
         masks = positions == np.arange(1, len(labels) + 1)[:, None, None]
         cell_labels, cell_middles = _cells(masks, labels)
-        return Example(
+        return SegmentedScene(
             np.ascontiguousarray(pixels),
             torch.from_numpy(masks).float(),
             torch.tensor(labels),
@@ -87,7 +97,7 @@ class SceneExamples(Dataset[Example]):
         )
 
     def _draw(self, number: int, shrink: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        """Pixels, the position of a segment plus 1 at each of them, and the label of each segment."""
+        """Return pixels, each pixel's position among the segments plus 1 (0: none), and the segments' labels."""
         scene = draw_scene(scene_seed(TRAIN_SCENES_SEED, number), self._SIZES_WH[number % len(self._SIZES_WH)])
         height, width = (side // shrink for side in self._input_hw)
         ids = np.asarray(Image.fromarray(scene.ids).resize((width, height), Image.Resampling.NEAREST))
@@ -100,9 +110,9 @@ class SceneExamples(Dataset[Example]):
 
 
 def _cells(masks: np.ndarray, labels: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """`cell_labels` and `cell_middles` of an `Example`, taken at the middle of each cell."""
+    """Return `cell_labels` and `cell_middles` of a `SegmentedScene`, sampled at the middle of each cell."""
     height, width = masks.shape[1:]
-    cell_labels = np.full((height // 4, width // 4), IGNORED)
+    cell_labels = np.full((height // 4, width // 4), UNLABELLED)
     cell_middles = cell_labels.copy()
     for mask, label in zip(masks[:, 2::4, 2::4], labels, strict=True):
         cell_labels[mask] = label
@@ -118,9 +128,9 @@ def _cells(masks: np.ndarray, labels: list[int]) -> tuple[np.ndarray, np.ndarray
 class SupervisedSegmenter(nn.Module):
     """A Mask2Former with its own losses and a dense one.
 
-    From scratch, queries take long to find out what to look for. So every cell of the pixel decoder's features, which
-    masks are products of, is also asked for its class and for the middle of its thing: features that tell these apart
-    are what queries need. The head that answers is thrown away.
+    From scratch, queries take long to find out what to look for. So a linear head also predicts, from every cell of the
+    pixel decoder's features, its class and the middle of its thing: features that tell these apart are what queries
+    need. The head is thrown away after training.
     """
 
     def __init__(self, model: Mask2FormerForUniversalSegmentation, dense_weight: float = 5.0) -> None:
@@ -130,8 +140,8 @@ class SupervisedSegmenter(nn.Module):
         self.dense_head = nn.Conv2d(config.mask_feature_size, len(CATEGORIES) + math.prod(MIDDLES_HW), 1)
         self._dense_weight = dense_weight
 
-    def forward(self, batch: Sequence[Example]) -> torch.Tensor:
-        """The loss of a batch."""
+    def forward(self, batch: Sequence[SegmentedScene]) -> torch.Tensor:
+        """Return the loss of a batch."""
         outputs: Any = self.model(
             pixel_values=normalise(torch.from_numpy(np.stack([example.pixels for example in batch]))),
             mask_labels=[example.masks for example in batch],
@@ -142,21 +152,21 @@ class SupervisedSegmenter(nn.Module):
         class_loss = functional.cross_entropy(
             of_class,
             torch.stack([example.cell_labels for example in batch]),
-            # Things have a tenth of the cells, and most of what there is to learn.
+            # Things cover a tenth of the cells, but most of what there is to learn is about them.
             weight=torch.tensor([4.0 if category.is_thing else 1.0 for category in CATEGORIES]),
-            ignore_index=IGNORED,
+            ignore_index=UNLABELLED,
         )
         middle_loss = functional.cross_entropy(
-            of_middle, torch.stack([example.cell_middles for example in batch]), ignore_index=IGNORED
+            of_middle, torch.stack([example.cell_middles for example in batch]), ignore_index=UNLABELLED
         )
         loss: torch.Tensor = outputs.loss + self._dense_weight * (class_loss + middle_loss)
         return loss
 
 
 def segmenter_config() -> Mask2FormerConfig:
-    """A Mask2Former of 3.1 million weights over COCO panoptic's 133 classes.
+    """Describe a Mask2Former of 3.1 million weights over COCO panoptic's 133 classes.
 
-    Its backbone is a residual network: from scratch, on pictures this small, it learns faster than a Swin transformer.
+    Its backbone is a residual network, which learns faster from scratch on small pictures than a Swin transformer.
     """
     backbone = ResNetConfig(
         embedding_size=32,
@@ -184,34 +194,53 @@ def segmenter_config() -> Mask2FormerConfig:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; see the module's text."""
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    if arguments.start and not (Path(arguments.start) / "config.json").is_file():
-        parser.error(f"--start {arguments.start}: no config.json there; it is a folder `model` that this command wrote")
-    run = Path(arguments.output)
-    torch.manual_seed(arguments.seed)
-    with without_backbone_warnings():
-        model = _model(arguments.start)
-    model.config.input_size_hw = [arguments.height, arguments.width]  # what `Mask2FormerSegmenter` shows it by default
+@dataclass(frozen=True, slots=True)
+class Flags:
+    output: str = flag(REQUIRED, "folder for checkpoints, metrics and the model", metavar="DIR")
+    start: str | None = flag(None, "model to continue from (default: random weights)", metavar="DIR")
+    steps: int = flag(30000, "updates", least=1)
+    batch_size: int = flag(8, "scenes per update", least=1)
+    learning_rate: float = flag(4e-4, "peak of the learning rate")
+    pool: int = flag(16000, "number of different scenes", least=1)
+    height: int = flag(INPUT_HW[0], "rows that the model sees", metavar="PIXELS", least=32)
+    width: int = flag(INPUT_HW[1], "columns that the model sees", metavar="PIXELS", least=32)
+    half_size_steps: int = flag(3000, "first updates, on scenes of half the size, three times as fast", least=0)
+    bf16: bool = flag(True, "multiply in bfloat16")
+    seed: int = flag(0, "of the initial weights", least=0)
 
-    options = ScratchOptions(
-        steps=arguments.steps, batch_size=arguments.batch_size, learning_rate=arguments.learning_rate
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the module's docstring describes it."""
+    return cli.run("pretraining.segmenter", lambda: _train(argv))
+
+
+def _train(argv: Sequence[str] | None) -> None:
+    flags = cli.parse(
+        Flags,
+        argv,
+        prog="python -m pretraining.segmenter",
+        usage="python -m pretraining.segmenter --output DIR [options]",
+        description="Train the embedded segmenter on drawn scenes.",
+        epilog="Repeat the command to continue a stopped run.",
     )
+    if flags.start and not (Path(flags.start) / "config.json").is_file():
+        raise UserError(f"--start: {flags.start} holds no config.json; name a folder `model` that this command wrote")
+    torch.manual_seed(flags.seed)
+    with without_backbone_warnings():
+        model = _model(flags.start)
+    model.config.input_size_hw = [flags.height, flags.width]  # the size at which `Mask2FormerSegmenter` shows pictures
     supervised = SupervisedSegmenter(model)
 
-    def loss_of(batch: Sequence[Example]) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.bf16):
+    def loss_of(batch: Sequence[SegmentedScene]) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=flags.bf16):
             loss: torch.Tensor = supervised(batch)
         return loss
 
-    examples = SceneExamples(
-        (arguments.height, arguments.width), arguments.pool, arguments.half_size_steps * arguments.batch_size
-    )
-    train_from_scratch(run, supervised, examples, list, loss_of, options, Console())
+    run = Path(flags.output)
+    scenes = SegmentedScenes((flags.height, flags.width), flags.pool, flags.half_size_steps * flags.batch_size)
+    options = LoopOptions(flags.steps, flags.batch_size, flags.learning_rate)
+    train_from_scratch(run, supervised, scenes, list, loss_of, options, Console())
     model.half().save_pretrained(run / "model")
-    return 0
 
 
 def _model(start: str | None) -> Mask2FormerForUniversalSegmentation:
@@ -223,38 +252,10 @@ def _model(start: str | None) -> Mask2FormerForUniversalSegmentation:
 
 
 def _through_jpeg(image: np.ndarray) -> np.ndarray:
-    """The image as the build stores it."""
+    """Return the image after JPEG compression, as the build stores it."""
     encoded = io.BytesIO()
     Image.fromarray(image).save(encoded, "JPEG", quality=90)
     return np.asarray(Image.open(encoded))
-
-
-def _parser() -> Parser:
-    parser = Parser(
-        prog="python -m pretraining.segmenter",
-        usage="python -m pretraining.segmenter --output DIR [options]",
-        description="Train the embedded segmenter on drawn scenes.",
-        epilog="A stopped run goes on when the command is repeated.",
-    )
-    add, count, (height, width) = parser.add_argument, whole_number(1), INPUT_HW
-    add("--output", required=True, metavar="DIR", help="checkpoints, metrics and the model")
-    add("--start", metavar="DIR", help="a model to go on from (default: weights at random)")
-    add("--steps", type=count, default=30000, metavar="N", help="updates (default: 30000)")
-    add("--batch_size", type=count, default=8, metavar="N", help="scenes per update (default: 8)")
-    add("--learning_rate", type=float, default=4e-4, metavar="X", help="its peak (default: 4e-4)")
-    add("--pool", type=count, default=16000, metavar="N", help="scenes to draw (default: 16000)")
-    add("--height", type=count, default=height, metavar="PIXELS", help=f"rows that it sees (default: {height})")
-    add("--width", type=count, default=width, metavar="PIXELS", help=f"columns that it sees (default: {width})")
-    add(
-        "--half_size_steps",
-        type=whole_number(0),
-        default=3000,
-        metavar="N",
-        help="updates in the beginning that see scenes at half the size, three times as fast (default: 3000)",
-    )
-    add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 products (default: on)")
-    add("--seed", type=whole_number(0), default=0, metavar="N", help="of the initial weights (default: 0)")
-    return parser
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Charts: words and numbers laid over the cells of a picture, with questions that only the chart answers.
+"""Word grids: words and numbers laid over the cells of a picture, with questions that only the grid answers.
 
-A chart reaches the language model where a Crayon Prompt's signal will, as the vectors of its words. It teaches what a
-large language model brings along: to find a word wherever it stands, to count, and to know which part of a picture a
-box of numbers means. Words lie as objects do in a crayon map: of any shape, one behind the other, most of them small,
-on a ground of others. But no segmentation, no crayon query and no object of the picture takes part: a chart has nothing
-to do with the picture that it lies on.
+The questions, and the names below, call a grid a chart. Its words enter the language model as vectors, in the place of
+the Crayon Prompt's signal. A chart teaches what a large language model can already do: find a word wherever it stands,
+count, and know which part of a picture a box of numbers means.
+
+Words lie as objects do in a crayon map: in any shape, one behind the other, most of them small, on a ground of other
+words. But a chart has nothing to do with the picture below it: no segmentation, no crayon query and no object of the
+picture takes part.
 """
 
 from collections.abc import Sequence
@@ -26,17 +28,16 @@ from collavo.training.batches import Example, pack_prompts
 from schemas.categories import CATEGORIES, THINGS, Category
 
 CHART = "chart"
-"""In place of an image id."""
+"""The image id of every chart."""
 
-QUESTIONS = 15
-"""About a chart."""
+QUESTIONS_PER_CHART = 15
 
 MAX_WORDS, MAX_PLACES = 8, 20
-"""Laid over a chart, one on top of the other, and in how many places, beside those of its ground."""
+"""Most different words on a chart, and most places where they stand; its ground comes on top."""
 
 Lesson = Literal["whether", "tiles", "all"]
-"""What charts are drawn and asked for: whether a word is there; what stands in a box, on charts that four words share
-like tiles; everything. What the third rests on is learned soonest by itself, in this order."""
+"""What a chart teaches: `whether` a word is there; what stands in a box, on charts that four words share like `tiles`;
+`all`, which needs the first two and is learned soonest after them, in this order."""
 
 _ASKED = {
     "whether": ("whether",),
@@ -48,21 +49,22 @@ _STUFF = [category for category in CATEGORIES if not category.is_thing]
 _SEED = 7_000_051
 
 _POINTS = 8
-"""Along a cell, that words are drawn with: a box of theirs begins and ends within cells, as that of an object does."""
+"""Points per cell and axis at which words are drawn, so that a word's box begins and ends within cells, as an object's
+does."""
 
 _SIDES = (0.6, 6.0)
-"""In cells, of the places of words; small ones are as frequent as large ones, factor by factor."""
+"""Smallest and largest side of a word's place in cells; the logarithm of a side is uniform."""
 
 _LEAST_POINTS = 8
-"""Of a place that others cover; what shows less of itself is taken away."""
+"""Points of a place that must be visible; a place that others cover further is taken away."""
 
 _NEAR = 1.0
-"""In cells, the deviation of the middle of one place in two from that of another: things stand in each other's way, and
-what a box is about is then not what fills most of it."""
+"""Standard deviation in cells between a place and the one it is put near, as every second place is: things overlap, and
+then the thing that a box belongs to is not the one that fills most of it."""
 
 
 class Chart(NamedTuple):
-    """A chart as a Crayon Prompt would be given it, and the conversations about it."""
+    """A chart in the form of a Crayon Prompt's input, and conversations about it."""
 
     semantic_ids: torch.Tensor
     """int64 [rows, columns]"""
@@ -74,12 +76,12 @@ class Chart(NamedTuple):
 
 
 class WordPrompt(nn.Module):
-    """In the Crayon Prompt's place, says the words of a chart in the language model's own embeddings."""
+    """Stands in for the Crayon Prompt and gives the words of a chart as the language model's own embeddings."""
 
     def __init__(self, model: CollavoForConditionalGeneration, tokenizer: Any) -> None:
         super().__init__()
         self._words = ClassWords(tokenizer)
-        self._model = [model]  # in a list, lest the model become a part of its own part
+        self._model = [model]  # in a list, or torch would make the model a part of its own part
 
     def forward(self, semantic_ids: torch.Tensor, numbering_ids: torch.Tensor) -> torch.Tensor:
         """See `CrayonPrompt.forward`."""
@@ -95,18 +97,18 @@ class _Place(NamedTuple):
 
 
 def draw_chart(index: int, grid_hw: tuple[int, int], lesson: Lesson = "all") -> Chart:
-    """A chart and questions about it."""
+    """Draw chart number `index` and write questions about it."""
     rng = np.random.Generator(np.random.Philox(key=[_SEED, index]))
     semantic, numbering = _ground(rng, grid_hw)
     lay = _lay_tiles if lesson == "tiles" else _lay_words
     places = lay(rng, semantic, numbering)
     kinds = _ASKED[lesson]
-    dialogues = [_question(rng, kinds[number % len(kinds)], places, grid_hw) for number in range(QUESTIONS)]
+    dialogues = [_question(rng, kinds[number % len(kinds)], places, grid_hw) for number in range(QUESTIONS_PER_CHART)]
     return Chart(torch.from_numpy(semantic), torch.from_numpy(numbering), dialogues)
 
 
 def chart_example(chart: Chart, picture: np.ndarray, processor: CollavoProcessor) -> Example:
-    """A chart over a picture, its conversations packed, as a model learns from it.
+    """Make a training example of a chart over a picture, its conversations packed into one sequence.
 
     Args:
         picture: uint8 [height, width, 3].
@@ -116,7 +118,7 @@ def chart_example(chart: Chart, picture: np.ndarray, processor: CollavoProcessor
 
 
 def _ground(rng: np.random.Generator, grid_hw: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Nothing, or stuff words: one above the other, and patches of up to three more."""
+    """Return maps that are empty, or hold stuff words: two, one above the other, and patches of up to three more."""
     semantic, numbering = np.zeros(grid_hw, np.int64), np.zeros(grid_hw, np.int64)
     if rng.random() < 0.8:
         numbering[:] = 1
@@ -129,7 +131,7 @@ def _ground(rng: np.random.Generator, grid_hw: tuple[int, int]) -> tuple[np.ndar
 
 
 def _lay_words(rng: np.random.Generator, semantic: np.ndarray, numbering: np.ndarray) -> list[_Place]:
-    """Write words into both maps, in place, as `crayon_grid` would write objects of the same shapes."""
+    """Write words into both maps, in place, as `crayon_grid` writes objects of the same shapes."""
     rows, columns = semantic.shape
     words = [THINGS[i] for i in rng.permutation(len(THINGS))[: rng.integers(1, MAX_WORDS + 1)]]
     y, x = (np.arange(side * _POINTS) / _POINTS for side in (rows, columns))
@@ -150,9 +152,9 @@ def _lay_words(rng: np.random.Generator, semantic: np.ndarray, numbering: np.nda
 
 
 def _lay_tiles(rng: np.random.Generator, semantic: np.ndarray, numbering: np.ndarray) -> list[_Place]:
-    """Write four different words that cover all of both maps, in place: two by two, or side by side as stripes.
+    """Cover both maps with four different words, in place: two by two, or side by side as stripes.
 
-    What is asked for is as often a part of a word's place as all of it.
+    Half of the returned places are only a part of a word's tile.
     """
     rows, columns = semantic.shape
     splits: list[tuple[int, ...]]
@@ -168,14 +170,14 @@ def _lay_tiles(rng: np.random.Generator, semantic: np.ndarray, numbering: np.nda
 
 
 def _part(rng: np.random.Generator, box_xyxy: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
-    """A box within a box, at least a cell wide and high."""
+    """Return a box within a box, at least one cell wide and high."""
     x_min, y_min, x_max, y_max = box_xyxy
     left, top = rng.uniform(x_min, x_max - 1), rng.uniform(y_min, y_max - 1)
     return left, top, rng.uniform(left + 1, x_max), rng.uniform(top + 1, y_max)
 
 
 def _write(ids: np.ndarray, laid: list[Category], semantic: np.ndarray, numbering: np.ndarray) -> list[_Place]:
-    """Write the crayon map of words over both maps, in place.
+    """Write the crayon map of words over both maps, in place, and return the words' places.
 
     Args:
         ids: int [rows * points, columns * points], the position of a word in `laid` + 1, 0 for the ground.
@@ -197,7 +199,7 @@ def _question(rng: np.random.Generator, kind: str, places: list[_Place], grid_hw
     place = places[int(rng.integers(len(places)))]
     name = f"(#{place.number} {place.word.display_name})"
     if kind == "what":
-        # Not quite that of the place, as that of an object is not quite that of its segment.
+        # A little off, as the box of an object is not exactly that of its segment.
         x_min, y_min, x_max, y_max = place.box_xyxy
         shift = rng.uniform(-0.1, 0.1, 4) * np.minimum([x_max - x_min, y_max - y_min] * 2, 1)
         box = np.clip(place.box_xyxy + shift, 0, [columns, rows, columns, rows])
@@ -207,7 +209,7 @@ def _question(rng: np.random.Generator, kind: str, places: list[_Place], grid_hw
         )
     present = {place.word for place in places}
     absent = [word for word in THINGS if word not in present]
-    # How many there are of a word is harder to learn if there are some.
+    # Counts above 0 are harder to learn, so they come more often.
     word = place.word if rng.random() < (0.7 if kind == "count" else 0.5) else absent[int(rng.integers(len(absent)))]
     if kind == "count":
         count = sum(place.word == word for place in places)
@@ -236,7 +238,7 @@ _ANY = ("Is there any {} on the chart?", "Is any {} in this picture?")
 
 
 def _said(rng: np.random.Generator, sentences: Sequence[str], answer: str) -> str:
-    """Bare, or in a sentence: where in an answer the word or number comes must not matter."""
+    """Return the answer alone or in a sentence: the model must not rely on where in an answer the word stands."""
     return f"{answer}." if rng.random() < 0.3 else sentences[int(rng.integers(len(sentences)))].format(answer)
 
 

@@ -1,8 +1,7 @@
-"""Texts without a picture's objects: lists of words and numbers with questions that only the list answers, and what
-colours a picture has where.
+"""Lists of words and numbers with questions that only the list answers, and questions about a picture's colours.
 
-They teach what a large language model brings along: to find a word among words, to tell that it is not there, to read
-numbers, and to know which part of a picture a box of numbers means.
+They teach what a large language model can already do: find a word among others, say that it is not there, read numbers,
+and know which part of a picture a box of numbers means. They name no object of a picture.
 """
 
 from collections.abc import Iterator
@@ -15,20 +14,20 @@ from collavo.model.prompt import Turns
 from collavo.scenes.drawing import COLORS
 from schemas.categories import CATEGORIES, THINGS, Category
 
-QUESTIONS = 6
-"""About a list of words, besides those that want an answer for many words at once."""
+QUESTIONS_PER_LIST = 6
+"""Questions about single words, beside those that ask for many words in turn."""
 
 SHORT_LISTS = 5
-"""In a sequence."""
+"""Short lists in one sequence."""
 
 COLOR_QUESTIONS = 4
-"""About a picture."""
+"""Questions about a picture's colours."""
 
 _NUMBERS_SEED, _WORDS_SEED, _COLORS_SEED, _SHORT_SEED = 7_000_001, 7_000_003, 7_000_009, 7_000_033
 
 
 def word_dialogue(index: int) -> Turns:
-    """A question about numbers or words by themselves: to copy, compare, continue, or put into the plural."""
+    """Ask to copy, compare or continue numbers, or for the plural of a word."""
     rng = _generator(_NUMBERS_SEED, index)
     kind = int(rng.integers(4))
     if kind == 0:
@@ -48,7 +47,7 @@ def word_dialogue(index: int) -> Turns:
 
 
 def list_dialogues(index: int) -> list[Turns]:
-    """Questions about one list of words, each of them a conversation that begins with the list."""
+    """Ask several questions about one list of words; each is a conversation that begins with the list."""
     rng = _generator(_WORDS_SEED, index)
     some = [CATEGORIES[i] for i in rng.permutation(len(CATEGORIES))[: rng.integers(4, 12)]]
     absent, present = some[: len(some) // 2], some[len(some) // 2 :]
@@ -58,20 +57,20 @@ def list_dialogues(index: int) -> list[Turns]:
     form = int(rng.integers(3))
     listing = _repeated(words, rng) if form == 2 else (_plain, _numbered)[form](words)
     answers = [[_copied(words)], *_for_each([*dict.fromkeys(present), *absent], words, rng)]
-    for number in range(QUESTIONS):
+    for number in range(QUESTIONS_PER_LIST):
         asked = words[int(rng.integers(len(words)))] if number % 2 else absent[int(rng.integers(len(absent)))]
         answers.append([_about(words, asked, number)])
     return [_turns(listing, some) for some in answers]
 
 
 def short_list_dialogues(index: int) -> list[Turns]:
-    """Several short lists, about each of which is asked only whether one word after the other is in it."""
+    """Ask about several short lists, each time only whether this word or that is in it."""
     rng = _generator(_SHORT_SEED, index)
     dialogues: list[Turns] = []
     for _ in range(SHORT_LISTS):
         some = [CATEGORIES[i] for i in rng.permutation(len(CATEGORIES))[:8]]
         words = some[: rng.integers(1, 6)]
-        # Each by a toss of its own: were half of them in the list, the last answers would follow from the first.
+        # A coin toss for each word: if always half of them were listed, the first answers would give away the last.
         absent = some[len(words) :]
         asked = [absent.pop() if absent and rng.random() < 0.5 else words[rng.integers(len(words))] for _ in range(6)]
         dialogues.append(_turns(_plain(words), [_is_in(word, words) for word in asked]))
@@ -79,7 +78,7 @@ def short_list_dialogues(index: int) -> list[Turns]:
 
 
 def color_dialogues(image: np.ndarray, index: int) -> list[Turns]:
-    """Questions about the colours of a picture: whether one is in it, and which one fills most of a box.
+    """Ask whether a picture has a colour, and which colour fills most of a box.
 
     Args:
         image: uint8 [height, width, 3].
@@ -116,7 +115,7 @@ def _turns(listing: str, questions: list[tuple[str, str]]) -> Turns:
 
 
 def _interval(rng: np.random.Generator) -> tuple[int, int]:
-    """Begin and end within 48, four to twenty apart."""
+    """Return begin and end of an interval of 4 to 20 within 0 to 48."""
     length = int(rng.integers(4, 21))
     begin = int(rng.integers(48 - length + 1))
     return begin, begin + length
@@ -133,7 +132,7 @@ def _is_in(word: Category, words: list[Category]) -> tuple[str, str]:
 def _for_each(
     asked: list[Category], words: list[Category], rng: np.random.Generator
 ) -> Iterator[list[tuple[str, str]]]:
-    """One word after the other, its answer close behind: what there is to find is found soonest in this form."""
+    """Ask for one word after the other; a model learns to find words soonest when the answer follows at once."""
     some = [asked[i] for i in rng.permutation(len(asked))]
     yield [_is_in(word, words) for word in some]
     yield [(f"How many {word.plural or word.display_name}?", f"{words.count(word)}.") for word in some]
@@ -153,7 +152,7 @@ def _about(words: list[Category], asked: Category, number: int) -> tuple[str, st
 
 
 def _after(words: list[Category], asked: Category) -> str:
-    """The word after the first run of a word."""
+    """Return the word that follows the first run of a word."""
     runs = [word for word, _ in groupby(words)]
     following = runs[runs.index(asked) + 1 :]
     return f"{following[0].display_name}." if following else "None."
@@ -168,7 +167,7 @@ def _numbered(words: list[Category]) -> str:
 
 
 def _repeated(words: list[Category], rng: np.random.Generator) -> str:
-    """Every word several times, as the cells of a picture repeat themselves, and its number with it."""
+    """List every word and its number several times, as the cells of a picture repeat them."""
     texts = [f"{word.display_name} {words[:i].count(word) + 1}" for i, word in enumerate(words)]
     return " / ".join(" ".join([text] * int(rng.integers(1, 5))) for text in texts)
 

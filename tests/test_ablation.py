@@ -36,6 +36,7 @@ def study(command: list[str]) -> Path:
     return Path(command[1])
 
 
+@pytest.mark.slow
 def test_every_arm_is_trained_as_its_name_says(study: Path) -> None:
     arguments = {run.name: json.loads((run / "train_args.json").read_text()) for run in study.glob("runs/*-seed-0/")}
     assert {name: (a["queries"], a["adapter_names"]) for name, a in arguments.items()} == {
@@ -55,6 +56,7 @@ def test_every_arm_is_trained_as_its_name_says(study: Path) -> None:
     assert not list(study.glob("cpt/none*"))
 
 
+@pytest.mark.slow
 def test_a_shared_tuning_changes_nothing(study: Path, tmp_path: Path) -> None:
     args = json.loads((study / "runs/full-seed-0/train_args.json").read_text())
     argv = ["--data", *args["data"], "--preset", args["base"], "--output_dir", str(tmp_path), "--object_list", "none",
@@ -65,17 +67,20 @@ def test_a_shared_tuning_changes_nothing(study: Path, tmp_path: Path) -> None:
         assert all(alone[name].equal(shared[name]) for name in alone)
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(study: Path, command: list[str]) -> None:
     before = {file: file.stat().st_mtime_ns for file in study.glob("runs/*/*")}
     assert ablation.main([*command, "--seeds", "0"]) == 0
     assert {file: file.stat().st_mtime_ns for file in study.glob("runs/*/*")} == before
 
 
+@pytest.mark.slow
 def test_another_size_wants_another_folder(study: Path, command: list[str]) -> None:
     with pytest.raises(SystemExit, match=r"--cit_steps is 3, but the study in .* has 2"):
         ablation.main([*command, "--cit_steps", "3"])
 
 
+@pytest.mark.slow
 def test_the_report_holds_every_arm(study: Path) -> None:
     report = json.loads((study / "ablation.json").read_text())
     assert set(report["figures"]) == {"map", *ablation.ARMS}

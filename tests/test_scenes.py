@@ -3,6 +3,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ from PIL import Image
 from scipy import ndimage
 
 from collavo.errors import UserError
-from collavo.scenes import Scene, Segment, draw_scene, scene_seed, write_scenes
+from collavo.scenes import Scene, SceneSegment, draw_scene, scene_seed, write_scenes
 from collavo.scenes.__main__ import main
 from collavo.scenes.drawing import Dice, Drawing, rasterize
-from collavo.scenes.thing import THINGS
+from collavo.scenes.thing import DRAWABLE
 from schemas.categories import BY_CATEGORY_ID, CATEGORIES
 
 SMALL = (96, 72)
@@ -26,7 +27,7 @@ WALLS = "wall wall-brick wall-tile"
 
 @pytest.fixture(scope="module")
 def scenes() -> list[Scene]:
-    return [draw_scene(scene_seed(3, index), SMALL) for index in range(400)]
+    return [draw_scene(scene_seed(3, index), SMALL) for index in range(240)]
 
 
 @pytest.fixture(scope="module")
@@ -76,19 +77,14 @@ def test_any_size_gives_a_whole_scene(seed: int, width: int, height: int) -> Non
         assert mask[y].any() and mask[y + h - 1].any() and mask[:, x].any() and mask[:, x + w - 1].any()
 
 
-def test_a_scene_too_small_to_draw_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"size 640x31.*at least 32"):
-        draw_scene(0, (640, 31))
-
-
 def test_every_thing_and_stuff_that_can_be_drawn_turns_up(scenes: list[Scene]) -> None:
     seen = {s.category.display_name for scene in scenes for s in scene.segments}
-    assert {kind.category.display_name for kind in THINGS.values()} | set(f"{STUFF} {WALLS}".split()) <= seen
-    assert len({kind.category.label for kind in THINGS.values()}) >= 36
+    assert {kind.category.display_name for kind in DRAWABLE.values()} | set(f"{STUFF} {WALLS}".split()) <= seen
+    assert len({kind.category.label for kind in DRAWABLE.values()}) >= 36
 
 
 def test_scenes_vary_in_place_light_and_number_of_things(scenes: list[Scene]) -> None:
-    assert len({scene.setting for scene in scenes}) == 9
+    assert len({scene.place for scene in scenes}) == 9
     assert {scene.time for scene in scenes} == {"morning", "day", "evening", "night"}
     assert {scene.weather for scene in scenes} == {"clear", "cloudy", "rainy", "snowy"}
     counts = [sum(s.category.is_thing for s in scene.segments) for scene in scenes]
@@ -106,25 +102,22 @@ def test_no_color_gives_a_class_away(scenes: list[Scene]) -> None:
     assert min(len(colors[name]) for name in ("car", "person", "cup", "book", "suitcase")) >= 8
 
 
-def test_things_are_large_enough_to_see(scenes: list[Scene]) -> None:
+def test_stuff_is_one_segment_per_class_and_things_can_be_seen(scenes: list[Scene]) -> None:
     least = 0.0012 * SMALL[0] * SMALL[1]
-    assert all(s.area >= least for scene in scenes for s in scene.segments if s.category.is_thing)
-
-
-def test_stuff_is_one_segment_per_class_and_crowds_are_things(scenes: list[Scene]) -> None:
     for scene in scenes:
         stuff = [s.category_id for s in scene.segments if not s.category.is_thing]
         assert len(stuff) == len(set(stuff))
-        assert all(s.category.is_thing for s in scene.segments if s.is_crowd)
+        things = [s for s in scene.segments if s.category.is_thing]
+        assert all(s.area >= least for s in things) and not any(s.is_crowd for s in scene.segments if s not in things)
 
 
 # Exactness of the masks
 
 
-@pytest.mark.parametrize("name", sorted(THINGS.keys() - {"bottle", "wine glass"}))
+@pytest.mark.parametrize("name", sorted(DRAWABLE.keys() - {"bottle", "wine glass"}))
 def test_a_mask_holds_the_pixels_that_are_painted_by_half_or_more(name: str) -> None:
     drawing = Drawing()
-    THINGS[name].draw(drawing, (200, 60, 50), Dice(4))
+    DRAWABLE[name].draw(drawing, (200, 60, 50), Dice(4))
     sprite = rasterize(drawing, 40, turn_deg=20)
     assert np.array_equal(sprite.mask, np.asarray(sprite.picture.getchannel(3)) >= 128)
 
@@ -143,7 +136,7 @@ def test_a_mask_has_the_area_and_extent_of_the_shape(rx: int, ry: int, turn_deg:
 
 def test_a_hole_belongs_to_what_lies_behind() -> None:
     drawing = Drawing()
-    THINGS["donut"].draw(drawing, (200, 60, 50), Dice(4))
+    DRAWABLE["donut"].draw(drawing, (200, 60, 50), Dice(4))
     holes, count = ndimage.label(~np.pad(rasterize(drawing, 90).mask, 1))
     assert count == 2
     assert (holes == 2).sum() == pytest.approx(np.pi * (90 * 0.15) ** 2, rel=0.15)
@@ -157,22 +150,14 @@ def test_a_clear_glass_counts_as_covered() -> None:
     assert np.asarray(sprite.picture)[30, 30, 3] == 60
 
 
-def test_a_drawing_keeps_its_area_when_turned_and_mirrored() -> None:
-    drawing = Drawing()
-    THINGS["car"].draw(drawing, (200, 60, 50), Dice(4))
-    upright = rasterize(drawing, 80)
-    assert np.array_equal(rasterize(drawing, 80, flip=True).mask[:, 5:-5].any(1), upright.mask[:, 5:-5].any(1))
-    assert rasterize(drawing, 80, turn_deg=90).mask.sum() == pytest.approx(upright.mask.sum(), rel=0.02)
-
-
 # What is said about them
 
 
-def phrases(scene: Scene) -> dict[str, Segment]:
+def phrases(scene: Scene) -> dict[str, SceneSegment]:
     """The things a phrase can mean, worked out from the segments alone."""
-    meant: dict[str, Segment] = {}
+    meant: dict[str, SceneSegment] = {}
     crowds = {s.category_id for s in scene.segments if s.is_crowd}
-    by_class: dict[int, list[Segment]] = {}
+    by_class: dict[int, list[SceneSegment]] = {}
     for segment in scene.segments:
         if segment.category.is_thing and segment.category_id not in crowds:
             by_class.setdefault(segment.category_id, []).append(segment)
@@ -187,7 +172,7 @@ def phrases(scene: Scene) -> dict[str, Segment]:
     return meant
 
 
-def middle(segment: Segment) -> float:
+def middle(segment: SceneSegment) -> float:
     return segment.box_xywh[0] + segment.box_xywh[2] / 2
 
 
@@ -203,20 +188,11 @@ def questions(scenes: list[Scene]) -> list[tuple[Scene, str, str]]:
 def test_colors_told_are_those_painted(scenes: list[Scene]) -> None:
     asked = 0
     for scene, question, answer in questions(scenes):
-        match = re.fullmatch(r"What colour (?:is|are) (?:the (?P<part>[\w ]+) of )?(?P<thing>the [\w ]+)", question)
-        if not match:
+        if not question.startswith("What colour"):
             continue
         asked += 1
-        meant = phrases(scene)
-        # "the pair of scissors" is a thing, not a part of one
-        whole = question.split(" ", 3)[3]
-        part, thing = ("", meant[whole]) if whole in meant else (match["part"], None)
-        if thing is None and part not in {s.part for s in scene.segments}:
-            part, whole = re.match(r"the (\w+) of (.+)", whole).groups()  # type: ignore[union-attr]
-            thing = meant[whole]
-        thing = thing or meant[match["thing"]]
-        assert part == thing.part
-        assert answer.lower().endswith(" and ".join(thing.colors))
+        about = {f"the {s.part} of {phrase}" if s.part else phrase: s for phrase, s in phrases(scene).items()}
+        assert answer.lower().endswith(" and ".join(about[question.split(" ", 3)[3]].colors))
     assert asked > 100
 
 
@@ -227,7 +203,7 @@ def test_painted_colors_can_be_seen(scenes: list[Scene]) -> None:
         for s in scene.segments:
             if s.category.name in plain and len(s.colors) == 1 and s.colors[0] in channels:
                 seen.append(scene.image[scene.ids == s.id].mean(0).argmax() == channels[s.colors[0]])
-    assert len(seen) > 40
+    assert len(seen) > 25
     assert np.mean(seen) > 0.95
 
 
@@ -302,14 +278,16 @@ def test_files_are_coco_panoptic(data_set: Path) -> None:
             assert info["iscrowd"] in (0, 1)
         ids_seen += listed
     assert all(any(number >> shift & 255 for number in ids_seen) for shift in (0, 8, 16))
-    assert len({number & 255 for number in ids_seen}) > 30
 
 
-def test_pictures_are_what_was_drawn(data_set: Path) -> None:
-    scene = draw_scene(scene_seed(5, 3), (160, 120))
-    stored = np.asarray(Image.open(data_set / "images" / "scene-000003.jpg")).astype(int)
-    assert np.abs(stored - scene.image).mean() < 10
-    assert np.array_equal(read_ids(data_set / "panoptic" / "scene-000003.png"), scene.ids)
+def test_a_data_set_that_starts_later_holds_the_scenes_of_a_whole_one(data_set: Path, tmp_path: Path) -> None:
+    write_scenes(tmp_path / "late", 2, size_wh=(160, 120), seed=5, start=10)
+    for name in ("images/scene-000010.jpg", "panoptic/scene-000011.png"):
+        assert (tmp_path / "late" / name).read_bytes() == (data_set / name).read_bytes()
+    whole, own = (json.loads((folder / "panoptic.json").read_text()) for folder in (data_set, tmp_path / "late"))
+    assert (own["images"], own["annotations"]) == (whole["images"][10:], whole["annotations"][10:])
+    drawn = draw_scene(scene_seed(5, 10), (160, 120))
+    assert np.array_equal(read_ids(data_set / "panoptic" / "scene-000010.png"), drawn.ids)
 
 
 def test_dialogues_are_llava_entries(data_set: Path) -> None:
@@ -325,81 +303,65 @@ def test_dialogues_are_llava_entries(data_set: Path) -> None:
     assert len({entry["image"] for entry in entries}) == 12
 
 
-def test_fewer_scenes_are_a_prefix_and_a_later_start_is_a_suffix(data_set: Path, tmp_path: Path) -> None:
-    write_scenes(tmp_path / "few", 2, size_wh=(160, 120), seed=5)
-    write_scenes(tmp_path / "late", 2, size_wh=(160, 120), seed=5, start=10)
-    for part, indices in (("few", (0, 1)), ("late", (10, 11))):
-        for name in (
-            f"{folder[0]}/scene-{i:06d}.{folder[1]}"
-            for i in indices
-            for folder in (("images", "jpg"), ("panoptic", "png"))
-        ):
-            assert (tmp_path / part / name).read_bytes() == (data_set / name).read_bytes()
-        whole, own = (json.loads((f / "panoptic.json").read_text()) for f in (data_set, tmp_path / part))
-        assert own["annotations"] == [whole["annotations"][i] for i in indices]
-        assert own["images"] == [whole["images"][i] for i in indices]
-
-
 # The command
 
 
 def test_the_command_writes_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["--output", str(tmp_path / "new"), "--count", "2", "--size", "64x48", "--seed", "9", "--start", "4"])
-    names = sorted(path.relative_to(tmp_path / "new").as_posix() for path in tmp_path.rglob("*") if path.is_file())
-    assert names == [
-        "dialogues.json",
-        "images/scene-000004.jpg",
-        "images/scene-000005.jpg",
-        "panoptic.json",
-        "panoptic/scene-000004.png",
-        "panoptic/scene-000005.png",
+    assert main(["--output", str(tmp_path / "new"), "--count", "2", "--size", "64x64", "--start", "4"]) == 0
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()) == [
+        "new/dialogues.json",
+        "new/images/scene-000004.jpg",
+        "new/images/scene-000005.jpg",
+        "new/panoptic.json",
+        "new/panoptic/scene-000004.png",
+        "new/panoptic/scene-000005.png",
     ]
-    assert "Drawing scenes" in capsys.readouterr().out
 
 
-def test_a_folder_with_anything_in_it_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"not empty.*--overwrite"):
-        write_scenes(tmp_path, 1, size_wh=(64, 48))
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+def test_overwriting_replaces_scenes_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "scenes"
+    write_scenes(folder, 3, size_wh=(64, 48))
+    write_scenes(folder, 1, size_wh=(80, 48), seed=1, overwrite=True)
+    assert [path.name for path in (folder / "images").iterdir()] == ["scene-000000.jpg"]
+    assert Image.open(folder / "images" / "scene-000000.jpg").size == (80, 48)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"holds notes\.txt, which is no scene"):
+        write_scenes(folder, 1, size_wh=(64, 48), overwrite=True)
+    assert (folder / "notes.txt").read_text() == "mine"
 
 
-def test_overwriting_never_mixes_two_runs(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    write_scenes(tmp_path, 3, size_wh=(64, 48), overwrite=True)
-    write_scenes(tmp_path, 1, size_wh=(80, 48), seed=1, overwrite=True)
-    assert [path.name for path in (tmp_path / "images").iterdir()] == ["scene-000000.jpg"]
-    assert [path.name for path in (tmp_path / "panoptic").iterdir()] == ["scene-000000.png"]
-    assert Image.open(tmp_path / "images" / "scene-000000.jpg").size == (80, 48)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+def test_a_run_that_stops_halfway_leaves_nothing(tmp_path: Path) -> None:
+    def stopping(indices: range) -> Iterator[int]:
+        yield indices[0]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_scenes(tmp_path / "scenes", 2, size_wh=(64, 48), progress=stopping)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--count", "2"], "--output"),
-        (["--output", "{}/new", "--count", "none"], "--count: 'none' is not a whole number from 1"),
-        (["--output", "{}/new", "--count", "0"], "--count: '0' is not a whole number from 1"),
-        (["--output", "{}/new", "--count", "2", "--size", "640"], "--size: '640' is not WIDTHxHEIGHT"),
-        (["--output", "{}/new", "--count", "2", "--size", "640x20"], "--size: '640x20' is not WIDTHxHEIGHT"),
-        (["--output", "{}/new", "--count", "2", "--seed", "-1"], "--seed: '-1' is not a whole number from 0"),
-        (["--output", "{}/new", "--count", "2", "--colour", "red"], "--colour"),
-        (["--output", "{}/full", "--count", "2"], "not empty; name another, or add --overwrite"),
-        (["--output", "{}/full/file", "--count", "2"], "is a file"),
-        (["--output", "{}/full/file/deeper", "--count", "2"], "name a folder that can be written to"),
+        (["--count", "2"], "--output is missing"),
+        (["--output", "{}/new", "--count", "0"], "--count is 0, but must be at least 1"),
+        (["--output", "{}/new", "--count", "2", "--size", "640x20"], "--size: '640x20' is not like 640x480"),
+        (["--output", "{}/full", "--count", "2"], "--output: {}/full: the folder holds scenes; name another"),
+        (["--output", "{}/full/dialogues.json", "--count", "2"], "is a file"),
+        (["--output", "{}/full/dialogues.json/deeper", "--count", "2"], "name a folder that can be written to"),
     ],
 )
 def test_a_wrong_command_line_gets_one_line_and_status_2(
     arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "file").write_text("mine")
-    with pytest.raises(SystemExit) as stop:
-        main([argument.format(tmp_path) for argument in arguments])
-    assert stop.value.code == 2
+    (tmp_path / "full" / "dialogues.json").write_text("[]")
+    try:
+        status: object = main([argument.format(tmp_path) for argument in arguments])
+    except SystemExit as stop:
+        status = stop.code
     error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
+    assert status == 2 and message.format(tmp_path) in error and error.count("\n") == 1
     assert not (tmp_path / "new").exists()
 
 

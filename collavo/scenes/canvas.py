@@ -1,4 +1,4 @@
-"""The stage of a scene: its size and light, and the layers that are painted from back to front."""
+"""The canvas of a scene: its size, its light, and the layers that are painted from back to front."""
 
 from dataclasses import dataclass, field
 
@@ -20,7 +20,7 @@ _TINTS = {"morning": (255, 238, 226), "day": (255, 255, 255), "evening": (255, 2
 
 @dataclass(frozen=True, slots=True)
 class Light:
-    """`side` is 1 where the light comes from the left, -1 where from the right."""
+    """`side` is 1 if the light comes from the left, -1 if from the right."""
 
     time: str
     weather: str
@@ -29,7 +29,7 @@ class Light:
 
     @property
     def sky(self) -> tuple[Color, Color]:
-        """The sky's colours at the top and at the horizon."""
+        """Return the sky's colours at the top and at the horizon."""
         top, bottom = _SKIES[self.time]
         if self.weather == "clear":
             return top, bottom
@@ -38,14 +38,14 @@ class Light:
 
     @property
     def tint(self) -> Color:
-        """What the hour makes of white."""
+        """Return the colour that white has at this hour."""
         if self.indoors:
             return (255, 236, 204) if self.time == "night" else (255, 255, 255)
         return _between((0, 0, 0), _TINTS[self.time], 1 if self.weather == "clear" else 0.93)
 
     @property
     def is_hard(self) -> bool:
-        """Whether things cast long shadows."""
+        """Tell whether things cast long shadows."""
         return not self.indoors and self.weather == "clear" and self.time != "night"
 
 
@@ -57,8 +57,8 @@ def _between(a: Color, b: Color, share: float) -> Color:
 class Layer:
     """A sprite with its top left corner at (x, y). Layers of greater depth are nearer and hide the others.
 
-    `thing` is None for stuff; `base_y` is where a thing touches the ground, None where it hangs or flies or sits on
-    another; `on` is the kind of ground, or the thing, that bears it.
+    `thing` is None for stuff. `base_y` is where a thing touches the ground, None if it hangs, flies or sits on another
+    thing. `on` is the ground's category, or the thing, that bears it.
     """
 
     sprite: Sprite
@@ -75,10 +75,10 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Surface:
-    """Where things of some kinds may be put.
+    """A region in which some kinds of things may be put.
 
-    `box_xyxy` holds their lowest points (their centres where they hang or fly), in fractions of the frame; sizes go
-    from `far` at its top to `near` at its bottom, in short sides for a thing of one metre.
+    `box_xyxy` bounds their lowest points (their centres if they hang or fly), in fractions of the frame. A thing of one
+    metre has the size `far` at its top and `near` at its bottom, in short sides of the frame.
     """
 
     category: Category
@@ -90,7 +90,7 @@ class Surface:
 
 
 @dataclass
-class Stage:
+class Canvas:
     size_wh: tuple[int, int]
     dice: Dice
     light: Light
@@ -99,7 +99,7 @@ class Stage:
 
     @property
     def unit(self) -> int:
-        """The short side, which all sizes are fractions of."""
+        """Return the short side in pixels; all sizes are fractions of it."""
         return min(self.size_wh)
 
     def cover(self, name: str, top_px: np.ndarray | float, picture: Image.Image) -> None:
@@ -114,7 +114,7 @@ class Stage:
         self._append(name, Sprite(picture, covered >= 128), 0, y)
 
     def stand(self, name: str, drawing: Drawing, x: float, y: float, span: float) -> Layer:
-        """Put a drawing of stuff on (x, y), in fractions of the frame; `span` in short sides."""
+        """Put a drawing of stuff on (x, y), in fractions of the frame; `span` is in short sides."""
         sprite = rasterize(drawing, span * self.unit, light=self.light.side, relief=0.5)
         w, h = sprite.picture.size
         return self._append(name, sprite, round(x * self.size_wh[0] - w / 2), round(y * self.size_wh[1]) - h)
@@ -133,12 +133,12 @@ class Stage:
         hangs: bool = False,
         weight: int = 4,
     ) -> None:
-        """Offer room to things (names with ", " between them); the more `weight`, the more of them are put here."""
+        """Offer room to things (names with ", " between them); more `weight` brings more of them here."""
         surface = Surface(BY_DISPLAY_NAME[name], tuple(things.split(", ")), box_xyxy, far, near, hangs)
         self.surfaces += [surface] * weight
 
     def owners(self, layers: list[Layer]) -> np.ndarray:
-        """Which layer each pixel belongs to: int32 [H, W], the position in `layers` + 1, or 0."""
+        """Return the layer that each pixel belongs to: int32 [H, W], its position in `layers` + 1, or 0."""
         owners = np.zeros(self.size_wh[::-1], np.int32)
         for position, layer in enumerate(layers, 1):
             x, y = max(0, layer.x), max(0, layer.y)
@@ -148,7 +148,7 @@ class Stage:
         return owners
 
     def painted(self, layers: list[Layer]) -> Image.Image:
-        """The layers, and the shadows of what stands, from back to front."""
+        """Paint the layers from back to front, with shadows under the things that stand."""
         frame = Image.new("RGB", self.size_wh)
         for layer in layers:
             if layer.base_y is not None:

@@ -1,22 +1,21 @@
-"""Scenes: things put into a setting, annotated by what is visible of them.
+"""Compose a scene: put things into a place, paint them, and annotate what is visible.
 
-A thing that the others hide too much is taken out before anything is painted, so that the picture and its annotation
-hold exactly the same things.
+A thing that is hidden too much is taken out before anything is painted, so that the picture and its annotation hold
+exactly the same things.
 """
 
 import math
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
-from scipy.ndimage import find_objects
 
 from collavo.scenes import creatures, indoors, outdoors  # noqa: F401  (they register what they draw)
-from collavo.scenes.canvas import Layer, Light, Stage, Surface
+from collavo.scenes.canvas import Canvas, Layer, Light, Surface
 from collavo.scenes.dialogues import dialogues_about
 from collavo.scenes.drawing import Dice, Drawing, rasterize
-from collavo.scenes.places import ANYWHERE, FREQUENT, INDOORS, SETTINGS
-from collavo.scenes.scene import Scene, Segment
-from collavo.scenes.thing import THINGS, Thing
+from collavo.scenes.places import ANYWHERE, FREQUENT, INDOORS, PLACES
+from collavo.scenes.scene import Scene, SceneSegment
+from collavo.scenes.thing import DRAWABLE, Thing
 from schemas.categories import Category
 
 _LEAST_VISIBLE_SHARE = 0.25
@@ -28,7 +27,7 @@ _CROWDS = ("person", "sheep", "orange", "apple", "book", "donut")
 
 
 def draw_scene(seed: int, size_wh: tuple[int, int] = (640, 480)) -> Scene:
-    """The scene of this seed: the same bytes for the same seed and size on any machine.
+    """Draw the scene of a seed: the same bytes for the same seed and size on any machine.
 
     Raises:
         ValueError: for a side below 32 pixels.
@@ -36,55 +35,55 @@ def draw_scene(seed: int, size_wh: tuple[int, int] = (640, 480)) -> Scene:
     if min(size_wh) < 32:
         raise ValueError(f"size {size_wh[0]}x{size_wh[1]}: a scene needs at least 32 pixels either way")
     dice = Dice(seed)
-    setting, time = dice.pick(FREQUENT), dice.pick(("morning", "day", "day", "day", "evening", "night"))
-    wet = "snowy" if setting == "mountains" else "rainy"
-    weather = "clear" if setting in INDOORS else dice.pick(("clear", "clear", "clear", "cloudy", wet))
-    stage = Stage(size_wh, dice, Light(time, weather, dice.pick((1, -1)), setting in INDOORS))
-    SETTINGS[setting](stage)
-    _populate(stage)
-    layers, owners = _settled(stage)
-    ids, segments = _annotated(stage, layers, owners)
-    image = _graded(stage, stage.painted(layers))
-    dialogues = dialogues_about(segments, size_wh, setting, time, weather, dice)
-    return Scene(image, ids, segments, setting, time, weather, dialogues)
+    place, time = dice.pick(FREQUENT), dice.pick(("morning", "day", "day", "day", "evening", "night"))
+    wet = "snowy" if place == "mountains" else "rainy"
+    weather = "clear" if place in INDOORS else dice.pick(("clear", "clear", "clear", "cloudy", wet))
+    canvas = Canvas(size_wh, dice, Light(time, weather, dice.pick((1, -1)), place in INDOORS))
+    PLACES[place](canvas)
+    _populate(canvas)
+    layers, owners = _settled(canvas)
+    ids, segments = _annotated(canvas, layers, owners)
+    image = _graded(canvas, canvas.painted(layers))
+    dialogues = dialogues_about(segments, size_wh, place, time, weather, dice)
+    return Scene(image, ids, segments, place, time, weather, dialogues)
 
 
-def _populate(stage: Stage) -> None:
-    """Put things into the setting, now and then a flock of small ones or a crowd that is one region."""
-    dice, room = stage.dice, max(stage.size_wh) / stage.unit
-    crowds = _CROWDS[stage.light.indoors :]  # people do not crowd a room
+def _populate(canvas: Canvas) -> None:
+    """Put things into the place, sometimes also a flock of small ones, or a crowd as one region."""
+    dice, room = canvas.dice, max(canvas.size_wh) / canvas.unit
+    crowds = _CROWDS[canvas.light.indoors :]  # people do not crowd a room
     for gather, names in ((_crowd, crowds), (_flock, _FLOCKS)):
-        homes = [(s, n) for s in stage.surfaces for n in s.things if n in names and s.box_xyxy[1] < 0.8]
+        homes = [(s, n) for s in canvas.surfaces for n in s.things if n in names and s.box_xyxy[1] < 0.8]
         if homes and dice.chance(0.06):
-            gather(stage, *dice.pick(homes))
+            gather(canvas, *dice.pick(homes))
     wanted = int(dice.integer(4, 13) * (0.6 + 0.4 * room))
     while wanted > 0:
-        surface = dice.pick(stage.surfaces)
+        surface = dice.pick(canvas.surfaces)
         solid = not surface.hangs and surface.category.name != "sea"
         name = dice.pick(ANYWHERE.split(", ") if solid and dice.chance(0.12) else surface.things)
         count = dice.pick((1, 1, 1, 1, 1, 1, 2, 2, 3, 4) if solid else (1, 1, 2))
         for _ in range(count):
-            _put(stage, surface, THINGS[name])
+            _put(canvas, surface, DRAWABLE[name])
         wanted -= count
 
 
-def _flock(stage: Stage, surface: Surface, name: str) -> None:
-    """A dozen or two dozen of a kind, the more the smaller."""
-    many = stage.dice.chance(0.4)
-    for _ in range(stage.dice.integer(26, 36) if many else stage.dice.integer(10, 14)):
-        _put(stage, surface, THINGS[name], shrink=0.6 if many else 0.75)
+def _flock(canvas: Canvas, surface: Surface, name: str) -> None:
+    """Put about a dozen of a kind, or thirty smaller ones."""
+    many = canvas.dice.chance(0.4)
+    for _ in range(canvas.dice.integer(26, 36) if many else canvas.dice.integer(10, 14)):
+        _put(canvas, surface, DRAWABLE[name], shrink=0.6 if many else 0.75)
 
 
 def _drawn(dice: Dice, kind: Thing) -> tuple[Drawing, tuple[str, ...]]:
-    """A thing of this kind, and the names of its colours."""
+    """Draw a thing of this kind, and return it with the names of its colours."""
     drawing, color = Drawing(), dice.pick(kind.colors or ("grey",))
     second = kind.draw(drawing, dice.paint(color), dice)
     return drawing, (color, *([second] if second else [])) if kind.colors else ()
 
 
-def _put(stage: Stage, surface: Surface, kind: Thing, shrink: float = 1) -> None:
-    """Draw a thing and find it a place, in a few tries at most; what has a seat may get something to bear."""
-    dice, (width, height) = stage.dice, stage.size_wh
+def _put(canvas: Canvas, surface: Surface, kind: Thing, shrink: float = 1) -> None:
+    """Draw a thing, find room for it in up to six tries, and perhaps put something on its seat."""
+    dice, (width, height) = canvas.dice, canvas.size_wh
     drawing, colors = _drawn(dice, kind)
     wide, high = drawing.size_wh()
     x0, y0, x1, y1 = surface.box_xyxy
@@ -92,46 +91,46 @@ def _put(stage: Stage, surface: Surface, kind: Thing, shrink: float = 1) -> None
         x, down = dice.uniform(x0, x1) * width, dice.uniform(0, 1)
         y = (y0 + (y1 - y0) * down) * height
         size = (surface.far + (surface.near - surface.far) * down) * math.sqrt(kind.span_m) * dice.uniform(0.86, 1.16)
-        span = min(max(size * shrink, _SPANS[0]), _SPANS[1]) * stage.unit
+        span = min(max(size * shrink, _SPANS[0]), _SPANS[1]) * canvas.unit
         w, h = wide * span / max(wide, high), high * span / max(wide, high)
-        if not _is_crowded(stage, (x - w / 2, y - h, x + w / 2, y)):
+        if not _is_crowded(canvas, (x - w / 2, y - h, x + w / 2, y)):
             break
     else:
         return
     turn = dice.uniform(-kind.turn_deg, kind.turn_deg)
-    layer = _laid(stage, surface, kind, drawing, span, round(x), round(y), turn)
+    layer = _laid(canvas, surface, kind, drawing, span, round(x), round(y), turn)
     layer.colors = colors
     if kind.seat and dice.chance(0.4):
-        _seat(stage, layer, kind.seat, THINGS[dice.pick(_SEATED)])
+        _seat(canvas, layer, kind.seat, DRAWABLE[dice.pick(_SEATED)])
 
 
 def _laid(
-    stage: Stage, surface: Surface, kind: Thing, drawing: Drawing, span: float, x: int, y: int, turn_deg: float = 0
+    canvas: Canvas, surface: Surface, kind: Thing, drawing: Drawing, span: float, x: int, y: int, turn_deg: float = 0
 ) -> Layer:
-    """Put a drawing on (or, where things hang, about) a point of a surface."""
-    sprite = rasterize(drawing, span, turn_deg, kind.flips and stage.dice.chance(0.5), stage.light.side)
+    """Put a drawing on a point of a surface, or centre it there if things hang."""
+    sprite = rasterize(drawing, span, turn_deg, kind.flips and canvas.dice.chance(0.5), canvas.light.side)
     w, h = sprite.picture.size
     layer = Layer(sprite, x - w // 2, y - h, y, kind.category, kind, base_y=y, on=surface.category)
     if surface.hangs:
         layer.y, layer.depth, layer.base_y, layer.on = y - h // 2, -1, None, None
-    stage.layers.append(layer)
+    canvas.layers.append(layer)
     return layer
 
 
-def _seat(stage: Stage, bearer: Layer, seat: tuple[float, float, float], kind: Thing) -> None:
+def _seat(canvas: Canvas, bearer: Layer, seat: tuple[float, float, float], kind: Thing) -> None:
     """Put something on a chair, bench, couch or suitcase."""
-    dice, (w, h) = stage.dice, bearer.sprite.picture.size
+    dice, (w, h) = canvas.dice, bearer.sprite.picture.size
     drawing, colors = _drawn(dice, kind)
-    span = max(_SPANS[0] * stage.unit, dice.uniform(0.36, 0.5) * h)
-    sprite = rasterize(drawing, span, flip=dice.chance(0.5), light=stage.light.side)
+    span = max(_SPANS[0] * canvas.unit, dice.uniform(0.36, 0.5) * h)
+    sprite = rasterize(drawing, span, flip=dice.chance(0.5), light=canvas.light.side)
     x = bearer.x + round(w * dice.uniform(seat[0], seat[1])) - sprite.picture.size[0] // 2
     y = bearer.y + round(h * (seat[2] + 0.06)) - sprite.picture.size[1]
-    stage.layers.append(Layer(sprite, x, y, bearer.depth + 0.5, kind.category, kind, colors, on=bearer))
+    canvas.layers.append(Layer(sprite, x, y, bearer.depth + 0.5, kind.category, kind, colors, on=bearer))
 
 
-def _crowd(stage: Stage, surface: Surface, name: str) -> None:
-    """A distant crowd, or a heap, that nobody would count: one region."""
-    dice, kind, crowd = stage.dice, THINGS[name], Drawing()
+def _crowd(canvas: Canvas, surface: Surface, name: str) -> None:
+    """Put a distant crowd, or a heap, that nobody would count, as one region."""
+    dice, kind, crowd = canvas.dice, DRAWABLE[name], Drawing()
     standing = name in ("person", "sheep")
     step = {"person": 24, "sheep": 84}.get(name, 76)
     for row in range(2) if standing else range(3, -1, -1):
@@ -139,14 +138,14 @@ def _crowd(stage: Stage, surface: Surface, name: str) -> None:
             shift, level = k + row * 0.5 + dice.uniform(-0.15, 0.15), row * 10 if standing else row * -66
             crowd.add(_drawn(dice, kind)[0], shift * step, level, dice.uniform(0.9, 1.05))
     x0, y0, x1, _ = surface.box_xyxy
-    x, y = round(dice.uniform(x0, x1) * stage.size_wh[0]), round((y0 + 0.02) * stage.size_wh[1])
-    _laid(stage, surface, kind, crowd, dice.uniform(0.35, 0.5) * stage.unit, x, y).is_crowd = True
+    x, y = round(dice.uniform(x0, x1) * canvas.size_wh[0]), round((y0 + 0.02) * canvas.size_wh[1])
+    _laid(canvas, surface, kind, crowd, dice.uniform(0.35, 0.5) * canvas.unit, x, y).is_crowd = True
 
 
-def _is_crowded(stage: Stage, box_xyxy: tuple[float, float, float, float]) -> bool:
-    """Whether a thing here would overlap another by more than a third of the smaller one's box."""
+def _is_crowded(canvas: Canvas, box_xyxy: tuple[float, float, float, float]) -> bool:
+    """Tell whether a box would overlap that of another thing by more than a third of the smaller one."""
     x0, y0, x1, y1 = box_xyxy
-    for layer in stage.layers:
+    for layer in canvas.layers:
         w, h = layer.sprite.picture.size
         across, down = min(x1, layer.x + w) - max(x0, layer.x), min(y1, layer.y + h) - max(y0, layer.y)
         if layer.thing and across > 0 and down > 0 and across * down > 0.33 * min(w * h, (x1 - x0) * (y1 - y0)):
@@ -154,12 +153,12 @@ def _is_crowded(stage: Stage, box_xyxy: tuple[float, float, float, float]) -> bo
     return False
 
 
-def _settled(stage: Stage) -> tuple[list[Layer], np.ndarray]:
-    """The layers from back to front, and the owner of each pixel, once nothing is hidden too much."""
-    least = _LEAST_VISIBLE_AREA * stage.size_wh[0] * stage.size_wh[1]
-    layers = sorted(stage.layers, key=lambda layer: layer.depth)
+def _settled(canvas: Canvas) -> tuple[list[Layer], np.ndarray]:
+    """Remove things until none is hidden too much; return the layers from back to front and the owner of each pixel."""
+    least = _LEAST_VISIBLE_AREA * canvas.size_wh[0] * canvas.size_wh[1]
+    layers = sorted(canvas.layers, key=lambda layer: layer.depth)
     while True:
-        owners = stage.owners(layers)
+        owners = canvas.owners(layers)
         visible = np.bincount(owners.ravel(), minlength=len(layers) + 1)[1:].tolist()
         gone = [
             layer
@@ -171,32 +170,34 @@ def _settled(stage: Stage) -> tuple[list[Layer], np.ndarray]:
         layers = [layer for layer in layers if layer not in gone and layer.on not in gone]
 
 
-def _annotated(stage: Stage, layers: list[Layer], owners: np.ndarray) -> tuple[np.ndarray, tuple[Segment, ...]]:
-    """Number the segments, one for each thing and one for all stuff of a class, and measure what is visible."""
+def _annotated(canvas: Canvas, layers: list[Layer], owners: np.ndarray) -> tuple[np.ndarray, tuple[SceneSegment, ...]]:
+    """Number the segments, one for each thing and one for all stuff of a class, and measure their visible parts."""
+    from scipy.ndimage import find_objects  # here, because scipy takes longer to import than all the rest
+
     first: dict[Category, Layer] = {}
     heads = [layer if layer.thing else first.setdefault(layer.category, layer) for layer in layers]
-    places = {head: place for place, head in enumerate(dict.fromkeys(heads), 1)}
+    positions = {head: position for position, head in enumerate(dict.fromkeys(heads), 1)}
     numbers = [0]
-    for head in places:
-        numbers.append(_fresh_id(stage.dice, head.category, numbers))
-    owners = np.take(np.array([0, *(places[head] for head in heads)], np.int32), owners)
+    for head in positions:
+        numbers.append(_fresh_id(canvas.dice, head.category, numbers))
+    owners = np.take(np.array([0, *(positions[head] for head in heads)], np.int32), owners)
     areas = np.bincount(owners.ravel(), minlength=len(numbers)).tolist()
     segments = []
-    for (head, place), box in zip(places.items(), find_objects(owners, len(places)), strict=True):
+    for (head, position), box in zip(positions.items(), find_objects(owners, len(positions)), strict=True):
         if box is None:
             continue
         rows, columns = box
-        bearer = places[first[head.on] if isinstance(head.on, Category) else head.on] if head.on else 0
+        bearer = positions[first[head.on] if isinstance(head.on, Category) else head.on] if head.on else 0
         below = owners[rows.stop : rows.stop + 3, columns]
         if isinstance(head.on, Category) and np.count_nonzero(below == bearer) * 2 <= below.size:
             bearer = 0  # something else lies below what is visible
         segments.append(
-            Segment(
-                id=numbers[place],
+            SceneSegment(
+                id=numbers[position],
                 category_id=head.category.category_id,
                 is_crowd=head.is_crowd,
                 box_xywh=(columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start),
-                area=areas[place],
+                area=areas[position],
                 colors=head.colors,
                 part=head.thing.part if head.thing else "",
                 base_y=head.base_y,
@@ -207,7 +208,7 @@ def _annotated(stage: Stage, layers: list[Layer], owners: np.ndarray) -> tuple[n
 
 
 def _fresh_id(dice: Dice, category: Category, taken: list[int]) -> int:
-    """An id whose bytes resemble the class's colour, as in COCO's own files, so that the PNG shows the classes."""
+    """Return an id whose bytes resemble the class's colour, as in COCO's files, so that the PNG shows the classes."""
     while True:
         r, g, b = (max(0, min(255, c + dice.integer(-30, 30))) for c in category.color_rgb)
         new = r + 256 * g + 65536 * b
@@ -215,17 +216,17 @@ def _fresh_id(dice: Dice, category: Category, taken: list[int]) -> int:
             return new
 
 
-def _graded(stage: Stage, frame: Image.Image) -> np.ndarray:
-    """The weather, the light of the hour and a little grain over the whole picture."""
-    dice, light, (width, height) = stage.dice, stage.light, stage.size_wh
+def _graded(canvas: Canvas, frame: Image.Image) -> np.ndarray:
+    """Lay the weather, the light of the hour and a little grain over the whole picture."""
+    dice, light, (width, height) = canvas.dice, canvas.light, canvas.size_wh
     veil = Image.new("L", frame.size)
     pen = ImageDraw.Draw(veil)
-    for _ in range(160 * width * height // stage.unit**2 if light.weather in ("rainy", "snowy") else 0):
-        x, y, s = dice.uniform(0, width), dice.uniform(0, height), stage.unit * dice.uniform(0.003, 0.008)
+    for _ in range(160 * width * height // canvas.unit**2 if light.weather in ("rainy", "snowy") else 0):
+        x, y, s = dice.uniform(0, width), dice.uniform(0, height), canvas.unit * dice.uniform(0.003, 0.008)
         if light.weather == "snowy":
             pen.ellipse((x - s, y - s, x + s, y + s), 210)
         else:
-            pen.line((x, y, x - s, y + s * 5), 110, max(1, stage.unit // 300))
+            pen.line((x, y, x - s, y + s * 5), 110, max(1, canvas.unit // 300))
     frame.paste((236, 240, 248), (0, 0), veil)
     fall = np.outer((0.94, 1, 1, 1, 0.96), np.linspace(1, 0.9, 6)[:: light.side])
     glow = Image.fromarray((fall[..., None] * light.tint).astype(np.uint8))

@@ -18,11 +18,8 @@ def _eye(d: Drawing, x: float, y: float, r: float) -> None:
 @thing("person", 1.7, ANY, "shirt")
 def person(d: Drawing, paint: Color, dice: Dice) -> None:
     skin, hair, cloth, shoe = dice.pick(_SKINS), dice.pick(_HAIRS), dice.pick(_CLOTHS), dice.pick(_CLOTHS)
-    legs, stride, long_hair = (
-        dice.pick(("trousers", "trousers", "shorts", "skirt")),
-        dice.uniform(5, 10),
-        dice.chance(0.4),
-    )
+    legs = dice.pick(("trousers", "trousers", "shorts", "skirt"))
+    stride, long_hair = dice.uniform(5, 10), dice.chance(0.4)
     for side in (-1, 1):
         leg = [(side * 4.5, 56), (side * (stride + 4) / 2, 74), (side * stride, 93)]
         d.line(leg, 8, cloth if legs == "trousers" else skin, edge=True)
@@ -40,14 +37,12 @@ def person(d: Drawing, paint: Color, dice: Dice) -> None:
         d.oval(*arm[2], 3.2, 3.2, skin, edge=False)
         d.line(arm[:2], 7, shade(paint, 0.92), edge=True)
     d.line("0,18 0,26", 6.5, shade(skin, 0.85))
-    body = d.blob("-10,25.5 0,26.5 10,25.5 12.5,31 10.5,44 11,59 0,61 -11,59 -10.5,44 -12.5,31", paint)
-    with d.within(body):
+    with d.within(d.blob("-10,25.5 0,26.5 10,25.5 12.5,31 10.5,44 11,59 0,61 -11,59 -10.5,44 -12.5,31", paint)):
         for y in range(32, 60, 9) if dice.chance(0.25) else ():
             d.line([(-14, y), (14, y)], 3.6, shade(paint, 1.55 if sum(paint) < 500 else 0.7))
     d.oval(0, 12, 9, 10.5, skin)
     d.blob(dice.pick(_FRINGES), hair)
-    for x in (-3.4, 3.4):
-        d.oval(x, 12.5, 1.2, 1.5, DARK, edge=False)
+    d.oval(0, 12.5, 1.2, 1.5, DARK, edge=False, at="-3.4,0 3.4,0")
     d.line("-3,17 0,18.2 3,17", 1.1, shade(skin, 0.55), smooth=True)
 
 
@@ -62,8 +57,7 @@ def _bird(d: Drawing, paint: Color, wing: str) -> None:
 
 @thing("bird", 0.3, "red blue yellow black white brown grey green", turn_deg=6)
 def bird(d: Drawing, paint: Color, dice: Dice) -> None:
-    for x in (46, 56):
-        d.line([(x, 66), (x + 1, 86), (x + 8, 86)], 3, (196, 126, 48))
+    d.line("46,66 47,86 54,86", 3, (196, 126, 48), at="0,0 10,0")
     _bird(d, paint, "20,48 40,38 62,42 54,58 34,64 4,58")
 
 
@@ -77,8 +71,7 @@ def flying_bird(d: Drawing, paint: Color, dice: Dice) -> None:
 def cat(d: Drawing, paint: Color, dice: Dice) -> None:
     dark, pale = shade(paint, 0.7), shade(paint, 1.5)
     d.line("66,88 92,90 104,72 94,54 98,42", 9, dark, edge=True, smooth=True)
-    body = d.blob("22,98 18,80 28,54 50,42 72,54 82,80 78,98", paint)
-    with d.within(body):
+    with d.within(d.blob("22,98 18,80 28,54 50,42 72,54 82,80 78,98", paint)):
         for y in (60, 72, 84) if dice.chance(0.6) else ():
             d.line([(14, y), (32, y + 4)], 4, dark)
             d.line([(86, y), (68, y + 4)], 4, dark)
@@ -101,10 +94,8 @@ def cat(d: Drawing, paint: Color, dice: Dice) -> None:
 def dog(d: Drawing, paint: Color, dice: Dice) -> None:
     dark, pale = shade(paint, 0.66), shade(paint, 1.35)
     d.line(dice.pick(("16,44 4,34 0,18", "16,44 2,46 -6,36")), 7, paint, edge=True, smooth=True)
-    for x in (26, 74):
-        d.line([(x, 60), (x + 1, 92)], 9, shade(paint, 0.75), edge=True)
-    body = d.blob("12,48 22,38 50,38 76,34 88,46 84,62 66,68 40,66 20,68 12,60", paint)
-    with d.within(body):
+    d.line("26,60 27,92", 9, shade(paint, 0.75), edge=True, at="0,0 48,0")
+    with d.within(d.blob("12,48 22,38 50,38 76,34 88,46 84,62 66,68 40,66 20,68 12,60", paint)):
         d.oval(38, 44, 15, 12, dark if dice.chance(0.4) else paint, edge=False)
     for x in (18, 66):
         d.line([(x + 2, 58), (x, 92)], 10, paint, edge=True)
@@ -125,10 +116,8 @@ def cow(d: Drawing, paint: Color, dice: Dice) -> str:
     d.line("6,36 -4,44 -4,66", 3.5, paint, edge=True)
     d.oval(-4, 68, 4, 6, patch)
     d.oval(34, 62, 10, 7, (238, 170, 170))
-    for x in (22, 76):
-        d.line([(x + 3, 54), (x + 2, 72), (x + 5, 92)], 10, shade(paint, 0.75), edge=True)
-    trunk = d.blob("4,38 14,30 40,34 68,30 86,32 92,46 84,60 60,64 36,62 18,64 6,54", paint)
-    with d.within(trunk):
+    d.line("25,54 24,72 27,92", 10, shade(paint, 0.75), edge=True, at="0,0 54,0")
+    with d.within(d.blob("4,38 14,30 40,34 68,30 86,32 92,46 84,60 60,64 36,62 18,64 6,54", paint)):
         for x, y in ((24, 38), (52, 50), (74, 34)):
             d.oval(x + dice.uniform(-5, 5), y, dice.uniform(9, 14), dice.uniform(7, 12), patch, edge=False)
     for x in (12, 82):
@@ -148,11 +137,9 @@ def cow(d: Drawing, paint: Color, dice: Dice) -> str:
 @thing("sheep", 1.1, "white black brown grey")
 def sheep(d: Drawing, paint: Color, dice: Dice) -> None:
     face = (62, 54, 54) if sum(paint) > 330 else (226, 214, 200)
-    for x in (26, 38, 64, 76):
-        d.line([(x, 64), (x, 94)], 7, face, edge=True)
+    d.line("0,64 0,94", 7, face, edge=True, at="26,0 38,0 64,0 76,0")
     fleece = spread_points(13, start_deg=0) * (40, 24) + (50, 44)
-    for x, y in fleece:
-        d.oval(x, y, 12, 12, paint)
+    d.oval(0, 0, 12, 12, paint, at=fleece)
     d.oval(50, 44, 44, 28, paint, edge=False)
     for x, y in fleece[::2]:
         d.line(oval_points(x * 0.62 + 19, y * 0.55 + 20, 8, 7, 20, 160), 1.6, shade(paint, 0.8))
@@ -160,6 +147,5 @@ def sheep(d: Drawing, paint: Color, dice: Dice) -> None:
         d.oval(92 + side * 15, 28, 9, 4.5, face, turn_deg=side * 22)
     d.blob("80,24 92,16 104,24 102,42 97,54 87,54 82,42", face)
     d.blob("78,22 84,10 92,14 100,10 106,22 98,26 86,26", paint)
-    for x in (87, 97):
-        d.oval(x, 34, 3, 3, LIGHT if sum(face) < 400 else DARK, edge=False)
-        d.oval(x, 34, 1.5, 1.8, DARK, edge=False)
+    d.oval(87, 34, 3, 3, LIGHT if sum(face) < 400 else DARK, edge=False, at="0,0 10,0")
+    d.oval(87, 34, 1.5, 1.8, DARK, edge=False, at="0,0 10,0")

@@ -1,7 +1,7 @@
-"""Conversations about a scene whose every answer can be seen in the picture.
+"""Conversations about a scene, with answers that can all be seen in the picture.
 
-They speak of places, light, colours, positions and sizes; counts, boxes, lists of classes and whether a class is
-present are left to the crayon instructions.
+They are about places, light, colours, positions and sizes. Counts, boxes, lists of classes and the presence of a class
+are left to the crayon instructions.
 """
 
 from collections import Counter
@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from itertools import combinations
 
 from collavo.scenes.drawing import Dice
-from collavo.scenes.scene import Dialogue, Segment
+from collavo.scenes.scene import Dialogue, SceneSegment
 
 Fact = tuple[str, str, str]
 """A question, its answer in a word or two, and in a sentence."""
 
-_PLACES = {
+_WHERE = {
     "park": "outdoors on the grass",
     "farm": "outdoors on the grass",
     "mountains": "out in the snow",
@@ -27,11 +27,13 @@ _PLACES = {
 }
 _TIMES = {"morning": "in the morning", "day": "in the daytime", "evening": "in the evening", "night": "at night"}
 _WEATHERS = {
-    "clear": ("Fine.", "The weather is fine."),
-    "cloudy": ("Overcast.", "It is dry, but the sky is overcast."),
-    "rainy": ("Rainy.", "It is raining."),
-    "snowy": ("Snowy.", "It is snowing."),
+    "clear": ("fine", "The weather is fine."),
+    "cloudy": ("overcast", "It is dry, but the sky is overcast."),
+    "rainy": ("rainy", "It is raining."),
+    "snowy": ("snowy", "It is snowing."),
 }
+_WARM_CLOTHES = "Warm clothes, since snow lies on the ground."
+_DARK = "The picture is dark because it is night."
 _GROUNDS = {"sea": "water", "floor-wood": "wooden floor"}
 _BACKGROUNDS = {
     "mountain": "mountains",
@@ -46,14 +48,14 @@ _BRIEFLY = ("Answer with a word or a short phrase.", "Keep your answers short.",
 
 
 def dialogues_about(
-    segments: tuple[Segment, ...], size_wh: tuple[int, int], setting: str, time: str, weather: str, dice: Dice
+    segments: tuple[SceneSegment, ...], size_wh: tuple[int, int], place: str, time: str, weather: str, dice: Dice
 ) -> tuple[Dialogue, ...]:
-    """One to three conversations, each of one to four questions, some answered briefly, some in sentences."""
+    """Write one to three conversations of one to four questions each, answered briefly or in sentences."""
     named = dict(_references(segments, size_wh[0]))
     alone = {phrase: thing for phrase, thing in named.items() if phrase == f"the {thing.category.singular}"}
     about = dice.shuffled([*_looks(named), *_relations(alone, size_wh), *_supports(segments, alone)])
-    facts = dice.shuffled([*about[:9], *_circumstances(segments, size_wh, setting, time, weather)])
-    description = [(dice.pick(_DESCRIBE), _description(alone, size_wh[0], setting, time, weather))]
+    facts = dice.shuffled([*about[:9], *_circumstances(segments, size_wh, place, time, weather)])
+    description = [(dice.pick(_DESCRIBE), _description(alone, size_wh[0], place, time, weather))]
     dialogues = []
     for _ in range(dice.pick((1, 2, 2, 3))):
         brief, asked = dice.chance(0.5), [facts.pop() for _ in range(min(len(facts), dice.integer(1, 4)))]
@@ -68,8 +70,8 @@ def dialogues_about(
     return tuple(dialogues)
 
 
-def _references(segments: tuple[Segment, ...], width: int) -> Iterator[tuple[str, Segment]]:
-    """Phrases that fit one thing only: "the car" where there is one, else "the largest car" and the like."""
+def _references(segments: tuple[SceneSegment, ...], width: int) -> Iterator[tuple[str, SceneSegment]]:
+    """Yield phrases that fit one thing only: "the car" if there is one, else "the largest car" and the like."""
     things = [s for s in segments if s.category.is_thing]
     crowds = {s.category_id for s in things if s.is_crowd}
     for category_id in dict.fromkeys(s.category_id for s in things):
@@ -89,7 +91,7 @@ def _references(segments: tuple[Segment, ...], width: int) -> Iterator[tuple[str
             yield f"the {noun} furthest to the right", by_x[-1]
 
 
-def _middle(segment: Segment) -> float:
+def _middle(segment: SceneSegment) -> float:
     return segment.box_xywh[0] + segment.box_xywh[2] / 2
 
 
@@ -98,35 +100,29 @@ def _capital(text: str) -> str:
 
 
 def _circumstances(
-    segments: tuple[Segment, ...], size_wh: tuple[int, int], setting: str, time: str, weather: str
-) -> Iterator[Fact]:
-    """Place, hour, weather, background, and what follows from them."""
+    segments: tuple[SceneSegment, ...], size_wh: tuple[int, int], place: str, time: str, weather: str
+) -> list[Fact]:
+    """Ask about place, hour, weather and background, and about what follows from them."""
     share = Counter({s.category.display_name: s.area / (size_wh[0] * size_wh[1]) for s in segments})
-    place, outdoors = _PLACES[setting], share["sky"] > 0.03
-    yield "Where is this?", f"{_capital(place)}.", f"The picture shows a scene {place}."
-    if (outdoors or share["window"] > 0.01) and (weather == "clear" or time == "night"):
-        yield "What time of day is it?", f"{_capital(_TIMES[time])}.", f"The picture is set {_TIMES[time]}."
-    if outdoors:
-        yield "What is the weather like?", *_WEATHERS[weather]
-    seen = [words for name, words in _BACKGROUNDS.items() if share[name] > 0.015]
-    if seen:
-        words = " and ".join(seen[:2])
-        yield "What can be seen in the background?", f"{_capital(words)}.", f"In the background one sees {words}."
-    if weather == "rainy":
-        yield (
-            "What should one take along here?",
-            "An umbrella.",
-            "It is raining, so an umbrella or a raincoat would help.",
-        )
-    if setting == "mountains":
-        yield "What clothes does this place call for?", "Warm clothes.", "Warm clothes, since snow lies on the ground."
-    if setting == "beach" and time == "day" and weather == "clear":
-        yield "What could one do here?", "Swim.", "One could swim in the sea or lie on the sand in the sun."
-    if outdoors and time == "night":
-        yield "Why is the picture so dark?", "It is night.", "The picture is dark because it is night."
+    where, hour, outdoors = _WHERE[place], _TIMES[time], share["sky"] > 0.03
+    sky_tells_time = (outdoors or share["window"] > 0.01) and (weather == "clear" or time == "night")
+    back = " and ".join([words for name, words in _BACKGROUNDS.items() if share[name] > 0.015][:2])
+    swimming = place == "beach" and time == "day" and weather == "clear"
+    umbrella = "It is raining, so an umbrella or a raincoat would help."
+    questions = (
+        (True, "Where is this?", where, f"The picture shows a scene {where}."),
+        (sky_tells_time, "What time of day is it?", hour, f"The picture is set {hour}."),
+        (outdoors, "What is the weather like?", *_WEATHERS[weather]),
+        (back, "What can be seen in the background?", back, f"In the background one sees {back}."),
+        (weather == "rainy", "What should one take along here?", "an umbrella", umbrella),
+        (place == "mountains", "What clothes does this place call for?", "warm clothes", _WARM_CLOTHES),
+        (swimming, "What could one do here?", "swim", "One could swim in the sea or lie on the sand in the sun."),
+        (outdoors and time == "night", "Why is the picture so dark?", "it is night", _DARK),
+    )
+    return [(question, f"{_capital(short)}.", sentence) for asked, question, short, sentence in questions if asked]
 
 
-def _looks(named: dict[str, Segment]) -> Iterator[Fact]:
+def _looks(named: dict[str, SceneSegment]) -> Iterator[Fact]:
     for phrase, thing in named.items():
         if thing.colors:
             subject = f"the {thing.part} of {phrase}" if thing.part else phrase
@@ -135,8 +131,8 @@ def _looks(named: dict[str, Segment]) -> Iterator[Fact]:
             yield f"What colour {verb} {subject}?", f"{_capital(colors)}.", f"{_capital(subject)} {verb} {colors}."
 
 
-def _relations(alone: dict[str, Segment], size_wh: tuple[int, int]) -> Iterator[Fact]:
-    """Sides, distances and sizes of things two by two, where they differ plainly."""
+def _relations(alone: dict[str, SceneSegment], size_wh: tuple[int, int]) -> Iterator[Fact]:
+    """Compare sides, distances and sizes of two things, if they differ plainly."""
     for (a, one), (b, other) in combinations(alone.items(), 2):
         if abs(_middle(one) - _middle(other)) > 0.12 * size_wh[0]:
             side = "left" if _middle(one) < _middle(other) else "right"
@@ -152,8 +148,8 @@ def _relations(alone: dict[str, Segment], size_wh: tuple[int, int]) -> Iterator[
             yield question, f"{_capital(large)}.", f"{_capital(large)} looks larger than {small}."
 
 
-def _supports(segments: tuple[Segment, ...], alone: dict[str, Segment]) -> Iterator[Fact]:
-    """What things stand or sit on."""
+def _supports(segments: tuple[SceneSegment, ...], alone: dict[str, SceneSegment]) -> Iterator[Fact]:
+    """Ask what things stand or sit on."""
     by_id = {s.id: s for s in segments}
     for phrase, thing in alone.items():
         riders = [s for s in segments if s.on == thing.id]
@@ -166,11 +162,11 @@ def _supports(segments: tuple[Segment, ...], alone: dict[str, Segment]) -> Itera
             yield f"What is {phrase} on?", f"The {ground}.", f"{_capital(phrase)} is on the {ground}."
 
 
-def _description(alone: dict[str, Segment], width: int, setting: str, time: str, weather: str) -> str:
-    """Place, hour and weather, then the three largest of the things that are the only ones of their kind."""
+def _description(alone: dict[str, SceneSegment], width: int, place: str, time: str, weather: str) -> str:
+    """Name place, hour and weather, then the three largest things that are the only ones of their kind."""
     falling = {"rainy": " It is raining.", "snowy": " It is snowing."}.get(weather, "")
-    hour = " at night" if time == "night" and "indoors" not in _PLACES[setting] else ""
-    text = f"The picture shows a scene {_PLACES[setting]}{hour}.{falling}"
+    hour = " at night" if time == "night" and "indoors" not in _WHERE[place] else ""
+    text = f"The picture shows a scene {_WHERE[place]}{hour}.{falling}"
     # Those with a part come last: "a chair and a person with a red shirt" leaves no doubt who wears it.
     shown = sorted(sorted(alone.values(), key=lambda s: -s.area)[:3], key=lambda s: bool(s.part))
     for third, where in enumerate(("On the left", "In the middle", "On the right")):
@@ -180,8 +176,8 @@ def _description(alone: dict[str, Segment], width: int, setting: str, time: str,
     return text
 
 
-def _with_colors(thing: Segment) -> str:
-    """ "a red and white kite", "a person with a blue shirt"."""
+def _with_colors(thing: SceneSegment) -> str:
+    """Return a phrase such as "a red and white kite" or "a person with a blue shirt"."""
     if not thing.colors:
         return thing.category.with_article
     colors = " and ".join(thing.colors)

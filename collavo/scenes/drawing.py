@@ -1,8 +1,8 @@
 """Vector drawings, and the pictures of them with exact coverage.
 
-A `Drawing` is a list of polygons and strokes in units of its own, y downwards. `rasterize` makes of it, at any size,
-angle and side, a `Sprite`: a picture with soft shading, and the mask of the pixels at least half covered. All chance
-comes from `Dice` and all pixels from integer arithmetic, so that a seed gives the same bytes everywhere.
+A `Drawing` is a list of polygons and strokes in units of its own, y downwards. `rasterize` turns it, at any size and
+angle, into a `Sprite`: a picture with soft shading, and a mask of the pixels that are at least half covered. All chance
+comes from `Dice` and all pixels from integer arithmetic, so a seed gives the same bytes on every machine.
 """
 
 import math
@@ -10,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 Color = tuple[int, ...]
-"""RGB; in a drawing also RGBA, where A is how much of what lies behind the thing is hidden."""
+"""RGB; in a drawing also RGBA, where A is the opacity."""
 
 Points = str | Sequence[Sequence[float]] | np.ndarray
 """Vertices: "0,0 10,5 ..." or pairs of numbers."""
@@ -41,10 +41,11 @@ COLORS: dict[str, Color] = {
 DARK, LIGHT, STEEL, WOOD = (48, 46, 54), (244, 242, 238), (186, 190, 198), (150, 100, 60)
 
 _HOLE: Color = (0, 0, 0, 0)
+_ONCE = "0,0"
 
 
 class Dice:
-    """Chance from a seed, the same on any machine: only the generator's exact `random` and `bytes` are used."""
+    """Chance from a seed, the same on any machine: uses only the generator's exact `random` and `bytes`."""
 
     def __init__(self, *seed: int) -> None:
         self._generator = np.random.Generator(np.random.PCG64(np.random.SeedSequence(seed)))
@@ -56,7 +57,7 @@ class Dice:
         return float(self._generator.random()) < probability
 
     def integer(self, low: int, high: int) -> int:
-        """From `low` to `high`, both included."""
+        """Return a number from `low` to `high`, both included."""
         return low + int((high + 1 - low) * float(self._generator.random()))
 
     def pick(self, options: Sequence[T]) -> T:
@@ -66,23 +67,23 @@ class Dice:
         return [options[i] for i in np.argsort(self._generator.random(len(options)), kind="stable")]
 
     def grain(self, height: int, width: int) -> np.ndarray:
-        """Independent bytes, uint8 [height, width]."""
+        """Return independent bytes: uint8 [height, width]."""
         return np.frombuffer(self._generator.bytes(height * width), np.uint8).reshape(height, width)
 
     def paint(self, name: str) -> Color:
-        """A shade of the named colour, so that no two reds are alike."""
+        """Return a shade of the named colour, so that no two reds are alike."""
         gain = self.uniform(0.88, 1.08)
         return tuple(max(0, min(255, int(c * gain + self.uniform(-7, 7)))) for c in COLORS[name])
 
 
 def shade(color: Color, gain: float) -> Color:
-    """Darker (below 1) or, towards white, lighter (above 1)."""
+    """Darken a colour (gain below 1), or lighten it towards white (above 1)."""
     lit = (int(c * gain if gain <= 1 else c + (255 - c) * (gain - 1)) for c in color[:3])
     return (*lit, *color[3:])
 
 
 def contrast(paint: Color, dice: Dice, names: str) -> tuple[str, Color]:
-    """One of the named colours that stands out from the first: its name and its value."""
+    """Pick one of the named colours that stands out from `paint`: its name and its value."""
     far = [name for name in names.split() if sum(abs(a - b) for a, b in zip(COLORS[name], paint, strict=True)) > 140]
     name = dice.pick(far)
     return name, COLORS[name]
@@ -107,12 +108,12 @@ def _arc(start_deg: float, end_deg: float) -> np.ndarray:
 
 
 def oval_points(x: float, y: float, rx: float, ry: float, start_deg: float = 0, end_deg: float = 360) -> np.ndarray:
-    """An ellipse, or the part of one from angle to angle, clockwise from the right: float64 [n, 2]."""
+    """Return points of an ellipse or an arc of it, clockwise from the right: float64 [n, 2]."""
     return _arc(start_deg, end_deg) * (rx, ry) + (x, y)
 
 
 def spread_points(count: int, radius: float = 1, start_deg: float = -90) -> np.ndarray:
-    """`count` points evenly on a circle about the origin: float64 [count, 2]."""
+    """Return `count` points at equal distances on a circle about the origin: float64 [count, 2]."""
     turn = np.radians(start_deg + 360 / count * np.arange(count))
     return np.stack([np.cos(turn), np.sin(turn)], 1) * radius
 
@@ -127,13 +128,13 @@ _CATMULL_ROM = (
 
 @lru_cache(maxsize=256)
 def _neighbours(count: int, closed: bool) -> np.ndarray:
-    """For each piece of a curve the four points that shape it: int64 [pieces, 4]."""
+    """Return the four points that shape each piece of a curve: int64 [pieces, 4]."""
     first = np.arange(count if closed else count - 1)[:, None] + np.arange(-1, 3)
     return first % count if closed else np.clip(first, 0, count - 1)
 
 
 def _curve(points: Points, closed: bool) -> np.ndarray:
-    """A smooth curve through the points (Catmull-Rom)."""
+    """Return a smooth curve through the points (Catmull-Rom)."""
     p = _vertices(points)
     curve = (_CATMULL_ROM @ p[_neighbours(len(p), closed)]).reshape(-1, 2)
     return curve if closed else np.concatenate([curve, p[-1:]])
@@ -155,61 +156,69 @@ class _Shape:
 
 @dataclass
 class Drawing:
-    """Shapes in painting order, each with a thin dark outline where `edge`. A fill of None cuts a hole."""
+    """Shapes in painting order.
+
+    `edge` draws a thin dark outline. `at` lists shifts: the shape is drawn once at each of them. A fill of None cuts a
+    hole. `style` is `edge` and `at`, as `poly` takes them.
+    """
 
     shapes: list[_Shape] = field(default_factory=list)
 
-    def poly(self, points: Points, fill: Color | None, edge: bool = True) -> np.ndarray:
-        """A polygon; returns its vertices, to draw within."""
+    def poly(self, points: Points, fill: Color | None, edge: bool = True, at: Points = _ONCE) -> np.ndarray:
+        """Draw a polygon; return its vertices, to draw within."""
         vertices = _vertices(points)
-        self.shapes.append(_Shape("fill", vertices, fill or _HOLE, edge=edge and fill is not None))
+        for shift in _vertices(at):
+            self.shapes.append(_Shape("fill", vertices + shift, fill or _HOLE, edge=edge and fill is not None))
         return vertices
 
-    def blob(self, points: Points, fill: Color | None, edge: bool = True) -> np.ndarray:
-        """A smooth closed curve through the points."""
-        return self.poly(_curve(points, closed=True), fill, edge)
+    def blob(self, points: Points, fill: Color | None, **style: Any) -> np.ndarray:
+        """Draw a smooth closed curve through the points."""
+        return self.poly(_curve(points, closed=True), fill, **style)
 
     def oval(
-        self, x: float, y: float, rx: float, ry: float, fill: Color | None, edge: bool = True, turn_deg: float = 0
+        self, x: float, y: float, rx: float, ry: float, fill: Color | None, turn_deg: float = 0, **style: Any
     ) -> np.ndarray:
         flat = oval_points(0, 0, rx, ry)
-        return self.poly((flat @ _turn(turn_deg) if turn_deg else flat) + (x, y), fill, edge)
+        return self.poly((flat @ _turn(turn_deg) if turn_deg else flat) + (x, y), fill, **style)
 
     def box(
-        self, x0: float, y0: float, x1: float, y1: float, fill: Color | None, corner: float = 0, edge: bool = True
+        self, x0: float, y0: float, x1: float, y1: float, fill: Color | None, corner: float = 0, **style: Any
     ) -> np.ndarray:
-        """An upright rectangle, its corners rounded by `corner`."""
+        """Draw an upright rectangle, its corners rounded by `corner`."""
         if not corner:
-            return self.poly([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], fill, edge)
+            return self.poly([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], fill, **style)
         r, a, b = corner, (x0 + corner, y0 + corner), (x1 - corner, y1 - corner)
         corners = ((b[0], b[1], 0), (a[0], b[1], 90), (a[0], a[1], 180), (b[0], a[1], 270))
-        return self.poly(np.concatenate([oval_points(x, y, r, r, d, d + 90) for x, y, d in corners]), fill, edge)
+        return self.poly(np.concatenate([oval_points(x, y, r, r, d, d + 90) for x, y, d in corners]), fill, **style)
 
-    def line(self, points: Points, width: float, fill: Color, edge: bool = False, smooth: bool = False) -> None:
-        """A stroke with round joints and ends."""
+    def line(
+        self, points: Points, width: float, fill: Color, edge: bool = False, smooth: bool = False, at: Points = _ONCE
+    ) -> None:
+        """Draw a stroke with round joints and ends."""
         vertices = _curve(points, closed=False) if smooth else _vertices(points)
-        self.shapes.append(_Shape("stroke", vertices, fill, width, edge))
+        for shift in _vertices(at):
+            self.shapes.append(_Shape("stroke", vertices + shift, fill, width, edge))
 
     def ring(self, x: float, y: float, rx: float, ry: float, width: float, fill: Color, edge: bool = False) -> None:
-        """The outline of an ellipse; what is inside stays open."""
+        """Draw the outline of an ellipse; its inside stays open."""
         circle = oval_points(x, y, rx, ry)
         self.line(np.concatenate([circle, circle[:1]]), width, fill, edge)
 
     @contextmanager
     def within(self, polygon: np.ndarray) -> Iterator[None]:
-        """What is drawn inside this block shows only within the polygon."""
+        """Clip to the polygon all that is drawn in this block."""
         self.shapes.append(_Shape("clip", polygon))
         yield
         self.shapes.append(_Shape("unclip", np.empty((0, 2))))
 
     def add(self, other: "Drawing", x: float = 0, y: float = 0, scale: float = 1, turn_deg: float = 0) -> None:
-        """Another drawing, turned and scaled about its origin and moved to (x, y)."""
+        """Add another drawing, turned and scaled about its origin and moved to (x, y)."""
         matrix = _turn(turn_deg) * scale
         for s in other.shapes:
             self.shapes.append(_Shape(s.kind, s.points @ matrix + (x, y), s.fill, s.width * scale, s.edge))
 
     def size_wh(self) -> tuple[float, float]:
-        """Width and height of what is drawn, strokes taken by their middle."""
+        """Return width and height of the shapes, without the width of strokes and what is clipped."""
         clipped, shown = False, []
         for s in self.shapes:
             clipped = s.kind == "clip" or (clipped and s.kind != "unclip")
@@ -230,9 +239,11 @@ class Sprite:
 def rasterize(
     drawing: Drawing, span_px: float, turn_deg: float = 0, flip: bool = False, light: int = 1, relief: float = 1
 ) -> Sprite:
-    """Paint a drawing so that, before it is turned, its longer side is `span_px`.
+    """Paint a drawing whose longer side, before it is turned, is `span_px` long.
 
-    `light` says where the light comes from: 1 the left, -1 the right; `relief` how strongly it models the shape.
+    Args:
+        light: 1 if the light comes from the left, -1 if from the right.
+        relief: how strongly the light models the shape.
     """
     shapes, scale = drawing.shapes, span_px / max(drawing.size_wh())
     fine = 4 if span_px < 80 else 3 if span_px < 160 else 2  # subpixels per pixel and direction
@@ -240,33 +251,33 @@ def rasterize(
     pad = fine * (1 + max(s.width for s in shapes) * scale / 2)
     points = np.concatenate([s.points for s in shapes]) @ matrix
     points -= points.min(0) - pad
-    # The nudge keeps halves from falling either way with the last bit of a cosine.
+    # The nudge above 0.5 keeps the last bit of a cosine, which differs between machines, from deciding where halves go.
     grid = np.floor(points + 0.50001).astype(np.int32)
     width, height = (math.ceil((extent + pad) / fine) for extent in points.max(0).tolist())
-    canvas = Image.new("RGBX", (width * fine, height * fine))
-    _paint(canvas, shapes, grid.ravel().tolist(), scale * fine, fine * min(2.0, max(0.5, span_px * 0.011)))
-    x0, y0, x1, y1 = canvas.getchannel(3).reduce(fine).getbbox() or (0, 0, 1, 1)
-    canvas = canvas.crop((x0 * fine, y0 * fine, x1 * fine, y1 * fine))
-    mask = np.asarray(canvas.getchannel(3).point([0] + [255] * 255).reduce(fine)) >= 128
-    return Sprite(_lit(canvas.reduce(fine), light, span_px * 0.05, relief), mask)
+    sheet = Image.new("RGBX", (width * fine, height * fine))
+    _paint(sheet, shapes, grid.ravel().tolist(), scale * fine, fine * min(2.0, max(0.5, span_px * 0.011)))
+    x0, y0, x1, y1 = sheet.getchannel(3).reduce(fine).getbbox() or (0, 0, 1, 1)
+    sheet = sheet.crop((x0 * fine, y0 * fine, x1 * fine, y1 * fine))
+    mask = np.asarray(sheet.getchannel(3).point([0] + [255] * 255).reduce(fine)) >= 128
+    return Sprite(_lit(sheet.reduce(fine), light, span_px * 0.05, relief), mask)
 
 
-def _paint(canvas: Image.Image, shapes: list[_Shape], grid: list[int], scale: float, edge_px: float) -> None:
-    target, pen, clip = canvas, ImageDraw.Draw(canvas), Image.new("L", (1, 1))
+def _paint(sheet: Image.Image, shapes: list[_Shape], grid: list[int], scale: float, edge_px: float) -> None:
+    target, pen, clip = sheet, ImageDraw.Draw(sheet), Image.new("L", (1, 1))
     start = 0
     for shape in shapes:
         xy = grid[start : start + 2 * len(shape.points)]
         start += len(xy)
         ink, outline = _ink(shape.fill), _ink(shade(shape.fill, 0.58)) if shape.edge else _HOLE
         if shape.kind == "clip":
-            clip = Image.new("L", canvas.size)
+            clip = Image.new("L", sheet.size)
             ImageDraw.Draw(clip).polygon(xy, fill=255)
-            target = canvas.copy()
+            target = sheet.copy()
             pen = ImageDraw.Draw(target)
         elif shape.kind == "unclip":
             box = clip.getbbox() or (0, 0, 1, 1)
-            canvas.paste(target.crop(box), box, clip.crop(box))
-            pen = ImageDraw.Draw(canvas)
+            sheet.paste(target.crop(box), box, clip.crop(box))
+            pen = ImageDraw.Draw(sheet)
         elif shape.kind == "fill":
             pen.polygon(xy, fill=ink)
             if shape.edge:
@@ -286,13 +297,13 @@ def _stroke(pen: ImageDraw.ImageDraw, xy: list[int], width: float, ink: Color) -
 
 
 def _ink(fill: Color) -> Color:
-    """Premultiplied RGBA."""
+    """Return premultiplied RGBA."""
     alpha = fill[3] if len(fill) > 3 else 255
     return (*(c * alpha // 255 for c in fill[:3]), alpha)
 
 
 def _lit(flat: Image.Image, light: int, radius_px: float, relief: float) -> Image.Image:
-    """Model the silhouette as if it were rounded: the blurred coverage is its height, its slope meets the light.
+    """Shade the silhouette as if it were rounded: its blurred coverage is a height, whose slope faces the light or not.
 
     `flat` holds premultiplied colours, the result plain ones.
     """

@@ -13,33 +13,26 @@ _LEAF = (92, 150, 66)
 @thing("chair", 0.95, "brown red blue green white grey yellow black", seat=(0.2, 0.8, 0.52))
 def chair(d: Drawing, paint: Color, dice: Dice) -> None:
     dark = shade(paint, 0.72)
-    for x in (18, 62):
-        d.line([(x, 50), (x, 92)], 5, shade(dark, 0.8), edge=True)
+    d.line("18,50 18,92", 5, shade(dark, 0.8), edge=True, at="0,0 44,0")
     if dice.chance(0.5):
-        for y in (0, 20):
-            d.box(12, y, 68, y + 9, paint, corner=3)
-        for x in (16, 64):
-            d.line([(x, 4), (x, 56)], 6, paint, edge=True)
+        d.box(12, 0, 68, 9, paint, corner=3, at="0,0 0,20")
+        d.line("16,4 16,56", 6, paint, edge=True, at="0,0 48,0")
     else:
         d.box(12, 0, 68, 46, paint, corner=9)
         d.box(19, 6, 61, 38, shade(paint, 1.25), corner=6, edge=False)
     d.poly("14,50 66,50 76,62 4,62", shade(paint, 1.15))
     d.box(4, 61, 76, 68, dark, corner=2)
-    for x in (8, 72):
-        d.line([(x, 68), (x, 106)], 6, dark, edge=True)
+    d.line("8,68 8,106", 6, dark, edge=True, at="0,0 64,0")
 
 
 @thing("couch", 2.1, "red blue green brown grey purple yellow pink orange", seat=(0.15, 0.85, 0.62))
 def couch(d: Drawing, paint: Color, dice: Dice) -> None:
-    for x in (16, 144):
-        d.box(x - 4, 66, x + 4, 78, WOOD)
+    d.box(12, 66, 20, 78, WOOD, at="0,0 128,0")
     d.box(10, 0, 150, 60, shade(paint, 0.75), corner=14)
-    for x in (16, 81):
-        d.box(x, 6, x + 63, 46, shade(paint, 0.9), corner=10)
-        d.box(x, 38, x + 63, 58, shade(paint, 1.12), corner=7)
+    d.box(16, 6, 79, 46, shade(paint, 0.9), corner=10, at="0,0 65,0")
+    d.box(16, 38, 79, 58, shade(paint, 1.12), corner=7, at="0,0 65,0")
     d.box(8, 54, 152, 70, shade(paint, 0.75), corner=4)
-    for x in (-4, 136):
-        d.box(x, 24, x + 28, 72, paint, corner=11)
+    d.box(-4, 24, 24, 72, paint, corner=11, at="0,0 140,0")
 
 
 @thing("potted plant", 0.8, "brown white blue red orange grey yellow", "pot")
@@ -66,8 +59,7 @@ def tv(d: Drawing, paint: Color, dice: Dice) -> None:
     d.box(44, 86, 100, 92, (60, 60, 66), corner=3)
     d.box(0, 0, 144, 80, (42, 42, 48), corner=4)
     shown = dice.pick(((60, 96, 140), (44, 60, 84), (110, 170, 214), (54, 56, 66)))
-    screen = d.box(5, 5, 139, 73, shown, edge=False)
-    with d.within(screen):
+    with d.within(d.box(5, 5, 139, 73, shown, edge=False)):
         d.poly("20,0 60,0 10,80 -30,80", shade(shown, 1.15), edge=False)
         if dice.chance(0.5):
             d.oval(dice.uniform(30, 110), 28, 12, 12, (252, 220, 120), edge=False)
@@ -96,11 +88,8 @@ def cell_phone(d: Drawing, paint: Color, dice: Dice) -> None:
     with d.within(screen):
         d.oval(40, 20, 26, 22, (250, 214, 140), edge=False)
     for k in range(9):
-        x, y, icon = (
-            10 + k % 3 * 11,
-            52 + k // 3 * 14,
-            dice.pick((LIGHT, (96, 200, 120), (246, 190, 70), (236, 96, 96))),
-        )
+        x, y = 10 + k % 3 * 11, 52 + k // 3 * 14
+        icon = dice.pick((LIGHT, (96, 200, 120), (246, 190, 70), (236, 96, 96)))
         d.box(x, y, x + 8, y + 9, icon, corner=2, edge=False)
 
 
@@ -110,8 +99,8 @@ def book(d: Drawing, paint: Color, dice: Dice) -> None:
         d.poly("-4,12 60,16 124,12 124,84 60,88 -4,84", paint)
         for side in (-1, 1):
             d.blob([(60 + side * x, y) for x, y in ((0, 14), (24, 6), (58, 8), (58, 78), (24, 76), (0, 84))], LIGHT)
-            for y in range(20, 72, 9):
-                d.line([(60 + side * 8, y + 3), (60 + side * 50, y)], 2, (150, 148, 150))
+            line = [(60 + side * 8, 23), (60 + side * 50, 20)]
+            d.line(line, 2, (150, 148, 150), at="0,0 0,9 0,18 0,27 0,36 0,45")
         return
     d.poly("8,6 84,6 84,112 8,112", shade(paint, 0.6))
     d.poly("6,104 80,104 84,110 10,110", (250, 246, 232), edge=False)
@@ -140,14 +129,11 @@ def vase(d: Drawing, paint: Color, dice: Dice) -> None:
     petal = dice.pick(((236, 84, 100), (250, 206, 84), (246, 246, 240), (170, 110, 200), (246, 150, 180)))
     for x, y in ((24, -24), (76, -22), (50, -38)):
         d.line([(50, 20), ((x + 50) / 2, y + 26), (x, y)], 3, (80, 140, 70), smooth=True)
-        for dx, dy in spread_points(5, 8):
-            d.oval(x + dx, y + dy, 6.5, 6.5, petal)
+        d.oval(x, y, 6.5, 6.5, petal, at=spread_points(5, 8))
         d.oval(x, y, 5, 5, (240, 180, 70), edge=False)
     d.blob("40,12 24,2 16,-8 30,-6 44,4", (96, 160, 84))
-    body = d.blob("36,10 64,10 60,26 78,50 76,74 62,98 38,98 24,74 22,50 40,26", paint)
-    with d.within(body):
-        for y in dice.pick(((), (46, 58, 70))):
-            d.line([(14, y), (86, y)], 4, shade(paint, 0.7))
+    with d.within(d.blob("36,10 64,10 60,26 78,50 76,74 62,98 38,98 24,74 22,50 40,26", paint)):
+        d.line("14,0 86,0", 4, shade(paint, 0.7), at=dice.pick(("", "0,46 0,58 0,70")))
     d.oval(50, 10, 15, 4, shade(paint, 0.6))
 
 
@@ -184,11 +170,9 @@ def teddy_bear(d: Drawing, paint: Color, dice: Dice) -> None:
 
 @thing("bottle", 0.3, "green brown blue red white yellow")
 def bottle(d: Drawing, paint: Color, dice: Dice) -> None:
-    outlines = (
-        "40,0 60,0 59,30 74,46 76,60 76,126 72,132 28,132 24,126 24,60 26,46 41,30",
-        ("40,8 60,8 62,20 76,36 74,70 76,104 72,130 28,130 24,104 26,70 24,36 38,20"),
-    )
-    d.blob(dice.pick(outlines), (*paint, 215))
+    slim = "40,0 60,0 59,30 74,46 76,60 76,126 72,132 28,132 24,126 24,60 26,46 41,30"
+    wide = "40,8 60,8 62,20 76,36 74,70 76,104 72,130 28,130 24,104 26,70 24,36 38,20"
+    d.blob(dice.pick((slim, wide)), (*paint, 215))
     d.box(38, -6, 62, 12, dice.pick(((140, 40, 50), (60, 56, 60), (210, 170, 80), (60, 110, 200))), corner=2)
     d.box(24.5, 68, 75.5, 104, dice.pick(((250, 246, 232), (240, 214, 150), (236, 236, 240))))
     d.line("34,80 66,80", 4, shade(paint, 0.6))
@@ -199,8 +183,7 @@ def bottle(d: Drawing, paint: Color, dice: Dice) -> None:
 @thing("wine glass", 0.22)
 def wine_glass(d: Drawing, paint: Color, dice: Dice) -> None:
     wine, level = dice.pick(((140, 22, 50), (140, 22, 50), (240, 220, 130), (240, 150, 150))), dice.uniform(20, 36)
-    bowl = d.blob("22,0 50,2 78,0 82,28 74,50 50,64 26,50 18,28", (226, 238, 246, 110))
-    with d.within(bowl):
+    with d.within(d.blob("22,0 50,2 78,0 82,28 74,50 50,64 26,50 18,28", (226, 238, 246, 110))):
         d.box(0, level, 100, 80, (*wine, 225), edge=False)
         d.oval(50, level, 34, 4, (*shade(wine, 1.25), 225), edge=False)
     d.line("28,8 26,30 32,46", 3, (248, 252, 255), smooth=True)
@@ -213,10 +196,8 @@ def cup(d: Drawing, paint: Color, dice: Dice) -> str | None:
     name, second = contrast(paint, dice, "white yellow blue red")
     pattern = dice.pick(("plain", "plain", "stripes", "dots"))
     d.line("78,28 104,28 106,58 78,66", 10, shade(paint, 0.85), edge=True, smooth=True)
-    body = d.poly("8,10 84,10 80,76 72,90 20,90 12,76", paint)
-    with d.within(body):
-        for y in (34, 56) if pattern == "stripes" else ():
-            d.line([(0, y), (92, y)], 10, second)
+    with d.within(d.poly("8,10 84,10 80,76 72,90 20,90 12,76", paint)):
+        d.line("0,34 92,34", 10, second, at="0,0 0,22" if pattern == "stripes" else "")
         for k in range(12) if pattern == "dots" else ():
             d.oval(14 + k % 4 * 20 + k // 4 % 2 * 9, 32 + k // 4 * 20, 5.5, 5.5, second, edge=False)
     d.oval(46, 10, 38, 9, shade(paint, 1.3))
@@ -276,8 +257,7 @@ def carrot(d: Drawing, paint: Color, dice: Dice) -> None:
         leaf.blob("0,4 -6,-24 0,-42 6,-24", shade(_LEAF, 0.9 + a * 0.004))
         d.add(leaf, turn_deg=a)
     d.blob("-18,6 0,0 18,6 15,36 8,74 1,108 -2,108 -9,74 -16,36", skin)
-    for y, x in ((22, -13), (38, 4), (54, -9), (70, 2)):
-        d.line([(x, y), (x + 8, y + 2)], 2, shade(skin, 0.72))
+    d.line("0,0 8,2", 2, shade(skin, 0.72), at="-13,22 4,38 -9,54 2,70")
 
 
 @thing("pizza", 0.32, turn_deg=180)
@@ -291,8 +271,8 @@ def pizza(d: Drawing, paint: Color, dice: Dice) -> None:
         d.oval(0, 0, 60, 60, crust)
         d.oval(0, 0, 52, 52, (214, 84, 46), edge=False)
         d.oval(0, 0, 47, 47, cheese, edge=False)
-        for x, y in spread_points(8, 58)[:4]:
-            d.line([(x, y), (-x, -y)], 1.8, shade(crust, 0.7))
+        for end in spread_points(8, 58)[:4]:
+            d.line([end, -end], 1.8, shade(crust, 0.7))
         spots = np.concatenate([spread_points(6, 33), [(0, 0)]])
     for k, (x, y) in enumerate(spots):
         d.oval(x, y, 10.5, 10.5, (198, 60, 46))

@@ -26,22 +26,19 @@ _STOP = (
 )
 
 
-def _wheel(d: Drawing, x: float, y: float, r: float) -> None:
-    d.oval(x, y, r, r, (52, 50, 56))
-    d.oval(x, y, r * 0.55, r * 0.55, (196, 198, 204), edge=False)
-    d.oval(x, y, r * 0.2, r * 0.2, (120, 122, 128), edge=False)
+def _wheels(d: Drawing, at: str) -> None:
+    for r, fill in ((10.5, (52, 50, 56)), (5.775, (196, 198, 204)), (2.1, (120, 122, 128))):
+        d.oval(0, 0, r, r, fill, edge=r == 10.5, at=at)
 
 
 @thing("car", 4.2, ANY)
 def car(d: Drawing, paint: Color, dice: Dice) -> None:
     if dice.chance(0.5):
-        roof, panes, pillar = (
-            "22,24 34,4 66,3 82,24 82,32 22,32",
-            ("29,23 38,8 50,8 50,23", "54,8 65,8 75,23 54,23"),
-            52,
-        )
+        roof, pillar = "22,24 34,4 66,3 82,24 82,32 22,32", 52
+        panes = ("29,23 38,8 50,8 50,23", "54,8 65,8 75,23 54,23")
     else:
-        roof, panes, pillar = "8,24 14,4 66,3 84,24 84,32 8,32", ("14,23 19,8 40,8 40,23", "44,8 65,8 77,23 44,23"), 42
+        roof, pillar = "8,24 14,4 66,3 84,24 84,32 8,32", 42
+        panes = ("14,23 19,8 40,8 40,23", "44,8 65,8 77,23 44,23")
     d.poly("30,52 70,52 70,58 30,58", (40, 40, 44), edge=False)
     d.poly(roof, paint)
     for pane in panes:
@@ -53,27 +50,24 @@ def car(d: Drawing, paint: Color, dice: Dice) -> None:
     d.line("2,46 101,46", 2.4, shade(paint, 0.72))
     d.oval(99, 35, 3, 3.6, (255, 240, 176))
     d.oval(4, 35, 2.6, 3.4, (216, 62, 54))
-    for x in (23, 80):
-        d.oval(x, 53, 13, 13, shade(paint, 0.5), edge=False)
-        _wheel(d, x, 55, 10.5)
+    d.oval(23, 53, 13, 13, shade(paint, 0.5), edge=False, at="0,0 57,0")
+    _wheels(d, "23,55 80,55")
 
 
 @thing("bus", 7.0, "red blue green yellow white orange")
 def bus(d: Drawing, paint: Color, dice: Dice) -> None:
-    body = d.box(0, 0, 132, 56, paint, corner=6)
-    with d.within(body):
+    with d.within(d.box(0, 0, 132, 56, paint, corner=6)):
         d.box(0, 38, 132, 45, shade(paint, dice.pick((0.6, 1.6))), edge=False)
-    for x in range(6, 90, 17):
-        d.box(x, 10, x + 14, 30, _GLASS, corner=2)
-        d.line([(x + 4, 26), (x + 9, 14)], 1.4, LIGHT)
+    panes = "0,0 17,0 34,0 51,0 68,0"
+    d.box(6, 10, 20, 30, _GLASS, corner=2, at=panes)
+    d.line("10,26 15,14", 1.4, LIGHT, at=panes)
     d.box(96, 10, 109, 52, shade(_GLASS, 0.8), corner=2)
     d.line("102.5,11 102.5,51", 1.2, shade(paint, 0.5))
     d.box(114, 8, 131, 34, _GLASS, corner=3)
     d.box(30, 2, 80, 7, (40, 40, 44), corner=2, edge=False)
     d.line("36,4.5 74,4.5", 1.8, (250, 196, 74))
     d.oval(129, 48, 3, 3.6, (255, 240, 176))
-    for x in (24, 84):
-        _wheel(d, x, 56, 10.5)
+    _wheels(d, "24,56 84,56")
 
 
 @thing("truck", 6.5, "red blue green yellow white orange purple", "cab")
@@ -81,8 +75,7 @@ def truck(d: Drawing, paint: Color, dice: Dice) -> None:
     d.box(2, 48, 128, 56, (74, 74, 80))
     if dice.chance(0.6):
         d.box(0, 0, 88, 50, dice.pick((LIGHT, (206, 196, 176), (150, 160, 170), (226, 200, 120))), corner=2)
-        for x in range(10, 88, 11):
-            d.line([(x, 2), (x, 48)], 1.2, (140, 138, 136))
+        d.line("10,2 10,48", 1.2, (140, 138, 136), at=[(x, 0) for x in range(0, 78, 11)])
     else:
         d.blob("6,34 24,14 44,8 66,14 82,34", dice.pick(((150, 108, 66), (196, 178, 130), (110, 110, 114))))
         d.poly("-2,24 90,24 86,50 2,50", shade(paint, 0.8))
@@ -90,8 +83,7 @@ def truck(d: Drawing, paint: Color, dice: Dice) -> None:
     d.poly("98,10 115,10 122,27 98,27", _GLASS)
     d.line("102,24 108,12", 1.6, LIGHT)
     d.oval(129, 42, 3, 4, (255, 240, 176))
-    for x in (20, 44, 112):
-        _wheel(d, x, 57, 10.5)
+    _wheels(d, "20,57 44,57 112,57")
 
 
 @thing("bicycle", 1.7, "red blue green yellow black orange pink white", "frame")
@@ -121,9 +113,8 @@ def boat(d: Drawing, paint: Color, dice: Dice) -> None:
         d.box(30, 44, 66, 82, LIGHT, corner=2)
         d.box(36, 24, 60, 46, LIGHT, corner=2)
         d.box(68, 40, 78, 82, shade(paint, 0.8))
-        for x in (38, 50):
-            d.box(x, 28, x + 8, 36, _GLASS)
-            d.oval(x + 2, 62, 4, 4, _GLASS)
+        d.box(38, 28, 46, 36, _GLASS, at="0,0 12,0")
+        d.oval(40, 62, 4, 4, _GLASS, at="0,0 12,0")
         d.poly("-6,70 30,78 100,74 110,66 94,100 12,100", paint)
     d.line("7,86 93,86", 3, shade(paint, 1.6))
 
@@ -134,8 +125,7 @@ def airplane(d: Drawing, paint: Color, dice: Dice) -> None:
     d.poly("60,38 46,14 56,14 82,38", (190, 194, 202))
     d.blob("4,40 12,34 40,32 100,32 118,36 126,44 116,51 96,53 40,53 14,47", (234, 236, 240))
     d.line("10,46 122,46", 2.6, paint)
-    for x in range(36, 104, 8):
-        d.oval(x, 40, 2.1, 2.6, (80, 120, 160), edge=False)
+    d.oval(36, 40, 2.1, 2.6, (80, 120, 160), edge=False, at=[(x, 0) for x in range(0, 68, 8)])
     d.poly("112,36 118,37 122,41 112,41", _GLASS)
     d.poly("50,47 82,47 46,76 34,76", (204, 208, 216))
     d.blob("50,56 66,55 66,63 52,64", (150, 154, 164))
@@ -184,9 +174,8 @@ def stop_sign(d: Drawing, paint: Color, dice: Dice) -> None:
 
 @thing("bench", 1.6, "brown green red blue grey", seat=(0.1, 0.9, 0.55))
 def bench(d: Drawing, paint: Color, dice: Dice) -> None:
-    for x in (14, 106):
-        d.line([(x, 0), (x, 72)], 5, (70, 72, 78))
-        d.line([(x, 44), (x + (4 if x > 60 else -4), 74)], 5, (70, 72, 78))
+    for leg in ("14,0 14,72", "14,44 10,74", "106,0 106,72", "106,44 110,74"):
+        d.line(leg, 5, (70, 72, 78))
     for y in (2, 13, 24, 38, 46):
         d.box(0 if y > 30 else 4, y, 120 if y > 30 else 116, y + 8, paint, corner=2)
 
@@ -197,8 +186,7 @@ def umbrella(d: Drawing, paint: Color, dice: Dice) -> str | None:
     d.line("50,10 50,98 46,106 38,104 36,97", 3.6, dice.pick((WOOD, (90, 90, 96))), edge=True)
     d.line("50,-6 50,4", 3, DARK)
     tips, hem = range(-6, 107, 22), [(x, 46 - 6 * (k % 2)) for k, x in enumerate(range(106, -7, -11))]
-    canopy = d.poly(np.concatenate([oval_points(50, 46, 56, 46, 180, 360), hem]), paint)
-    with d.within(canopy):
+    with d.within(d.poly(np.concatenate([oval_points(50, 46, 56, 46, 180, 360), hem]), paint)):
         for k in range(0, 5, 2):
             a, b = tips[k], tips[k + 1]
             d.poly([(50, 0), (50 + (a - 50) * 0.82, 16), (a, 50), (b, 50), (50 + (b - 50) * 0.82, 16)], second)
@@ -208,13 +196,10 @@ def umbrella(d: Drawing, paint: Color, dice: Dice) -> str | None:
 @thing("suitcase", 0.65, ANY, seat=(0.15, 0.85, 0.2))
 def suitcase(d: Drawing, paint: Color, dice: Dice) -> None:
     d.line("48,18 50,4 80,4 82,18", 6, shade(paint, 0.66))
-    body = d.box(0, 16, 130, 96, paint, corner=9)
-    with d.within(body):
-        for x in (22, 108):
-            d.box(x - 6, 10, x + 6, 100, shade(paint, 0.66))
+    with d.within(d.box(0, 16, 130, 96, paint, corner=9)):
+        d.box(16, 10, 28, 100, shade(paint, 0.66), at="0,0 86,0")
         d.line("2,30 128,30", 1.6, shade(paint, 0.6))
-    for x in (46, 84):
-        d.box(x - 5, 24, x + 5, 34, (236, 206, 120), corner=1)
+    d.box(41, 24, 51, 34, (236, 206, 120), corner=1, at="0,0 38,0")
 
 
 @thing("sports ball", 0.26, "red blue yellow green orange pink white", turn_deg=180)
@@ -258,9 +243,7 @@ def kite(d: Drawing, paint: Color, dice: Dice) -> str:
 @thing("surfboard", 2.0, "red blue yellow green pink orange white", turn_deg=18)
 def surfboard(d: Drawing, paint: Color, dice: Dice) -> str:
     name, second = contrast(paint, dice, "white yellow blue red")
-    board = d.blob("0,-60 11,-40 16,-8 14,30 8,56 0,61 -8,56 -14,30 -16,-8 -11,-40", paint)
-    with d.within(board):
-        for y in dice.pick(((-24, -8), (26,), (-20, 32))):
-            d.line([(-20, y + 10), (20, y - 10)], 9, second)
+    with d.within(d.blob("0,-60 11,-40 16,-8 14,30 8,56 0,61 -8,56 -14,30 -16,-8 -11,-40", paint)):
+        d.line("-20,10 20,-10", 9, second, at=dice.pick(("0,-24 0,-8", "0,26", "0,-20 0,32")))
     d.line("0,-52 0,54", 1.8, shade(paint, 0.6))
     return name

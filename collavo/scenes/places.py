@@ -1,4 +1,4 @@
-"""The places where scenes are set: which stuff lies where, and what may stand, hang or fly there."""
+"""The places of scenes: which stuff lies where, and which things may stand, hang or fly there."""
 
 from collections.abc import Callable
 from functools import partial
@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 
 from collavo.scenes import stuff
-from collavo.scenes.canvas import Stage
+from collavo.scenes.canvas import Canvas
 from collavo.scenes.drawing import COLORS, Color, shade
 
 _AIR = "flying bird, flying bird, kite, airplane"
@@ -19,151 +19,153 @@ _CLOTHS = ((250, 248, 244), COLORS["red"]), ((113, 152, 213), COLORS["white"]), 
 _WOODS: tuple[Color, ...] = ((190, 136, 88), (150, 100, 66), (220, 186, 142), (120, 84, 62), (232, 224, 212))
 
 
-def _wavy(stage: Stage, level: float, swell: float) -> np.ndarray:
-    """A gently rolling line about `level` (fraction of the height): y in pixels for each column."""
-    across = np.arange(stage.size_wh[0]) / stage.unit
-    # Arcs of parabolas instead of a sine: their last bit is the same on any machine.
-    phase = (across * stage.dice.uniform(1.5, 4) + stage.dice.uniform(0, 2)) % 2 - 1
-    return level * stage.size_wh[1] + swell * stage.unit * 4 * phase * (1 - np.abs(phase))
+def _wavy(canvas: Canvas, level: float, swell: float) -> np.ndarray:
+    """Return a rolling line about `level`, a fraction of the height: y in pixels for each column."""
+    across = np.arange(canvas.size_wh[0]) / canvas.unit
+    # Arcs of parabolas instead of a sine, because their last bit is the same on any machine.
+    phase = (across * canvas.dice.uniform(1.5, 4) + canvas.dice.uniform(0, 2)) % 2 - 1
+    return level * canvas.size_wh[1] + swell * canvas.unit * 4 * phase * (1 - np.abs(phase))
 
 
-def _trees(stage: Stage, kind: str, bases: tuple[float, float], count: int, spans: tuple[float, float]) -> None:
-    for y in sorted(stage.dice.uniform(*bases) for _ in range(count)):
-        stage.stand("tree", stuff.tree(stage.dice, kind), stage.dice.uniform(0, 1), y, stage.dice.uniform(*spans))
+def _trees(canvas: Canvas, kind: str, bases: tuple[float, float], count: int, spans: tuple[float, float]) -> None:
+    for y in sorted(canvas.dice.uniform(*bases) for _ in range(count)):
+        canvas.stand("tree", stuff.tree(canvas.dice, kind), canvas.dice.uniform(0, 1), y, canvas.dice.uniform(*spans))
 
 
-def _town(stage: Stage, base: float, scale: float, density: float) -> None:
-    """A row of houses; `scale` is short sides per 100 units of the drawing."""
-    x = stage.dice.uniform(-0.1, 0.05)
+def _town(canvas: Canvas, base: float, scale: float, density: float) -> None:
+    """Put a row of houses; `scale` is short sides per 100 units of the drawing."""
+    x = canvas.dice.uniform(-0.1, 0.05)
     while x < 1:
-        house = stuff.building(stage.dice, stage.light)
+        house = stuff.building(canvas.dice, canvas.light)
         size = house.size_wh()
-        wide = size[0] / 100 * scale * stage.unit / stage.size_wh[0]
-        if stage.dice.chance(density):
-            stage.stand("building", house, x + wide / 2, base, max(size) / 100 * scale)
+        wide = size[0] / 100 * scale * canvas.unit / canvas.size_wh[0]
+        if canvas.dice.chance(density):
+            canvas.stand("building", house, x + wide / 2, base, max(size) / 100 * scale)
         x += wide
 
 
-def _range(stage: Stage, base: float, high: float, snowy: bool) -> None:
-    tone = stage.dice.pick(((112, 124, 150), (96, 130, 110), (140, 120, 116), (104, 110, 130)))
-    wide = 1.3 * stage.size_wh[0] / stage.unit
-    stage.stand("mountain", stuff.mountains(stage.dice, tone, 130 * high / wide, snowy), 0.5, base, wide)
+def _range(canvas: Canvas, base: float, high: float, snowy: bool) -> None:
+    tone = canvas.dice.pick(((112, 124, 150), (96, 130, 110), (140, 120, 116), (104, 110, 130)))
+    wide = 1.3 * canvas.size_wh[0] / canvas.unit
+    canvas.stand("mountain", stuff.mountains(canvas.dice, tone, 130 * high / wide, snowy), 0.5, base, wide)
 
 
-def _fence(stage: Stage, y: float, high: float) -> None:
-    wide = 1.1 * stage.size_wh[0] / stage.unit
-    stage.stand("fence", stuff.fence(stage.dice, 24 * wide / high), 0.5, y, wide)
+def _fence(canvas: Canvas, y: float, high: float) -> None:
+    wide = 1.1 * canvas.size_wh[0] / canvas.unit
+    canvas.stand("fence", stuff.fence(canvas.dice, 24 * wide / high), 0.5, y, wide)
 
 
-def _open_air(stage: Stage, horizon: float, peaks: float, towns: float, snowy: bool = False) -> None:
-    """The sky and what stands at the horizon: mountains or houses, with the given probabilities, or nothing."""
-    stuff.sky(stage, horizon)
-    chance = stage.dice.uniform(0, 1)
+def _open_air(canvas: Canvas, horizon: float, peaks: float, towns: float, snowy: bool = False) -> None:
+    """Paint the sky and the horizon: mountains or houses, with the given probabilities, or nothing."""
+    stuff.sky(canvas, horizon)
+    chance = canvas.dice.uniform(0, 1)
     if chance < peaks:
-        _range(stage, horizon + 0.02, stage.dice.uniform(0.16, 0.36), snowy)
+        _range(canvas, horizon + 0.02, canvas.dice.uniform(0.16, 0.36), snowy)
     elif chance < peaks + towns:
-        _town(stage, horizon + 0.02, stage.dice.uniform(0.12, 0.2), 0.8)
-    stage.surface("sky", _AIR, (0.04, 0.06, 0.96, horizon * 0.6), 0.17, 0.14, hangs=True, weight=1)
+        _town(canvas, horizon + 0.02, canvas.dice.uniform(0.12, 0.2), 0.8)
+    canvas.surface("sky", _AIR, (0.04, 0.06, 0.96, horizon * 0.6), 0.17, 0.14, hangs=True, weight=1)
 
 
 def _country(
-    stage: Stage, ground: str, colors: tuple[tuple[Color, Color], ...], trees: str, peaks: float, things: str
+    canvas: Canvas, ground: str, colors: tuple[tuple[Color, Color], ...], trees: str, peaks: float, things: str
 ) -> None:
-    dice, hz, snowy = stage.dice, stage.dice.uniform(0.34, 0.5), ground == "snow"
-    _open_air(stage, hz, peaks, 0.4 * (1 - peaks), snowy or dice.chance(0.3))
-    stuff.ground(stage, ground, _wavy(stage, hz, 0.015), *dice.pick(colors), marks="" if snowy else "blades")
+    dice, hz, snowy = canvas.dice, canvas.dice.uniform(0.34, 0.5), ground == "snow"
+    _open_air(canvas, hz, peaks, 0.4 * (1 - peaks), snowy or dice.chance(0.3))
+    stuff.ground(canvas, ground, _wavy(canvas, hz, 0.015), *dice.pick(colors), marks="" if snowy else "blades")
     if dice.chance(0.3):
-        _town(stage, hz + 0.06, 0.16, 0.3)
-    _trees(stage, dice.pick(trees.split()), (hz + 0.02, hz + 0.12), dice.integer(1, 6), (0.22, 0.46))
+        _town(canvas, hz + 0.06, 0.16, 0.3)
+    _trees(canvas, dice.pick(trees.split()), (hz + 0.02, hz + 0.12), dice.integer(1, 6), (0.22, 0.46))
     if dice.chance(0.45):
-        _fence(stage, hz + 0.13, 0.09)
+        _fence(canvas, hz + 0.13, 0.09)
     path = not snowy and dice.chance(0.3)
     if path:
-        stuff.ground(stage, "pavement", _wavy(stage, dice.uniform(0.8, 0.88), 0.02), *_PAVING[1], marks="dots")
-        stage.surface("pavement", f"person, bicycle, bench, suitcase, {_PETS}", (0, 0.93, 1, 1.02), 0.3, 0.34, weight=1)
-    stage.surface(ground, things, (0, hz + 0.15, 1, 0.78 if path else 1.02), 0.16, 0.26 if path else 0.34)
+        stuff.ground(canvas, "pavement", _wavy(canvas, dice.uniform(0.8, 0.88), 0.02), *_PAVING[1], marks="dots")
+        canvas.surface(
+            "pavement", f"person, bicycle, bench, suitcase, {_PETS}", (0, 0.93, 1, 1.02), 0.3, 0.34, weight=1
+        )
+    canvas.surface(ground, things, (0, hz + 0.15, 1, 0.78 if path else 1.02), 0.16, 0.26 if path else 0.34)
 
 
-def _shore(stage: Stage, land: str, things: str) -> None:
-    dice, hz = stage.dice, stage.dice.uniform(0.28, 0.4)
+def _shore(canvas: Canvas, land: str, things: str) -> None:
+    dice, hz = canvas.dice, canvas.dice.uniform(0.28, 0.4)
     edge = dice.uniform(0.44, 0.58) if land == "sand" else dice.uniform(0.6, 0.74)
-    _open_air(stage, hz, 0.35, 0.1 if land == "sand" else 0.45)
+    _open_air(canvas, hz, 0.35, 0.1 if land == "sand" else 0.45)
     waters = (((60, 130, 186), (96, 184, 206)), ((40, 96, 150), (70, 150, 180)), ((90, 150, 170), (140, 200, 196)))
-    stuff.ground(stage, "sea", hz * stage.size_wh[1], *dice.pick(waters), marks="waves")
+    stuff.ground(canvas, "sea", hz * canvas.size_wh[1], *dice.pick(waters), marks="waves")
     if land == "sand":
         sands = (((226, 204, 160), (242, 222, 172)), ((214, 186, 140), (232, 208, 164)))
-        stuff.ground(stage, "sand", _wavy(stage, edge, 0.02), *dice.pick(sands), marks="dots")
-        _trees(stage, "palm", (edge + 0.02, edge + 0.12), dice.pick((0, 0, 1, 2)), (0.5, 0.64))
+        stuff.ground(canvas, "sand", _wavy(canvas, edge, 0.02), *dice.pick(sands), marks="dots")
+        _trees(canvas, "palm", (edge + 0.02, edge + 0.12), dice.pick((0, 0, 1, 2)), (0.5, 0.64))
     else:
-        stuff.ground(stage, land, edge * stage.size_wh[1], *dice.pick(_PAVING), marks="dots")
+        stuff.ground(canvas, land, edge * canvas.size_wh[1], *dice.pick(_PAVING), marks="dots")
         if dice.chance(0.4):
-            _fence(stage, edge + 0.03, 0.1)
-    stage.surface("sea", "boat, boat, boat, surfboard", (0.04, hz + 0.06, 0.96, edge - 0.03), 0.1, 0.2, weight=2)
-    stage.surface(land, things, (0, edge + 0.1, 1, 1.02), 0.18, 0.34)
+            _fence(canvas, edge + 0.03, 0.1)
+    canvas.surface("sea", "boat, boat, boat, surfboard", (0.04, hz + 0.06, 0.96, edge - 0.03), 0.1, 0.2, weight=2)
+    canvas.surface(land, things, (0, edge + 0.1, 1, 1.02), 0.18, 0.34)
 
 
-def _street(stage: Stage) -> None:
-    (_, height), dice = stage.size_wh, stage.dice
+def _street(canvas: Canvas) -> None:
+    (_, height), dice = canvas.size_wh, canvas.dice
     hz, bottom = dice.uniform(0.4, 0.5), dice.uniform(0.84, 1.0)
     top = hz + 0.12
-    stuff.sky(stage, hz)
-    _town(stage, hz, dice.uniform(0.3, 0.42), 0.9)
-    _trees(stage, "round", (hz, hz + 0.02), dice.integer(0, 3), (0.3, 0.42))
-    stuff.ground(stage, "pavement", hz * height, *_PAVING[0], marks="dots")
+    stuff.sky(canvas, hz)
+    _town(canvas, hz, dice.uniform(0.3, 0.42), 0.9)
+    _trees(canvas, "round", (hz, hz + 0.02), dice.integer(0, 3), (0.3, 0.42))
+    stuff.ground(canvas, "pavement", hz * height, *_PAVING[0], marks="dots")
     if dice.chance(0.3):
-        _fence(stage, hz + 0.03, 0.08)
+        _fence(canvas, hz + 0.03, 0.08)
     tone = dice.pick(((92, 94, 102), (110, 108, 112), (78, 80, 90)))
-    stuff.road(stage, round(top * height), round(bottom * height), tone)
+    stuff.road(canvas, round(top * height), round(bottom * height), tone)
     if bottom < 0.97:
         near = f"person, person, fire hydrant, bench, suitcase, umbrella, {_PETS}"
-        stuff.ground(stage, "pavement", bottom * height, *_PAVING[0], marks="dots")
-        stage.surface("pavement", near, (0, bottom + 0.05, 1, 1.02), 0.3, 0.33, weight=2)
+        stuff.ground(canvas, "pavement", bottom * height, *_PAVING[0], marks="dots")
+        canvas.surface("pavement", near, (0, bottom + 0.05, 1, 1.02), 0.3, 0.33, weight=2)
     far = "person, traffic light, traffic light, stop sign, stop sign, fire hydrant, bench, potted plant"
-    stage.surface("pavement", far, (0.02, hz + 0.05, 0.98, top - 0.005), 0.2, 0.22, weight=3)
-    stage.surface("road", "car, bus, truck, car, bus, bicycle", (0.02, top + 0.12, 0.98, bottom - 0.03), 0.2, 0.27)
-    stage.surface("sky", _AIR, (0.04, 0.06, 0.96, hz * 0.4), 0.15, 0.13, hangs=True, weight=1)
+    canvas.surface("pavement", far, (0.02, hz + 0.05, 0.98, top - 0.005), 0.2, 0.22, weight=3)
+    canvas.surface("road", "car, bus, truck, car, bus, bicycle", (0.02, top + 0.12, 0.98, bottom - 0.03), 0.2, 0.27)
+    canvas.surface("sky", _AIR, (0.04, 0.06, 0.96, hz * 0.4), 0.15, 0.13, hangs=True, weight=1)
 
 
-def _room(stage: Stage, walls: str, floor: float) -> None:
-    """A wall, often with a window and curtains, sometimes a clock."""
-    (width, height), dice, name = stage.size_wh, stage.dice, stage.dice.pick(walls.split())
+def _room(canvas: Canvas, walls: str, floor: float) -> None:
+    """Paint a wall, often with a window and curtains, sometimes with room for a clock."""
+    (width, height), dice, name = canvas.size_wh, canvas.dice, canvas.dice.pick(walls.split())
     bricks = ((176, 96, 76), (190, 128, 100), (206, 196, 186))
     paints = bricks if name == "wall-brick" else tuple(shade(color, 1.6) for color in COLORS.values())
-    stuff.wall(stage, name, dice.pick(paints))
+    stuff.wall(canvas, name, dice.pick(paints))
     if dice.chance(0.65):
-        x, span = dice.uniform(0.18, 0.82), min(0.42, floor * height / stage.unit - 0.12)
-        pane = stage.stand("window", stuff.window(dice, stage.light), x, floor - 0.09 * stage.unit / height, span)
+        x, span = dice.uniform(0.18, 0.82), min(0.42, floor * height / canvas.unit - 0.12)
+        pane = canvas.stand("window", stuff.window(dice, canvas.light), x, floor - 0.09 * canvas.unit / height, span)
         w, h = pane.sprite.picture.size
         paint = dice.paint(dice.pick(tuple(COLORS)))
         for side in (-1, 1) if dice.chance(0.5) else ():
             edge = x + side * w * 0.56 / width
-            stage.stand("curtain", stuff.curtain(paint), edge, (pane.y + h * 1.1) / height, h * 1.25 / stage.unit)
+            canvas.stand("curtain", stuff.curtain(paint), edge, (pane.y + h * 1.1) / height, h * 1.25 / canvas.unit)
     if dice.chance(0.6):
-        stage.surface(name, "clock", (0.06, 0.12, 0.94, floor * 0.45), 0.36, 0.36, hangs=True, weight=1)
+        canvas.surface(name, "clock", (0.06, 0.12, 0.94, floor * 0.45), 0.36, 0.36, hangs=True, weight=1)
 
 
-def _table(stage: Stage, walls: str, cloths: bool, things: str) -> None:
-    dice, top = stage.dice, stage.dice.uniform(0.42, 0.54)
-    _room(stage, walls, top)
+def _table(canvas: Canvas, walls: str, cloths: bool, things: str) -> None:
+    dice, top = canvas.dice, canvas.dice.uniform(0.42, 0.54)
+    _room(canvas, walls, top)
     paint, stripe = dice.pick(tuple((wood, None) for wood in _WOODS) + (_CLOTHS if cloths else ()))
-    stuff.boards(stage, "table", round(top * stage.size_wh[1]), paint, stripe)
-    stage.surface("table", things, (0.02, top + 0.12, 0.98, 1.02), 0.5, 0.74, weight=8)
+    stuff.boards(canvas, "table", round(top * canvas.size_wh[1]), paint, stripe)
+    canvas.surface("table", things, (0.02, top + 0.12, 0.98, 1.02), 0.5, 0.74, weight=8)
 
 
-def _living_room(stage: Stage) -> None:
-    (width, height), dice, floor = stage.size_wh, stage.dice, stage.dice.uniform(0.54, 0.64)
-    _room(stage, "wall wall wall wall-brick", floor)
-    stuff.boards(stage, "floor-wood", round(floor * height), dice.pick(_WOODS[:4]))
+def _living_room(canvas: Canvas) -> None:
+    (width, height), dice, floor = canvas.size_wh, canvas.dice, canvas.dice.uniform(0.54, 0.64)
+    _room(canvas, "wall wall wall wall-brick", floor)
+    stuff.boards(canvas, "floor-wood", round(floor * height), dice.pick(_WOODS[:4]))
     if dice.chance(0.6):
         rug = stuff.rug(dice.paint(dice.pick(tuple(COLORS))))
-        stage.stand("rug", rug, dice.uniform(0.3, 0.7), floor + (1 - floor) * 0.8, dice.uniform(0.6, 0.85))
+        canvas.stand("rug", rug, dice.uniform(0.3, 0.7), floor + (1 - floor) * 0.8, dice.uniform(0.6, 0.85))
     if dice.chance(0.6):
-        table = stage.stand("table", stuff.sideboard(dice), dice.uniform(0.2, 0.8), floor + 0.05, 0.62)
+        table = canvas.stand("table", stuff.sideboard(dice), dice.uniform(0.2, 0.8), floor + 0.05, 0.62)
         left, right = table.x / width + 0.06, (table.x + table.sprite.picture.size[0]) / width - 0.06
         level = (table.y + 5) / height
         goods = "tv, tv, vase, book, laptop, potted plant, teddy bear, bottle, cup"
-        stage.surface("table", goods, (left, level, right, level), 0.36, 0.36, weight=2)
-    stage.surface("floor-wood", _HOME, (0.04, floor + 0.12, 0.96, 1.02), 0.34, 0.44, weight=6)
+        canvas.surface("table", goods, (left, level, right, level), 0.36, 0.36, weight=2)
+    canvas.surface("floor-wood", _HOME, (0.04, floor + 0.12, 0.96, 1.02), 0.34, 0.44, weight=6)
 
 
 _HOME = f"couch, couch, couch, chair, potted plant, teddy bear, sports ball, book, suitcase, person, umbrella, {_PETS}"
@@ -175,7 +177,7 @@ _QUAY = f"person, person, bench, suitcase, bicycle, umbrella, car, chair, {_PETS
 _MEAL = f"{_FOOD}, {_FOOD}, bowl, bowl, wine glass, wine glass, cup, cup, bottle, vase, vase"
 _WORK = "laptop, laptop, tv, tv, cell phone, cell phone, scissors, scissors, book, cup, potted plant, bottle, vase"
 
-SETTINGS: dict[str, Callable[[Stage], None]] = {
+PLACES: dict[str, Callable[[Canvas], None]] = {
     "park": partial(_country, ground="grass", colors=_GRASS, trees="round round conifer", peaks=0.3, things=_PARK),
     "farm": partial(_country, ground="grass", colors=_GRASS, trees="round", peaks=0.6, things=_FARM),
     "mountains": partial(_country, ground="snow", colors=_SNOW, trees="conifer", peaks=1, things=_SNOWY),
@@ -186,12 +188,12 @@ SETTINGS: dict[str, Callable[[Stage], None]] = {
     "office": partial(_table, walls="wall wall wall-brick", cloths=False, things=_WORK),
     "living room": _living_room,
 }
-"""Every place, by name; each function lays out the stuff and says where things may go."""
+"""All places by name; each function lays out the stuff and says where things may go."""
 
-FREQUENT = (*SETTINGS, "street", "kitchen", "office")
-"""The places to draw from: those at home to many kinds of things come up twice as often."""
+FREQUENT = (*PLACES, "street", "kitchen", "office")
+"""The places to draw from; those with many kinds of things come twice as often."""
 
 INDOORS = ("kitchen", "office", "living room")
 
 ANYWHERE = "apple, teddy bear, sports ball, book, suitcase, bird, cat, umbrella, cup, bottle, banana, potted plant"
-"""Things that turn up where one does not expect them, so that a place does not give its things away."""
+"""Things that turn up anywhere, so that a place does not give its things away."""

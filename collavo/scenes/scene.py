@@ -1,4 +1,4 @@
-"""What a drawn scene is: the picture, its segments, and what is known about them."""
+"""The parts of a drawn scene: the picture, its segments, and the dialogues."""
 
 from dataclasses import dataclass
 
@@ -7,16 +7,16 @@ import numpy as np
 from schemas.categories import BY_CATEGORY_ID, Category
 
 Dialogue = tuple[tuple[str, str], ...]
-"""A conversation: (`human` | `gpt`, text) turns in LLaVA's manner, `<image>` in the first."""
+"""A conversation in LLaVA's form: turns of (`human` | `gpt`, text), with `<image>` in the first."""
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """One segment of the panoptic map, by what is visible of it.
+class SceneSegment:
+    """The visible part of one segment of the panoptic map.
 
-    `box_xywh` and `area` are in pixels. `colors` names the colour or the two colours of a thing, or of its `part`
-    ("shirt") where that is not empty. `base_y` is the height where a thing touches what it is on, None for what hangs
-    or flies and for stuff; `on` is the id of the segment that bears it, where that can be seen.
+    `box_xywh` and `area` are in pixels. `colors` names the one or two colours of a thing, or of its `part` ("shirt") if
+    that is not empty. `base_y` is where a thing touches what it is on, None for stuff and things that hang or fly. `on`
+    is the id of the segment that bears it, if that can be seen.
     """
 
     id: int
@@ -38,14 +38,14 @@ class Segment:
 class Scene:
     """A drawn picture with exact annotation.
 
-    `image` uint8 [H, W, 3] RGB; `ids` int32 [H, W], the id of the segment of each pixel, 0 where there is none.
-    `time` is morning, day, evening or night; `weather` clear, cloudy, rainy or snowy (clear indoors).
+    `image` is RGB, uint8 [H, W, 3]; `ids` the id of each pixel's segment, int32 [H, W], 0 for none. `place` is one of
+    `places.PLACES`, `time` morning, day, evening or night, `weather` clear, cloudy, rainy or snowy (indoors clear).
     """
 
     image: np.ndarray
     ids: np.ndarray
-    segments: tuple[Segment, ...]
-    setting: str
+    segments: tuple[SceneSegment, ...]
+    place: str
     time: str
     weather: str
     dialogues: tuple[Dialogue, ...]

@@ -1,11 +1,11 @@
-"""Stuff: textures of ground, walls and water; drawings of trees, buildings, mountains and windows."""
+"""Stuff: textures of grounds, walls and water, and drawings of trees, buildings, mountains and windows."""
 
 import math
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 
-from collavo.scenes.canvas import Light, Stage
+from collavo.scenes.canvas import Canvas, Light
 from collavo.scenes.drawing import Color, Dice, Drawing, oval_points, shade, spread_points
 
 _GREENS = ((74, 138, 66), (98, 156, 74), (58, 116, 70), (128, 162, 74), (196, 132, 54), (206, 160, 66))
@@ -16,7 +16,7 @@ _PLAIN = (246, 244, 238)
 def _texture(
     dice: Dice, size_wh: tuple[int, int], far: Color, near: Color, cell_wh: tuple[float, float], rough: int, fine: int
 ) -> Image.Image:
-    """A gradient from top to bottom under blotches as large as the cell (pixels) and fine grain."""
+    """Return a gradient from top to bottom with blotches of the cell's size (pixels) and fine grain."""
     w, h = size_wh
     down = np.arange(h)[:, None, None] * 256 // max(1, h - 1)
     column = ((np.array(far) * (256 - down) + np.array(near) * down) // 256).astype(np.uint8)
@@ -30,17 +30,17 @@ def _texture(
     )
 
 
-def ground(stage: Stage, name: str, top_px: np.ndarray | float, far: Color, near: Color, marks: str) -> None:
-    """Grass, sand, snow, water or paving below a line; `marks` is what lies on it: blades, waves, dots or nothing."""
-    (width, height), dice = stage.size_wh, stage.dice
+def ground(canvas: Canvas, name: str, top_px: np.ndarray | float, far: Color, near: Color, marks: str) -> None:
+    """Paint grass, sand, snow, water or paving below a line, with `marks` on it: blades, waves, dots or none ("")."""
+    (width, height), dice = canvas.size_wh, canvas.dice
     size = (width, height - max(0, int(np.min(top_px))))
-    cell = stage.unit * 0.06
+    cell = canvas.unit * 0.06
     picture = _texture(dice, size, far, near, (cell * (5 if marks == "waves" else 2.5), cell), 12, 8)
     pen = ImageDraw.Draw(picture)
-    for _ in range(int(120 * width / stage.unit) if marks else 0):
+    for _ in range(int(120 * width / canvas.unit) if marks else 0):
         x, y = dice.uniform(0, width), size[1] * math.sqrt(dice.uniform(0, 1))
         tone = tuple(int(a + (b - a) * y / size[1]) for a, b in zip(far, near, strict=True))
-        s = stage.unit * (0.005 + 0.012 * y / size[1])
+        s = canvas.unit * (0.005 + 0.012 * y / size[1])
         if marks == "blades":
             blade = (x - s * 0.5, y - s, x, y, x + s * 0.5, y - s * 1.2)
             pen.line(blade, shade(tone, dice.pick((0.82, 0.88, 1.14))), max(1, round(s * 0.28)))
@@ -49,32 +49,32 @@ def ground(stage: Stage, name: str, top_px: np.ndarray | float, far: Color, near
             pen.line(crest, shade(tone, 1.28), max(1, round(s * 0.28)))
         else:
             pen.ellipse((x - s * 0.3, y - s * 0.2, x + s * 0.3, y + s * 0.2), shade(tone, dice.pick((0.84, 0.9, 1.3))))
-    stage.cover(name, top_px, picture)
+    canvas.cover(name, top_px, picture)
 
 
-def road(stage: Stage, top_px: int, bottom_px: int, tone: Color) -> None:
-    """A road from side to side, with a kerb and a dashed line in the middle."""
-    (width, height), edge = stage.size_wh, max(1, stage.unit // 80)
+def road(canvas: Canvas, top_px: int, bottom_px: int, tone: Color) -> None:
+    """Paint a road from side to side, with a kerb and a dashed line in the middle."""
+    (width, height), edge = canvas.size_wh, max(1, canvas.unit // 80)
     size = (width, height - top_px)
-    picture = _texture(stage.dice, size, shade(tone, 0.95), shade(tone, 1.06), (stage.unit * 0.2,) * 2, 8, 14)
-    pen, middle, step = ImageDraw.Draw(picture), (bottom_px - top_px) // 2, stage.unit * 0.2
+    picture = _texture(canvas.dice, size, shade(tone, 0.95), shade(tone, 1.06), (canvas.unit * 0.2,) * 2, 8, 14)
+    pen, middle, step = ImageDraw.Draw(picture), (bottom_px - top_px) // 2, canvas.unit * 0.2
     pen.rectangle((0, 0, width, edge), shade(tone, 1.5))
     for k in range(int(width / step) + 2):
         corners = ((k - 0.4, -edge), (k + 0.15, -edge), (k + 0.05, edge), (k - 0.5, edge))
         pen.polygon([(x * step, middle + y) for x, y in corners], (236, 230, 210))
-    stage.cover("road", top_px, picture)
+    canvas.cover("road", top_px, picture)
 
 
-def sky(stage: Stage, horizon: float) -> None:
-    """The sky down to the horizon (a fraction of the height) and a little below, with sun, moon, stars and clouds."""
-    (width, height), light, dice, r = stage.size_wh, stage.light, stage.dice, stage.unit * 0.05
-    deep = min(height, int(height * horizon) + 2 + stage.unit // 10)
-    picture = Image.new("RGB", stage.size_wh)
-    picture.paste(_texture(dice, (width, deep), *light.sky, (stage.unit, stage.unit * 0.3), 6, 2))
+def sky(canvas: Canvas, horizon: float) -> None:
+    """Paint the sky to a little below the horizon (a fraction of the height), with sun or moon, stars and clouds."""
+    (width, height), light, dice, r = canvas.size_wh, canvas.light, canvas.dice, canvas.unit * 0.05
+    deep = min(height, int(height * horizon) + 2 + canvas.unit // 10)
+    picture = Image.new("RGB", canvas.size_wh)
+    picture.paste(_texture(dice, (width, deep), *light.sky, (canvas.unit, canvas.unit * 0.3), 6, 2))
     pen, x = ImageDraw.Draw(picture), dice.uniform(0.1, 0.9) * width
     if light.weather == "clear" and light.time == "night":
         for _ in range(60):
-            u, v, s = dice.uniform(0, width), dice.uniform(0, deep), stage.unit * dice.uniform(0.001, 0.0035)
+            u, v, s = dice.uniform(0, width), dice.uniform(0, deep), canvas.unit * dice.uniform(0.001, 0.0035)
             pen.ellipse((u - s, v - s, u + s, v + s), (236, 236, 220))
         y = deep * dice.uniform(0.15, 0.4)
         pen.ellipse((x - r, y - r, x + r, y + r), (250, 244, 214))
@@ -84,18 +84,18 @@ def sky(stage: Stage, horizon: float) -> None:
         for k in range(6):
             q = r * (1.9 - k * 0.18)
             pen.ellipse((x - q, y - q, x + q, y + q), shade(light.sky[1], 1.1 + k * 0.12) if k < 5 else (255, 244, 196))
-    stage.cover("sky", 0, picture)
+    canvas.cover("sky", 0, picture)
     for _ in range(dice.integer(0, 4) if light.weather == "clear" else 6):
         cloud, tone = Drawing(), shade(light.sky[1], 1.5 if light.weather == "clear" else dice.uniform(0.88, 1.3))
         for k in range(6):
             q = dice.uniform(11, 18) * (1.2 if k in (2, 3) else 0.8)
             cloud.oval(k * 17, -q * 0.6, q * 1.25, q, (*tone, 225), edge=False)
         cloud.box(-12, -11, 98, 2, (*tone, 225), corner=6, edge=False)
-        stage.stand("sky", cloud, dice.uniform(0, 1), horizon * dice.uniform(0.2, 0.75), dice.uniform(0.2, 0.5))
+        canvas.stand("sky", cloud, dice.uniform(0, 1), horizon * dice.uniform(0.2, 0.75), dice.uniform(0.2, 0.5))
 
 
 def tree(dice: Dice, kind: str) -> Drawing:
-    """A "round" tree, a "conifer" or a "palm", about 120 high."""
+    """Draw a "round" tree, a "conifer" or a "palm", about 120 high."""
     d, leaf = Drawing(), shade(dice.pick(_GREENS if kind == "round" else _GREENS[:4]), dice.uniform(0.85, 1.1))
     if kind == "conifer":
         d.box(-5, -16, 5, 0, (112, 80, 56))
@@ -118,7 +118,7 @@ def tree(dice: Dice, kind: str) -> Drawing:
 
 
 def building(dice: Dice, light: Light) -> Drawing:
-    """A house front of 2 to 6 floors, 26 each."""
+    """Draw a house front of 2 to 6 floors, each 26 high."""
     d, wall = Drawing(), shade(dice.pick(_FACADES), dice.uniform(0.88, 1.05))
     columns, rows = dice.integer(2, 4), dice.integer(2, 6)
     w, h, lit = columns * 22 + 8, rows * 26 + 30, light.time in ("night", "evening")
@@ -139,7 +139,7 @@ def building(dice: Dice, light: Light) -> Drawing:
 
 
 def mountains(dice: Dice, tone: Color, high: float, snowy: bool) -> Drawing:
-    """A range 130 wide with peaks up to `high`."""
+    """Draw a range 130 wide with peaks up to `high`."""
     d = Drawing()
     peaks = [(x + dice.uniform(-6, 6), dice.uniform(0.5, 1) * high) for x in range(-4, 110, max(3, int(high * 0.8)))]
     for x, y in sorted(peaks, key=lambda peak: -peak[1]):
@@ -155,7 +155,7 @@ def mountains(dice: Dice, tone: Color, high: float, snowy: bool) -> Drawing:
 
 
 def fence(dice: Dice, length: float) -> Drawing:
-    """Pickets or rails, 24 high."""
+    """Draw pickets or rails, 24 high."""
     d, paint, pickets = Drawing(), dice.pick((_PLAIN, (164, 116, 74), (120, 90, 66), (206, 190, 160))), dice.chance(0.5)
     for y in (-17, -8):
         d.box(0, y, length, y + (3 if pickets else 5), shade(paint, 0.88))
@@ -184,18 +184,16 @@ def window(dice: Dice, light: Light) -> Drawing:
 
 def curtain(paint: Color) -> Drawing:
     d = Drawing()
-    cloth = d.poly([(2, 0), (38, 0), *((x, 118 - x // 5 % 2 * 2) for x in range(40, -5, -5))], paint)
-    with d.within(cloth):
+    with d.within(d.poly([(2, 0), (38, 0), *((x, 118 - x // 5 % 2 * 2) for x in range(40, -5, -5))], paint)):
         for k, x in enumerate(range(3, 42, 5)):
             d.line([(x, -4), (x * 1.1 - 2, 122)], 2.4, shade(paint, 0.78 if k % 2 else 1.18))
     return d
 
 
 def sideboard(dice: Dice) -> Drawing:
-    """A low table, 140 long and 46 high."""
+    """Draw a low table, 140 long and 46 high."""
     d, wood = Drawing(), dice.pick(((156, 108, 66), (206, 168, 120), (236, 230, 220), (96, 70, 56)))
-    for x in (12, 122):
-        d.box(x, -40, x + 7, 0, shade(wood, 0.7))
+    d.box(12, -40, 19, 0, shade(wood, 0.7), at="0,0 110,0")
     d.box(4, -40, 136, -26, shade(wood, 0.86))
     d.box(0, -46, 140, -39, wood, corner=2)
     return d
@@ -208,13 +206,13 @@ def rug(paint: Color) -> Drawing:
     return d
 
 
-def wall(stage: Stage, name: str, paint: Color) -> None:
-    """The whole frame: plain or papered ("wall"), of bricks or of tiles."""
-    (width, height), dice, bricks = stage.size_wh, stage.dice, name == "wall-brick"
-    picture = _texture(dice, stage.size_wh, shade(paint, 1.06), shade(paint, 0.94), (stage.unit * 0.5,) * 2, 8, 4)
+def wall(canvas: Canvas, name: str, paint: Color) -> None:
+    """Paint a wall over the whole frame: plain or papered ("wall"), of bricks or of tiles."""
+    (width, height), dice, bricks = canvas.size_wh, canvas.dice, name == "wall-brick"
+    picture = _texture(dice, canvas.size_wh, shade(paint, 1.06), shade(paint, 0.94), (canvas.unit * 0.5,) * 2, 8, 4)
     pen, paper = ImageDraw.Draw(picture), dice.pick(("plain", "stripes", "dots"))
-    w, h = (stage.unit * size for size in ((0.11, 0.042) if bricks else (0.085, 0.085)))
-    gap = 1 + max(1, stage.unit // 200)
+    w, h = (canvas.unit * size for size in ((0.11, 0.042) if bricks else (0.085, 0.085)))
+    gap = 1 + max(1, canvas.unit // 200)
     if name != "wall":
         picture.paste(shade(paint, 1.45 if bricks else 0.82), (0, 0, width, height))
     for k in range(0 if name == "wall" and paper == "plain" else int(width / w) + 2):
@@ -227,15 +225,15 @@ def wall(stage: Stage, name: str, paint: Color) -> None:
                 pen.rectangle((x, y, x + w * 0.4, y + h), shade(paint, 0.94))
             else:
                 pen.ellipse((x, y, x + w * 0.25, y + w * 0.25), shade(paint, 0.88))
-    stage.cover(name, 0, picture)
+    canvas.cover(name, 0, picture)
 
 
-def boards(stage: Stage, name: str, top_px: int, paint: Color, stripe: Color | None = None) -> None:
-    """A wooden floor or table top in perspective, or a tablecloth with stripes."""
-    (width, height), dice = stage.size_wh, stage.dice
-    deep, step, middle = height - top_px, stage.unit * 0.26, width / 2
-    picture = _texture(dice, (width, deep), shade(paint, 0.9), paint, (stage.unit * 0.5, stage.unit * 0.02), 10, 6)
-    pen, thick = ImageDraw.Draw(picture), max(1, stage.unit // 240)
+def boards(canvas: Canvas, name: str, top_px: int, paint: Color, stripe: Color | None = None) -> None:
+    """Paint a wooden floor or table top in perspective, or a tablecloth with stripes."""
+    (width, height), dice = canvas.size_wh, canvas.dice
+    deep, step, middle = height - top_px, canvas.unit * 0.26, width / 2
+    picture = _texture(dice, (width, deep), shade(paint, 0.9), paint, (canvas.unit * 0.5, canvas.unit * 0.02), 10, 6)
+    pen, thick = ImageDraw.Draw(picture), max(1, canvas.unit // 240)
 
     def across(k: float, y: float) -> float:
         return middle + k * step * (y + 1.2 * deep) / (2.2 * deep)
@@ -249,4 +247,4 @@ def boards(stage: Stage, name: str, top_px: int, paint: Color, stripe: Color | N
         for _ in range(2):
             y = dice.uniform(0, deep)
             pen.line((across(k, y), y, across(k + 1, y), y), shade(paint, 0.76), thick)
-    stage.cover(name, top_px, picture)
+    canvas.cover(name, top_px, picture)

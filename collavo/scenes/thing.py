@@ -7,7 +7,7 @@ from collavo.scenes.drawing import Color, Dice, Drawing
 from schemas.categories import BY_DISPLAY_NAME, Category
 
 Draw = Callable[[Drawing, Color, Dice], str | None]
-"""Draws one thing in the given colour, y downwards; returns the name of a second colour if it plainly has two."""
+"""Draws one thing in a colour, y downwards, and returns the name of a second colour if it plainly has two."""
 
 ANY = "red orange yellow green blue purple pink brown black white grey"
 
@@ -16,8 +16,8 @@ ANY = "red orange yellow green blue purple pink brown black white grey"
 class Thing:
     """A kind of thing.
 
-    `span_m` is its longer side, `part` what its colour is the colour of ("shirt"; empty for all of it), `turn_deg` how
-    far it may lean, `seat` where another thing may sit on it: left, right and height, in fractions of its box.
+    `span_m` is its longer side in metres. `part` names what has the colour ("shirt"), or is empty for all of it. It may
+    lean by up to `turn_deg`. `seat` is where another thing may sit: left, right and height, in fractions of its box.
     """
 
     category: Category
@@ -30,8 +30,8 @@ class Thing:
     draw: Draw
 
 
-THINGS: dict[str, Thing] = {}
-"""Every kind of thing that can be drawn, by name; filled by the modules of drawings."""
+DRAWABLE: dict[str, Thing] = {}
+"""All kinds of things that can be drawn, by name; the modules of drawings fill it."""
 
 
 def thing(
@@ -44,11 +44,11 @@ def thing(
     seat: tuple[float, float, float] | None = None,
     category: str = "",
 ) -> Callable[[Draw], Draw]:
-    """Register a drawing under a name, which is its category's unless that is given."""
+    """Register a drawing under a name, which is also its category's unless `category` is given."""
 
     def register(draw: Draw) -> Draw:
         kind = BY_DISPLAY_NAME[category or name]
-        THINGS[name] = Thing(kind, span_m, tuple(colors.split()), part, turn_deg, flips, seat, draw)
+        DRAWABLE[name] = Thing(kind, span_m, tuple(colors.split()), part, turn_deg, flips, seat, draw)
         return draw
 
     return register

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,12 @@ import numpy as np
 from PIL import Image
 
 from collavo.errors import UserError
+from collavo.folders import whole_folder
 from collavo.scenes.compose import draw_scene
 from collavo.scenes.scene import Scene
 from schemas.categories import CATEGORIES
 
-_WRITTEN = ("panoptic.json", "dialogues.json", "images/scene-*.jpg", "panoptic/scene-*.png", ".*.json.part")
+_WRITTEN = ("panoptic.json", "dialogues.json", "images/scene-*.jpg", "panoptic/scene-*.png")
 _LICENSE = {"id": 1, "name": "Apache License 2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"}
 
 
@@ -33,32 +34,34 @@ def write_scenes(
     overwrite: bool = False,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> None:
-    """Draw scenes `start` to `start + count - 1` into a folder.
+    """Draw scenes `start` to `start + count - 1` into a folder, which appears whole or not at all.
 
-    The two JSON files are written last and appear whole, so a folder that has them is complete. `progress` wraps the
-    numbers of the scenes, to show how far it is.
+    Args:
+        overwrite: replace the scenes that an earlier call left in the folder.
+        progress: wraps the numbers of the scenes, to show how many are drawn.
 
     Raises:
-        UserError: where the folder holds anything and `overwrite` is not set, or cannot be created.
+        UserError: if the output is a file or cannot be written to, if the folder is not empty and `overwrite` is not
+            set, or if it holds anything but scenes.
     """
-    output = Path(output)
-    _prepare(output, overwrite)
+    output = Path(output).resolve()
+    _check_replaceable(output, overwrite)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     dialogues: list[dict[str, Any]] = []
-    for index in progress(range(start, start + count)):
-        scene, name = draw_scene(scene_seed(seed, index), size_wh), f"scene-{index:06d}"
-        Image.fromarray(scene.image).save(output / "images" / f"{name}.jpg", quality=90)
-        rgb = np.stack([scene.ids & 255, scene.ids >> 8 & 255, scene.ids >> 16], -1).astype(np.uint8)
-        Image.fromarray(rgb).save(output / "panoptic" / f"{name}.png")
-        width, height = size_wh
-        images.append({"id": index, "file_name": f"{name}.jpg", "width": width, "height": height, "license": 1})
-        annotations.append({"image_id": index, "file_name": f"{name}.png", "segments_info": _segments_info(scene)})
-        dialogues += _llava_entries(scene, name)
-    _write_json(output / "dialogues.json", dialogues)
-    _write_json(
-        output / "panoptic.json",
-        {
+    with whole_folder(output) as folder:
+        for kind in ("images", "panoptic"):
+            (folder / kind).mkdir()
+        for index in progress(range(start, start + count)):
+            scene, name = draw_scene(scene_seed(seed, index), size_wh), f"scene-{index:06d}"
+            Image.fromarray(scene.image).save(folder / "images" / f"{name}.jpg", quality=90)
+            rgb = np.stack([scene.ids & 255, scene.ids >> 8 & 255, scene.ids >> 16], -1).astype(np.uint8)
+            Image.fromarray(rgb).save(folder / "panoptic" / f"{name}.png")
+            width, height = size_wh
+            images.append({"id": index, "file_name": f"{name}.jpg", "width": width, "height": height, "license": 1})
+            annotations.append({"image_id": index, "file_name": f"{name}.png", "segments_info": _segments_info(scene)})
+            dialogues += _llava_entries(scene, name)
+        panoptic = {
             "info": {"description": f"Sample scenes of CoLLaVO, seed {seed}", "version": "1"},
             "licenses": [_LICENSE],
             "images": images,
@@ -67,22 +70,20 @@ def write_scenes(
                 {"id": c.category_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color_rgb)}
                 for c in CATEGORIES
             ],
-        },
-    )
+        }
+        (folder / "dialogues.json").write_text(json.dumps(dialogues), encoding="utf-8")
+        (folder / "panoptic.json").write_text(json.dumps(panoptic), encoding="utf-8")
 
 
-def _prepare(output: Path, overwrite: bool) -> None:
+def _check_replaceable(output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
-        raise UserError(f"--output {output}: is a file; name a folder")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise UserError(f"--output {output}: the folder is not empty; name another, or add --overwrite")
-    try:
-        for path in chain.from_iterable(output.glob(pattern) for pattern in _WRITTEN):
-            path.unlink()
-        for folder in ("images", "panoptic"):
-            (output / folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {output}: {error.strerror}; name a folder that can be written to") from None
+        raise UserError(f"{output}: is a file; name a folder")
+    files = sorted(path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir())
+    foreign = [file for file in files if not any(fnmatch(file, pattern) for pattern in _WRITTEN)]
+    if foreign:
+        raise UserError(f"{output}: holds {foreign[0]}, which is no scene; name another folder")
+    if files and not overwrite:
+        raise UserError(f"{output}: the folder holds scenes; name another, or overwrite them")
 
 
 def _segments_info(scene: Scene) -> list[dict[str, Any]]:
@@ -96,9 +97,3 @@ def _llava_entries(scene: Scene, name: str) -> Iterator[dict[str, Any]]:
     for number, turns in enumerate(scene.dialogues):
         conversations = [{"from": speaker, "value": text} for speaker, text in turns]
         yield {"id": f"{name}-{number}", "image": f"images/{name}.jpg", "conversations": conversations}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(content), encoding="utf-8")
-    part.replace(path)
