@@ -89,7 +89,7 @@ def train_from_scratch(
                 losses.clear()
             if done % options.checkpoint_steps == 0 or done == options.steps:
                 checkpoint.save_checkpoint(
-                    run, checkpoint.Progress("scratch", done, done), state, optimizer, "", keep=2
+                    run, checkpoint.Position("scratch", done, done), state, optimizer, "", keep=2
                 )
 
 
@@ -100,7 +100,7 @@ def _resume(run: Path, state: dict[str, torch.Tensor], optimizer: torch.optim.Op
         return 0
     checkpoint.load_weights(checkpoints[-1], state)
     checkpoint.load_optimizer(checkpoints[-1], state, optimizer)
-    return checkpoint.read_progress(checkpoints[-1], "").total_steps
+    return checkpoint.read_position(checkpoints[-1], "").total_steps
 
 
 def _decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
