@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
+from posixpath import join
 from typing import Any
 
 import apache_beam as beam
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from collavo.errors import UserError
-from collavo.storage import MANIFEST, REJECTS, REPORT, is_local, join, open_read
+from collavo.storage import MANIFEST, REJECTS, REPORT, is_local, open_read
 from pipelines.graph import build_graph
 from pipelines.options import Command, parse_command
 from pipelines.progress import ProgressDisplay

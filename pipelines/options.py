@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from posixpath import join
 from typing import Any
 
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
@@ -26,7 +27,7 @@ from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, load_phrasebook
 from collavo.instructions.write import InstructionOptions
 from collavo.panoptic.thresholds import PRESETS
 from collavo.segmenters import SEGMENTERS, load_segmenter
-from collavo.storage import exists, is_local, join, list_files
+from collavo.storage import exists, is_local, list_files
 from pipelines.graph import CrayonJob, ModelConfig
 from pipelines.publish import Publication, published_files
 from pipelines.runners import check_file_systems, check_workers, parse_beam_options

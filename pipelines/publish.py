@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from posixpath import join
 from typing import Any, NamedTuple
 
 import collavo
@@ -22,7 +23,6 @@ from collavo.storage import (
     delete,
     exists,
     is_local,
-    join,
     list_files,
     open_read,
     open_write,

@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from posixpath import join
 from typing import Any
 
 import pyarrow.parquet as pq
 from jinja2 import Environment, StrictUndefined
 
-from collavo.storage import MANIFEST, REJECTS, REPORT, join, open_read, open_write
+from collavo.storage import MANIFEST, REJECTS, REPORT, open_random, open_read, open_write
 from pipelines.report_sample import Sample, css_color, make_sample
 from schemas.categories import BY_DISPLAY_NAME
 from schemas.crayon_row import TASKS, CrayonRow, file_facts
@@ -142,7 +143,7 @@ def _read_sample(output: str, names: Sequence[str]) -> tuple[list[tuple[str, str
     facts: set[tuple[str, str]] = set()
     samples = []
     for name in chosen:
-        with open_read(join(output, name)) as file:
+        with open_random(join(output, name)) as file:
             parquet = pq.ParquetFile(file)
             # What was added when the file was closed is not in its Arrow schema.
             of_file = file_facts(parquet.metadata.metadata)

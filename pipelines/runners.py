@@ -15,9 +15,9 @@ from apache_beam.options.pipeline_options import (
 from apache_beam.options.pipeline_options_validator import PipelineOptionsValidator
 from apache_beam.runners import create_runner
 
-from collavo.cli import Parser
+from collavo.cli import Parser, naming
 from collavo.errors import UserError
-from collavo.storage import has_file_system, is_local
+from collavo.storage import check_reachable, is_local
 
 
 def parse_beam_options(prog: str, rest: Sequence[str]) -> PipelineOptions:
@@ -46,16 +46,14 @@ def parse_beam_options(prog: str, rest: Sequence[str]) -> PipelineOptions:
 
 
 def check_file_systems(options: PipelineOptions, paths: Sequence[tuple[str, str]]) -> None:
-    """Refuse paths that Beam has no file system for, or that the runner's workers cannot see.
+    """Refuse paths that no file system is installed for, or that the runner's workers cannot see.
 
     Args:
         paths: flag and path, for every path on the command line.
     """
     for flag, path in paths:
-        if not has_file_system(path):
-            raise UserError(
-                f"--{flag} {path}: Beam has no file system for it here; collavo[dataflow] brings that of Google Cloud"
-            )
+        with naming(flag):
+            check_reachable(path)
         if is_local(path) and _is_dataflow(options):
             raise UserError(f"--{flag} {path}: Dataflow's workers see no local disk; a gs:// path would work")
 

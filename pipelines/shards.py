@@ -5,13 +5,14 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from posixpath import join
 from typing import Any, NamedTuple
 
 from collavo.dataset import CrayonFileWriter
 from collavo.instructions.choose import ClassStatistics, stable_hash
 from collavo.instructions.phrasebook import Phrasebook
 from collavo.instructions.write import InstructionOptions, write_instructions
-from collavo.storage import join, open_write
+from collavo.storage import open_write
 from pipelines.accounts import Counts
 from pipelines.records import Reject
 from pipelines.spill import SpilledDraft, read_drafts

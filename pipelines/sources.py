@@ -3,10 +3,10 @@
 import posixpath
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from posixpath import join
 from typing import Final, Literal, NamedTuple, TypeVar
 
 import apache_beam as beam
-import pyarrow as pa
 import pyarrow.parquet as pq
 from apache_beam.pvalue import TaggedOutput
 
@@ -15,7 +15,7 @@ from collavo.errors import Rejected, UserError
 from collavo.sources.coco_panoptic import AnnotatedImage, stream_annotated_images
 from collavo.sources.image_paths import checked_relative, is_utf8
 from collavo.sources.llava import LlavaEntry, stream_entries
-from collavo.storage import canonical, is_folder, join, list_files, open_read
+from collavo.storage import FAULTS, canonical, is_folder, list_files, open_random, open_read
 from pipelines.records import Draft, Input, Mention, Reject
 from schemas.crayon_row import CrayonRow, file_facts
 
@@ -78,7 +78,7 @@ class ReadCoco(beam.DoFn):
             with open_read(source.json_uri) as file:
                 for entry in stream_annotated_images(file):
                     yield _mention_or_reject(source.name, entry, lambda image: _coco_mention(source, image))
-        except (UserError, OSError) as error:
+        except (UserError, *FAULTS) as error:
             raise UserError(f"--coco_panoptic {source.json_uri}: {error}") from error
 
 
@@ -90,7 +90,7 @@ class ReadLlava(beam.DoFn):
             with open_read(source.json_uri) as file:
                 for entry in stream_entries(file):
                     yield _mention_or_reject(source.name, entry, lambda dialogue: _llava_mention(source, dialogue))
-        except (UserError, OSError) as error:
+        except (UserError, *FAULTS) as error:
             raise UserError(f"--llava_json {source.json_uri}: {error}") from error
 
 
@@ -98,8 +98,9 @@ class ReadImageList(beam.DoFn):
     """A glob, folder or list file, turned into mentions of images."""
 
     def process(self, source: ImagesSource) -> Iterator[Mention | RejectOutput]:
+        root = source.image_root if _is_list(source.pattern) else _fixed_part(source.pattern)
         for path in _listed_paths(source):
-            yield _mention_or_reject("folder", path, lambda path: _file_mention(source, path))
+            yield _mention_or_reject("folder", path, lambda path: _file_mention(source, root, path))
 
 
 class ReadCrayonRows(beam.DoFn):
@@ -110,14 +111,14 @@ class ReadCrayonRows(beam.DoFn):
 
     def process(self, uri: str) -> Iterator[Draft]:
         try:
-            with open_read(uri) as file:
+            with open_random(uri) as file:
                 parquet = pq.ParquetFile(file)
                 check_schema(parquet.schema_arrow, uri)
                 segmenters = tuple(file_facts(parquet.metadata.metadata).get("segmenters", ()))
                 for batch in parquet.iter_batches(batch_size=50):
                     for record in batch.to_pylist():
                         yield self._draft(CrayonRow.from_record({**record, "instructions": ()}), segmenters, uri)
-        except (UserError, OSError, pa.ArrowException) as error:
+        except (UserError, *FAULTS) as error:
             raise UserError(f"--from_crayon {uri}: {error}") from error
 
     def _draft(self, row: CrayonRow, segmenters: tuple[str, ...], uri: str) -> Draft:
@@ -152,12 +153,11 @@ def _llava_mention(source: LlavaSource, entry: LlavaEntry) -> Mention:
     return Mention(Input(source.name, entry.dialogue.id), path, uri, dialogue=entry.dialogue)
 
 
-def _file_mention(source: ImagesSource, path: str) -> Mention:
-    """A file below the fixed part of the pattern, or a line of a list file."""
+def _file_mention(source: ImagesSource, root: str, path: str) -> Mention:
+    """A file below `root`, or a line of a list file."""
     if not is_utf8(path) or "\0" in path:
         readable = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
         raise Rejected("bad_path", "the file's name is not UTF-8 text", readable)
-    root = source.image_root if _is_list(source.pattern) else _fixed_part(source.pattern)
     if _is_list(source.pattern) and not _is_absolute(path):
         relative = _inside(path, path)
         return Mention(Input("folder", path), relative, canonical(join(root, relative)))
@@ -179,7 +179,7 @@ def _listed_paths(source: ImagesSource) -> list[str]:
                 return [path for line in file if (path := line.decode(errors="surrogateescape").strip())]
         if paths := list_files(source.pattern):
             return paths
-    except OSError as error:
+    except FAULTS as error:
         raise UserError(f"--images {source.pattern}: {error}") from error
     raise UserError(f"--images {source.pattern}: names no file; a folder, a glob in quotes, or a .txt list would work")
 

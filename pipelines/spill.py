@@ -6,21 +6,25 @@ and of drafts, which their shard reads in an order of its own. A retried bundle 
 wrote is referred to by nobody.
 """
 
+import io
 import pickle
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import groupby
+from posixpath import join
 from typing import Any, BinaryIO, NamedTuple
 
 from collavo.instructions.write import present_thing_labels
-from collavo.storage import join, open_read, open_write
+from collavo.storage import is_local, open_random, open_write
 from pipelines.merge import image_key
 from pipelines.records import Batch, Draft, Mention, packed
 
 _MAX_OPEN_FILES = 64
 """A cluster's shard draws on a file of every bundle, thousands perhaps, and each holds a buffer while it is open."""
 
+_SMALL_FILE_BYTES = 32 << 20
 _MENTIONS_PER_WRITE = 4096
 _DRAFTS_PER_BATCH = 500
 
@@ -50,6 +54,20 @@ class _SpillFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _open(uri: str) -> BinaryIO:
+    """A spilled file to read here and there; from a store, a small one is fetched once and not in a hundred pieces."""
+    data = None if is_local(uri) else _small_file(uri)
+    return open_random(uri) if data is None else io.BytesIO(data)
+
+
+@lru_cache(maxsize=4)
+def _small_file(uri: str) -> bytes | None:
+    with open_random(uri) as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        return file.read() if size <= _SMALL_FILE_BYTES else None
 
 
 class MentionSpillWriter:
@@ -84,7 +102,7 @@ def read_mentions(blocks: Iterable[Block]) -> list[list[Mention]]:
     """The mentions of a partition, those of each image together."""
     by_image: dict[bytes, list[Mention]] = defaultdict(list)
     for uri, of_file in groupby(sorted(blocks), key=lambda block: block.uri):
-        with open_read(uri) as file:
+        with _open(uri) as file:
             for block in of_file:
                 file.seek(block.offset)
                 for mention in pickle.loads(file.read(block.length)):
@@ -137,7 +155,7 @@ def read_drafts(spilled: list[SpilledDraft]) -> Iterator[Draft]:
             if uri not in files:
                 if len(files) == _MAX_OPEN_FILES:
                     files.pop(next(iter(files))).close()
-                files[uri] = open_read(uri)
+                files[uri] = _open(uri)
             file = files[uri]
             file.seek(offset)
             # Our own file of this very run, in a folder that only its workers write to.

@@ -74,8 +74,7 @@ WRONG = [
     ("--templates t.json", "--templates t.json: task 'counting' needs a list of at least one phrasing"),
     ("--output full", "--output full holds a data set already (full/manifest.json); --overwrite would replace it"),
     ("--output a_file", "--output a_file: is a file"),
-    ("--output gs://bucket/out", "--output gs://bucket/out: Beam has no file system for it here; collavo[dataflow]"),
-    ("--images nope://x/*.jpg", "--images nope://x/*.jpg: Beam has no file system for it here"),
+    ("--images nope://x/*.jpg", "--images: nope://x: Protocol not known: nope"),
     # contradictions
     ("--coco_panoptic p.json", "--coco_images names 0 folders for 1 --coco_panoptic files"),
     ("--coco_panoptic p.json p.json --coco_images p", "--coco_images names 1 folders for 2 --coco_panoptic files"),
