@@ -79,7 +79,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class CrayonJob:
-    """All that the graph depends on, checked; made from the command line by `pipelines.options`.
+    """All that the graph depends on, checked; made from the command line by `pipelines.plan`.
 
     Images that a source annotates are segmented by their annotation if `use_annotations`; all others by `model`, or
     rejected where it is None.
@@ -98,8 +98,9 @@ class CrayonJob:
     num_shards: int | None
 
     @property
-    def staging(self) -> str:
-        return self.publication.staging
+    def work(self) -> str:
+        """The folder for what lives only as long as the run."""
+        return self.publication.work
 
 
 def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
@@ -149,7 +150,7 @@ def _read_sources(
                 | f"Spread{name}Sources" >> beam.Reshuffle()
                 | f"Read{name}" >> beam.ParDo(reader).with_outputs(REJECTS, main="mentions")
             )
-            spill = beam.ParDo(SpillMentions(job.staging)).with_outputs(_COUNTS, main="blocks")
+            spill = beam.ParDo(SpillMentions(job.work)).with_outputs(_COUNTS, main="blocks")
             spilled = read.mentions | f"Spill{name}" >> spill
             blocks.append(spilled.blocks)
             counts.append(spilled[_COUNTS])
@@ -193,7 +194,7 @@ def _write(
         images
         | "ImagesInBatch" >> beam.Map(lambda batch: batch[0])
         | "CountImages" >> beam.CombineGlobally(sum)
-        | "CountShards" >> beam.ParDo(CountShards(job.staging, job.num_shards))
+        | "CountShards" >> beam.ParDo(CountShards(job.work, job.num_shards))
     )
     statistics = (
         spilled
@@ -240,15 +241,15 @@ def _late(value: Any) -> WindowedValue:
 class SpillMentions(beam.DoFn):
     """Appends mentions to a file per bundle; their places, and their numbers by source, follow when it is closed."""
 
-    def __init__(self, staging: str) -> None:
-        self._staging = staging
+    def __init__(self, work: str) -> None:
+        self._work = work
 
     def start_bundle(self) -> None:
         self._writer: MentionSpillWriter | None = None
         self._counts: Counter[str] = Counter()
 
     def process(self, mention: Mention) -> None:
-        self._writer = self._writer or MentionSpillWriter(self._staging)
+        self._writer = self._writer or MentionSpillWriter(self._work)
         self._writer.append(mention)
         self._counts[mention.input.source] += 1
 
@@ -279,11 +280,11 @@ class ReadImages(beam.DoFn):
         self._max_pixels = job.max_pixels
         self._use_annotations = job.use_annotations
         self._has_model = job.model is not None
-        self._staging = job.staging
+        self._work = job.work
 
     def setup(self) -> None:
-        self._segmented = Ticker(self._staging, SEGMENTED)
-        self._rejected = Ticker(self._staging, REJECTED)
+        self._segmented = Ticker(self._work, SEGMENTED)
+        self._rejected = Ticker(self._work, REJECTED)
 
     def process(self, tasks: Batch) -> Iterator[LoadedImage | RejectOutput | ToModel]:
         for task in unpacked(tasks):
@@ -323,11 +324,11 @@ class SpillDrafts(beam.DoFn):
     def __init__(self, job: CrayonJob) -> None:
         self._embed_images = job.embed_images
         self._validation_ratio = job.validation_ratio
-        self._staging = job.staging
+        self._work = job.work
 
     def setup(self) -> None:
-        self._segmented = Ticker(self._staging, SEGMENTED)
-        self._rejected = Ticker(self._staging, REJECTED)
+        self._segmented = Ticker(self._work, SEGMENTED)
+        self._rejected = Ticker(self._work, REJECTED)
 
     def start_bundle(self) -> None:
         self._writer: SpillWriter | None = None
@@ -340,7 +341,7 @@ class SpillDrafts(beam.DoFn):
             return
         if isinstance(outcome, SegmentedImage):
             outcome = draft_row(outcome, self._embed_images, self._validation_ratio)
-        self._writer = self._writer or SpillWriter(self._staging)
+        self._writer = self._writer or SpillWriter(self._work)
         self._writer.append(outcome)
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
@@ -375,12 +376,12 @@ class CombineStatistics(beam.CombineFn):
 class CountShards(beam.DoFn):
     """The number of shards, from the number of images, which the progress display learns here too."""
 
-    def __init__(self, staging: str, num_shards: int | None) -> None:
-        self._staging = staging
+    def __init__(self, work: str, num_shards: int | None) -> None:
+        self._work = work
         self._num_shards = num_shards
 
     def process(self, images: int) -> Iterator[int]:
-        announce_total(self._staging, images)
+        announce_total(self._work, images)
         yield self._num_shards or max(1, round(images / IMAGES_PER_SHARD))
 
 
@@ -391,7 +392,7 @@ class WriteShards(beam.DoFn):
         self._job = job
 
     def setup(self) -> None:
-        self._written = Ticker(self._job.staging, WRITTEN)
+        self._written = Ticker(self._job.work, WRITTEN)
 
     def process(
         self, element: tuple[int, dict[str, Iterable[Batch]]], statistics: ClassStatistics
@@ -405,7 +406,7 @@ class WriteShards(beam.DoFn):
             statistics,
             job.instructions,
             job.phrasebook,
-            job.staging,
+            job.work,
             dict(job.facts),
             self._written.tick,
         )

@@ -19,7 +19,7 @@ from pipelines.spill import SpilledDraft, read_drafts
 
 
 class WrittenShard(NamedTuple):
-    """A finished shard, still in the staging folder; the uris are empty where there is no row, or no reject."""
+    """A finished shard, still in the work folder; the uris are empty where there is no row, or no reject."""
 
     shard: int
     data_uri: str
@@ -38,7 +38,7 @@ def write_shard(
     statistics: ClassStatistics,
     options: InstructionOptions,
     phrasebook: Phrasebook,
-    staging: str,
+    work: str,
     facts: Mapping[str, Any],
     tick: Callable[[], None],
 ) -> WrittenShard:
@@ -50,7 +50,7 @@ def write_shard(
     all_rejects = list(rejects)
     ordered = sorted(spilled, key=lambda place: (stable_hash("order", place.image_id), place.image_id, place.image_uri))
     attempt = f"shards/{shard:05d}-{uuid.uuid4().hex}"  # a retried bundle must not write into this one's file
-    data_uri = join(staging, f"{attempt}.parquet") if ordered else ""
+    data_uri = join(work, f"{attempt}.parquet") if ordered else ""
     size, sha256 = 0, ""
     segmenters: set[str] = set()
     if ordered:
@@ -78,7 +78,7 @@ def write_shard(
         start = time.perf_counter()
         size, sha256 = writer.close({"segmenters": sorted(segmenters)})
         counts.add_seconds({"write": time.perf_counter() - start})
-    rejects_uri = _write_rejects(join(staging, f"{attempt}.rejects.jsonl"), all_rejects, counts)
+    rejects_uri = _write_rejects(join(work, f"{attempt}.rejects.jsonl"), all_rejects, counts)
     return WrittenShard(shard, data_uri, rejects_uri, size, sha256, counts, tuple(sorted(segmenters)))
 
 

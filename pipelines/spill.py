@@ -1,7 +1,7 @@
 """What waits on disk between two steps: mentions until those of an image meet, drafts until their shard is written.
 
 A local runner keeps in memory whole, several times over, what is sent through its shuffle. So each bundle appends to a
-file of its own in the staging folder, and only places are shuffled: of blocks of mentions, by partitions of the images,
+file of its own in the work folder, and only places are shuffled: of blocks of mentions, by partitions of the images,
 and of drafts, which their shard reads in an order of its own. A retried bundle writes another file; what the failed one
 wrote is referred to by nobody.
 """
@@ -40,8 +40,8 @@ class Block(NamedTuple):
 class _SpillFile:
     """One new file, to which whatever can be pickled is appended; what was, may be read only after `close`."""
 
-    def __init__(self, staging: str, kind: str) -> None:
-        self._uri = join(staging, f"{kind}/{uuid.uuid4().hex}.pickle")
+    def __init__(self, work: str, kind: str) -> None:
+        self._uri = join(work, f"{kind}/{uuid.uuid4().hex}.pickle")
         self._file: BinaryIO = open_write(self._uri)
         self._offset = 0
 
@@ -73,8 +73,8 @@ def _small_file(uri: str) -> bytes | None:
 class MentionSpillWriter:
     """Writes mentions to one new file, those of a partition together; their places may be told only after `close`."""
 
-    def __init__(self, staging: str) -> None:
-        self._file = _SpillFile(staging, "mentions")
+    def __init__(self, work: str) -> None:
+        self._file = _SpillFile(work, "mentions")
         self._waiting: dict[int, list[Mention]] = defaultdict(list)
         self._waiting_count = 0
         self._blocks: list[tuple[int, Block]] = []
@@ -124,8 +124,8 @@ class SpilledDraft(NamedTuple):
 class SpillWriter:
     """Appends drafts to one new file; their places may be told only after `close`."""
 
-    def __init__(self, staging: str) -> None:
-        self._file = _SpillFile(staging, "drafts")
+    def __init__(self, work: str) -> None:
+        self._file = _SpillFile(work, "drafts")
         self._spilled: list[SpilledDraft] = []
         self._batches: list[Batch] = []
 

@@ -104,5 +104,6 @@ def test_a_link_stays_a_link_and_the_folder_keeps_its_mode(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_said_in_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file/out: Not a directory; name a folder"), whole_folder(tmp_path / "file/out"):
+    refusal = pytest.raises(UserError, match="file/out: Not a directory; name a folder")
+    with refusal, whole_folder(tmp_path / "file" / "out"):
         pass
