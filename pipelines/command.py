@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from posixpath import join
+from posixpath import basename, join
 
 from rich.console import Console
 from rich.table import Table
@@ -51,7 +51,8 @@ def _main(argv: Sequence[str]) -> None:
         if plan.scenes:
             from collavo.scenes import write_scenes
 
-            console.print(f"No source named: drawing {plan.scenes.count} sample scenes", highlight=False)
+            folder = join(publication.output, basename(plan.scenes.folder))
+            console.print(f"No source named: drawing {plan.scenes.count} sample scenes into {folder}", highlight=False)
             write_scenes(plan.scenes.folder, plan.scenes.count, size_wh=plan.scenes.size_wh)
         run_job(plan, console)
         if is_local(publication.output):

@@ -25,9 +25,9 @@ from collavo.errors import UserError
 from collavo.storage import is_local
 from pipelines import local_worker
 from pipelines.graph import build_graph
+from pipelines.job import Publication
 from pipelines.plan import Plan
 from pipelines.progress import ProgressDisplay
-from pipelines.publish import Publication
 
 _GRACE_SECONDS = 5.0
 """How long a job may go on after a worker has failed: where the worker had begun, Beam notices by itself."""
@@ -77,9 +77,10 @@ def _local_runner(options: DirectOptions, logs: Path) -> FnApiRunner:
     # that a worker leaves word however it ends.
     worker = shlex.join([sys.executable, "-P", local_worker.__file__])
     packages, folder = (shlex.quote(str(path)) for path in (Path(local_worker.__file__).parents[1], logs))
+    paths = f"PYTHONPATH={packages}${{PYTHONPATH:+:$PYTHONPATH}}"
+    # Ctrl-C reaches all processes of a terminal, and is the launcher's to handle.
     command = (
-        # Ctrl-C reaches all processes of a terminal, and is the launcher's to handle.
-        f"trap '' INT; export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads}}} PYTHONPATH={packages}${{PYTHONPATH:+:$PYTHONPATH}}; "
+        f"trap '' INT; export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads}}} {paths}; "
         f"{worker} 2>{folder}/$$ || mv {folder}/$$ {folder}/failed"
     )
     return FnApiRunner(default_environment=SubprocessSDKEnvironment.from_command_string(command))
@@ -131,8 +132,8 @@ def _explained(error: BaseException | None, publication: Publication) -> BaseExc
         text = f"{type(error).__name__}: {error}"
         if "KeyboardInterrupt" in text:
             return KeyboardInterrupt()
-        if match := re.search(r"\bUserError: ([^\n]+)", text):
-            line = re.sub(r" \[while running .*", "", match[1])
+        if lines := re.findall(r"\bUserError: ([^\n]+)", text):  # the last one was raised from those before
+            line = re.sub(r" \[while running .*", "", lines[-1])
             return UserError(line, exit_status=2 if line.startswith("--") else 1)
         if match := re.search(r"\[Errno (\d+)\](?:[^\n]*?: '([^'\n]+)')?", text):
             number, path = int(match[1]), match[2] or ""

@@ -23,9 +23,9 @@ from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, Phrasebook, load
 from collavo.panoptic.thresholds import PRESETS
 from collavo.segmenters import load_segmenter
 from collavo.storage import FAULTS, canonical, exists, is_local, list_files
-from pipelines.graph import CrayonJob, ModelConfig
+from pipelines.job import CrayonJob, ModelConfig, Publication
 from pipelines.options import Flags, SegmentationFlags, SourceFlags, build_parser
-from pipelines.publish import SCENES_FOLDER, Publication, published_files, strangers
+from pipelines.publish import SCENES_FOLDER, published_files, strangers
 from pipelines.runners import check_file_systems, check_workers, parse_beam_options
 from pipelines.sources import CocoSource, ImagesSource, LlavaSource, Sources
 

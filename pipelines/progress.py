@@ -6,6 +6,7 @@ nothing locked. The launcher cannot watch the work folder of a remote run, and s
 
 import threading
 import uuid
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,17 @@ from collavo.storage import is_local
 SEGMENTED, REJECTED, WRITTEN = "segmented", "rejected", "written"
 
 
-class Ticker:
-    """Counts images of one step; does nothing where the work folder is not local."""
+def tick(work: str, step: str) -> None:
+    """Count an image of a step; nothing happens where the work folder is not local."""
+    if is_local(work):
+        _own_file(work, step).write(b".")
 
-    def __init__(self, work: str, step: str) -> None:
-        self._file: Any = None
-        if is_local(work):
-            folder = Path(work) / "progress" / step
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = (folder / uuid.uuid4().hex).open("wb", buffering=0)
 
-    def tick(self) -> None:
-        """Count one image."""
-        if self._file:
-            self._file.write(b".")
-
-    def close(self) -> None:
-        """Close the file; what was counted stays."""
-        if self._file:
-            self._file.close()
+@lru_cache(maxsize=16)
+def _own_file(work: str, step: str) -> Any:
+    folder = Path(work) / "progress" / step
+    folder.mkdir(parents=True, exist_ok=True)
+    return (folder / uuid.uuid4().hex).open("wb", buffering=0)
 
 
 def announce_total(work: str, images: int) -> None:

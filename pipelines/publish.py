@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from posixpath import basename, join
-from typing import Any, NamedTuple
+from typing import Any
 
 import collavo
 from collavo.errors import UserError
@@ -33,6 +33,7 @@ from collavo.storage import (
     rename,
 )
 from pipelines.accounts import Counts
+from pipelines.job import Publication
 from pipelines.report import write_report
 from pipelines.shards import WrittenShard
 from schemas.crayon_row import SCHEMA_VERSION
@@ -45,23 +46,6 @@ SCENES_FOLDER = "scenes"
 
 _SHARD = re.compile(r"crayon-\d{5}-of-\d{5}\.parquet")
 _LIBRARIES = ("apache-beam", "numpy", "pillow", "pyarrow", "torch", "transformers")
-
-
-class Publication(NamedTuple):
-    """Where a data set goes, and what its manifest says of the run."""
-
-    output: str
-    """As the user named it."""
-
-    folder: str
-    """Where the data set is written: the output itself, or what takes its place in the end."""
-
-    work: str
-    """A folder in it for everything that lives only as long as the run."""
-
-    configuration: Mapping[str, Any]
-    max_reject_ratio: float
-    started: str
 
 
 def publish(publication: Publication, shards: Sequence[WrittenShard], inputs: Mapping[str, int]) -> None:

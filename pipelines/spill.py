@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 from collavo.instructions.write import present_thing_labels
 from collavo.storage import is_local, open_random, open_write
 from pipelines.merge import image_key
-from pipelines.records import Batch, Draft, Mention, packed
+from pipelines.records import Draft, Mention, Packed, packed
 
 _MAX_OPEN_FILES = 64
 """A cluster's shard draws on a file of every bundle, thousands perhaps, and each holds a buffer while it is open."""
@@ -127,7 +127,7 @@ class SpillWriter:
     def __init__(self, work: str) -> None:
         self._file = _SpillFile(work, "drafts")
         self._spilled: list[SpilledDraft] = []
-        self._batches: list[Batch] = []
+        self._batches: list[Packed] = []
 
     def append(self, draft: Draft) -> None:
         present = tuple(present_thing_labels(draft.row.segments))
@@ -135,7 +135,7 @@ class SpillWriter:
         if len(self._spilled) == _DRAFTS_PER_BATCH:
             self._pack()
 
-    def close(self) -> list[Batch]:
+    def close(self) -> list[Packed]:
         """The places, in batches."""
         self._pack()
         self._file.close()
