@@ -29,7 +29,7 @@ REQUIRED: Any = dataclasses.MISSING
 
 _METAVARS = {int: "N", float: "X", str: "NAME"}
 
-_DISK_FAULTS = {
+DISK_FAULTS = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
 }  # fmt: skip
 """What the disk or its permissions refuse; no command can do anything about them."""
@@ -186,7 +186,7 @@ def user_line(error: BaseException | None) -> tuple[str | None, int]:
 
 
 def _disk_fault(error: BaseException) -> str | None:
-    if isinstance(error, OSError) and error.errno in _DISK_FAULTS:
+    if isinstance(error, OSError) and error.errno in DISK_FAULTS:
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror or error}"
     # safetensors and torch tell of the operating system's refusal in their message only.
@@ -241,8 +241,7 @@ def _check_bounds(field: Any, value: Any) -> None:
     if (least is None or value >= least) and (most is None or value <= most):
         return
     if least is not None and most is not None:
-        raise UserError(f"--{field.name} is {value}, but must lie within {least:g} and {most:g}")
+        raise UserError(f"--{field.name} is {value}, but must lie within {least} and {most}")
     raise UserError(
-        f"--{field.name} is {value}, but must be "
-        + (f"at least {least:g}" if least is not None else f"at most {most:g}")
+        f"--{field.name} is {value}, but must be " + (f"at least {least}" if least is not None else f"at most {most}")
     )

@@ -1,48 +1,74 @@
-"""One way to publish a local folder whole: written beside its place, moved there when everything is in it.
+"""One way to publish a local folder whole: everything is written in a staging folder, which takes its place in the end.
 
-A reader finds the old folder or the new one, never a mix. Where a command is killed between the two renames of the
-swap, the next `recover` puts things right. Object stores have no renames; `pipelines.publish` says what is done there.
+A reader finds the old folder or the new one, never a mix. Staging lies beside the folder, and two renames swap them.
+Where the folder itself cannot be renamed (it is a mount point, its parent cannot be written to, or the command was
+started in it), staging lies inside and its files move up one by one. A command that is killed in between leaves what
+`recover` finishes or undoes; the next `whole_folder` calls it.
+
+Object stores have no renames; `pipelines.publish` says what is done there.
 """
 
+import fcntl
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from collavo.errors import UserError
 
+LOST_AND_FOUND = "lost+found"
+"""At the root of a mounted disk; it belongs to the file system."""
+
+_STAGING, _COMPLETE, _ARRIVING = ".unfinished", ".complete", ".arriving"
+"""Staging inside a folder: being written; written, while old files go; old files gone, while the new ones move up."""
+
+INTERNAL = (_STAGING, _COMPLETE, _ARRIVING, LOST_AND_FOUND)
+"""Names inside a folder that are not part of what it holds."""
+
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write in, which takes the place of `folder` if the block ends well and vanishes if it does not.
+    """Make a staging folder to write in, which takes the place of `folder` if the block ends well, or else vanishes.
 
-    What lies in `folder` then is gone; the caller has made sure that it may be.
+    What lies in `folder` then is gone; the caller makes sure that it may be. Two commands cannot write to one folder
+    at the same time: the staging folder is locked.
 
     Raises:
-        UserError: where nothing can be written there.
+        UserError: if nothing can be written there, or another command is writing there.
     """
-    recover(folder)
+    folder = folder.resolve()
     staging = staging_of(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
+        lock = _make_and_lock(staging)
+    except BlockingIOError as error:
+        raise UserError(f"{folder}: another command is writing there; let it end, or name another folder") from error
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}; name a folder that can be written to") from error
     try:
+        recover(folder)
+        _remove(list(staging.iterdir()))
+        if folder.exists():
+            shutil.copymode(folder, staging)
         yield staging
         swap(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        os.close(lock)
 
 
 def staging_of(folder: Path) -> Path:
-    """Where the next content of a folder is written, on the same file system."""
-    return folder.with_name(f".{folder.name}.unfinished")
+    """Return the folder where the next content of a folder is written, on the same file system."""
+    folder = folder.resolve()
+    return folder / _STAGING if _is_fixed(folder) else folder.with_name(f".{folder.name}.unfinished")
 
 
 def swap(staging: Path, folder: Path) -> None:
-    """Put a written folder into the place of another, which is removed."""
+    """Put a written folder into the place of another, whose content is removed."""
+    if staging.parent == folder:
+        staging.rename(folder / _COMPLETE)
+        recover(folder)
+        return
     old = _old(folder)
     if folder.exists():
         folder.rename(old)
@@ -51,13 +77,61 @@ def swap(staging: Path, folder: Path) -> None:
 
 
 def recover(folder: Path) -> None:
-    """Finish or undo a swap that was interrupted: the old folder goes back where no new one arrived."""
-    old = _old(folder)
+    """Finish or undo a swap that was interrupted."""
+    old, complete, arriving = _old(folder), folder / _COMPLETE, folder / _ARRIVING
     if old.exists():
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
         else:
             old.rename(folder)
+    # Youngest first and last: what was written last, as a manifest is, says that the rest is there.
+    if complete.exists():
+        _remove([entry for entry in reversed(_by_age(folder)) if entry.name not in INTERNAL])
+        complete.rename(arriving)
+    if arriving.exists():
+        for entry in _by_age(arriving):
+            entry.rename(folder / entry.name)
+        arriving.rmdir()
+
+
+def _is_fixed(folder: Path) -> bool:
+    """Whether a folder is there and has to stay where it is."""
+    return folder.is_dir() and (
+        os.path.ismount(folder) or not os.access(folder.parent, os.W_OK) or Path.cwd().is_relative_to(folder)
+    )
+
+
+def _make_and_lock(staging: Path) -> int:
+    """Lock a folder, which is made where it is missing, and return the handle that holds the lock.
+
+    Raises:
+        BlockingIOError: if another process holds it.
+    """
+    while True:
+        staging.mkdir(parents=True, exist_ok=True)
+        handle = os.open(staging, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+            raise
+        # Its last holder may have renamed or removed it between the two calls; then this is no longer that folder.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(staging)):
+                return handle
+        os.close(handle)
+
+
+def _by_age(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir(), key=lambda entry: entry.lstat().st_mtime_ns)
+
+
+def _remove(entries: list[Path]) -> None:
+    for entry in entries:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def _old(folder: Path) -> Path:

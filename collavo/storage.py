@@ -1,18 +1,28 @@
-"""Bytes in and out of any file system: local paths by the operating system, all others (`gs://`, ...) by Beam's."""
+"""Bytes in and out of any storage: local paths by the operating system, all else by `pyarrow.fs`.
 
+Arrow itself reaches S3 (`s3://`), Google Cloud (`gs://`) and Azure (`abfs://`); any other scheme goes through
+fsspec. Credentials, region and endpoint come from the environment variables of each store's SDK, such as
+`AWS_ACCESS_KEY_ID` and `AWS_ENDPOINT_URL`. `file://` names a local path.
+
+A store has objects and no folders: a "folder" there is what the names of its objects begin with.
+"""
+
+import io
 import os
-import posixpath
+import re
 import shutil
 import stat
+from collections.abc import Sequence
 from functools import lru_cache
 from glob import glob
 from pathlib import Path
 from typing import BinaryIO, cast
+from urllib.parse import unquote
 
-from apache_beam.io.filesystem import BeamIOError, CompressionTypes
-from apache_beam.io.filesystems import FileSystems
+import pyarrow as pa
+from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, PyFileSystem
 
-from collavo.errors import Rejected
+from collavo.errors import Rejected, UserError
 
 MANIFEST, REJECTS, REPORT = "manifest.json", "rejects.jsonl", "report.html"
 """Files of a finished data set, beside its shards."""
@@ -20,29 +30,30 @@ MANIFEST, REJECTS, REPORT = "manifest.json", "rejects.jsonl", "report.html"
 MAX_FILE_BYTES = 256 << 20
 """An image or mask file larger than this is refused unread."""
 
+FAULTS = (OSError, pa.ArrowException)
+"""What reading and writing raise where the storage refuses."""
+
+_NATIVE_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
+_GCS_OPTIONS = "?retry_limit_seconds=60"
+_INSTALL = "s3, gs and abfs need nothing more, another scheme its package for fsspec (pip install s3fs, adlfs, ...)"
+_READ_AHEAD_BYTES = 4 << 20
+
 
 def is_local(uri: str) -> bool:
-    return "://" not in uri
+    """Whether a path or URI lies on a disk of this machine."""
+    return "://" not in uri or uri.startswith("file://")
 
 
-def has_file_system(uri: str) -> bool:
-    """Whether files of this kind can be reached at all: some need an extra of Beam's, some schemes nobody knows."""
-    try:
-        return is_local(uri) or bool(FileSystems.get_filesystem(uri))
-    except ValueError:
-        return False
-
-
-def join(root: str, relative: str) -> str:
-    """A path below a root, on any file system."""
-    return posixpath.join(root, relative) if is_local(root) else FileSystems.join(root, *relative.split("/"))
+def local_path(uri: str) -> str:
+    """The path in a local path or `file://` URI."""
+    return unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri
 
 
 def canonical(uri: str) -> str:
-    """One spelling per file: local folders are made absolute and freed of links, so that sources meet."""
+    """One spelling per file: local folders are made absolute, links resolved, so that sources meet."""
     if not is_local(uri):
         return uri
-    folder, name = os.path.split(uri)
+    folder, name = os.path.split(local_path(uri))
     return os.path.join(_real_folder(folder), name)
 
 
@@ -51,83 +62,176 @@ def _real_folder(folder: str) -> str:
     return os.path.realpath(folder)
 
 
+def check_reachable(uri: str) -> None:
+    """Make sure that this installation has a file system for a URI; nothing is asked of the store.
+
+    Raises:
+        UserError: in one line that says what to install.
+    """
+    if not is_local(uri):
+        _remote(uri)
+
+
 def read_bytes(uri: str) -> bytes:
     """All bytes of a file.
 
     Raises:
         Rejected: `missing_file`, `not_a_file`, `unreadable_file`, or `oversized_file` above `MAX_FILE_BYTES`.
     """
-    if not has_file_system(uri):
-        raise Rejected("unreadable_file", f"{uri}: Beam has no file system for it here")
     try:
-        if is_local(uri) and not stat.S_ISREG(os.stat(uri).st_mode):
+        if is_local(uri) and not stat.S_ISREG(os.stat(local_path(uri)).st_mode):
             raise Rejected("not_a_file", uri)  # opening a named pipe would wait for ever
-        with open_read(uri) as file:
-            data = file.read(MAX_FILE_BYTES + 1)
+        with open_random(uri) as file:
+            # A request each for the size and for the bytes; a bounded read would first allocate the bound.
+            size = os.fstat(file.fileno()).st_size if is_local(uri) else file.seek(0, io.SEEK_END)
+            file.seek(0)
+            data = b"" if size > MAX_FILE_BYTES else file.read()
     except FileNotFoundError as error:
         raise Rejected("missing_file", uri) from error
-    except (OSError, BeamIOError) as error:
-        if not is_local(uri) and not FileSystems.exists(uri):
-            raise Rejected("missing_file", uri) from error
+    except (*FAULTS, UserError) as error:
         raise Rejected("unreadable_file", f"{uri}: {error}") from error
-    if len(data) > MAX_FILE_BYTES:
+    if size > MAX_FILE_BYTES:
         raise Rejected("oversized_file", f"{uri}: more than {MAX_FILE_BYTES >> 20} MiB")
     return data
 
 
 def exists(uri: str) -> bool:
-    return os.path.exists(uri) if is_local(uri) else FileSystems.exists(uri)
+    """Whether there is a file or folder of that name."""
+    if is_local(uri):
+        return os.path.exists(local_path(uri))
+    files, path = _remote(uri)
+    return files.get_file_info(path).type != FileType.NotFound
 
 
 def open_read(uri: str) -> BinaryIO:
-    # Beam would decompress by extension; a .gz that claims to be an image shall be refused, not unpacked.
+    """A file to read from its start to its end; on a store, 4 MiB are fetched at a time."""
+    file = open_random(uri)
+    return file if is_local(uri) else cast(BinaryIO, io.BufferedReader(file, _READ_AHEAD_BYTES))
+
+
+def open_random(uri: str) -> BinaryIO:
+    """A file to read here and there; on a store, each read is one request for just these bytes."""
     if is_local(uri):
-        return open(uri, "rb")
-    return cast(BinaryIO, FileSystems.open(uri, compression_type=CompressionTypes.UNCOMPRESSED))
+        return open(local_path(uri), "rb")
+    files, path = _remote(uri)
+    return cast(BinaryIO, files.open_input_file(path))
 
 
 def open_write(uri: str) -> BinaryIO:
-    """A new file; on object stores it exists only once it is closed."""
+    """A new file, with the folders above it; on a store it exists only once it is closed."""
     if is_local(uri):
-        Path(uri).parent.mkdir(parents=True, exist_ok=True)
-        return open(uri, "wb")
-    return cast(BinaryIO, FileSystems.create(uri, compression_type=CompressionTypes.UNCOMPRESSED))
+        Path(local_path(uri)).parent.mkdir(parents=True, exist_ok=True)
+        return open(local_path(uri), "wb")
+    files, path = _remote(uri)
+    if isinstance(files, PyFileSystem):  # fsspec also reaches servers that have folders, as by SFTP
+        files.create_dir(path.rpartition("/")[0])
+    return cast(BinaryIO, files.open_output_stream(path))
 
 
 def is_folder(pattern: str) -> bool:
-    """Whether a path means all files below it: a local folder, or on other file systems a path that ends in a slash."""
-    return os.path.isdir(pattern) if is_local(pattern) else pattern.endswith("/")
+    """Whether a path means all files below it: a folder, or on a store a path that ends in a slash."""
+    return os.path.isdir(local_path(pattern)) if is_local(pattern) else pattern.endswith("/")
 
 
 def list_files(pattern: str) -> list[str]:
-    """The files that a glob pattern, a folder (to its depths) or a single path names, sorted; none is no fault."""
+    """The files that a glob pattern, a folder (to its depths) or a single path names, sorted; there may be none.
+
+    `*` and `?` stop at slashes; `**` stands for any number of folders, none included.
+    """
     if not is_local(pattern):
-        every = f"{pattern}**" if is_folder(pattern) else pattern
-        return sorted(metadata.path for metadata in FileSystems.match([every])[0].metadata_list)
+        return _list_remote(pattern)
+    pattern = local_path(pattern)
     if is_folder(pattern):
         return sorted(
             os.path.join(folder, name) for folder, _, names in os.walk(pattern, followlinks=True) for name in names
         )
     if os.path.exists(pattern):
         return [pattern]
-    # Not by Beam, to which `*.jpg` names nothing and `a/**/*.jpg` nothing that lies directly in `a`.
     return sorted(path for path in glob(pattern, recursive=True) if not os.path.isdir(path))
 
 
 def rename(source: str, destination: str) -> None:
-    """Move a finished file to its final name; a repeated call, after a retry, finds it there."""
-    if exists(source):
-        FileSystems.rename([source], [destination])
-    elif not exists(destination):
-        raise FileNotFoundError(f"neither {source} nor {destination} exists")
+    """Move a finished file to its final name; a repeated call, after a retry, finds it there.
+
+    A store copies the object and deletes the first one.
+    """
+    if not exists(source):
+        if not exists(destination):
+            raise FileNotFoundError(f"neither {source} nor {destination} exists")
+    elif is_local(source):
+        os.replace(local_path(source), local_path(destination))
+    else:
+        files, path = _remote(source)
+        files.move(path, _remote(destination)[1])
 
 
-def delete(uris: list[str]) -> None:
-    """Remove files or folders; what is not there is no fault."""
-    for uri in filter(is_local, uris):  # not by Beam, to which `out[1]/manifest.json` is a pattern
-        if os.path.isdir(uri):
-            shutil.rmtree(uri)
+def delete(uris: Sequence[str]) -> None:
+    """Remove files, and folders with all that is in them; whatever is not there is left out."""
+    for uri in uris:
+        if not is_local(uri):
+            files, path = _remote(uri)
+            kind = files.get_file_info(path).type
+            if kind == FileType.Directory:
+                files.delete_dir(path)
+            elif kind == FileType.File:
+                files.delete_file(path)
+        elif os.path.isdir(local_path(uri)):
+            shutil.rmtree(local_path(uri))
         else:
-            Path(uri).unlink(missing_ok=True)
-    if remote := [uri for uri in uris if not is_local(uri)]:
-        FileSystems.delete(remote)
+            Path(local_path(uri)).unlink(missing_ok=True)
+
+
+def _list_remote(pattern: str) -> list[str]:
+    """Files in a store, found with a single listing of what lies below the fixed part of the pattern."""
+    from fsspec.utils import glob_translate
+
+    root, rest = _split_root(pattern)
+    files, base = _file_system(root)
+    base = f"{base.rstrip('/')}/"
+    above, deep, matches = rest, True, re.compile("").match
+    if not is_folder(pattern):
+        fixed = re.split(r"[*?\[]", rest, maxsplit=1)[0]
+        if files.get_file_info(base + rest).type == FileType.File:  # perhaps with a name that looks like a pattern
+            return [pattern]
+        if fixed == rest:
+            return []
+        above, deep = fixed.rpartition("/")[0], "/" in rest[len(fixed) :]
+        matches = re.compile(glob_translate(rest)).match
+    found = files.get_file_info(FileSelector((base + above).rstrip("/"), recursive=deep, allow_not_found=True))
+    names = (info.path[len(base) :] for info in found if info.type == FileType.File)
+    return sorted(f"{root}/{name}" for name in names if matches(name))
+
+
+@lru_cache(maxsize=64)
+def _file_system(root: str) -> tuple[FileSystem, str]:
+    """The file system of all URIs that begin with `scheme://authority`, and what it calls that root itself.
+
+    One per process and root, since each holds open connections.
+    """
+    scheme = root.partition("://")[0]
+    try:
+        if scheme in _NATIVE_SCHEMES:
+            # Left alone, Arrow tries for a quarter of an hour to reach Google Cloud where there are no credentials.
+            return cast(tuple[FileSystem, str], FileSystem.from_uri(root + _GCS_OPTIONS * scheme.startswith("g")))
+        from fsspec.core import url_to_fs
+
+        files, path = url_to_fs(root)
+        return PyFileSystem(FSSpecHandler(files)), path
+    except (ImportError, ValueError) as error:  # both say what is missing
+        raise UserError(f"{root}: {error}; {_INSTALL}") from error
+    except OSError as error:
+        raise UserError(f"{root}: {str(error).splitlines()[0]}") from error
+
+
+def _remote(uri: str) -> tuple[FileSystem, str]:
+    """The file system of a URI, and its path there."""
+    root, path = _split_root(uri)
+    files, base = _file_system(root)
+    return files, f"{base.rstrip('/')}/{path}"
+
+
+def _split_root(uri: str) -> tuple[str, str]:
+    """`scheme://authority` and the path below it, which may hold any character and is not parsed as part of a URI."""
+    scheme, _, rest = uri.partition("://")
+    authority, _, path = rest.partition("/")
+    return f"{scheme}://{authority}", path

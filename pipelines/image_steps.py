@@ -1,6 +1,6 @@
 """The life of one image, step by step, as plain functions: read it, segment it by its annotation, draft its row.
 
-Each step adds the seconds it took, and raises a `RejectError` that says what was wrong with the image.
+Each step adds the seconds that it took. An image that cannot be used comes back as the reject lines of its inputs.
 """
 
 import json
@@ -17,57 +17,55 @@ from collavo.panoptic.maps import build_panoptic_map
 from collavo.sources.coco_panoptic import segment_infos
 from collavo.sources.image_paths import other_extensions, without_extension
 from collavo.storage import exists, read_bytes
-from pipelines.records import Draft, ImageTask, LoadedImage, Reject, SegmentedImage
+from pipelines.records import Draft, ImageTask, LoadedImage, Reject, Segmented, SegmentedImage
 from schemas.crayon_row import CrayonRow
 
 _ANNOTATIONS = json.dumps({"name": "annotations"})
 
 
-class RejectError(Exception):
-    """An image that makes no row, with the reject lines of all its inputs."""
-
-    def __init__(self, rejects: list[Reject]) -> None:
-        super().__init__(rejects)
-        self.rejects = rejects
-
-
-def read_image(task: ImageTask, max_pixels: int, with_rgb: bool) -> tuple[LoadedImage, list[Reject]]:
+def read_image(task: ImageTask, max_pixels: int, with_rgb: bool) -> tuple[LoadedImage | None, list[Reject]]:
     """Read an image's bytes and make sure that they decode.
 
     Args:
         max_pixels: bound on width x height.
-        with_rgb: whether pixels are wanted; otherwise the image is only verified.
+        with_rgb: whether a model needs the pixels; otherwise the image is only verified.
 
     Returns:
-        the image, and the rejects of mentions that name another existing file of the same id.
+        the image, None if it cannot be used; and the rejects, of all its inputs or only of those that name another
+        existing file of the same id.
     """
     seconds: dict[str, float] = {}
-    with _rejecting(task, "read"), _timed(seconds, "read"):
-        uri, data = _first_existing(task)
-        task, rejects = _without_rivals(task, uri)
-    with _rejecting(task, "decode"), _timed(seconds, "decode"):
-        if with_rgb:
-            rgb = decode_rgb(data, max_pixels)
-            size_wh = (rgb.shape[1], rgb.shape[0])
-        else:
-            rgb = None
-            size_wh = verify_image(data, max_pixels).size_wh
+    stage = "read"
+    rejects: list[Reject] = []
+    try:
+        with _timed(seconds, "read"):
+            uri, data = _first_existing(task)
+            task, rejects = _without_rivals(task, uri)
+        stage = "decode"
+        with _timed(seconds, "decode"):
+            rgb = decode_rgb(data, max_pixels) if with_rgb else None
+            size_wh = verify_image(data, max_pixels).size_wh if rgb is None else (rgb.shape[1], rgb.shape[0])
+    except Rejected as error:
+        return None, rejects + task.rejects(stage, error)
     return LoadedImage(task, uri, data, size_wh, rgb, seconds), rejects
 
 
-def segment_by_annotation(image: LoadedImage) -> SegmentedImage:
-    """The panoptic map out of the image's COCO mask."""
+def segment_by_annotation(image: LoadedImage) -> Segmented:
+    """Make the panoptic map out of the image's COCO mask, or reject the image."""
     annotated = image.task.annotated
-    with _rejecting(image.task, "segment"), _timed(image.seconds, "segment"):
-        if annotated is None or annotated.annotation is None:
-            raise Rejected("no_annotation", "no source annotates this image; --segmenter auto would ask a model")
-        runs = decode_segment_runs(read_bytes(annotated.mask_uri), image.size_wh)
-        panoptic = build_panoptic_map(runs, segment_infos(annotated.annotation.segments))
-        return SegmentedImage(image, panoptic, _ANNOTATIONS)
+    try:
+        with _timed(image.seconds, "segment"):
+            if annotated is None or annotated.annotation is None:
+                raise Rejected("no_annotation", "no source annotates this image; --segmenter auto would ask a model")
+            runs = decode_segment_runs(read_bytes(annotated.mask_uri), image.size_wh)
+            panoptic = build_panoptic_map(runs, segment_infos(annotated.annotation.segments))
+    except Rejected as error:
+        return image.task.rejects("segment", error)
+    return SegmentedImage(image, panoptic, _ANNOTATIONS)
 
 
 def draft_row(segmented: SegmentedImage, embed_image: bool, validation_ratio: float) -> Draft:
-    """The row of an image but for its instructions.
+    """Make the row of an image, without its instructions.
 
     Args:
         embed_image: whether the row holds the image's bytes or only refers to it by its path.
@@ -93,12 +91,12 @@ def draft_row(segmented: SegmentedImage, embed_image: bool, validation_ratio: fl
 
 
 def split_of(image_id: str, validation_ratio: float) -> str:
-    """`train` or `validation`, by hash of the image id alone."""
+    """Choose `train` or `validation` by a hash of the image id alone."""
     return "validation" if stable_hash("split", image_id) < validation_ratio * 2**64 else "train"
 
 
 def _first_existing(task: ImageTask) -> tuple[str, bytes]:
-    """The first file that exists of those named, else of those that differ from the first in their extension."""
+    """Read the first file that exists, of those named or else of those whose extension differs from the first one's."""
     for uri in (*task.uris, *other_extensions(task.uris[0])):
         try:
             return uri, read_bytes(uri)
@@ -109,21 +107,13 @@ def _first_existing(task: ImageTask) -> tuple[str, bytes]:
 
 
 def _without_rivals(task: ImageTask, uri: str) -> tuple[ImageTask, list[Reject]]:
-    """Take out mentions of another existing file with the same id: `cat.jpg` and `cat.png` cannot both be `cat`."""
+    """Take out the mentions of other existing files with the same id: `cat.jpg` and `cat.png` cannot both be `cat`."""
     rivals = {other for other in task.uris if other != uri and exists(other)}
     if not rivals:
         return task, []
     kept = tuple(mention for mention in task.mentions if mention.uri not in rivals)
     lost = [mention for mention in task.mentions if mention.uri in rivals]
     return ImageTask(kept), [m.reject("read", "duplicate_id", f"{m.uri} has the image id of {uri}") for m in lost]
-
-
-@contextmanager
-def _rejecting(task: ImageTask, stage: str) -> Iterator[None]:
-    try:
-        yield
-    except Rejected as error:
-        raise RejectError(task.rejects(stage, error.reason, str(error))) from error
 
 
 @contextmanager

@@ -1,6 +1,7 @@
-"""A worker process of a local run: Beam's own, with its log kept off the terminal.
+"""A worker process of a local run: Beam's own, kept off the terminal.
 
-What fails in it is raised in the launcher, traceback and all.
+What fails in it is raised in the launcher, with its traceback. Standard error is a log of the launcher's: its last line
+tells why a worker died before it could say so.
 """
 
 import logging
@@ -8,8 +9,8 @@ import os
 import sys
 
 if __name__ == "__main__":
-    logging.getLogger().addHandler(logging.NullHandler())  # without a handler, the first warning would set up one
-    sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # Beam prints each traceback to it as well
+    logging.getLogger().addHandler(logging.NullHandler())  # without a handler, the first warning would set one up
     from apache_beam.runners.worker.sdk_worker_main import main
 
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     main([])

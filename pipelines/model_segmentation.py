@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from apache_beam.ml.inference.base import ModelHandler
 
+from collavo.errors import Rejected
 from collavo.panoptic.maps import PanopticMap
 from collavo.segmenters import Segmenter
 from pipelines.records import LoadedImage, Segmented, SegmentedImage
@@ -31,16 +32,18 @@ class BatchSegmenter:
         self._segmenter = segmenter
         self._facts = json.dumps(segmenter.facts, sort_keys=True)
 
-    def segment_each(self, images: Sequence[np.ndarray]) -> tuple[list[PanopticMap | str], str]:
-        """A map per image, or what was wrong with it; and the segmenter's facts as JSON."""
+    def segment_each(self, images: Sequence[np.ndarray]) -> tuple[list[PanopticMap | Rejected], str]:
+        """Return a map for each image, or why there is none, and the segmenter's facts as JSON."""
         return self._outcomes(images), self._facts
 
-    def _outcomes(self, images: Sequence[np.ndarray]) -> list[PanopticMap | str]:
+    def _outcomes(self, images: Sequence[np.ndarray]) -> list[PanopticMap | Rejected]:
         try:
             return list(self._segmenter.segment(images))
         except Exception as error:
             if len(images) == 1:
-                return [f"{type(error).__name__}: {error}"]
+                if isinstance(error, Rejected):
+                    return [error]
+                return [Rejected("segmenter_failed", f"{type(error).__name__}: {error}")]
             # By name, for this module loads no torch.
             out_of_memory = type(error).__name__ == "OutOfMemoryError"
         # Outside the handler, whose traceback keeps the failed attempt's tensors alive.
@@ -84,9 +87,9 @@ class SegmenterHandler(ModelHandler[LoadedImage, Segmented, BatchSegmenter]):
         for image in batch:
             image.seconds["segment"] = (time.perf_counter() - start) / len(batch)
         return [
-            SegmentedImage(image, outcome, facts)
-            if isinstance(outcome, PanopticMap)
-            else image.task.rejects("segment", "segmenter_failed", outcome)
+            image.task.rejects("segment", outcome)
+            if isinstance(outcome, Rejected)
+            else SegmentedImage(image, outcome, facts)
             for image, outcome in zip(batch, outcomes, strict=True)
         ]
 

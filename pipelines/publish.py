@@ -1,20 +1,25 @@
 """The end of a build: shards get their names, the rejects are gathered, and the manifest, written last, adds it all up.
 
-Until here everything lies in the staging folder; a run that is killed leaves nothing that looks like a data set. Each
-step can be repeated, because a runner may retry it.
+All of it is written in one folder. For a local output this is a staging folder, which the launcher then swaps into the
+place of the output (`collavo.folders`). An object store has no such swap: there it is the output itself, whose old
+manifest is deleted first, so that whatever has no manifest is not whole. Every step can be repeated, since a runner may
+retry it.
 """
 
-import glob
 import json
+import os
 import platform
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any, NamedTuple
+from posixpath import basename, join
+from typing import Any
 
 import collavo
 from collavo.errors import UserError
+from collavo.folders import INTERNAL
 from collavo.storage import (
     MANIFEST,
     REJECTS,
@@ -22,83 +27,86 @@ from collavo.storage import (
     delete,
     exists,
     is_local,
-    join,
     list_files,
     open_read,
     open_write,
     rename,
 )
 from pipelines.accounts import Counts
+from pipelines.job import Publication
 from pipelines.report import write_report
 from pipelines.shards import WrittenShard
 from schemas.crayon_row import SCHEMA_VERSION
 
 FAILED_REJECTS = "failed-rejects.jsonl"
-"""Where the rejects of a build that fails for their number are left."""
+"""Where the rejects are left when a build fails because of their number."""
 
+SCENES_FOLDER = "scenes"
+"""Where sample scenes are drawn, below the output."""
+
+_SHARD = re.compile(r"crayon-\d{5}-of-\d{5}\.parquet")
 _LIBRARIES = ("apache-beam", "numpy", "pillow", "pyarrow", "torch", "transformers")
 
 
-class Publication(NamedTuple):
-    """What `publish` is told about the run."""
-
-    output: str
-    staging: str
-    configuration: Mapping[str, Any]
-    max_reject_ratio: float
-    started: str
-
-
 def publish(publication: Publication, shards: Sequence[WrittenShard], inputs: Mapping[str, int]) -> None:
-    """Turn staged shards into a data set.
+    """Make a data set of written shards.
 
     Args:
         shards: all of them, in any order.
         inputs: number of inputs by source, counted where the sources were read.
 
     Raises:
-        UserError: if nothing can be published: no rows, more rejects than allowed, or accounts that do not add up.
+        UserError: if there are no rows, or more rejects than allowed; RuntimeError if the accounts do not add up.
     """
+    folder, manifest_uri = publication.folder, join(publication.folder, MANIFEST)
+    if not exists(publication.work) and exists(manifest_uri):
+        return  # retried after it had done everything
     ordered = sorted(shards, key=lambda shard: shard.shard)
     counts = Counts()
     for shard in ordered:
         counts.add(shard.counts)
     _check_accounts(counts, inputs)
-    rejects_file = _gather_rejects(publication.staging, ordered)
     try:
         _check_rejects(publication, counts, inputs)
     except UserError:
-        rename(rejects_file, join(publication.output, FAILED_REJECTS))
+        _gather_rejects(join(publication.output, FAILED_REJECTS), ordered)
         raise
-    _remove_published(publication.output, publication.staging)
+    delete([manifest_uri])
     written = [shard for shard in ordered if shard.data_uri]
-    files = []
-    for position, shard in enumerate(written):
-        name = f"crayon-{position:05d}-of-{len(written):05d}.parquet"
-        rename(shard.data_uri, join(publication.output, name))
-        files.append({"name": name, "rows": shard.counts.rows, "bytes": shard.bytes, "sha256": shard.sha256})
-    rename(rejects_file, join(publication.output, REJECTS))
-    segmenters = sorted({segmenter for shard in written for segmenter in shard.segmenters})
-    manifest = _manifest(publication, counts, inputs, files, segmenters)
-    write_report(publication.output, manifest)
-    _write_manifest(publication, manifest)
-    if not is_local(publication.staging):  # a local launcher still watches the progress in it, and removes it then
-        remove_staging(publication.staging)
+    names = [f"crayon-{position:05d}-of-{len(written):05d}.parquet" for position in range(len(written))]
+    delete([uri for uri in published_files(folder) if basename(uri) not in names])
+    for shard, name in zip(written, names, strict=True):
+        rename(shard.data_uri, join(folder, name))
+    _gather_rejects(join(folder, REJECTS), ordered)
+    manifest = _manifest(publication, counts, inputs, dict(zip(names, written, strict=True)))
+    write_report(folder, manifest)
+    with open_write(manifest_uri) as file:
+        file.write(json.dumps(manifest, indent=2).encode() + b"\n")
+    if not is_local(publication.work):  # a local launcher still watches the progress in it, and removes it then
+        delete([publication.work])
 
 
 def published_files(output: str) -> list[str]:
-    """What an earlier build left in an output folder."""
-    names = (MANIFEST, REJECTS, REPORT, FAILED_REJECTS)
-    present = [join(output, name) for name in names if exists(join(output, name))]
-    folder = glob.escape(output) if is_local(output) else output
-    return present + list_files(join(folder, "crayon-*.parquet"))
-
-
-def remove_staging(staging: str) -> None:
-    if is_local(staging):
-        shutil.rmtree(staging, ignore_errors=True)
+    """List what an earlier build left in an output folder, the manifest first."""
+    named = (MANIFEST, REJECTS, REPORT, FAILED_REJECTS)
+    if is_local(output):
+        found = [join(output, name) for name in sorted(os.listdir(output))] if os.path.isdir(output) else []
     else:
-        delete(list_files(f"{staging}/"))  # an object store has files alone: to delete the folder would delete nothing
+        found = list_files(join(output, "*"))
+    ours = [uri for uri in found if basename(uri) in named or _SHARD.fullmatch(basename(uri))]
+    return sorted(ours, key=lambda uri: basename(uri) != MANIFEST)
+
+
+def strangers(output: str) -> list[str]:
+    """List the names in a local output folder that no build wrote."""
+    if not (is_local(output) and os.path.isdir(output)):
+        return []
+    ours = {*map(basename, published_files(output)), *INTERNAL}
+    if MANIFEST in ours:
+        with open_read(join(output, MANIFEST)) as file:
+            drawn = re.search(rb'"scenes": \d', file.read())
+        ours |= {SCENES_FOLDER} if drawn else set()
+    return sorted(name for name in os.listdir(output) if name not in ours)
 
 
 def _check_accounts(counts: Counts, inputs: Mapping[str, int]) -> None:
@@ -118,39 +126,28 @@ def _check_rejects(publication: Publication, counts: Counts, inputs: Mapping[str
         raise UserError(f"{share}, more than --max_reject_ratio {publication.max_reject_ratio:g} allows; {where}")
 
 
-def _gather_rejects(staging: str, ordered: Sequence[WrittenShard]) -> str:
-    uri = join(staging, REJECTS)
+def _gather_rejects(uri: str, ordered: Sequence[WrittenShard]) -> None:
     with open_write(uri) as gathered:
         for shard in ordered:
             if shard.rejects_uri:
                 with open_read(shard.rejects_uri) as file:
                     shutil.copyfileobj(file, gathered)
-    return uri
-
-
-def _remove_published(output: str, staging: str) -> None:
-    """Take away an earlier data set, once, its manifest first: without one, what is left does not pass for whole."""
-    done = join(staging, "earlier-data-removed")
-    if not exists(done):
-        for uri in published_files(output):
-            delete([uri])
-        open_write(done).close()
 
 
 def _manifest(
-    publication: Publication,
-    counts: Counts,
-    inputs: Mapping[str, int],
-    files: list[dict[str, Any]],
-    segmenters: list[str],
+    publication: Publication, counts: Counts, inputs: Mapping[str, int], files: Mapping[str, WrittenShard]
 ) -> dict[str, Any]:
+    segmenters = sorted({segmenter for shard in files.values() for segmenter in shard.segmenters})
     return {
         "schema_version": SCHEMA_VERSION,
         "started": publication.started,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "inputs": dict(sorted(inputs.items())),
         **counts.as_json(),
-        "files": files,
+        "files": [
+            {"name": name, "rows": shard.counts.rows, "bytes": shard.bytes, "sha256": shard.sha256}
+            for name, shard in files.items()
+        ],
         "segmenters": [json.loads(segmenter) for segmenter in segmenters],
         "configuration": publication.configuration,
         "versions": {
@@ -159,10 +156,3 @@ def _manifest(
             **{name: version(name) for name in _LIBRARIES},
         },
     }
-
-
-def _write_manifest(publication: Publication, manifest: dict[str, Any]) -> None:
-    staged = join(publication.staging, MANIFEST)
-    with open_write(staged) as file:
-        file.write(json.dumps(manifest, indent=2).encode() + b"\n")
-    rename(staged, join(publication.output, MANIFEST))

@@ -8,24 +8,67 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from collavo.errors import Rejected
 from collavo.panoptic.maps import PanopticMap
 from collavo.sources.coco_panoptic import Annotation
 from collavo.sources.image_paths import without_extension
 from schemas.crayon_row import CrayonRow, Dialogue
 
 SOURCES = ("coco", "scenes", "llava", "folder", "crayon")
-"""Kinds of source, in the order in which they give an image its id, path and licence."""
+"""Kinds of source. Where several name an image, the first of these gives it its id, path and licence."""
+
+REJECT_REASONS = {
+    "list": {
+        "text_only": "the dialogue names no image",
+        "several_images": "the dialogue names several images, but a row holds one",
+        "malformed_entry": "the entry lacks fields or turns that its format demands",
+        "duplicate_id": "the COCO file lists the same image, or its annotation, twice",
+        "unknown_image": "the annotation is of an image that its file does not list",
+        "path_escapes_root": "the path leads out of the folder that it has to stay in",
+        "bad_path": "the path names no file, or is not UTF-8 text",
+    },
+    "merge": {"duplicate_entry": "another entry says the same about the same image"},
+    "read": {
+        "missing_file": "there is no such file",
+        "unreadable_file": "the storage refuses to read the file",
+        "not_a_file": "the path names a folder, a pipe or a device",
+        "oversized_file": "the file is larger than any image may be",
+        "duplicate_id": "another file has the same path but for its extension",
+    },
+    "decode": {
+        "not_an_image": "the file is in no image format that is read here",
+        "broken_image": "the image ends early or its data are damaged",
+        "oversized_image": "the image has more pixels than `--max_pixels`; it was not decoded",
+    },
+    "segment": {
+        "no_annotation": "with `--segmenter annotations`, no source annotates this image",
+        "missing_file": "there is no such mask",
+        "unreadable_file": "the storage refuses to read the mask",
+        "not_a_file": "the mask's path names a folder, a pipe or a device",
+        "oversized_file": "the mask's file is larger than any mask may be",
+        "broken_mask": "the mask is no readable PNG",
+        "mask_size_mismatch": "mask and image differ in size",
+        "unknown_category": "a category id is not one of COCO's 133",
+        "unlisted_segment": "pixels of the mask carry an id that the annotation does not list",
+        "empty_segment": "the annotation lists a segment that has no pixel",
+        "repeated_segment": "the annotation lists an id twice, or lists 0",
+        "non_finite_logits": "the network's output is not finite",
+        "segmenter_failed": "the network failed on this image; the detail says how",
+    },
+    "write": {"duplicate_id": "two rows would have the same `image_id`"},
+}
+"""All reasons why an input makes no row, by the step that finds them. The documentation prints this table."""
 
 
 class Input(NamedTuple):
-    """One entry of one source: it ends in a row or in the rejects, and the accounts say so."""
+    """An entry of a source. It ends either in a row or in the rejects, and the accounts check that."""
 
     source: str
     entry_id: str
 
 
 class Reject(NamedTuple):
-    """An input that makes no row: one line of `rejects.jsonl`."""
+    """An input that makes no row, as a line of `rejects.jsonl`; stage and reason are keys of `REJECT_REASONS`."""
 
     id: str
     source: str
@@ -37,7 +80,8 @@ class Reject(NamedTuple):
 class Mention(NamedTuple):
     """An input that names an image.
 
-    `image_path` is relative to the source's root; `uri` finds the file; `mask_uri` the mask of the annotation.
+    `image_path` is relative to the source's root, `uri` is where the file lies, `mask_uri` where the annotation's mask
+    lies.
     """
 
     input: Input
@@ -49,35 +93,38 @@ class Mention(NamedTuple):
     dialogue: Dialogue | None = None
 
     def reject(self, stage: str, reason: str, detail: str) -> Reject:
+        """Reject this input."""
         return Reject(self.input.entry_id, self.input.source, stage, reason, detail)
 
 
 class ImageTask(NamedTuple):
-    """One image to make a row of: all its mentions, the one that gives id and path first."""
+    """An image to make a row of, with all its mentions. The first one gives the row its id and path."""
 
     mentions: tuple[Mention, ...]
 
     @property
     def image_id(self) -> str:
+        """The id of the row."""
         return without_extension(self.mentions[0].image_path)
 
     @property
     def uris(self) -> list[str]:
-        """The files named, without repetition; they differ in their extension at most."""
+        """The files named, each once; they differ at most in their extension."""
         return list(dict.fromkeys(mention.uri for mention in self.mentions))
 
     @property
     def annotated(self) -> Mention | None:
+        """The mention that brings an annotation, if any does."""
         return next((mention for mention in self.mentions if mention.annotation), None)
 
-    def rejects(self, stage: str, reason: str, detail: str) -> list[Reject]:
-        """One line per mention."""
-        return [mention.reject(stage, reason, detail) for mention in self.mentions]
+    def rejects(self, stage: str, error: Rejected) -> list[Reject]:
+        """Reject the image: one line for each input that names it."""
+        return [mention.reject(stage, error.reason, str(error)) for mention in self.mentions]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedImage:
-    """An image read and checked; `rgb` is None where its annotation says all."""
+    """An image that was read and checked; `rgb` is None where its annotation is used and no model sees it."""
 
     task: ImageTask
     uri: str
@@ -103,7 +150,7 @@ Segmented = SegmentedImage | list[Reject]
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A row that lacks only its instructions, with who named it, what segmented it and what its steps cost."""
+    """A row without its instructions, the inputs that named it, what segmented it, and the seconds that it took."""
 
     row: CrayonRow
     uri: str
@@ -112,14 +159,16 @@ class Draft:
     seconds: dict[str, float]
 
 
-Batch = tuple[int, bytes]
-"""Some elements in one, and their number: a runner spends time and memory on each thing that it passes on."""
+Packed = tuple[int, bytes]
+"""The number of some elements, and all of them pickled as one: a runner spends time and memory on each thing that it
+passes on."""
 
 
-def packed(elements: Sequence[Any]) -> Batch:
+def packed(elements: Sequence[Any]) -> Packed:
+    """Make one thing of some elements."""
     return len(elements), zlib.compress(pickle.dumps(elements, protocol=pickle.HIGHEST_PROTOCOL), 1)
 
 
-def unpacked(batch: Batch) -> Any:
-    """Back from `packed`; the bytes are of this very run."""
-    return pickle.loads(zlib.decompress(batch[1]))
+def unpacked(pack: Packed) -> Any:
+    """Take elements out of what `packed` made. The bytes are this run's own, so that unpickling is safe."""
+    return pickle.loads(zlib.decompress(pack[1]))

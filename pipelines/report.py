@@ -1,7 +1,7 @@
-"""The report of a data set, for eyes: one HTML page that needs neither network nor JavaScript.
+"""The report of a data set: one HTML page to look at, which needs neither network nor JavaScript.
 
-Its size, and the time it takes, do not grow with the data set: figures come from the manifest, pictures from one row
-group of a few shards, examples of rejects from the head of their file.
+Its size and the time that it takes do not grow with the data set: figures come from the manifest, pictures from one row
+group each of a few shards, examples of rejects from the head of their file.
 """
 
 import json
@@ -10,15 +10,16 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from posixpath import join
 from typing import Any
 
 import pyarrow.parquet as pq
 from jinja2 import Environment, StrictUndefined
 
-from collavo.storage import MANIFEST, REJECTS, REPORT, join, open_read, open_write
+from collavo.storage import REJECTS, REPORT, open_random, open_read, open_write
 from pipelines.report_sample import Sample, css_color, make_sample
 from schemas.categories import BY_DISPLAY_NAME
-from schemas.crayon_row import TASKS, CrayonRow, file_facts
+from schemas.crayon_row import TASKS, CrayonRow
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
@@ -35,17 +36,13 @@ Tally = list[tuple[str, float]]
 """Labels and counts, in the order of their bars."""
 
 
-def write_report(output: str, manifest: Mapping[str, Any] | None = None) -> None:
+def write_report(output: str, manifest: Mapping[str, Any]) -> None:
     """Write `report.html` into the folder of a data set.
 
     Args:
-        output: the folder, local or on any file system that Beam knows.
-        manifest: what `manifest.json` holds, or will hold; None reads it from the folder.
+        output: the folder, in any storage; its shards and rejects are there.
+        manifest: what `manifest.json` will hold.
     """
-    if manifest is None:
-        with open_read(join(output, MANIFEST)) as file:
-            manifest = json.load(file)
-    facts, samples = _read_sample(output, [file["name"] for file in manifest["files"]])
     with open_read(join(output, REJECTS)) as file:
         examples = _reject_examples(file.read(_REJECTS_HEAD_BYTES))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -53,10 +50,7 @@ def write_report(output: str, manifest: Mapping[str, Any] | None = None) -> None
     html = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         manifest=manifest,
         elapsed=_elapsed(manifest),
-        facts=facts,
-        samples=samples,
-        objects_per_image=_by_number(manifest["objects_per_image"]),
-        answer_lengths=_by_number(manifest["answer_lengths"]),
+        samples=_read_samples(output, [file["name"] for file in manifest["files"]]),
         answer_bins=_ANSWER_BINS,
         histogram=histogram,
         mean=_mean,
@@ -72,7 +66,7 @@ def write_report(output: str, manifest: Mapping[str, Any] | None = None) -> None
 
 
 def histogram(counts: Mapping[int, int], starts: Sequence[int] | None = None) -> Tally:
-    """How many numbers fall into each bin, from the first filled bin to the last.
+    """Count how many numbers fall into each bin, from the first filled bin to the last.
 
     Args:
         starts: the numbers at which bins begin, ascending; the last bin is open-ended. None makes some twenty of one
@@ -88,7 +82,7 @@ def histogram(counts: Mapping[int, int], starts: Sequence[int] | None = None) ->
 
 
 def quantile(counts: Mapping[int, int], share: float) -> int:
-    """The least number that at least `share` of the counted ones do not exceed; 0 if nothing was counted."""
+    """Find the least number that at least `share` of the counted ones do not exceed; 0 if nothing was counted."""
     remaining = share * sum(counts.values())
     for number in sorted(counts):
         remaining -= counts[number]
@@ -113,17 +107,12 @@ def _bin_label(starts: Sequence[int], place: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
 
 
-def _by_number(counts: Mapping[Any, int]) -> dict[int, int]:
-    """Counts by number; in a manifest that was read from its file, numbers are texts."""
-    return {int(number): count for number, count in counts.items()}
-
-
 def _elapsed(manifest: Mapping[str, Any]) -> str:
     return str(datetime.fromisoformat(manifest["finished"]) - datetime.fromisoformat(manifest["started"]))
 
 
 def _reject_examples(head: bytes) -> dict[str, list[dict[str, str]]]:
-    """The first few rejects of each reason; the last line of `head` may be cut off."""
+    """Pick the first few rejects of each reason; the last line of `head` may be cut off."""
     examples: dict[str, list[dict[str, str]]] = {}
     for line in head[: head.rfind(b"\n") + 1].splitlines():
         reject = json.loads(line)
@@ -133,29 +122,23 @@ def _reject_examples(head: bytes) -> dict[str, list[dict[str, str]]]:
     return examples
 
 
-def _read_sample(output: str, names: Sequence[str]) -> tuple[list[tuple[str, str]], list[Sample]]:
-    """What the files say of the segmenters and templates behind them, and rows, evenly out of a few shards.
+def _read_samples(output: str, names: Sequence[str]) -> list[Sample]:
+    """Read rows, evenly out of a few shards.
 
-    A shard is in the order of a hash, so that the first row group is as good a sample of it as any.
+    A shard is in the order of a hash, so that its first row group is as good a sample as any.
     """
     chosen = [names[place] for place in _evenly(len(names), _SAMPLE_SHARDS)]
-    facts: set[tuple[str, str]] = set()
     samples = []
     for name in chosen:
-        with open_read(join(output, name)) as file:
-            parquet = pq.ParquetFile(file)
-            # What was added when the file was closed is not in its Arrow schema.
-            of_file = file_facts(parquet.metadata.metadata)
-            facts.update(("segmenter", segmenter) for segmenter in of_file.get("segmenters", ()))
-            facts.add(("templates, sha256", of_file["templates_sha256"]))
-            rows = parquet.read_row_group(0)
-            for place in _evenly(rows.num_rows, -(-_SAMPLE_ROWS // len(chosen))):
-                row = CrayonRow.from_record(rows.slice(place, 1).to_pylist()[0])
-                samples.append(make_sample(f"{name}, row {place}", row))
-    return sorted(facts), samples
+        with open_random(join(output, name)) as file:
+            rows = pq.ParquetFile(file).read_row_group(0)
+        for place in _evenly(rows.num_rows, -(-_SAMPLE_ROWS // len(chosen))):
+            row = CrayonRow.from_record(rows.slice(place, 1).to_pylist()[0])
+            samples.append(make_sample(f"{name}, row {place}", row))
+    return samples
 
 
 def _evenly(count: int, wanted: int) -> list[int]:
-    """At most `wanted` positions out of `count`, evenly spaced."""
+    """Choose at most `wanted` positions out of `count`, evenly spaced."""
     wanted = min(count, wanted)
     return [place * count // wanted for place in range(wanted)]

@@ -24,8 +24,8 @@ _THUMBNAIL_SIDE_PX = 512
 class ShownSegment(NamedTuple):
     """A segment with its position in the row, its crayon colour, and the colour of text upon that.
 
-    `anchor_xy`, where its label stands on the map, is a pixel of the segment near its centre, as fractions of the
-    image; None if the map does not show it.
+    `anchor_xy` is where its label stands on the map: a pixel of the segment near its centre, as fractions of the image;
+    None if the map does not show it.
     """
 
     position: int
@@ -36,14 +36,14 @@ class ShownSegment(NamedTuple):
 
 
 class ShownInstruction(NamedTuple):
-    """An instruction with the positions, in the list of segments, of those that it rests on."""
+    """An instruction, and the positions in the list of segments of those that it rests on."""
 
     instruction: Instruction
     rests_on: list[int]
 
 
 class Sample(NamedTuple):
-    """A row and where it lies. A picture that cannot be shown is None, and its fault says why."""
+    """A row and where it lies. A picture that cannot be shown is None; then its fault says why."""
 
     place: str
     row: CrayonRow
@@ -59,7 +59,7 @@ class Sample(NamedTuple):
 
 
 def make_sample(place: str, row: CrayonRow) -> Sample:
-    """What the report shows of a row, bounded whatever the row holds."""
+    """Make what the report shows of a row; its size is bounded whatever the row holds."""
     segments = row.segments[:_MAX_SEGMENTS]
     image, image_fault = _image(row)
     crayon_map, map_fault = None, ""
@@ -109,7 +109,7 @@ def _by_task(
 
 
 def _anchors_xy(index_map: np.ndarray) -> dict[int, tuple[float, float]]:
-    """Of each value in a map, the pixel that is nearest to the mean of its pixels, as fractions of the map's sides."""
+    """Find for each value in a map the pixel nearest to the mean of its pixels, as fractions of the map's sides."""
     height, width = index_map.shape
     values = index_map.ravel()
     y, x = np.divmod(np.arange(values.size), width)
@@ -138,5 +138,5 @@ def _data_uri(image: Image.Image, encoding: str, **options: Any) -> str:
 
 
 def css_color(color_rgb: tuple[int, int, int]) -> str:
-    """An RGB colour as `#rrggbb`."""
+    """Write an RGB colour as `#rrggbb`."""
     return "#{:02x}{:02x}{:02x}".format(*color_rgb)

@@ -1,6 +1,7 @@
 """Beam's own options: what our flags leave of the command line, and what a runner cannot do with them."""
 
 import argparse
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -15,24 +16,31 @@ from apache_beam.options.pipeline_options import (
 from apache_beam.options.pipeline_options_validator import PipelineOptionsValidator
 from apache_beam.runners import create_runner
 
-from collavo.cli import Parser
+from collavo.cli import Parser, naming, unknown_flag
 from collavo.errors import UserError
-from collavo.storage import has_file_system, is_local
+from collavo.storage import check_reachable, is_local
+
+# Beam warns that Google's client libraries are missing, which only a job on Google Cloud needs, and of an incomplete
+# command line for such a job that it made no bucket, before the line that says what is missing.
+logging.getLogger("apache_beam.options.pipeline_options").setLevel(logging.ERROR)
 
 
-def parse_beam_options(prog: str, rest: Sequence[str]) -> PipelineOptions:
-    """The options, with the runner that is meant where none is named.
+def parse_beam_options(rest: Sequence[str], own: Parser) -> PipelineOptions:
+    """Parse Beam's options; where no runner is named, the local one is meant.
+
+    Args:
+        own: the parser of the build's flags, to name the nearest one where a flag is unknown.
 
     Raises:
         UserError: for what Beam does not know, and for what the runner itself finds missing.
     """
-    parser = Parser(prog=prog, add_help=False)
+    parser = Parser(prog=own.prog, add_help=False)
     for options_class in PipelineOptions.__subclasses__():
         with suppress(argparse.ArgumentError):  # a few options are declared by two of Beam's classes
             options_class._add_argparse_args(parser)  # type: ignore[arg-type]
     _, unknown = parser.parse_known_args(list(rest))
     if unknown:
-        raise UserError(f"unknown flag {unknown[0]}; --help lists the build's own, the rest must be one of Beam's")
+        raise UserError(unknown_flag(unknown[0], [*own._option_string_actions, *parser._option_string_actions]))
     options = PipelineOptions(list(rest))
     standard = options.view_as(StandardOptions)
     standard.runner = standard.runner or "DirectRunner"
@@ -46,16 +54,14 @@ def parse_beam_options(prog: str, rest: Sequence[str]) -> PipelineOptions:
 
 
 def check_file_systems(options: PipelineOptions, paths: Sequence[tuple[str, str]]) -> None:
-    """Refuse paths that Beam has no file system for, or that the runner's workers cannot see.
+    """Refuse paths that no file system is installed for, or that the runner's workers cannot see.
 
     Args:
         paths: flag and path, for every path on the command line.
     """
     for flag, path in paths:
-        if not has_file_system(path):
-            raise UserError(
-                f"--{flag} {path}: Beam has no file system for it here; collavo[dataflow] brings that of Google Cloud"
-            )
+        with naming(flag):
+            check_reachable(path)
         if is_local(path) and _is_dataflow(options):
             raise UserError(f"--{flag} {path}: Dataflow's workers see no local disk; a gs:// path would work")
 

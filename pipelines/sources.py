@@ -2,11 +2,11 @@
 
 import posixpath
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from posixpath import join
 from typing import Final, Literal, NamedTuple, TypeVar
 
-import apache_beam as beam
-import pyarrow as pa
 import pyarrow.parquet as pq
 from apache_beam.pvalue import TaggedOutput
 
@@ -15,20 +15,20 @@ from collavo.errors import Rejected, UserError
 from collavo.sources.coco_panoptic import AnnotatedImage, stream_annotated_images
 from collavo.sources.image_paths import checked_relative, is_utf8
 from collavo.sources.llava import LlavaEntry, stream_entries
-from collavo.storage import canonical, is_folder, join, list_files, open_read
+from collavo.storage import FAULTS, canonical, is_folder, list_files, open_random, open_read
 from pipelines.records import Draft, Input, Mention, Reject
 from schemas.crayon_row import CrayonRow, file_facts
 
 Entry = TypeVar("Entry")
 
-REJECTS: Final = "rejects"
+REJECT_TAG: Final = "rejected"
 """Tag of the reject lines that a step emits beside its output."""
 
-RejectOutput = TaggedOutput[Literal["rejects"], Reject]
+RejectOutput = TaggedOutput[Literal["rejected"], Reject]
 
 
 def reject_output(reject: Reject) -> RejectOutput:
-    return TaggedOutput(REJECTS, reject)
+    return TaggedOutput(REJECT_TAG, reject)
 
 
 class CocoSource(NamedTuple):
@@ -70,60 +70,49 @@ class Sources:
         return names == {"scenes"} and not self.images
 
 
-class ReadCoco(beam.DoFn):
-    """A COCO panoptic file, streamed into mentions."""
-
-    def process(self, source: CocoSource) -> Iterator[Mention | RejectOutput]:
-        try:
-            with open_read(source.json_uri) as file:
-                for entry in stream_annotated_images(file):
-                    yield _mention_or_reject(source.name, entry, lambda image: _coco_mention(source, image))
-        except (UserError, OSError) as error:
-            raise UserError(f"--coco_panoptic {source.json_uri}: {error}") from error
+def read_coco(source: CocoSource) -> Iterator[Mention | RejectOutput]:
+    """Stream a COCO panoptic file into mentions."""
+    with _naming("coco_panoptic", source.json_uri), open_read(source.json_uri) as file:
+        for entry in stream_annotated_images(file):
+            yield _mention_or_reject(source.name, entry, lambda image: _coco_mention(source, image))
 
 
-class ReadLlava(beam.DoFn):
-    """A LLaVA file, streamed into mentions."""
-
-    def process(self, source: LlavaSource) -> Iterator[Mention | RejectOutput]:
-        try:
-            with open_read(source.json_uri) as file:
-                for entry in stream_entries(file):
-                    yield _mention_or_reject(source.name, entry, lambda dialogue: _llava_mention(source, dialogue))
-        except (UserError, OSError) as error:
-            raise UserError(f"--llava_json {source.json_uri}: {error}") from error
+def read_llava(source: LlavaSource) -> Iterator[Mention | RejectOutput]:
+    """Stream a LLaVA file into mentions."""
+    with _naming("llava_json", source.json_uri), open_read(source.json_uri) as file:
+        for entry in stream_entries(file):
+            yield _mention_or_reject(source.name, entry, lambda dialogue: _llava_mention(source, dialogue))
 
 
-class ReadImageList(beam.DoFn):
-    """A glob, folder or list file, turned into mentions of images."""
+def read_images(source: ImagesSource) -> Iterator[Mention | RejectOutput]:
+    """Turn a glob, folder or list file into mentions of images."""
+    root = source.image_root if _is_list(source.pattern) else _fixed_part(source.pattern)
+    with _naming("images", source.pattern):
+        paths = _listed_paths(source.pattern)
+    for path in paths:
+        yield _mention_or_reject("folder", path, lambda path: _file_mention(source, root, path))
 
-    def process(self, source: ImagesSource) -> Iterator[Mention | RejectOutput]:
-        for path in _listed_paths(source):
-            yield _mention_or_reject("folder", path, lambda path: _file_mention(source, path))
+
+def read_crayon_rows(uri: str, keep_image_bytes: bool) -> Iterator[Draft]:
+    """Read finished rows back as drafts, for new instructions; their old ones are left behind."""
+    with _naming("from_crayon", uri), open_random(uri) as file:
+        parquet = pq.ParquetFile(file)
+        check_schema(parquet.schema_arrow, uri)
+        segmenters = tuple(file_facts(parquet.metadata.metadata).get("segmenters", ()))
+        for batch in parquet.iter_batches(batch_size=50):
+            for record in batch.to_pylist():
+                row = CrayonRow.from_record({**record, "instructions": ()})
+                row = row if keep_image_bytes else replace(row, image_bytes=None)
+                yield Draft(row, uri, (Input("crayon", row.image_id),), segmenters, {})
 
 
-class ReadCrayonRows(beam.DoFn):
-    """Finished rows read back as drafts, for new instructions; their old ones are left behind."""
-
-    def __init__(self, keep_image_bytes: bool) -> None:
-        self._keep_image_bytes = keep_image_bytes
-
-    def process(self, uri: str) -> Iterator[Draft]:
-        try:
-            with open_read(uri) as file:
-                parquet = pq.ParquetFile(file)
-                check_schema(parquet.schema_arrow, uri)
-                segmenters = tuple(file_facts(parquet.metadata.metadata).get("segmenters", ()))
-                for batch in parquet.iter_batches(batch_size=50):
-                    for record in batch.to_pylist():
-                        yield self._draft(CrayonRow.from_record({**record, "instructions": ()}), segmenters, uri)
-        except (UserError, OSError, pa.ArrowException) as error:
-            raise UserError(f"--from_crayon {uri}: {error}") from error
-
-    def _draft(self, row: CrayonRow, segmenters: tuple[str, ...], uri: str) -> Draft:
-        if not self._keep_image_bytes:
-            row = replace(row, image_bytes=None)
-        return Draft(row, uri, (Input("crayon", row.image_id),), segmenters, {})
+@contextmanager
+def _naming(flag: str, uri: str) -> Iterator[None]:
+    """Say which flag named a source that cannot be read."""
+    try:
+        yield
+    except (UserError, *FAULTS) as error:
+        raise UserError(f"--{flag} {uri}: {str(error).removeprefix(f'{uri}: ')}") from error
 
 
 def _mention_or_reject(
@@ -152,12 +141,11 @@ def _llava_mention(source: LlavaSource, entry: LlavaEntry) -> Mention:
     return Mention(Input(source.name, entry.dialogue.id), path, uri, dialogue=entry.dialogue)
 
 
-def _file_mention(source: ImagesSource, path: str) -> Mention:
-    """A file below the fixed part of the pattern, or a line of a list file."""
+def _file_mention(source: ImagesSource, root: str, path: str) -> Mention:
+    """A file below `root`, or a line of a list file."""
     if not is_utf8(path) or "\0" in path:
         readable = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
         raise Rejected("bad_path", "the file's name is not UTF-8 text", readable)
-    root = source.image_root if _is_list(source.pattern) else _fixed_part(source.pattern)
     if _is_list(source.pattern) and not _is_absolute(path):
         relative = _inside(path, path)
         return Mention(Input("folder", path), relative, canonical(join(root, relative)))
@@ -172,16 +160,13 @@ def _inside(entry_id: str, path: str) -> str:
         raise Rejected(error.reason, str(error), entry_id) from error
 
 
-def _listed_paths(source: ImagesSource) -> list[str]:
-    try:
-        if _is_list(source.pattern):
-            with open_read(source.pattern) as file:
-                return [path for line in file if (path := line.decode(errors="surrogateescape").strip())]
-        if paths := list_files(source.pattern):
-            return paths
-    except OSError as error:
-        raise UserError(f"--images {source.pattern}: {error}") from error
-    raise UserError(f"--images {source.pattern}: names no file; a folder, a glob in quotes, or a .txt list would work")
+def _listed_paths(pattern: str) -> list[str]:
+    if _is_list(pattern):
+        with open_read(pattern) as file:
+            return [path for line in file if (path := line.decode(errors="surrogateescape").strip())]
+    if paths := list_files(pattern):
+        return paths
+    raise UserError("names no file; a folder, a glob in quotes, or a .txt list would work")
 
 
 def _is_list(pattern: str) -> bool:

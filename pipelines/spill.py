@@ -1,26 +1,30 @@
 """What waits on disk between two steps: mentions until those of an image meet, drafts until their shard is written.
 
 A local runner keeps in memory whole, several times over, what is sent through its shuffle. So each bundle appends to a
-file of its own in the staging folder, and only places are shuffled: of blocks of mentions, by partitions of the images,
+file of its own in the work folder, and only places are shuffled: of blocks of mentions, by partitions of the images,
 and of drafts, which their shard reads in an order of its own. A retried bundle writes another file; what the failed one
 wrote is referred to by nobody.
 """
 
+import io
 import pickle
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import groupby
+from posixpath import join
 from typing import Any, BinaryIO, NamedTuple
 
 from collavo.instructions.write import present_thing_labels
-from collavo.storage import join, open_read, open_write
+from collavo.storage import is_local, open_random, open_write
 from pipelines.merge import image_key
-from pipelines.records import Batch, Draft, Mention, packed
+from pipelines.records import Draft, Mention, Packed, packed
 
 _MAX_OPEN_FILES = 64
 """A cluster's shard draws on a file of every bundle, thousands perhaps, and each holds a buffer while it is open."""
 
+_SMALL_FILE_BYTES = 32 << 20
 _MENTIONS_PER_WRITE = 4096
 _DRAFTS_PER_BATCH = 500
 
@@ -36,8 +40,8 @@ class Block(NamedTuple):
 class _SpillFile:
     """One new file, to which whatever can be pickled is appended; what was, may be read only after `close`."""
 
-    def __init__(self, staging: str, kind: str) -> None:
-        self._uri = join(staging, f"{kind}/{uuid.uuid4().hex}.pickle")
+    def __init__(self, work: str, kind: str) -> None:
+        self._uri = join(work, f"{kind}/{uuid.uuid4().hex}.pickle")
         self._file: BinaryIO = open_write(self._uri)
         self._offset = 0
 
@@ -52,11 +56,25 @@ class _SpillFile:
         self._file.close()
 
 
+def _open(uri: str) -> BinaryIO:
+    """A spilled file to read here and there; from a store, a small one is fetched once and not in a hundred pieces."""
+    data = None if is_local(uri) else _small_file(uri)
+    return open_random(uri) if data is None else io.BytesIO(data)
+
+
+@lru_cache(maxsize=4)
+def _small_file(uri: str) -> bytes | None:
+    with open_random(uri) as file:
+        size = file.seek(0, io.SEEK_END)
+        file.seek(0)
+        return file.read() if size <= _SMALL_FILE_BYTES else None
+
+
 class MentionSpillWriter:
     """Writes mentions to one new file, those of a partition together; their places may be told only after `close`."""
 
-    def __init__(self, staging: str) -> None:
-        self._file = _SpillFile(staging, "mentions")
+    def __init__(self, work: str) -> None:
+        self._file = _SpillFile(work, "mentions")
         self._waiting: dict[int, list[Mention]] = defaultdict(list)
         self._waiting_count = 0
         self._blocks: list[tuple[int, Block]] = []
@@ -84,7 +102,7 @@ def read_mentions(blocks: Iterable[Block]) -> list[list[Mention]]:
     """The mentions of a partition, those of each image together."""
     by_image: dict[bytes, list[Mention]] = defaultdict(list)
     for uri, of_file in groupby(sorted(blocks), key=lambda block: block.uri):
-        with open_read(uri) as file:
+        with _open(uri) as file:
             for block in of_file:
                 file.seek(block.offset)
                 for mention in pickle.loads(file.read(block.length)):
@@ -106,10 +124,10 @@ class SpilledDraft(NamedTuple):
 class SpillWriter:
     """Appends drafts to one new file; their places may be told only after `close`."""
 
-    def __init__(self, staging: str) -> None:
-        self._file = _SpillFile(staging, "drafts")
+    def __init__(self, work: str) -> None:
+        self._file = _SpillFile(work, "drafts")
         self._spilled: list[SpilledDraft] = []
-        self._batches: list[Batch] = []
+        self._batches: list[Packed] = []
 
     def append(self, draft: Draft) -> None:
         present = tuple(present_thing_labels(draft.row.segments))
@@ -117,7 +135,7 @@ class SpillWriter:
         if len(self._spilled) == _DRAFTS_PER_BATCH:
             self._pack()
 
-    def close(self) -> list[Batch]:
+    def close(self) -> list[Packed]:
         """The places, in batches."""
         self._pack()
         self._file.close()
@@ -137,7 +155,7 @@ def read_drafts(spilled: list[SpilledDraft]) -> Iterator[Draft]:
             if uri not in files:
                 if len(files) == _MAX_OPEN_FILES:
                     files.pop(next(iter(files))).close()
-                files[uri] = open_read(uri)
+                files[uri] = _open(uri)
             file = files[uri]
             file.seek(offset)
             # Our own file of this very run, in a folder that only its workers write to.

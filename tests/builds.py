@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 
 from collavo.dataset import read_rows
 from pipelines.command import main
+from pipelines.options import parse_flags
+from pipelines.plan import Plan, make_plan
 from schemas.categories import CATEGORIES
 from schemas.crayon_row import CrayonRow
 
@@ -57,14 +60,34 @@ class DataSet(NamedTuple):
         return [(file["name"], file["sha256"]) for file in self.manifest["files"]]
 
 
+def planned(*words: object) -> Plan:
+    """What a command line asks for."""
+    return make_plan(*parse_flags([*map(str, words)]))
+
+
+def status_of(*words: object) -> int:
+    """The exit status of the command, run in this process."""
+    try:
+        return main([*map(str, words)])
+    except SystemExit as end:  # argparse's way to refuse
+        assert isinstance(end.code, int)
+        return end.code
+
+
 def build(output: Path, *arguments: object) -> DataSet:
     """Run the command in this process; it must succeed."""
     assert main([*map(str, arguments), "--output", str(output)]) == 0
     return DataSet(output)
 
 
-def start(*arguments: object) -> "subprocess.Popen[str]":
-    """Start the command as a user does."""
+def start(*arguments: object, before: Callable[[], None] = lambda: None) -> "subprocess.Popen[str]":
+    """Start the command as a user does, in a process group of its own; `before` is called in the new process."""
+
+    def prepare() -> None:
+        # A shell started tests in the background with SIGINT ignored, and so would be what they start.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        before()
+
     return subprocess.Popen(
         [sys.executable, "pipelines/build_crayon.py", *map(str, arguments)],
         cwd=REPOSITORY,
@@ -72,8 +95,8 @@ def start(*arguments: object) -> "subprocess.Popen[str]":
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Tests that a shell started in the background ignore SIGINT, and so would what they start.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        start_new_session=True,
+        preexec_fn=prepare,
     )
 
 

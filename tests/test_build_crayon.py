@@ -68,7 +68,7 @@ def test_one_command_draws_scenes_and_makes_a_data_set_of_them(tmp_path, capsys,
     assert all(row.sources == ("scenes",) and row.conversations for row in data.rows.values())
     report = (tmp_path / "out" / "report.html").read_text()
     assert "scene-0000" in report and "<img" in report
-    assert not list((tmp_path / "out").glob(".staging*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not list((tmp_path / "out").glob(".*"))
     shown = capsys.readouterr().out
     assert "12" in shown and "report.html" in shown and "crayon-*.parquet" in shown
 

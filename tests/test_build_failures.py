@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from builds import PICTURE, CocoFolder, DataSet, build, scene_sources, start
 
 from collavo.scenes import write_scenes
+from pipelines import launch
 from pipelines.command import main
 
 
@@ -28,6 +30,9 @@ def spoilt(tmp_path_factory) -> list[object]:
     for i in range(10):
         coco.add(f"{i}.jpg", b"no" if i < 3 else PICTURE)
     return [*coco.flags(), "--segmenter", "annotations"]
+
+
+WORK = ".out.unfinished/.work-*"
 
 
 def fails(capfd, *arguments: object) -> str:
@@ -74,17 +79,16 @@ def test_a_job_without_a_single_row_fails(tmp_path, capfd):
 
 def test_data_are_replaced_when_asked_and_not_otherwise(scenes, spoilt, tmp_path, capfd):
     first = build(tmp_path / "out", *scene_sources(scenes), "--num_shards", 3)
-    (first.folder / "notes.txt").write_text("mine")
     before = listing(first.folder)
-    with pytest.raises(SystemExit) as refusal:
-        main([*map(str, spoilt), "--output", str(first.folder)])
-    assert refusal.value.code == 2
-    assert "--overwrite" in capfd.readouterr().err
+    assert "--overwrite would replace it" in fails(capfd, *spoilt, "--output", first.folder)
+    (first.folder / "notes.txt").write_text("mine")
+    assert "holds notes.txt" in fails(capfd, *spoilt, "--output", first.folder, "--overwrite")
+    (first.folder / "notes.txt").unlink()
     assert listing(first.folder) == before
     second = build(first.folder, *spoilt, "--overwrite")
     assert len(second.rows) == 7
     assert sorted(listing(second.folder)) == [
-        *("crayon-00000-of-00001.parquet", "manifest.json", "notes.txt", "rejects.jsonl", "report.html"),
+        *("crayon-00000-of-00001.parquet", "manifest.json", "rejects.jsonl", "report.html"),
     ]
 
 
@@ -111,7 +115,7 @@ def test_a_source_that_cannot_be_read_ends_the_job_in_one_line(scenes, tmp_path,
     sources = [*coco, *good[8:]] if flag == "--coco_panoptic" else [*good[:4], flag, broken, *good[6:]]
     line = fails(capfd, *sources, "--output", tmp_path / "out", "--direct_running_mode", mode)
     assert f"error: {flag} {broken}: {expected}" in line
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_that_cannot_be_had_is_a_wrong_flag_and_shows_no_bars(tmp_path, capfd):
@@ -133,7 +137,7 @@ def test_other_parquet_is_not_taken_for_crayon_rows(tmp_path, capfd):
 def test_an_output_that_cannot_be_made_is_said_in_one_line(scenes, tmp_path, capfd):
     (tmp_path / "file").touch()
     line = fails(capfd, *scene_sources(scenes), "--output", tmp_path / "file" / "out")
-    assert f"--output {tmp_path / 'file' / 'out'}: Not a directory" in line
+    assert f"--output: {tmp_path / 'file' / 'out'}: Not a directory" in line
 
 
 def wait_until(reached, process) -> None:
@@ -159,67 +163,84 @@ def long_build(tmp_path_factory) -> list[object]:
     return ["--coco_panoptic", folder / "panoptic.json", "--coco_images", folder / "images"]
 
 
-@pytest.mark.parametrize("when", ["segmented", "written"])
-def test_a_killed_run_leaves_nothing_that_looks_whole_and_the_next_clears_it_away(long_build, tmp_path, when):
+def test_a_killed_run_leaves_nothing_that_looks_whole_and_the_next_clears_it_away(long_build, tmp_path):
     output = tmp_path / "out"
     process = start(*long_build, "--output", output, "--num_shards", 2)
 
     def busy() -> bool:
-        return any(file.stat().st_size > 20 for file in output.glob(f".staging-*/progress/{when}/*"))
+        return any(file.stat().st_size > 20 for file in tmp_path.glob(f"{WORK}/progress/written/*"))
 
     wait_until(busy, process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    left = list(output.iterdir())
-    assert len(left) == 1 and left[0].name.startswith(".staging-")
+    assert [path.name for path in tmp_path.iterdir()] == [".out.unfinished"]
 
     data = build(output, *long_build)
     assert len(data.rows) == 600
-    assert not list(output.glob(".*"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not list(output.glob(".*"))
 
 
 def test_a_killed_replacement_does_not_touch_the_old_data_before_it_has_new_ones(scenes, long_build, tmp_path):
     old = build(tmp_path / "out", *scene_sources(scenes))
     before = listing(old.folder)
     process = start(*long_build, "--output", old.folder, "--overwrite")
-    wait_until(lambda: list(old.folder.glob(".staging-*/drafts/*")), process)
+    wait_until(lambda: list(tmp_path.glob(f"{WORK}/drafts/*")), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    (staging,) = old.folder.glob(".staging-*")
-    assert {path.name: path.read_bytes() for path in old.folder.iterdir() if path != staging} == before
+    assert listing(old.folder) == before
     assert DataSet(old.folder).manifest["rows"] == 10
 
 
-def test_a_second_build_into_the_same_folder_is_refused_while_the_first_runs(long_build, tmp_path, capfd):
+@pytest.mark.parametrize("mode", ["in_memory", "multi_processing"])
+def test_an_interrupted_run_says_so_in_one_line_and_cleans_up(long_build, tmp_path, mode):
     output = tmp_path / "out"
-    first = start(*long_build, "--output", output)
-    wait_until(lambda: list(output.glob(".staging-*/drafts/*")), first)
-    line = fails(capfd, *long_build, "--output", output)
-    assert f"--output {output}: another build is writing there" in line
-    stdout, stderr = first.communicate(timeout=60)
-    assert first.returncode == 0 and stderr == "" and "600" in stdout
-    assert len(DataSet(output).rows) == 600
-
-
-def test_an_interrupted_run_says_so_in_one_line_and_cleans_up(long_build, tmp_path):
-    output = tmp_path / "out"
-    process = start(*long_build, "--output", output)
-    wait_until(lambda: list(output.glob(".staging-*/drafts/*")), process)
-    process.send_signal(signal.SIGINT)
+    process = start(*long_build, "--output", output, "--direct_running_mode", mode)
+    wait_until(lambda: list(tmp_path.glob(f"{WORK}/drafts/*")), process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
     assert stderr.splitlines() == ["build_crayon.py: interrupted"]
-    assert list(output.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_the_last_word_on_a_worker_that_died_is_what_to_do(long_build, tmp_path):
+def test_a_worker_that_died_is_said_in_one_line_with_what_to_do(long_build, tmp_path):
     output = tmp_path / "out"
     process = start(*long_build, "--output", output, "--direct_running_mode", "multi_processing")
-    wait_until(lambda: list(output.glob(".staging-*/drafts/*")), process)
+    wait_until(lambda: list(tmp_path.glob(f"{WORK}/drafts/*")), process)
     workers = [child for child in psutil.Process(process.pid).children(recursive=True) if "python" in child.name()]
     workers[0].kill()
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
-    line = stderr.splitlines()[-1]
+    (line,) = stderr.splitlines()
     assert "a worker process died" in line and "--direct_num_workers" in line
-    assert list(output.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_that_dies_at_its_start_ends_the_job_with_its_last_line(long_build, tmp_path, capfd, monkeypatch):
+    worker = tmp_path / "worker.py"
+    worker.write_text("raise SystemExit('no libraries here')")
+    monkeypatch.setattr(launch.local_worker, "__file__", str(worker))
+    monkeypatch.setattr(launch, "_GRACE_SECONDS", 0.1)
+    line = fails(capfd, *long_build, "--output", tmp_path / "out", "--direct_running_mode", "multi_processing")
+    assert "a worker process died; the last line of its log: no libraries here" in line
+
+
+def test_workers_do_not_import_what_lies_in_the_current_folder(scenes, tmp_path, monkeypatch):
+    (tmp_path / "pipelines").mkdir()
+    (tmp_path / "pipelines" / "__init__.py").write_text("raise RuntimeError('not ours')")
+    monkeypatch.chdir(tmp_path)
+    data = build(tmp_path / "out", *scene_sources(scenes), "--direct_running_mode", "multi_processing")
+    assert len(data.rows) == 10
+
+
+def test_a_full_disk_is_said_in_one_line_and_leaves_the_old_data_alone(scenes, long_build, tmp_path):
+    """Stood in for by a limit on the size of files."""
+    old = build(tmp_path / "out", *scene_sources(scenes))
+    before = listing(old.folder)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))  # noqa: E731
+    processes = ["--direct_running_mode", "multi_processing"]
+    process = start(*long_build, "--output", old.folder, "--overwrite", *processes, before=limit)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert stderr.splitlines() == [f"build_crayon.py: error: --output {old.folder}: File too large"]
+    assert listing(old.folder) == before and [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -13,15 +13,12 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.portability import common_urns
 from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.transforms.environments import DockerEnvironment
-from builds import PICTURE, REPOSITORY, CocoFolder
+from builds import PICTURE, REPOSITORY, CocoFolder, planned
 
 from collavo.instructions.choose import ClassStatistics
 from collavo.sources.coco_panoptic import Annotation
-from pipelines import graph as crayon_job
-from pipelines import sources
-from pipelines.graph import CombineStatistics, CrayonJob, build_graph
-from pipelines.model_segmentation import SegmenterHandler
-from pipelines.options import parse_command
+from pipelines.graph import CombineStatistics, build_graph, count_shards
+from pipelines.job import CrayonJob
 from pipelines.records import ImageTask, Input, Mention, packed, unpacked
 
 IMAGE = "registry/collavo:1"
@@ -47,8 +44,7 @@ def jobs(tmp_path) -> dict[str, CrayonJob]:
         "rows": ["--from_crayon", tmp_path / "rows.parquet"],
         "all": [*coco.flags(), "--llava_json", tmp_path / "l.json", "--image_root", tmp_path, "--images", tmp_path],
     }
-    flags = ["--output", str(tmp_path / "out")]
-    return {name: parse_command([*map(str, line), *flags]).job for name, line in lines.items()}
+    return {name: planned(*line, "--output", tmp_path / "out").job for name, line in lines.items()}
 
 
 KINDS = ["scenes", "model", "rows", "all"]
@@ -62,29 +58,6 @@ def test_a_job_travels(jobs, kind):
             assert copy.model.load.keywords == job.model.load.keywords
             copy = dataclasses.replace(copy, model=job.model)
         assert copy == job
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_step_travels(jobs, kind):
-    job = jobs[kind]
-    steps = [
-        *(sources.ReadCoco(), sources.ReadLlava(), sources.ReadImageList(), sources.ReadCrayonRows(True)),
-        *(crayon_job.SpillMentions("s"), crayon_job.MergeMentions(), crayon_job.ReadImages(job)),
-        crayon_job.SegmentByAnnotation(),
-        *(crayon_job.SpillDrafts(job), crayon_job.CombineStatistics(), crayon_job.CountShards("s", 1)),
-        crayon_job.WriteShards(job),
-    ]
-    own = [v for m in (crayon_job, sources) for v in vars(m).values() if isinstance(v, type)]
-    step_classes = {
-        c for c in own if issubclass(c, (beam.DoFn, beam.CombineFn)) and c.__module__.startswith("pipelines")
-    }
-    assert {type(step) for step in steps} == step_classes
-    if job.model:
-        model = job.model
-        steps.append(SegmenterHandler(model.load, model.batch_size, model.max_batch_pixels, model.model_copies))
-    for step in steps:
-        assert type(pickler.loads(pickler.dumps(step))) is type(step)
-        assert type(pickle.loads(pickle.dumps(step))) is type(step)
 
 
 def graph_of(job: CrayonJob) -> beam_runner_api_pb2.Pipeline:
@@ -168,9 +141,6 @@ def test_class_statistics_are_the_same_for_any_grouping():
 
 
 def test_the_number_of_shards_follows_the_images_unless_it_is_given(tmp_path):
-    def shards(images: int, given: int | None) -> int:
-        (count,) = crayon_job.CountShards(str(tmp_path), given).process(images)
-        return count
-
-    assert [shards(images, None) for images in (0, 1, 2999, 3001, 118_287)] == [1, 1, 1, 2, 59]
-    assert shards(10, 64) == 64
+    numbers = [count_shards(images, str(tmp_path), None) for images in (0, 1, 2999, 3001, 118_287)]
+    assert numbers == [1, 1, 1, 2, 59]
+    assert count_shards(10, str(tmp_path), 64) == 64

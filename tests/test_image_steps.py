@@ -10,7 +10,7 @@ from collavo.images import MAX_PIXELS, decode_rgb
 from collavo.panoptic.index_png import decode_index_map
 from collavo.panoptic.maps import build_panoptic_map
 from collavo.sources.coco_panoptic import Annotation
-from pipelines.image_steps import RejectError, draft_row, read_image, segment_by_annotation, split_of
+from pipelines.image_steps import draft_row, read_image, segment_by_annotation, split_of
 from pipelines.records import ImageTask, Input, LoadedImage, Mention, Reject, SegmentedImage
 from schemas.crayon_row import CrayonRow, Dialogue
 
@@ -46,10 +46,18 @@ def row_of(image: LoadedImage) -> CrayonRow:
     return draft_row(SegmentedImage(image, empty, "{}"), True, 0.05).row
 
 
-def rejects_of(step, *arguments, **options) -> list[Reject]:
-    with pytest.raises(RejectError) as refusal:
-        step(*arguments, **options)
-    return refusal.value.rejects
+def read_rejects(task: ImageTask, bound: int = MAX_PIXELS, with_rgb: bool = False) -> list[Reject]:
+    """The rejects of an image that cannot be used."""
+    image, rejects = read_image(task, bound, with_rgb)
+    assert image is None
+    return rejects
+
+
+def mask_reasons(image: LoadedImage) -> list[tuple[str, str, str]]:
+    """The rejects of an image whose annotation cannot be used."""
+    outcome = segment_by_annotation(image)
+    assert isinstance(outcome, list)
+    return [(reject.id, reject.stage, reject.reason) for reject in outcome]
 
 
 def test_an_image_is_read_as_it_is_with_pixels_only_where_they_are_wanted(tmp_path):
@@ -100,6 +108,14 @@ def test_of_two_files_with_one_id_the_first_is_kept_and_the_other_rejected(tmp_p
     assert [(r.id, r.stage, r.reason) for r in rejects] == [("folder:cat.png", "read", "duplicate_id")]
     assert "cat.jpg" in rejects[0].detail
 
+    (tmp_path / "cat.jpg").write_bytes(b"no picture")
+    both = read_rejects(ImageTask(mentions))
+    assert {(r.id, r.stage, r.reason) for r in both} == {
+        ("folder:cat.png", "read", "duplicate_id"),
+        ("folder:cat.jpg", "decode", "not_an_image"),
+        ("llava:cat.gif", "decode", "not_an_image"),
+    }
+
 
 @pytest.mark.parametrize(
     ("content", "stage", "reason"),
@@ -116,7 +132,7 @@ def test_an_unusable_image_rejects_all_that_name_it(tmp_path, content: bytes | N
         (tmp_path / "a.jpg").write_bytes(content)
     task = ImageTask((mention(tmp_path, "a.jpg"), mention(tmp_path, "a.jpg", "llava")))
     bound = 3599 if reason == "oversized_image" else MAX_PIXELS
-    rejects = rejects_of(read_image, task, bound, with_rgb)
+    rejects = read_rejects(task, bound, with_rgb)
     assert [(r.id, r.source, r.stage, r.reason) for r in rejects] == [
         ("folder:a.jpg", "folder", stage, reason),
         ("llava:a.jpg", "llava", stage, reason),
@@ -144,17 +160,15 @@ def test_an_annotation_becomes_segments(tmp_path):
 )
 def test_an_annotation_that_does_not_fit_rejects_the_image(tmp_path, segments, mask: bytes | None, reason: str):
     image = read(annotated(tmp_path, segments, mask))
-    assert [(r.id, r.stage, r.reason) for r in rejects_of(segment_by_annotation, image)] == [
-        ("coco:a.jpg", "segment", reason)
-    ]
+    assert mask_reasons(image) == [("coco:a.jpg", "segment", reason)]
 
 
 def test_a_missing_mask_and_a_missing_annotation_reject_the_image(tmp_path):
     task = annotated(tmp_path)
     (tmp_path / "a_mask.png").unlink()
-    assert rejects_of(segment_by_annotation, read(task))[0].reason == "missing_file"
+    assert mask_reasons(read(task)) == [("coco:a.jpg", "segment", "missing_file")]
     plain = ImageTask((mention(tmp_path, "a.jpg"),))
-    assert rejects_of(segment_by_annotation, read(plain))[0].reason == "no_annotation"
+    assert mask_reasons(read(plain)) == [("folder:a.jpg", "segment", "no_annotation")]
 
 
 @pytest.mark.parametrize("with_rgb", [False, True])
@@ -169,7 +183,7 @@ def test_a_turned_photo_is_annotated_in_its_upright_frame(tmp_path, with_rgb: bo
     row = draft_row(segment_by_annotation(image), True, 0).row
     assert (row.width, row.height) == (4, 3) and decode_index_map(row.panoptic_png).shape == (3, 4)
     lying_mask = annotated(tmp_path, mask=coco_png(np.rot90(IDS)))
-    assert rejects_of(segment_by_annotation, read(lying_mask))[0].reason == "mask_size_mismatch"
+    assert mask_reasons(read(lying_mask)) == [("coco:a.jpg", "segment", "mask_size_mismatch")]
 
 
 def test_a_draft_says_all_but_the_instructions(tmp_path):

@@ -2,9 +2,10 @@
 
 import pytest
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
+from builds import status_of
 
 from collavo.errors import UserError
-from pipelines.command import main
+from pipelines.options import build_parser
 from pipelines.runners import check_file_systems, check_workers, parse_beam_options
 
 CLOUD = ["--project=some-project", "--region=europe-west4", "--temp_location=gs://bucket/temp"]
@@ -15,7 +16,7 @@ ONE_PROCESS = "--experiments=no_use_multiple_sdk_containers"
 
 
 def parsed(*arguments: str) -> PipelineOptions:
-    return parse_beam_options("test", arguments)
+    return parse_beam_options(arguments, build_parser())
 
 
 def refusal(check, *arguments: object) -> str:
@@ -41,13 +42,11 @@ def test_the_local_runner_is_meant_where_none_is_named():
     ],
 )
 def test_options_that_beam_or_a_runner_refuses_are_refused_in_one_line(arguments, message):
-    assert message in refusal(parse_beam_options, "test", arguments)
+    assert message in refusal(parse_beam_options, arguments, build_parser())
 
 
 def test_a_bad_value_of_beams_is_refused_in_one_line(capsys):
-    with pytest.raises(SystemExit) as error:
-        main(["--direct_num_workers", "two"])
-    assert error.value.code == 2
+    assert status_of(*["--direct_num_workers", "two"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "build_crayon.py: error: argument --direct_num_workers: invalid int value: 'two'"
 
@@ -88,8 +87,6 @@ def test_dataflow_reads_no_local_disk():
 
 
 def test_sample_scenes_are_not_drawn_for_dataflow(capsys):
-    with pytest.raises(SystemExit) as error:
-        main([*DATAFLOW, IMAGE])
-    assert error.value.code == 2
+    assert status_of(*[*DATAFLOW, IMAGE]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--output out: Dataflow's workers see no local disk" in line

@@ -1,11 +1,23 @@
 import os
+import uuid
 from pathlib import Path
 
 import pytest
 
 from collavo import storage
-from collavo.errors import Rejected
-from collavo.storage import canonical, delete, exists, is_local, join, list_files, open_write, read_bytes, rename
+from collavo.errors import Rejected, UserError
+from collavo.storage import (
+    canonical,
+    check_reachable,
+    delete,
+    exists,
+    is_local,
+    list_files,
+    open_read,
+    open_write,
+    read_bytes,
+    rename,
+)
 
 
 @pytest.fixture
@@ -113,13 +125,11 @@ def test_a_linked_file_keeps_its_own_name(photos: Path):
     assert canonical("photos/other.jpg") == os.path.join(os.path.realpath(photos), "other.jpg")
 
 
-def test_object_stores_are_left_to_beam():
-    assert not is_local("gs://bucket/a.jpg") and is_local("/bucket/a.jpg") and is_local("a:b.jpg")
-    assert canonical("gs://bucket/../a.jpg") == "gs://bucket/../a.jpg"
-
-
-def test_paths_are_joined_on_local_disks():
-    assert join("/data/images/", "a/b.jpg") == "/data/images/a/b.jpg" == join("/data/images", "a/b.jpg")
+def test_a_file_uri_is_a_local_path(photos: Path):
+    uri = f"file://{photos}/%5B1%5D.jpg"
+    assert is_local(uri) and exists(uri) and read_bytes(uri) == b"photos/[1].jpg"
+    assert canonical(uri) == str(photos / "[1].jpg") == list_files(uri)[0]
+    assert is_local("/bucket/a.jpg") and is_local("a:b.jpg") and not is_local("gs://bucket/a.jpg")
 
 
 def test_a_finished_file_is_moved_once_and_a_repeated_move_is_no_fault(tmp_path):
@@ -136,3 +146,63 @@ def test_a_finished_file_is_moved_once_and_a_repeated_move_is_no_fault(tmp_path)
 def test_what_is_not_there_is_deleted_without_complaint(photos: Path):
     delete([str(photos / name) for name in ("sub", "b.jpg", "nothing", "[1].jpg")])
     assert list_files("photos") == ["photos/a.png"]
+
+
+# --- stores, by way of one in memory
+
+
+@pytest.fixture
+def store() -> str:
+    """A store of a few objects, one of them empty, one with a name that no URI could hold."""
+    root = f"memory://{uuid.uuid4().hex}"
+    for name in ("b.jpg", "a.png", "[1].jpg", "sub/c.jpg", "sub/deep/d.jpg", "sub/e#%41 ?.jpg", "other"):
+        with open_write(f"{root}/photos/{name}") as file:
+            file.write(name.encode() * (name != "other"))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("pattern", "files"),
+    [
+        ("photos/sub/", ["sub/c.jpg", "sub/deep/d.jpg", "sub/e#%41 ?.jpg"]),
+        ("photos/*.jpg", ["[1].jpg", "b.jpg"]),
+        ("photos/**/*.jpg", ["[1].jpg", "b.jpg", "sub/c.jpg", "sub/deep/d.jpg", "sub/e#%41 ?.jpg"]),
+        ("*/sub/*.jpg", ["sub/c.jpg", "sub/e#%41 ?.jpg"]),
+        ("photos/?.png", ["a.png"]),
+        ("photos/[1].jpg", ["[1].jpg"]),
+        ("photos/other", ["other"]),
+        ("photos/nothing", []),
+        ("nowhere/*", []),
+        ("nowhere/", []),
+    ],
+)
+def test_objects_are_listed_as_files_are(store: str, pattern: str, files: list[str]):
+    assert list_files(f"{store}/{pattern}") == [f"{store}/photos/{file}" for file in files]
+
+
+def test_objects_are_read_moved_and_deleted(store: str):
+    for uri in list_files(f"{store}/photos/"):
+        name = uri.removeprefix(f"{store}/photos/")
+        assert read_bytes(uri) == name.encode() * (name != "other")
+    for _ in range(2):
+        rename(f"{store}/photos/sub/c.jpg", f"{store}/c.jpg")
+    assert read_bytes(f"{store}/c.jpg") == b"sub/c.jpg"
+    delete([f"{store}/photos/sub", f"{store}/photos/other", f"{store}/nothing"])
+    assert list_files(f"{store}/") == [f"{store}/{name}" for name in ("c.jpg", *(f"photos/{n}" for n in _LEFT))]
+    with pytest.raises(Rejected) as refusal:
+        read_bytes(f"{store}/photos/other")
+    assert refusal.value.reason == "missing_file"
+    with open_read(f"{store}/photos/b.jpg") as file:
+        assert (file.read(1), file.seek(0), file.read()) == (b"b", 0, b"b.jpg")
+
+
+_LEFT = ("[1].jpg", "a.png", "b.jpg")
+
+
+@pytest.mark.parametrize(("uri", "fault"), [("nope://x/a", "Protocol not known: nope"), ("az://x/a", "adlfs")])
+def test_a_store_that_needs_something_installed_says_what(uri: str, fault: str):
+    with pytest.raises(UserError, match=fault) as refusal:
+        check_reachable(uri)
+    assert "\n" not in str(refusal.value)
+    with pytest.raises(Rejected, match=fault):
+        read_bytes(uri)

@@ -1,0 +1,28 @@
+"""The table of reasons names each reason that any step gives, and no other."""
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+from pipelines.records import REJECT_REASONS
+
+ROOT = Path(__file__).parents[1]
+NOT_IN_A_BUILD = ("collavo/model", "collavo/export_data.py", "collavo/dataset.py", "collavo/pictures.py")
+
+
+def reasons_in_the_code() -> dict[str, set[str]]:
+    """First arguments of `Rejected(...)`, and of reject lines, by the files that they stand in."""
+    found = defaultdict(set)
+    for path in [*(ROOT / "collavo").rglob("*.py"), *(ROOT / "pipelines").rglob("*.py")]:
+        name = str(path.relative_to(ROOT))
+        for node in ast.walk(ast.parse(path.read_text())) if not name.startswith(NOT_IN_A_BUILD) else ():
+            if isinstance(node, ast.Call):
+                called = getattr(node.func, "id", getattr(node.func, "attr", ""))
+                place = {"Rejected": 0, "reject": 1, "Reject": 3}.get(called)
+                if place is not None and len(node.args) > place and isinstance(node.args[place], ast.Constant):
+                    found[node.args[place].value].add(name)
+    return found
+
+
+def test_the_table_is_complete():
+    assert {reason for of_stage in REJECT_REASONS.values() for reason in of_stage} == set(reasons_in_the_code())
