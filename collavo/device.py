@@ -7,7 +7,7 @@ from collavo.errors import UserError
 
 
 def resolve_device(name: str) -> torch.device:
-    """Turn a `--device` value into a device that is there.
+    """Turn a device's name into a device that is there.
 
     Args:
         name: `auto` (CUDA where there is any, else the CPU), `cpu`, `cuda` or `cuda:N`.
@@ -21,13 +21,13 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cpu")
     kind, colon, number = name.partition(":")
     if kind != "cuda" or (colon and not number.isdecimal()):
-        raise UserError(f"--device {name}: not a device; use auto, cpu, cuda or cuda:N")
+        raise UserError(f"{name}: not a device; use auto, cpu, cuda or cuda:N")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(number or 0) >= count:
         built_for = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         raise UserError(
-            f"--device {name}: torch {torch.__version__} ({built_for}) finds {count} CUDA devices; use --device cpu, "
-            "or install a torch build that matches the driver"
+            f"{name}: torch {torch.__version__} ({built_for}) finds {count} CUDA devices; use cpu, or install a torch "
+            "build that matches the driver"
         )
     return torch.device("cuda", int(number or 0))
 
@@ -44,8 +44,8 @@ def move_to_device(model: nn.Module, device: torch.device) -> None:
         free, total = torch.cuda.mem_get_info(device)
         needed = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         raise UserError(
-            f"--device {device}: {needed / 1e9:.1f} GB of weights do not fit, {free / 1e9:.1f} of {total / 1e9:.1f} GB "
-            "are free; stop what else runs on the GPU, or use --device cpu"
+            f"{device}: {needed / 1e9:.1f} GB of weights do not fit, {free / 1e9:.1f} of {total / 1e9:.1f} GB "
+            "are free; stop what else runs on the GPU, or use cpu"
         ) from error
 
 

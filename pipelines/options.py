@@ -24,7 +24,7 @@ from collavo.errors import UserError
 from collavo.images import HARD_MAX_PIXELS, MAX_PIXELS
 from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, load_phrasebook
 from collavo.instructions.write import InstructionOptions
-from collavo.panoptic.thresholds import PRESETS
+from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.segmenters import SEGMENTERS, load_segmenter
 from collavo.storage import exists, is_local, join, list_files
 from pipelines.graph import CrayonJob, ModelConfig
@@ -178,7 +178,7 @@ def _add_segmentation_flags(group: argparse._ArgumentGroup) -> None:
         "NAME",
         "thresholds: default, scenes for networks trained on drawn scenes, or paper for the authors' call (default: "
         "scenes for the embedded network, else default)",
-        choices=tuple(PRESETS),
+        choices=tuple(THRESHOLD_PRESETS),
     )
     add(
         "segmenter_input_size",
@@ -415,7 +415,7 @@ def _model(flags: argparse.Namespace, sources: Sources) -> ModelConfig | None:
         if sources.scenes_only and flags.segmenter_checkpoint is None:
             options["checkpoint"] = SCENES
         options |= {"input_size": flags.segmenter_input_size, "batch_size": flags.batch_size}
-        options["thresholds"] = PRESETS[flags.segmenter_preset] if flags.segmenter_preset else None
+        options["thresholds"] = THRESHOLD_PRESETS[flags.segmenter_preset] if flags.segmenter_preset else None
     else:
         options["config"] = flags.segmenter_config
     options = {name: value for name, value in options.items() if value is not None}

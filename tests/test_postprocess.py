@@ -15,10 +15,10 @@ from collavo.errors import Rejected
 from collavo.panoptic import postprocess
 from collavo.panoptic.maps import PanopticMap
 from collavo.panoptic.postprocess import panoptic_from_logits
-from collavo.panoptic.thresholds import PRESETS, MaskThresholds
+from collavo.panoptic.thresholds import THRESHOLD_PRESETS, MaskThresholds
 from schemas.categories import CATEGORIES
 
-DEFAULT, PAPER = PRESETS["default"], PRESETS["paper"]
+DEFAULT, PAPER = THRESHOLD_PRESETS["default"], THRESHOLD_PRESETS["paper"]
 LENIENT = replace(DEFAULT, min_class_score=0.5, min_area=0)
 PERSON, SKY, GRASS = 0, 119, 125
 
@@ -207,11 +207,11 @@ def test_masks_are_sampled_where_torch_samples_them(size_hw):
 
 
 @settings(max_examples=30, deadline=None)
-@given(seed=st.integers(0, 10**6), sure=st.integers(1, 12), preset=st.sampled_from(sorted(PRESETS)))
+@given(seed=st.integers(0, 10**6), sure=st.integers(1, 12), preset=st.sampled_from(sorted(THRESHOLD_PRESETS)))
 def test_map_and_list_agree_and_stuff_is_one_segment_per_class(seed, sure, preset):
     class_logits, mask_logits = random_logits(seed, sure=sure, queries=sure, mask_hw=(16, 16))
     class_logits[: sure // 2, 92] = 30.0  # a stuff class several times over
-    ours = panoptic_from_logits(class_logits, mask_logits, (60, 50), PRESETS[preset])
+    ours = panoptic_from_logits(class_logits, mask_logits, (60, 50), THRESHOLD_PRESETS[preset])
     ids = [segment.id for segment in ours.segments]
     assert len(set(ids)) == len(ids)
     assert set(np.unique(segment_ids(ours)).tolist()) - {0} == set(ids)
@@ -270,7 +270,7 @@ def test_mask_probability_is_no_class_score_filter():
     assert labelled_areas(ours) == [(PERSON, 64)]
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", THRESHOLD_PRESETS)
 @pytest.mark.parametrize(
     "query",
     [
@@ -279,7 +279,7 @@ def test_mask_probability_is_no_class_score_filter():
     ],
 )
 def test_nothing_found_is_a_map_of_zeros_without_segments(preset, query):
-    ours = panoptic_from_logits(*logits_of(query), (10, 12), PRESETS[preset])
+    ours = panoptic_from_logits(*logits_of(query), (10, 12), THRESHOLD_PRESETS[preset])
     assert ours.segments == ()
     assert ours.index_map.dtype == np.uint8
     assert ours.index_map.shape == (10, 12)
@@ -321,10 +321,10 @@ def test_presets_can_be_listed_without_loading_torch():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", THRESHOLD_PRESETS)
 def test_gpu_and_cpu_draw_the_same_map(preset):
     logits = random_logits(1, sure=40, queries=100, mask_hw=(96, 96))
-    on_cpu = panoptic_from_logits(*logits, (480, 640), PRESETS[preset])
-    on_gpu = panoptic_from_logits(*(tensor.cuda() for tensor in logits), (480, 640), PRESETS[preset])
+    on_cpu = panoptic_from_logits(*logits, (480, 640), THRESHOLD_PRESETS[preset])
+    on_gpu = panoptic_from_logits(*(tensor.cuda() for tensor in logits), (480, 640), THRESHOLD_PRESETS[preset])
     assert [s.label for s in on_gpu.segments] == [s.label for s in on_cpu.segments]
     assert (on_gpu.index_map == on_cpu.index_map).mean() > 0.9999

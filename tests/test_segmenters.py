@@ -21,7 +21,7 @@ from transformers.models.mask2former.image_processing_pil_mask2former import Mas
 
 from collavo.errors import Rejected, UserError
 from collavo.panoptic.maps import PanopticMap
-from collavo.panoptic.thresholds import PRESETS
+from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.segmenters import SEGMENTERS, Segmenter, load_segmenter
 from collavo.segmenters.mask2former import Mask2FormerSegmenter, normalise, resize, without_backbone_warnings
 from pretraining.segmenter import segmenter_config
@@ -29,7 +29,7 @@ from schemas.categories import CATEGORIES
 
 COCO_NAMES = {category.label: category.name for category in CATEGORIES}
 INPUT_HW = (96, 128)
-THRESHOLDS = replace(PRESETS["default"], min_class_score=0.02, overlap=0.1, min_area=0)
+THRESHOLDS = replace(THRESHOLD_PRESETS["default"], min_class_score=0.02, overlap=0.1, min_area=0)
 
 
 def tiny_model(id2label: dict[int, str] = COCO_NAMES, width: int = 16) -> Mask2FormerForUniversalSegmentation:
@@ -125,7 +125,7 @@ def test_pixels_are_those_of_transformers_at_the_same_size():
 
 
 def test_paper_preset_repeats_what_transformers_makes_of_an_image(checkpoint, images):
-    paper = replace(PRESETS["paper"], min_class_score=0.02, mask_probability=0.02, overlap=0.1)
+    paper = replace(THRESHOLD_PRESETS["paper"], min_class_score=0.02, mask_probability=0.02, overlap=0.1)
     segmenter = Mask2FormerSegmenter(checkpoint, input_size=INPUT_HW, thresholds=paper, device="cpu")
     processor = Mask2FormerImageProcessorPil(size={"height": 96, "width": 128}, do_pad=False)
     model = Mask2FormerForUniversalSegmentation.from_pretrained(checkpoint).eval()
@@ -260,20 +260,20 @@ def test_missing_checkpoint_names_the_flag_and_what_would_work(tmp_path, monkeyp
     assert "there is no such folder" in refusal(tmp_path / "absent")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     message = refusal("facebook/mask2former-swin-large-coco-panoptic")
-    assert message.startswith("--segmenter_checkpoint facebook/mask2former-swin-large-coco-panoptic: ")
+    assert message.startswith("checkpoint facebook/mask2former-swin-large-coco-panoptic: ")
     assert "a folder that holds config.json and model.safetensors" in message
     assert "scenes, the embedded one, knows drawn scenes only" in message
 
 
 @pytest.mark.parametrize("input_size", [100, (96, 100), 0, (-32, 32)])
 def test_input_sizes_off_the_grid_are_refused(checkpoint, input_size):
-    assert "--segmenter_input_size" in refusal(checkpoint, input_size=input_size)
+    assert "input size" in refusal(checkpoint, input_size=input_size)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with CUDA has nothing to refuse")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_cuda_without_cuda_is_an_error_and_not_a_slow_run(checkpoint, device):
-    with pytest.raises(UserError, match=rf"--device {device}: .* finds 0 CUDA devices"):
+    with pytest.raises(UserError, match=rf"{device}: .* finds 0 CUDA devices"):
         Mask2FormerSegmenter(checkpoint, device=device)
 
 

@@ -36,7 +36,7 @@ class MaskThresholds:
             raise ValueError(f"min_area is {self.min_area} pixels, but must not be negative")
 
 
-PRESETS = {
+THRESHOLD_PRESETS = {
     # Scores and overlap with which Mask2Former's authors measured its published PQ on COCO. 16 pixels are two cells of
     # the mask logits (stride 4 of 768) in a 640 x 480 image.
     "default": MaskThresholds(min_class_score=0.8, mask_probability=0.5, overlap=0.8, min_area=16),
