@@ -17,5 +17,5 @@ def test_other_names_are_refused(name):
 
 
 def test_a_gpu_that_is_not_there_is_an_error():
-    with pytest.raises(UserError, match=rf"cuda:99: .* finds {torch.cuda.device_count()} CUDA devices"):
+    with pytest.raises(UserError, match=rf"^cuda:99: .* finds {torch.cuda.device_count()} CUDA devices"):
         resolve_device("cuda:99")

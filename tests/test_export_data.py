@@ -351,6 +351,7 @@ def test_a_failed_export_leaves_nothing_behind(to, tmp_path, capsys):
         (("--to", "llava", "--output", "{tmp}/out", "--what", "conversations"), "(without_entries 1)"),
         (("--to", "llava", "--output", "{tmp}/out", "--split", "validation"), "(of_another_split 1)"),
         (("--to", "jsonl", "--output", "{tmp}/out", "--what", "conversations"), "--what conversations: jsonl"),
+        (("--to", "trl", "--output", "/proc/out"), "/proc/out: "),
         (("--to", "csv", "--output", "{tmp}/out"), "'csv'"),
         (("--to", "trl", "--output", "{tmp}/data"), "--output: {tmp}/data: holds {tmp}/data/crayon-00000"),
         (("--to", "trl", "--output", "{tmp}/file"), "--output: {tmp}/file: not a folder"),

@@ -27,7 +27,7 @@ from transformers import (
 
 from collavo.errors import UserError
 from collavo.import_base.__main__ import main
-from collavo.import_base.assemble import assemble_from_llava, assemble_from_parts, resize_positions
+from collavo.import_base.assemble import assemble_from_llava, assemble_from_parts
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.processing import CollavoProcessor
 from collavo.panoptic.maps import PanopticMap
@@ -226,12 +226,6 @@ def test_positions_are_interpolated_as_transformers_does(clip: Path, llama: Path
     side = image_size // 14
     assert processor.grid_hw == model.config.grid_hw == (side, side)
     assert model.config.image_seq_length == side * side
-
-
-def test_positions_of_the_same_grid_are_left_alone() -> None:
-    positions = torch.randn(1 + 9, 4).half()
-    assert resize_positions(positions, (3, 3)) is positions
-    assert torch.equal(resize_positions(positions, (5, 5))[0], positions[0])
 
 
 def test_tokens_beyond_the_vocabulary_get_rows_that_are_never_chosen(clip: Path, tmp_path: Path) -> None:

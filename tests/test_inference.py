@@ -53,7 +53,7 @@ def test_answers_from_a_shared_beginning_equal_those_of_whole_prompts_alone(run,
 
 def test_answers_do_not_depend_on_the_company_they_are_given_in(answerer):
     together = answerer.answer(PICTURES, REQUESTS, 16)
-    assert answerer.answer(PICTURES, REQUESTS, 1) == together
+    assert answerer.answer(PICTURES, REQUESTS, 3) == together
     assert answerer.answer(PICTURES, REQUESTS[::-1], 5) == together[::-1]
 
 

@@ -1,11 +1,9 @@
 """The factory and the Mask2Former segmenter, on tiny random weights. `test_detectron2.py` has the other one."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
-import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +20,8 @@ from transformers.models.mask2former.image_processing_pil_mask2former import Mas
 from collavo.errors import Rejected, UserError
 from collavo.panoptic.maps import PanopticMap
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
-from collavo.segmenters import SEGMENTERS, Segmenter, load_segmenter
-from collavo.segmenters.mask2former import Mask2FormerSegmenter, normalise, resize, without_backbone_warnings
+from collavo.segmenters import Segmenter, load_segmenter
+from collavo.segmenters.mask2former import Mask2FormerSegmenter, normalise, resize
 from pretraining.segmenter import segmenter_config
 from schemas.categories import CATEGORIES
 
@@ -155,7 +153,13 @@ def embedded_architecture() -> Mask2FormerForUniversalSegmentation:
     return Mask2FormerForUniversalSegmentation(segmenter_config())
 
 
-@pytest.mark.parametrize("model", [partial(tiny_model, width=96), embedded_architecture], ids=["Swin", "ResNet"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(partial(tiny_model, width=96), id="Swin", marks=pytest.mark.slow),
+        pytest.param(embedded_architecture, id="ResNet"),
+    ],
+)
 def test_twice_the_threads_do_not_change_a_bit(tmp_path, model):
     """Wide enough for threads to split the sums of a layer; in a process of its own, where nothing used MKL before."""
     if not torch.backends.mkl.is_available():
@@ -176,17 +180,6 @@ assert all(torch.equal(a, b) for result in results for a, b in zip(result, resul
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "Backbone" not in run.stderr and "Warning" not in run.stderr
-
-
-def test_only_what_is_always_said_of_backbones_is_kept_off_the_terminal(caplog):
-    log = logging.getLogger("transformers.models.mask2former.configuration_mask2former")
-    with pytest.warns(UserWarning) as warned, without_backbone_warnings():  # the inner one has the last word
-        embedded_architecture()
-        log.error("Backbone resnet is not a supported model and may not be compatible with Mask2Former.")
-        log.error("The weights are older than this configuration.")
-        warnings.warn("You'd better sit down.", stacklevel=1)
-    assert [str(warning.message) for warning in warned] == ["You'd better sit down."]
-    assert not any("Backbone" in record.getMessage() for record in caplog.records)
 
 
 def test_a_checkpoint_may_tell_the_size_it_was_trained_at_and_be_stored_in_half_precision(tmp_path, images):
@@ -283,15 +276,6 @@ def test_overflow_is_an_error_and_not_an_image_without_objects(checkpoint, image
         segmenter._model.class_predictor.weight.fill_(float("inf"))
     with pytest.raises(Rejected, match="class logits are not finite"):
         segmenter.segment(images[:1])
-
-
-def test_factory_knows_both_segmenters_and_says_how_to_install_the_optional_one():
-    assert SEGMENTERS == ("mask2former", "detectron2")
-    try:
-        import detectron2  # noqa: F401
-    except ImportError:
-        with pytest.raises(UserError, match=r"install it with: pip install .*detectron2"):
-            load_segmenter("detectron2")
 
 
 @pytest.mark.gpu
