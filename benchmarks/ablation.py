@@ -42,9 +42,8 @@ from collavo.dataset import find_files, read_rows
 from collavo.evaluation.judge import box_iou
 from collavo.evaluation.questions import DIALOGUE, EVALUATED_TASKS, Question, questions_of
 from collavo.evaluation.scores import Answered, judged, summarise
-from collavo.inference import Request, load_answerer
+from collavo.inference import Request, load_answerer, picture_of_row
 from collavo.instructions.text import find_boxes, format_box, format_object
-from collavo.pictures import picture_of_row
 from collavo.runs import CARD
 from collavo.scenes import write_scenes
 from collavo.training.checkpoint import list_checkpoints

@@ -18,11 +18,10 @@ from itertools import islice
 
 import torch
 
-from collavo.dataset import find_files
+from collavo.dataset import find_files, read_rows
 from collavo.device import device_name, resolve_device
-from collavo.evaluation.questions import questions_of, rows_of_split
-from collavo.inference import Answerer, Request, load_answerer
-from collavo.pictures import Picture, picture_of_row
+from collavo.evaluation.questions import questions_of
+from collavo.inference import Answerer, Picture, Request, load_answerer, picture_of_row
 
 TASKS = ("class_to_binary", "box_to_class", "counting", "class_to_box")
 
@@ -43,7 +42,7 @@ def main() -> None:
 
     device = resolve_device(args.device)
     answerer = load_answerer(args.model, device)
-    rows = list(islice(rows_of_split(find_files(args.data), "validation"), args.images))
+    rows = list(islice(read_rows(find_files(args.data), "validation"), args.images))
     pictures = [picture_of_row(row, None) for row in rows]
     requests = [
         Request(number, question.turns, None, args.new_tokens)

@@ -25,7 +25,7 @@ from transformers.models.mask2former.image_processing_pil_mask2former import Mas
 
 from collavo.panoptic.maps import PanopticMap
 from collavo.panoptic.postprocess import panoptic_from_logits
-from collavo.panoptic.thresholds import PRESETS, MaskThresholds
+from collavo.panoptic.thresholds import THRESHOLD_PRESETS, MaskThresholds
 from schemas.categories import CATEGORIES
 
 SIZE_HW = (480, 640)
@@ -48,7 +48,7 @@ def main() -> None:
     print(f"{'preset':<9}{'threads':>8}{'transformers ms':>18}{'ours ms':>18}{'ratio':>7}{'equal pixels':>14}")
     for threads in args.threads:
         torch.set_num_threads(threads)
-        for preset, thresholds in PRESETS.items():
+        for preset, thresholds in THRESHOLD_PRESETS.items():
             agreement = statistics.mean(equal_pixels(logits, thresholds) for logits in images)
             if preset == "paper" and agreement < 1:
                 raise SystemExit(f"the maps differ: only {agreement:.6f} of the pixels are equal")

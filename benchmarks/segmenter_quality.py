@@ -31,7 +31,7 @@ from collavo.cli import size_wh
 from collavo.embedded import SCENES, find_embedded
 from collavo.images import decode_rgb
 from collavo.panoptic.maps import PanopticMap
-from collavo.panoptic.thresholds import PRESETS
+from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.segmenters import Segmenter, load_segmenter
 from schemas.categories import BY_CATEGORY_ID
 
@@ -55,7 +55,9 @@ def main() -> None:
         "--size", type=size_wh, default="320x240", help="of the scenes; the default is that of the build"
     )
     parser.add_argument("--seed", type=int, default=HELD_OUT_SEED, help="of the scenes")
-    parser.add_argument("--thresholds", choices=tuple(PRESETS), help="a preset (default: the checkpoint's own)")
+    parser.add_argument(
+        "--thresholds", choices=tuple(THRESHOLD_PRESETS), help="a preset (default: the checkpoint's own)"
+    )
     parser.add_argument("--device", default="auto")
     parser.add_argument("--write_card", action="store_true", help="keep the figures with the embedded model")
     parser.add_argument(
@@ -66,7 +68,7 @@ def main() -> None:
         parser.error("--write_card is for the embedded model on the default --seed")
 
     scenes = cached_scenes(args.cache, args.count, args.size, args.seed)
-    thresholds = PRESETS[args.thresholds] if args.thresholds else None
+    thresholds = THRESHOLD_PRESETS[args.thresholds] if args.thresholds else None
     segmenter = load_segmenter("mask2former", checkpoint=args.checkpoint, thresholds=thresholds, device=args.device)
     truth = json.loads((scenes / "panoptic.json").read_text())
     predictions = args.cache / "predictions" / scenes.name

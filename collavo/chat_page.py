@@ -1,6 +1,6 @@
 """The page of `python -m collavo.chat --gradio`: an image, its crayon map, a conversation about it.
 
-Needs gradio, which `pip install 'collavo[demo]'` brings. The page is served on this machine only, and shared nowhere.
+Needs gradio, which `pip install 'collavo[demo]'` brings. The page is served to this machine only.
 """
 
 from collections.abc import Callable
@@ -8,18 +8,19 @@ from typing import Any
 
 import gradio as gr
 
-from collavo.pictures import colored
+from collavo.errors import UserError
+from collavo.panoptic.colors import crayon_overlay
 
 _INTRODUCTION = (
-    "# CoLLaVO\nChoose an image; what is recognised in it appears in the colours of its crayon map. Then ask."
+    "# CoLLaVO\nChoose an image; the recognised objects appear in the colours of their crayon map. Then ask."
 )
 
 
 def build_page(about_file: Callable[[str], Any]) -> gr.Blocks:
-    """The page, not yet served.
+    """Lay out the page, without serving it.
 
     Args:
-        about_file: opens a `collavo.chat.Conversation` about an image file; its errors are shown to the visitor.
+        about_file: starts a `collavo.inference.Conversation` about an image file; the visitor sees its errors.
     """
 
     def choose(path: str | None) -> tuple[Any, ...]:
@@ -29,7 +30,8 @@ def build_page(about_file: Callable[[str], Any]) -> gr.Blocks:
             conversation = about_file(path)
         except (ValueError, RuntimeError) as error:
             raise gr.Error(str(error)) from error
-        return conversation, colored(conversation.picture), conversation.picture.objects, []
+        picture = conversation.picture
+        return conversation, crayon_overlay(picture.image, picture.panoptic), picture.objects, []
 
     def ask(conversation: Any, question: str, shown: list[dict[str, str]]) -> tuple[str, list[dict[str, str]]]:
         if conversation is None:
@@ -43,7 +45,7 @@ def build_page(about_file: Callable[[str], Any]) -> gr.Blocks:
         gr.Markdown(_INTRODUCTION)
         with gr.Row():
             with gr.Column():
-                # Untouched, as a file: images are decoded in one place.
+                # As a file, untouched: collavo.images decodes all images.
                 image = gr.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image")
                 crayon_map = gr.Image(interactive=False, format="png", label="Crayon map")
                 objects = gr.Textbox(interactive=False, lines=3, label="Objects")
@@ -56,5 +58,12 @@ def build_page(about_file: Callable[[str], Any]) -> gr.Blocks:
 
 
 def serve(about_file: Callable[[str], Any], port: int) -> None:
-    """Serve the page until it is interrupted."""
-    build_page(about_file).launch(server_name="127.0.0.1", server_port=port, share=False)
+    """Serve the page until it is interrupted.
+
+    Raises:
+        UserError: if the port is taken.
+    """
+    try:
+        build_page(about_file).launch(server_name="127.0.0.1", server_port=port, share=False)
+    except OSError as error:  # gradio tells of a port that it cannot have by its message only
+        raise UserError(f"{port}: {str(error).strip().splitlines()[0]}; name a free port") from error

@@ -41,18 +41,18 @@ def flag(
     *,
     kind: Callable[[str], Any] | None = None,
     metavar: str | None = None,
-    choices: Iterable[str] | None = None,
+    choices: Iterable[Any] | None = None,
     many: bool = False,
     least: float | None = None,
     most: float | None = None,
     group: str | None = None,
 ) -> Any:
-    """A dataclass field that is a flag of a command.
+    """A dataclass field that is a flag of a command; the flag of a field `as_` is `--as`.
 
     Args:
         default: the value where the flag is not given; `REQUIRED` for none. Its type is the flag's; a bool makes a
             pair `--name`, `--no-name`.
-        kind: the type where the default does not tell it.
+        kind: the type where the default does not tell it; bool for such a pair whose default is None.
         many: the flag takes one value or more, and the field holds a tuple.
         least, most: bounds of a number, themselves allowed.
         group: heading of the help above this flag and those after it.
@@ -83,7 +83,7 @@ class Parser(argparse.ArgumentParser):
         for field in dataclasses.fields(flags):
             heading = field.metadata["group"]
             group = self.add_argument_group(heading) if heading else group
-            group.add_argument(f"--{field.name}", default=None, **_options(field))
+            group.add_argument(f"--{field.name.rstrip('_')}", dest=field.name, default=None, **_options(field))
 
     def flags_of(self, flags: type[Flags], parsed: argparse.Namespace, defaults: dict[str, Any] | None = None) -> Flags:
         """The dataclass, filled in from a parsed command line, then from `defaults`, then from its own.
@@ -98,7 +98,7 @@ class Parser(argparse.ArgumentParser):
                 if field.metadata["many"]:
                     given[field.name] = tuple(given[field.name])
             elif field.default is REQUIRED and field.name not in (defaults or {}):
-                raise UserError(f"--{field.name} is missing; {field.metadata['help']}")
+                raise UserError(f"--{field.name.rstrip('_')} is missing; {field.metadata['help']}")
         names = {field.name for field in dataclasses.fields(flags)}  # type: ignore[arg-type]
         return flags(**{**(defaults or {}), **{name: value for name, value in given.items() if name in names}})
 
@@ -226,7 +226,7 @@ def _options(field: Any) -> dict[str, Any]:
     shown = meta["help"]
     if not (default is REQUIRED or default is None or meta["many"] or "default" in shown):
         shown += f" (default: {('off', 'on')[default] if isinstance(default, bool) else default})"
-    if isinstance(default, bool):
+    if isinstance(default, bool) or meta["kind"] is bool:
         return {"help": shown, "action": argparse.BooleanOptionalAction}
     kind = meta["kind"] or (type(default) if default not in (REQUIRED, None) and not meta["many"] else str)
     metavar = meta["metavar"] or (None if meta["choices"] else _METAVARS.get(kind, "VALUE"))

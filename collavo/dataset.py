@@ -72,8 +72,11 @@ def read_rows(files: Sequence[Path], split: str | None = None) -> Iterator[Crayo
             yield from map(CrayonRow.from_record, wanted.to_pylist())
 
 
-def count_rows(files: Sequence[Path]) -> int:
-    return sum(pq.read_metadata(file).num_rows for file in files)
+def count_rows(files: Sequence[Path], split: str | None = None) -> int:
+    """Count the rows of some files, of one split or all."""
+    if split is None:
+        return sum(pq.read_metadata(file).num_rows for file in files)
+    return sum(pc.sum(pc.equal(pq.read_table(file, columns=["split"])["split"], split)).as_py() or 0 for file in files)
 
 
 def image_bytes(path: str, data: bytes | None, image_root: Path | None) -> bytes:
@@ -91,7 +94,7 @@ def image_bytes(path: str, data: bytes | None, image_root: Path | None) -> bytes
         return data
     if image_root is None:
         raise UserError(
-            f"the rows refer to their images ({path}) and do not hold them; --image_root names their folder"
+            f"the rows refer to their images ({path}) and do not hold them; image_root must name their folder"
         )
     file = image_root / checked_relative(path)
     try:

@@ -1,10 +1,12 @@
-"""Encoded image bytes in, upright RGB pixels out: the one place where images are opened.
+"""Decode encoded images to upright RGB: the one place where images are opened.
 
-Builder, trainer and evaluation all decode here, so that they see the same pixels: EXIF orientation applied, first
-frame of an animation, grey and palette and CMYK and 16-bit brought to 8-bit RGB, transparency dropped. What cannot be
-decoded is refused with a reason; what is larger than a bound is refused before its pixels are allocated.
+The builder, the trainer and the commands that ask a model all decode here, so that they see the same pixels: with EXIF
+orientation applied, of the first frame of an animation, with grey, palette, CMYK and 16-bit images converted to 8-bit
+RGB, without transparency. An image that cannot be decoded is refused with a reason. An image above a bound is refused
+before memory for its pixels is allocated.
 """
 
+import codecs
 import io
 import re
 import warnings
@@ -20,13 +22,13 @@ MAX_PIXELS = 50_000_000
 """Default bound on width x height; a larger image is refused before decoding (150 MB as RGB)."""
 
 HARD_MAX_PIXELS = 2 * int(Image.MAX_IMAGE_PIXELS or 0)
-"""Where Pillow itself refuses to go on; no bound above it has an effect."""
+"""Pillow's own bound; a higher one has no effect."""
 
-# Raster formats that say what they are: EPS runs an interpreter on untrusted input, TGA has no mark to know it by, and
-# the size that an ICO states is not the one that it decodes to. MPO, of phones, is opened as JPEG.
+# Raster formats that can be told by their first bytes. Left out are EPS, which runs an interpreter on untrusted input,
+# TGA, which begins like anything, and ICO, which decodes to another size than it states. The MPO of phones is a JPEG.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
-# Not `ImageOps.exif_transpose`: it writes the EXIF anew, and fails on damaged tags that have no part in turning.
+# Not `ImageOps.exif_transpose`: it rewrites the EXIF, and fails on damaged tags that have nothing to do with turning.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -37,28 +39,44 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_OTHER_FORMATS: tuple[tuple[bytes, str], ...] = (
+    (rb"%PDF", "a PDF; convert its pages to images"),
+    (rb"....ftyp(heic|heix|hevc|heim|heis|mif1|msf1)", "HEIC; convert it to JPEG or PNG"),
+    (rb"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL; convert it to JPEG or PNG"),
+    (rb"PK\x03\x04", "a zip archive; unpack it"),
+    (rb"\x1f\x8b", "gzip; unpack it"),
+    (rb".{257}ustar", "a tar archive; unpack it"),
+    (rb"PAR1", "a Parquet file; take the images out of it"),
+    (rb"version https://git-lfs", "a Git LFS pointer; git lfs pull fetches the file itself"),
+    (rb"\s*(<\?xml[^>]*>\s*)?<svg", "SVG; render it as PNG"),
+    (rb"\s*<(!doctype )?html", "an HTML page, perhaps of a failed download; fetch the image again"),
+)
+"""How files begin that people take for images, and what to do with them."""
 
 _JPEG_SEGMENTS = {*range(0xC0, 0xD0), *range(0xDA, 0xFF)}
-"""Markers that a length follows."""
+"""JPEG markers with a length after them; the others stand alone."""
 
 _JPEG_SCAN, _JPEG_END = 0xDA, b"\xff\xd9"
 _MARKER_IN_JPEG_SCAN = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-"""The end of entropy-coded data, in which 0xFF is followed by 0 or is a restart marker."""
+"""The marker that ends entropy-coded data. Inside such data, 0xFF is followed by 0 or by a restart marker's number."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """What an image file says before its pixels are decoded; `size_wh` is that of the upright image."""
+    """What an image file says about itself."""
 
     format: str
+    """Pillow's name, such as `JPEG`."""
+
     size_wh: tuple[int, int]
+    """Of the upright image."""
 
 
 def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decode an image file to upright RGB.
 
     Args:
-        data: the file's bytes, in any of Pillow's raster formats; the file name's extension plays no part.
+        data: the file's bytes, in one of Pillow's raster formats.
         max_pixels: bound on width x height.
 
     Returns:
@@ -76,13 +94,26 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             raise _broken(image, error) from error
 
 
+def format_and_turned(data: bytes) -> tuple[str, bool]:
+    """Read an image's format, by Pillow's name, and whether EXIF says to turn it; its pixels are not decoded.
+
+    Raises:
+        Rejected: as `decode_rgb`, for damage to the header only.
+    """
+    with _opened(data, HARD_MAX_PIXELS) as image:
+        return image.format or "", _orientation(image) != 1
+
+
 def verify_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     """Make sure that an image decodes to its last byte, without keeping its pixels.
 
-    Of a JPEG whose segments are whole from start to end, only the headers are decoded. That says what a full decode
-    would: truncation shows in the segments, and of damage inside the entropy-coded data, such as flipped bits, libjpeg
-    makes wrong pixels without complaint, here as there. Any other file is decoded, and that alone refuses one; a JPEG
-    at an eighth of its size, which reads all of its data for about half the time.
+    A full decode costs most of a build's time, so a JPEG is not decoded if its segments are plainly whole from start to
+    end: libjpeg then gets the segments without the entropy-coded data between them, and checks them alone. The verdict
+    is the same. A truncated file lacks segments or their end. For damage inside the entropy-coded data, such as flipped
+    bits, libjpeg makes wrong pixels and reports nothing, in a full decode too.
+
+    All other files are decoded; only that refuses an image. A JPEG is decoded to an eighth of its size, which reads all
+    of its data in about half the time.
 
     Raises:
         Rejected: as `decode_rgb`.
@@ -107,9 +138,9 @@ def _decoded_header(data: bytes, max_pixels: int) -> ImageHeader:
 
 
 def _jpeg_without_entropy_data(data: bytes) -> bytes:
-    """A JPEG's segments alone, tables and scan headers included; empty unless they are plainly whole.
+    """Keep a JPEG's segments only, among them its tables and scan headers; empty unless they are plainly whole.
 
-    libjpeg reads this as a file that was damaged in its entropy-coded data: it fills in, and checks all the rest.
+    libjpeg takes the result for a file whose entropy-coded data are damaged: it fills in pixels, and checks all else.
     """
     kept = [data[:2]]
     position = 2 if data.startswith(b"\xff\xd8") else len(data)
@@ -118,7 +149,7 @@ def _jpeg_without_entropy_data(data: bytes) -> bytes:
         marker = data[position + 1]
         end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
         kept.append(data[position:end])
-        if marker == _JPEG_SCAN:
+        if marker == _JPEG_SCAN:  # its header; entropy-coded data of unstated length follow
             has_scan = True
             following = _MARKER_IN_JPEG_SCAN.search(data, end)
             if following is None:
@@ -133,12 +164,12 @@ def _jpeg_without_entropy_data(data: bytes) -> bytes:
 def _opened(data: bytes, max_pixels: int) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large images and odd tags; the bound below decides
+            warnings.simplefilter("ignore")  # of large images, which the bound below decides about, and of odd tags
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
     except Image.DecompressionBombError as error:
         raise Rejected("oversized_image", f"{error}") from error
     except UnidentifiedImageError as error:
-        raise Rejected("not_an_image", f"{len(data)} bytes beginning with {data[:8]!r}") from error
+        raise Rejected("not_an_image", f"not an image: {_kind_of_file(data)}") from error
     except Exception as error:
         raise Rejected("broken_image", f"{type(error).__name__}: {error}") from error
     width, height = image.size
@@ -147,12 +178,26 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
     return image
 
 
+def _kind_of_file(data: bytes) -> str:
+    """Say what a file that is no image looks like, and what to do with it where that is clear."""
+    for beginning, kind in _OTHER_FORMATS:
+        if re.match(beginning, data, re.DOTALL | re.IGNORECASE):
+            return f"it is {kind}"
+    if not data:
+        return "it is empty"
+    with suppress(UnicodeDecodeError):  # the decoder lets the 200 bytes end within a character
+        text = codecs.getincrementaldecoder("utf-8")().decode(data[:200])
+        if all(character.isprintable() or character.isspace() for character in text):
+            return "it begins like text"
+    return f"its {len(data)} bytes begin with {data[:8]!r}"
+
+
 def _broken(image: Image.Image, error: Exception) -> Rejected:
     return Rejected("broken_image", f"{image.format} of {image.width} x {image.height}: {error}")
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1..8, of an image that is loaded: loading turns a TIFF by itself and clears its tag."""
+    """Read EXIF's orientation, 1..8. Loading turns a TIFF upright and clears its tag, so load first to turn pixels."""
     return image.getexif().get(ExifTags.Base.Orientation, 1)
 
 

@@ -1,43 +1,84 @@
-"""Answers: a trained model, and many questions about each image at the price of one pass over the image.
+"""Ask a trained model about pictures: load it, and answer many questions about an image for one pass over the image.
 
-The prompts of an image begin alike: system text, image, often the object list. That beginning is computed once; its
-keys and values are repeated for every question, and `generate` goes on from there. Prompts of different lengths are
-padded on the left, once before the beginning and once before the rest; positions skip the padding, so that an answer is
-the one that the whole prompt would have had, alone.
-"""
+All prompts about an image begin alike: system text, image, often the object list. `Answerer` runs that beginning
+through the model once, repeats its keys and values for every question, and lets `generate` go on from there. Each
+answer is the one that the whole prompt would get alone."""
 
 import copy
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import LlavaModel
+from transformers import LlavaModel, TextStreamer
 
+from collavo.dataset import decoded_image
 from collavo.device import move_to_device
-from collavo.errors import UserError
+from collavo.errors import Rejected, UserError
+from collavo.instructions.text import format_objects_with_boxes
 from collavo.model.adapters import quantize_language_model
 from collavo.model.processing import CollavoProcessor
 from collavo.model.prompt import Turns
-from collavo.pictures import Picture
+from collavo.panoptic.index_png import decode_index_map
+from collavo.panoptic.maps import PanopticMap
 from collavo.runs import EXPORT, TRAIN_ARGS, load_base, load_run, read_train_args
 from collavo.training.row_index import KINDS, Kind
+from schemas.crayon_row import CrayonRow
 
-# What transformers calls the keys and values of earlier tokens; it is past_key_values before version 5.24.
+# transformers' name for the keys and values of earlier tokens; it was past_key_values before version 5.24.
 _CACHE = "cache" if "cache" in inspect.signature(LlavaModel.forward).parameters else "past_key_values"
 
 _LISTED: dict[str, tuple[Kind, ...]] = {"all": KINDS, "dialogues": ("dialogue",), "none": ()}
+"""Kinds of questions that begin with the object list, by the `object_list` argument of training."""
+
+ShowText = Callable[[str], object]
+"""Receives the pieces of an answer."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Picture:
+    """An image, uint8 RGB [height, width, 3], and its panoptic map."""
+
+    image: np.ndarray
+    panoptic: PanopticMap
+
+    @property
+    def objects(self) -> str:
+        """The object list with boxes, as prompts hold it."""
+        height, width = self.image.shape[:2]
+        return format_objects_with_boxes(self.panoptic.segments, (width, height))
+
+
+def picture_of_row(row: CrayonRow, image_root: Path | None) -> Picture:
+    """Decode a row's image and its map.
+
+    Args:
+        image_root: the folder of the images, for rows that refer to their image.
+
+    Raises:
+        UserError: if the image is missing or damaged.
+    """
+    try:
+        image = decoded_image(row.image_path, row.image_bytes, image_root)
+    except Rejected as error:
+        raise UserError(f"image of {row.image_id}: {error}") from error
+    return Picture(image, PanopticMap(decode_index_map(row.panoptic_png), row.segments))
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A question about one of some pictures.
+    """A question about one of several pictures.
 
-    `turns` end with the question; `objects` is the object list before the first one, empty for the phrase that says
-    there is none, None for neither.
+    Args:
+        picture: the position of its picture.
+        turns: the conversation so far; its last turn is the question.
+        objects: the object list that stands before the first question; an empty one becomes the phrase that nothing was
+            recognised, None leaves out both.
+        max_new_tokens: the length of the answer at most.
     """
 
     picture: int
@@ -50,8 +91,8 @@ class Answerer:
     """A model that answers questions about pictures, the same way every time.
 
     Args:
-        model: a CoLLaVO model, with or without adapters, in evaluation mode.
-        listed: the kinds of questions that it was trained to see the object list with.
+        model: a CoLLaVO model in evaluation mode, with or without adapters.
+        listed: the kinds of questions that it saw with the object list in training.
         beams: 1 for greedy decoding, 3 for the paper's beam search.
     """
 
@@ -62,67 +103,76 @@ class Answerer:
         self.beams = beams
 
     def lists_objects(self, kind: Kind, object_list: str) -> bool:
-        """Whether prompts of a kind begin with the object list, if that is to be `with`, `none`, or as in training:
-        `trained`."""
+        """Whether prompts of a kind begin with the object list.
+
+        Args:
+            object_list: `with`, `none`, or `trained` for what the model saw in training.
+        """
         return object_list == "with" or (object_list == "trained" and kind in self.listed)
 
     @torch.inference_mode()
     def answer(
-        self, pictures: Sequence[Picture], requests: Sequence[Request], batch_size: int = 16, streamer: Any = None
+        self,
+        pictures: Sequence[Picture],
+        requests: Sequence[Request],
+        batch_size: int = 16,
+        show: ShowText | None = None,
     ) -> list[str]:
-        """Answer some requests, in their order.
+        """Answer requests, in their order.
 
         Args:
-            pictures: they go through the model together, once; each has at least one request.
+            pictures: they go through the model together, once; each needs at least one request.
             batch_size: requests that are answered together.
-            streamer: of transformers, for a single request without beams: shows the answer as it grows.
+            show: receives the answer to a single request while it grows; a beam search has nothing to show before its
+                end.
         """
         prompts = [self.processor.render(request.turns, request.objects).input_ids for request in requests]
-        of_picture = [
-            [prompt for prompt, request in zip(prompts, requests, strict=True) if request.picture == number]
-            for number in range(len(pictures))
-        ]
+        of_picture: list[list[list[int]]] = [[] for _ in pictures]
+        for prompt, request in zip(prompts, requests, strict=True):
+            of_picture[request.picture].append(prompt)
+        # A prompt is padded in two places, before its beginning and before its rest, so that all beginnings, and all
+        # rests of a batch, are of one length. The mask hides the padding; `_positions` gives the other tokens the
+        # positions that they have without it.
         lengths = [_common_length(same) for same in of_picture]
         beginnings = self._padded([same[0][:length] for same, length in zip(of_picture, lengths, strict=True)])
         cache = self._read(pictures, beginnings)
         answers = [""] * len(requests)
+        streamer = _Pieces(self.processor.tokenizer, show) if show and self.beams == 1 else None
         for limit, part in _batches([request.max_new_tokens for request in requests], batch_size):
             rows = torch.tensor([requests[i].picture for i in part])
             rests = self._padded([prompts[i][lengths[requests[i].picture] :] for i in part])
-            prompt = {name: torch.cat([beginnings[name][rows], rests[name]], dim=1) for name in rests}
-            generated = self._go_on(cache, rows, prompt, limit, streamer)
+            prompt_batch = {name: torch.cat([beginnings[name][rows], rests[name]], dim=1) for name in rests}
+            generated = self._go_on(cache, rows, prompt_batch, limit, streamer)
             texts = self.processor.tokenizer.batch_decode(generated, skip_special_tokens=True)
             for i, text in zip(part, texts, strict=True):
                 answers[i] = text.strip()
+        if show and streamer is None:
+            show(answers[0])
         return answers
 
     def _read(self, pictures: Sequence[Picture], beginnings: dict[str, torch.Tensor]) -> Any:
-        """A cache of the keys and values of the beginnings of prompts, one per picture."""
+        """Run the beginnings of prompts, one per picture, through the model; a cache of their keys and values."""
         inputs = {
             **beginnings,
             "position_ids": _positions(beginnings["attention_mask"]),
             **self.processor.picture_inputs([p.image for p in pictures], [p.panoptic for p in pictures]),
         }
-        device = self.model.device
-        outputs = self.model(**{k: v.to(device) for k, v in inputs.items()}, use_cache=True, logits_to_keep=1)
+        outputs = self.model(
+            **{name: tensor.to(self.model.device) for name, tensor in inputs.items()}, use_cache=True, logits_to_keep=1
+        )
         return outputs[_CACHE]
 
     def _go_on(
-        self,
-        cache: Any,
-        rows: torch.Tensor,
-        prompt: dict[str, torch.Tensor],
-        max_new_tokens: int,
-        streamer: Any,
+        self, cache: Any, rows: torch.Tensor, prompt: dict[str, torch.Tensor], max_new_tokens: int, streamer: Any
     ) -> torch.Tensor:
-        """The tokens that follow prompts whose beginnings are rows of the cache, which stays as it is."""
+        """Generate the tokens that follow prompts whose beginnings are rows of the cache."""
         device = self.model.device
-        cache = copy.deepcopy(cache)  # for `generate` adds to it
+        cache = copy.deepcopy(cache)  # `generate` adds to it, and other batches need it as it is
         cache.batch_select_indices(rows.repeat_interleave(self.beams).to(device))
         generated: torch.Tensor = self.model.generate(
             **{name: tensor.to(device) for name, tensor in prompt.items()},
             **{_CACHE: cache},
-            # Told, for `generate` leaves no room for padding in the middle.
+            # `generate` would count the padding between beginning and rest as tokens.
             position_ids=_positions(prompt["attention_mask"]).to(device),
             max_new_tokens=max_new_tokens,
             num_beams=self.beams,
@@ -133,17 +183,55 @@ class Answerer:
         return generated[:, prompt["input_ids"].shape[1] :].cpu()
 
     def _padded(self, sequences: Sequence[list[int]]) -> dict[str, torch.Tensor]:
-        """`input_ids` and `attention_mask`, int64 [sequences, tokens], padded on the left."""
+        """Pad on the left: `input_ids` and `attention_mask`, int64 [sequences, tokens]."""
         padded = self.processor.tokenizer.pad({"input_ids": sequences}, padding_side="left", return_tensors="pt")
         return {name: padded[name] for name in ("input_ids", "attention_mask")}
 
 
+class Conversation:
+    """Turns about one picture.
+
+    Args:
+        with_objects: whether the object list stands before the first question.
+        max_new_tokens: the length of an answer at most.
+    """
+
+    def __init__(self, answerer: Answerer, picture: Picture, with_objects: bool, max_new_tokens: int) -> None:
+        self.picture = picture
+        self._answerer = answerer
+        self._objects = picture.objects if with_objects else None
+        self._max_new_tokens = max_new_tokens
+        self._turns: list[tuple[str, str]] = []
+
+    def ask(self, question: str, show: ShowText | None = None) -> str:
+        """Answer in view of all earlier turns; `show` as in `Answerer.answer`."""
+        turns = [*self._turns, ("human", question)]
+        request = Request(0, turns, self._objects, self._max_new_tokens)
+        answer = self._answerer.answer([self.picture], [request], show=show)[0]
+        self._turns = [*turns, ("gpt", answer)]
+        return answer
+
+
+class _Pieces(TextStreamer):
+    """Pass on an answer piece by piece, without the space that it begins with."""
+
+    def __init__(self, tokenizer: Any, show: ShowText) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._show = show
+        self._begun = False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text = text if self._begun else text.lstrip()
+        self._begun = self._begun or bool(text)
+        self._show(text)
+
+
 def load_answerer(source: str, device: torch.device, quantize: bool | None = None, beams: int = 1) -> Answerer:
-    """Load a trained model: bfloat16 on a GPU, float32 on a CPU, beside what is quantised.
+    """Load a trained model, in bfloat16 on a GPU and in float32 on a CPU, save for what is quantised.
 
     Args:
         source: a run directory, or a whole model: folder or hub id.
-        quantize: whether the language model is NF4; None for as it was trained, a whole model being as it is.
+        quantize: whether the language model is NF4; None leaves a run as it was trained, and a whole model as it is.
 
     Raises:
         UserError: if it is neither, or incomplete.
@@ -154,11 +242,8 @@ def load_answerer(source: str, device: torch.device, quantize: bool | None = Non
         model, processor = load_run(folder, device, dtype, quantize)
         return Answerer(model, processor, _LISTED[read_train_args(folder)["object_list"]], beams)
     if folder.is_dir() and not (folder / "config.json").exists():
-        raise UserError(f"--model {source}: holds neither a run's {TRAIN_ARGS} nor a model's config.json")
-    try:
-        whole, processor = load_base(source, dtype)
-    except UserError as error:
-        raise UserError(f"--model {str(error).removeprefix('--preset ')}") from error
+        raise UserError(f"{source}: holds neither a run's {TRAIN_ARGS} nor a model's config.json")
+    whole, processor = load_base(source, dtype)
     if quantize:
         quantize_language_model(whole, dtype, device)
     move_to_device(whole, device)
@@ -168,8 +253,8 @@ def load_answerer(source: str, device: torch.device, quantize: bool | None = Non
 
 
 def _batches(limits: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]:
-    """Requests that are answered together, by their numbers, all with one limit: among different limits a beam search
-    would depend on the company."""
+    """Group requests, by number, into batches of one limit each: with mixed limits, a beam search would give answers
+    that depend on the other requests of the batch."""
     for limit in sorted(set(limits)):
         numbers = [i for i, other in enumerate(limits) if other == limit]
         for start in range(0, len(numbers), size):
@@ -177,12 +262,12 @@ def _batches(limits: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]
 
 
 def _common_length(prompts: Sequence[list[int]]) -> int:
-    """How many tokens prompts have in common at their beginning, one being left at least to go on with."""
+    """How many first tokens all prompts share, at most all but one: `generate` needs a token to go on from."""
     shortest, *others = sorted(prompts, key=len)
     last = len(shortest) - 1
     return next((i for i in range(last) if any(other[i] != shortest[i] for other in others)), last)
 
 
 def _positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Position ids that pass over padding, wherever it stands."""
+    """Position ids that skip padding, wherever it stands; int64 of the mask's shape."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from collavo.cli import Parser, flag, size_wh
 from collavo.images import HARD_MAX_PIXELS, MAX_PIXELS
 from collavo.instructions.write import InstructionOptions
-from collavo.panoptic.thresholds import PRESETS
+from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.segmenters import SEGMENTERS
 from collavo.storage import local_path
 from schemas.crayon_row import TASKS
@@ -105,7 +105,7 @@ class SegmentationFlags:
         None,
         "thresholds: default, scenes for networks trained on drawn scenes, or paper for the authors' call (default: "
         "scenes for the embedded network, else default)",
-        choices=PRESETS,
+        choices=THRESHOLD_PRESETS,
         metavar="NAME",
     )
     segmenter_input_size: int | None = flag(

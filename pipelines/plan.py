@@ -20,7 +20,7 @@ from collavo.embedded import SCENES
 from collavo.errors import UserError
 from collavo.folders import staging_of
 from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, Phrasebook, load_phrasebook
-from collavo.panoptic.thresholds import PRESETS
+from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.segmenters import load_segmenter
 from collavo.storage import FAULTS, canonical, exists, is_local, list_files
 from pipelines.job import CrayonJob, ModelConfig, Publication
@@ -244,7 +244,7 @@ def _model(flags: SegmentationFlags, sources: Sources) -> ModelConfig | None:
         if sources.scenes_only and flags.segmenter_checkpoint is None:
             options["checkpoint"] = SCENES
         options |= {"input_size": flags.segmenter_input_size, "batch_size": flags.batch_size}
-        options["thresholds"] = PRESETS[flags.segmenter_preset] if flags.segmenter_preset else None
+        options["thresholds"] = THRESHOLD_PRESETS[flags.segmenter_preset] if flags.segmenter_preset else None
     else:
         options["config"] = flags.segmenter_config
     options = {name: value for name, value in options.items() if value is not None}

@@ -1,12 +1,12 @@
-"""The crayon row, version 1: everything known about one image, in one Parquet row.
+"""The crayon row, version 1: all data about one image, in one Parquet row.
 
-    image, width, height, ...    what the picture is and where it came from
-    panoptic_map, segments       what is in it: an indexed PNG whose pixels point into the list of segments
-    instructions                 questions and answers derived from the segments
-    conversations                dialogues other people wrote about the picture, verbatim
+    image, width, height, ...    the picture and its origin
+    panoptic_map, segments       an indexed PNG whose pixels point into the list of segments
+    instructions                 questions and answers made from the segments
+    conversations                dialogues of other data sets about the picture, verbatim
 
-`CRAYON_SCHEMA` is the one definition: the writer is handed it, readers compare a file with it. The classes below mirror
-its columns one to one; `CrayonRow.as_record` and `CrayonRow.from_record` go between the two.
+`CRAYON_SCHEMA` is the one definition: writers use it, and readers compare a file with it. The classes below have its
+columns as fields; `CrayonRow.as_record` and `CrayonRow.from_record` convert between the two.
 """
 
 import json
@@ -19,16 +19,16 @@ import pyarrow as pa
 from schemas.categories import CATEGORIES, Category
 
 SCHEMA_VERSION = 1
-"""Raised when a column changes its name, type or meaning; readers refuse other versions."""
+"""It grows when a column changes its name, type or meaning; readers refuse other versions."""
 
 TASKS = ("counting", "class_to_box", "box_to_class", "list_objects", "list_objects_with_boxes", "class_to_binary")
 
 SPLITS = ("train", "validation")
 
 METADATA_PREFIX = "collavo."
-"""Keys of this project in a file's key-value metadata: `collavo.schema_version`, `collavo.segmenters`, ..."""
+"""Begins this project's keys in a file's key-value metadata: `collavo.schema_version`, `collavo.segmenters`, ..."""
 
-# `binary` and not `large_binary`, and exactly these field names: with any other, `datasets` shows a dict, not an image.
+# `datasets` shows an image for exactly this type and these field names; for any other, `large_binary` too, a dict.
 _IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 _SEGMENT = pa.struct(
@@ -65,7 +65,7 @@ _DIALOGUE = pa.struct(
     ]
 )
 
-# Only the image columns are described: `datasets` needs no more, and its `List` type is unknown to versions below 4.
+# `datasets` needs a description of image columns only. Lists are left out: its versions below 4 do not know `List`.
 _HUGGINGFACE = {"info": {"features": {"image": {"_type": "Image"}, "panoptic_map": {"_type": "Image"}}}}
 
 CRAYON_SCHEMA = pa.schema(
@@ -90,9 +90,9 @@ CRAYON_SCHEMA = pa.schema(
 class Segment:
     """One panoptic segment of an image.
 
-    `box_xyxy` bounds what is visible of it, in pixels of the upright image, edges exclusive at the maximum. `numbering`
-    counts the instances of a class, largest first, from 1 to 20; 0 marks what is not numbered: crowds, and instances
-    after the 20th. `score` is None for annotated segments.
+    `box_xyxy` bounds its visible part, in pixels of the upright image; the maximum is exclusive. `numbering` counts the
+    instances of a class, largest first, from 1 to 20; it is 0 for crowds and for instances after the 20th. `score` is
+    None for annotated segments.
     """
 
     id: int
@@ -140,9 +140,8 @@ class Segment:
 class Instruction:
     """One templated question about an image with its answer.
 
-    `label` is the answer as an evaluation compares it ("13", "yes", "person"), `polarity` says whether the class asked
-    for is present or absent, `segment_ids` are the segments the answer rests on.
-    """
+    `label` is the answer in the form that evaluation compares ("13", "yes", "person"). `polarity` says whether the
+    class of the question is `present` or `absent`. `segment_ids` are the segments that the answer is made from."""
 
     task: str
     question: str
@@ -162,7 +161,7 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """A LLaVA-format conversation: its id and its (`human` | `gpt`, text) turns, verbatim."""
+    """A conversation in LLaVA's format: its id, and its turns (`human` | `gpt`, text), verbatim."""
 
     id: str
     turns: tuple[tuple[str, str], ...]
@@ -179,7 +178,7 @@ class Dialogue:
 class CrayonRow:
     """One image with its segments, instructions and dialogues; see `CRAYON_SCHEMA` for the columns.
 
-    `image_bytes` is None where the data set refers to its images instead of holding them; `image_path` then finds them.
+    `image_bytes` is None if the data set only refers to its images, by `image_path`.
     """
 
     image_id: str
@@ -196,7 +195,7 @@ class CrayonRow:
     conversations: tuple[Dialogue, ...] = field(default=())
 
     def as_record(self) -> dict[str, Any]:
-        """The row as nested plain values, ready for `pyarrow` with `CRAYON_SCHEMA`."""
+        """Convert the row to nested plain values, for `pyarrow` with `CRAYON_SCHEMA`."""
         return {
             "image_id": self.image_id,
             "image": {"bytes": self.image_bytes, "path": self.image_path},
@@ -213,7 +212,7 @@ class CrayonRow:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """The row out of one element of `table.to_pylist()`."""
+        """Make a row of one element of `table.to_pylist()`."""
         return cls(
             image_id=record["image_id"],
             image_bytes=record["image"]["bytes"],
@@ -231,13 +230,12 @@ class CrayonRow:
 
 
 def metadata_of(facts: Mapping[str, Any]) -> dict[bytes, bytes]:
-    """Facts of a run (seed, templates, segmenters, ...) as key-value metadata of a file, each value as JSON."""
+    """Encode facts of a run (seed, templates, segmenters, ...) as key-value metadata of a file, each value as JSON."""
     return {f"{METADATA_PREFIX}{key}".encode(): json.dumps(value).encode() for key, value in facts.items()}
 
 
 def file_facts(metadata: Mapping[bytes, bytes]) -> dict[str, Any]:
-    """The facts that `metadata_of` made, read back from a file's key-value metadata
-    (`ParquetFile.metadata.metadata`)."""
+    """Decode the facts that `metadata_of` encoded, from `ParquetFile.metadata.metadata`."""
     return {
         key.decode().removeprefix(METADATA_PREFIX): json.loads(value)
         for key, value in metadata.items()

@@ -124,7 +124,7 @@ def test_a_model_that_cannot_be_had_is_a_wrong_flag_and_shows_no_bars(tmp_path, 
     arguments = ["--images", tmp_path / "*.png", *model, "--device", "cpu", "--output", tmp_path / "out"]
     assert main([*map(str, arguments)]) == 2
     shown = capfd.readouterr()
-    assert f"--segmenter_checkpoint {tmp_path / 'nowhere'}: there is no such folder" in shown.err
+    assert f"{tmp_path / 'nowhere'}: there is no such folder" in shown.err
     assert "Segmenting" not in shown.out
 
 

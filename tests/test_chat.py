@@ -15,15 +15,15 @@ from tiny_run import save_tiny_run
 
 from collavo.chat import main
 from collavo.errors import UserError
-from collavo.inference import Request, load_answerer
-from collavo.panoptic.colors import crayon_color
-from collavo.panoptic.thresholds import PRESETS
-from collavo.pictures import NoSegmenter, colored, open_segmenter, picture_of_row, segmented
+from collavo.inference import Picture, Request, load_answerer, picture_of_row
+from collavo.panoptic.colors import crayon_color, crayon_overlay
+from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.runs import base_of
-from collavo.segmenters import load_segmenter
+from collavo.segmenters import NoSegmenter, load_segmenter, open_segmenter
 
 ROW = scene_rows(1)[0]
 PICTURE = picture_of_row(ROW, None)
+BLANK = Picture(PICTURE.image, NoSegmenter().segment([PICTURE.image])[0])
 QUESTION = "What is in the image?"
 
 
@@ -62,7 +62,7 @@ def test_a_question_about_a_row_is_answered_with_the_rows_own_map(world, tmp_pat
     for segment in ROW.segments:
         assert f"(#{segment.numbering} {segment.category.display_name})" in out
     with Image.open(tmp_path / "map.png") as saved:
-        assert np.array_equal(np.asarray(saved), colored(PICTURE))
+        assert np.array_equal(np.asarray(saved), crayon_overlay(PICTURE.image, PICTURE.panoptic))
 
 
 @pytest.mark.parametrize(
@@ -77,16 +77,17 @@ def test_an_image_file_is_segmented_here(world, capsys, flags, objects, options)
     assert main(of_file(world, "--segmenter", "none", "--prompt", QUESTION, *flags)) == 0
     out = said(capsys)
     assert "Nothing was recognised." in out
-    blank = segmented(PICTURE.image, NoSegmenter())
-    assert answer(world[0], [("human", QUESTION)], blank, objects, **options) in out
+    assert answer(world[0], [("human", QUESTION)], BLANK, objects, **options) in out
 
 
 def test_the_segmenter_is_the_one_asked_for(world, tmp_path, capsys):
     checkpoint = tiny_mask2former(tmp_path / "segmenter")
     flags = ["--segmenter_checkpoint", str(checkpoint), "--segmenter_preset", "paper", "--prompt", QUESTION]
     assert main(of_file(world, *flags)) == 0
-    segmenter = load_segmenter("mask2former", checkpoint=str(checkpoint), thresholds=PRESETS["paper"], device="cpu")
-    found = segmented(PICTURE.image, segmenter)
+    segmenter = load_segmenter(
+        "mask2former", checkpoint=str(checkpoint), thresholds=THRESHOLD_PRESETS["paper"], device="cpu"
+    )
+    found = Picture(PICTURE.image, segmenter.segment([PICTURE.image])[0])
     assert found.panoptic.segments
     assert answer(world[0], [("human", QUESTION)], found, found.objects) in said(capsys)
 
@@ -115,7 +116,7 @@ def test_a_conversation_remembers_until_told_to_forget(world, tmp_path, monkeypa
     afresh = answer(run, [("human", "Where?")])
     assert second != afresh
     position = 0
-    for text in (first, second, afresh, "/objects", "--image nowhere.jpg", "(#1", "Nothing was recognised."):
+    for text in (first, second, afresh, "/objects", "nowhere.jpg: No such file", "(#1", "Nothing was recognised."):
         position = out.index(text, position)
     assert saved.exists()
 
@@ -126,7 +127,7 @@ def test_a_conversation_ends_with_its_input(world, monkeypatch):
 
 
 def test_the_map_lies_over_the_image_in_crayon_colours():
-    shown = colored(PICTURE, opacity=1)
+    shown = crayon_overlay(PICTURE.image, PICTURE.panoptic, opacity=1)
     index_map = PICTURE.panoptic.index_map
     assert np.array_equal(shown[index_map == 0], PICTURE.image[index_map == 0])
     for position, segment in enumerate(ROW.segments, start=1):
@@ -140,13 +141,16 @@ def test_the_map_lies_over_the_image_in_crayon_colours():
         ([], "one of --image, --data with --image_id, or --gradio is needed; given: none of them"),
         (["--image", "scene.jpg", "--gradio"], "given: --image and --gradio"),
         (["--data", "crayon.parquet"], "--data and --image_id go together"),
-        (["--data", "crayon.parquet", "--image_id", "nobody"], "--image_id nobody: --data has no such row"),
-        (["--image", "nowhere.jpg"], "--image nowhere.jpg: there is no such file"),
-        (["--image", "crayon.parquet"], "--image crayon.parquet: "),
-        (["--image", "scene.jpg", "--segmenter_checkpoint", "./none"], "--segmenter_checkpoint ./none: "),
+        (["--data", "crayon.parquet", "--image_id", "nobody"], "--data: there is no row of --image_id nobody"),
+        (["--image", "nowhere.jpg"], "--image: nowhere.jpg: No such file"),
+        (["--image", "crayon.parquet"], "--image: crayon.parquet: not an image: it is a Parquet file; take"),
+        (["--image", "scene.jpg", "--segmenter_checkpoint", "./none"], "--segmenter: checkpoint ./none: "),
         (["--image", "scene.jpg", "--max_new_tokens", "0"], "--max_new_tokens is 0, but must be at least 1"),
-        (["--image", "scene.jpg", "--segmenter", "none", "--save_map", "none/map.png"], "none/map.png"),
-        (["--image", "scene.jpg", "--model", "nowhere"], "--model nowhere: not a folder or hub id"),
+        (
+            ["--image", "scene.jpg", "--segmenter", "none", "--save_map", "none/map.png"],
+            "--save_map: none/map.png: the map",
+        ),
+        (["--image", "scene.jpg", "--model", "nowhere"], "nowhere: not a folder or hub id"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(world, monkeypatch, capsys, flags, complaint):
@@ -178,5 +182,4 @@ def test_the_page_answers_over_http(world):
     client = Client(f"http://127.0.0.1:{port}", verbose=False)
     client.predict(handle_file(str(image)), api_name="/choose")
     _, shown = client.predict(QUESTION, [], api_name="/ask")
-    blank = segmented(PICTURE.image, NoSegmenter())
-    assert shown[-1]["content"][0]["text"] == answer(run, [("human", QUESTION)], blank, "")
+    assert shown[-1]["content"][0]["text"] == answer(run, [("human", QUESTION)], BLANK, "")

@@ -153,4 +153,4 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(files, tmp_path):
     unweighted = tiny_config()
     unweighted.MODEL.WEIGHTS = ""
     Path(tmp_path, "unweighted.yaml").write_text(unweighted.dump())
-    assert "give them with --segmenter_checkpoint" in refusal(config=f"{tmp_path}/unweighted.yaml")
+    assert "name a checkpoint" in refusal(config=f"{tmp_path}/unweighted.yaml")

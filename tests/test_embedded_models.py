@@ -18,7 +18,7 @@ from collavo import embedded
 from collavo.embedded import CHECKSUMS, find_embedded
 from collavo.errors import UserError
 from collavo.instructions.text import find_boxes
-from collavo.panoptic.thresholds import PRESETS
+from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.runs import load_base
 from collavo.scenes import draw_scene, scene_seed
 from collavo.scenes.drawing import COLORS
@@ -87,7 +87,7 @@ def test_the_segmenter_in_the_package_is_whole_and_sees_at_its_own_size():
     assert find_embedded("scenes") is not None
     facts = load_segmenter("mask2former", checkpoint="scenes", device="cpu").facts
     assert facts["input_size_hw"] == list(segmenter.INPUT_HW)
-    assert facts["thresholds"] == asdict(PRESETS["scenes"])
+    assert facts["thresholds"] == asdict(THRESHOLD_PRESETS["scenes"])
 
 
 @needs_tiny_base

@@ -56,13 +56,17 @@ def test_every_question_of_the_split_is_asked_and_accounted_for(world, capsys):
     assert "yes-ratio" in table
 
 
-def test_the_object_list_changes_what_a_model_is_asked_and_the_default_is_how_it_was_trained(world):
+def test_the_object_list_changes_what_a_model_is_asked_and_the_default_is_how_it_was_trained(world, capsys):
     def answers(condition: str, report: dict) -> dict[str, list]:
         tasks = report["results"][condition]
         return {task: [wrong["answer"] for wrong in tasks[task]["wrong_answers"]] for task in ("counting", "dialogue")}
 
     both = evaluated(world, "--object_list", "both", "--tasks", "counting", "dialogue")
+    out = capsys.readouterr().out
+    assert "--object_list both: the model was trained with the object list for dialogue; answers without it" in out
+    assert "--object_list both: the model was trained without the object list for counting; answers with it" in out
     trained = answers("trained", evaluated(world, "--tasks", "counting", "dialogue"))
+    assert "was trained with" not in capsys.readouterr().out
     assert answers("none", both) != answers("with", both)
     assert trained["counting"] == answers("none", both)["counting"]
     assert trained["dialogue"] == answers("with", both)["dialogue"]
@@ -85,13 +89,14 @@ def test_fewer_images_and_images_by_reference_are_asked_about(world, tmp_path):
     "flags, complaint",
     [
         (["--model", "nowhere"], "--model nowhere is no folder here; --output must name one for the report"),
-        (["--model", "nowhere", "--output", "o"], "--model nowhere: not a folder or hub id"),
-        (["--data", "nowhere.parquet"], "--data nowhere.parquet: there is no such file"),
+        (["--model", "nowhere", "--output", "o"], "nowhere: not a folder or hub id"),
+        (["--data", "nowhere.parquet"], "--data: nowhere.parquet: there is no such file"),
         (["--batch_size", "0"], "--batch_size is 0, but must be at least 1"),
-        (["--device", "cuda:99"], "--device cuda:99"),
+        (["--device", "cuda:99"], "--device: cuda:99"),
+        (["--output", "TRAIN"], "--output TRAIN: File exists; name a folder that can be written to"),
         (["--data", "TRAIN"], "--split validation: none of the 1 rows of --data is in it"),
         (["--data", "UNASKED"], "--tasks class_to_binary box_to_class counting class_to_box dialogue: the rows"),
-        (["--data", "REFERENCE"], "--image_root must name the folder"),
+        (["--data", "REFERENCE"], "image_root must name their folder"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(world, tmp_path, monkeypatch, capsys, flags, complaint):

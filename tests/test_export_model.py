@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from tiny_model import scene_rows
 from tiny_run import ADAPTERS, save_tiny_run
 
-from collavo.export_model import TOLERANCES, main
-from collavo.inference import Request, load_answerer
+from collavo.export_model import main
+from collavo.inference import Request, load_answerer, picture_of_row
+from collavo.merge import TOLERANCES
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.adapters import LINEAR_LAYERS
-from collavo.pictures import picture_of_row
 
 CPU = torch.device("cpu")
 
@@ -110,18 +110,22 @@ def test_an_export_that_answers_otherwise_is_refused_and_leaves_nothing(run, tmp
 
     monkeypatch.setattr(CollavoForConditionalGeneration, "save_pretrained", save_damaged)
     assert main(["--model", str(run), "--output", str(tmp_path / "m"), "--as", "merged"]) == 1
-    assert "collavo.export_model: refused: " in capsys.readouterr().err
+    assert (
+        "collavo.export_model: error: refused: the logits of the export differ from the run's by"
+        in capsys.readouterr().err
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     "flags, complaint",
     [
-        (["--model", "nowhere"], "--model nowhere: not a run directory"),
+        (["--model", "nowhere"], "nowhere: not a run directory"),
         (["--output", "full"], "--output full is there already; name a new or empty folder"),
         (["--as", "adapter", "--dtype", "float32"], "--dtype concerns merged weights"),
         (["--as", "adapter", "--model", "bare"], "--as adapter: bare has no adapters; use --as merged"),
-        (["--device", "tpu"], "--device tpu: not a device"),
+        (["--output", "full/file/export"], "full/file/export: File exists; name a folder that can be written to"),
+        (["--device", "tpu"], "--device: tpu: not a device"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(run, tmp_path, monkeypatch, capsys, flags, complaint):

@@ -5,7 +5,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from collavo.panoptic.grid import crayon_grid, segment_grid
-from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
+from collavo.panoptic.maps import PanopticMap
 
 SIDES = st.integers(1, 4)
 
@@ -47,15 +47,6 @@ def test_a_map_smaller_than_the_grid_is_magnified(panoptic: PanopticMap, times_y
     assert np.array_equal(grid, np.kron(panoptic.index_map, np.ones((times_y, times_x), dtype=int)))
 
 
-@given(panoptic_maps(max_side=6), st.integers(1, 11), st.integers(1, 11))
-def test_no_segment_vanishes_from_a_map_of_any_shape(panoptic: PanopticMap, rows: int, columns: int):
-    count = len(panoptic.segments)
-    assume(count <= rows * columns)
-    grid = segment_grid(panoptic.index_map, count, (rows, columns))
-    assert grid.shape == (rows, columns)
-    assert set(range(1, count + 1)) <= set(grid.ravel().tolist()) <= set(range(count + 1))
-
-
 def test_many_one_pixel_segments_of_one_cell_are_all_seen():
     index_map = np.zeros((40, 40), dtype=np.uint8)
     index_map[:3, :3] = np.arange(1, 10).reshape(3, 3)  # nine people in the first of sixteen cells
@@ -90,22 +81,6 @@ def test_cells_carry_the_class_and_the_number_of_their_segment():
     assert semantic.dtype == numbering.dtype == np.int64
     assert semantic.tolist() == [[0, PERSON + 1, PERSON + 1, CAR + 1, SKY + 1]]
     assert numbering.tolist() == [[0, 1, 2, 0, 1]]
-
-
-@given(panoptic_maps(max_side=6))
-def test_indices_stay_within_the_tables_of_queries(panoptic: PanopticMap):
-    semantic, numbering = crayon_grid(panoptic.index_map, panoptic.segments, (7, 7))
-    assert semantic.min() >= 0 and semantic.max() <= 133
-    assert numbering.min() >= 0 and numbering.max() <= 20
-    assert not numbering[semantic == 0].any()
-
-
-def test_crowds_of_more_than_twenty_stay_within_the_table_of_numbers():
-    ids = np.arange(1, 31).reshape(5, 6)
-    panoptic = build_panoptic_map(ids, [SegmentInfo(id_, PERSON) for id_ in range(1, 31)])
-    semantic, numbering = crayon_grid(panoptic.index_map, panoptic.segments, (35, 35))
-    assert (semantic == PERSON + 1).all()
-    assert sorted(set(numbering.ravel().tolist())) == list(range(21))
 
 
 def test_of_more_segments_than_cells_the_largest_are_kept():

@@ -145,17 +145,33 @@ def test_jpegs_of_a_few_pixels_are_images(size_wh: tuple[int, int]):
 @pytest.mark.parametrize(
     "data",
     [
-        b"",
-        b"404: Not Found\n",
-        b"<!DOCTYPE html><html><body>Not Found</body></html>",
         bytes(1000),
-        b"%PDF-1.4\n%\xe2\xe3\xcf\xd3\n",
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",  # which Pillow would hand to Ghostscript
         b"\x00\x00\x02" + bytes(9) + b"\x08\x00\x08\x00\x18\x00" + bytes(192),  # a TGA: any bytes may pass for one
     ],
 )
 def test_what_is_no_image_is_told_apart_from_a_damaged_one(data: bytes):
     assert refusal(data).reason == "not_an_image"
+
+
+@pytest.mark.parametrize(
+    "data, looks_like",
+    [
+        (b"", "it is empty"),
+        ("# Grüße\n\nA text.\n".encode() * 20, "it begins like text"),
+        (b"\n<html><body>Not Found</body></html>", "an HTML page"),
+        (b"%PDF-1.4\n", "a PDF; convert"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC; convert"),
+        (b"\xff\x0a\xfa\x1f", "JPEG XL; convert"),
+        (b"PK\x03\x04\x14\0", "a zip archive; unpack"),
+        (b"\x1f\x8b\x08\0", "gzip; unpack"),
+        (b"images/".ljust(257, b"\0") + b"ustar\x0000", "a tar archive; unpack"),
+        (b"PAR1\x15\x04", "a Parquet file"),
+        (b"\x93NUMPY\x01\0", "its 8 bytes begin with"),
+    ],
+)
+def test_a_refusal_names_the_kind_of_file_and_the_remedy(data: bytes, looks_like: str):
+    assert looks_like in str(refusal(data))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])

@@ -21,8 +21,8 @@ from collavo.evaluation import harness
 from collavo.evaluation.judge import judge
 from collavo.evaluation.questions import questions_of
 from collavo.images import decode_rgb
-from collavo.inference import Request, load_answerer
-from collavo.pictures import NoSegmenter, segmented
+from collavo.inference import Picture, Request, load_answerer
+from collavo.segmenters import NoSegmenter
 
 TASKS = Path(harness.__file__).with_name("harness_tasks")
 ROWS = scene_rows(12)
@@ -58,7 +58,8 @@ def test_the_local_task_runs_in_lmms_eval_and_agrees_with_our_own_judge(run, tmp
     for row in ROWS:
         asked = questions_of(row, ["class_to_binary"]) if row.split == "validation" else []
         if asked:
-            picture = segmented(decode_rgb(row.image_bytes), NoSegmenter())
+            image = decode_rgb(row.image_bytes)
+            picture = Picture(image, NoSegmenter().segment([image])[0])
             answers = answerer.answer([picture], [Request(0, question.turns, "", 32) for question in asked])
             texts += answers
             verdicts += [judge(q.task, text, q.truth).correct for q, text in zip(asked, answers, strict=True)]

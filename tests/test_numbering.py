@@ -45,24 +45,6 @@ def test_instances_after_the_twentieth_have_no_number():
     assert [number for _, number in numbered([*people, (CAR, False, 1, (0, 5, 1, 6))])] == [*range(1, 21), 0, 0, 0, 1]
 
 
-@given(
-    st.lists(
-        st.tuples(
-            st.sampled_from([PERSON, CAR, SKY]),
-            st.booleans(),
-            st.integers(1, 3),
-            st.tuples(*[st.integers(0, 3)] * 4),
-        ),
-        min_size=1,
-        max_size=70,
-    ),
-    st.randoms(),
-)
-def test_numbers_do_not_depend_on_the_order_of_arrival(segments: list[Measured], random):
-    shuffled = random.sample(segments, len(segments))
-    assert [(segments[i], n) for i, n in numbered(segments)] == [(shuffled[i], n) for i, n in numbered(shuffled)]
-
-
 @given(st.lists(st.tuples(st.sampled_from([PERSON, CAR]), st.booleans()), min_size=1, max_size=70))
 def test_each_number_is_given_once_a_class(kinds: list[tuple[int, bool]]):
     segments = [(label, crowd, 1, (i, 0, i + 1, 1)) for i, (label, crowd) in enumerate(kinds)]

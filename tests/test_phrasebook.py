@@ -31,12 +31,6 @@ def test_the_identifiers_of_the_default_name_their_task_and_are_unique():
     assert len({id_ for _, id_ in ids}) == len(ids) and all(id_.startswith(task) for task, id_ in ids)
 
 
-def test_the_paper_opens_its_answers_with_sure():
-    book = load_phrasebook()
-    for task in ("class_to_box", "box_to_class", "list_objects", "list_objects_with_boxes"):
-        assert all(phrasing.present.startswith("Sure, it is ") for phrasing in book.phrasings[task])
-
-
 def test_a_file_with_one_task_of_ones_own_will_do(tmp_path):
     book = load_phrasebook(written(tmp_path, {"class_to_binary": [BINARY]}))
     assert list(book.phrasings) == ["class_to_binary"]

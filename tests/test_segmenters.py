@@ -1,11 +1,9 @@
 """The factory and the Mask2Former segmenter, on tiny random weights. `test_detectron2.py` has the other one."""
 
 import json
-import logging
 import os
 import subprocess
 import sys
-import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,15 +19,15 @@ from transformers.models.mask2former.image_processing_pil_mask2former import Mas
 
 from collavo.errors import Rejected, UserError
 from collavo.panoptic.maps import PanopticMap
-from collavo.panoptic.thresholds import PRESETS
-from collavo.segmenters import SEGMENTERS, Segmenter, load_segmenter
-from collavo.segmenters.mask2former import Mask2FormerSegmenter, normalise, resize, without_backbone_warnings
+from collavo.panoptic.thresholds import THRESHOLD_PRESETS
+from collavo.segmenters import Segmenter, load_segmenter
+from collavo.segmenters.mask2former import Mask2FormerSegmenter, normalise, resize
 from pretraining.segmenter import segmenter_config
 from schemas.categories import CATEGORIES
 
 COCO_NAMES = {category.label: category.name for category in CATEGORIES}
 INPUT_HW = (96, 128)
-THRESHOLDS = replace(PRESETS["default"], min_class_score=0.02, overlap=0.1, min_area=0)
+THRESHOLDS = replace(THRESHOLD_PRESETS["default"], min_class_score=0.02, overlap=0.1, min_area=0)
 
 
 def tiny_model(id2label: dict[int, str] = COCO_NAMES, width: int = 16) -> Mask2FormerForUniversalSegmentation:
@@ -125,7 +123,7 @@ def test_pixels_are_those_of_transformers_at_the_same_size():
 
 
 def test_paper_preset_repeats_what_transformers_makes_of_an_image(checkpoint, images):
-    paper = replace(PRESETS["paper"], min_class_score=0.02, mask_probability=0.02, overlap=0.1)
+    paper = replace(THRESHOLD_PRESETS["paper"], min_class_score=0.02, mask_probability=0.02, overlap=0.1)
     segmenter = Mask2FormerSegmenter(checkpoint, input_size=INPUT_HW, thresholds=paper, device="cpu")
     processor = Mask2FormerImageProcessorPil(size={"height": 96, "width": 128}, do_pad=False)
     model = Mask2FormerForUniversalSegmentation.from_pretrained(checkpoint).eval()
@@ -155,7 +153,13 @@ def embedded_architecture() -> Mask2FormerForUniversalSegmentation:
     return Mask2FormerForUniversalSegmentation(segmenter_config())
 
 
-@pytest.mark.parametrize("model", [partial(tiny_model, width=96), embedded_architecture], ids=["Swin", "ResNet"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(partial(tiny_model, width=96), id="Swin", marks=pytest.mark.slow),
+        pytest.param(embedded_architecture, id="ResNet"),
+    ],
+)
 def test_twice_the_threads_do_not_change_a_bit(tmp_path, model):
     """Wide enough for threads to split the sums of a layer; in a process of its own, where nothing used MKL before."""
     if not torch.backends.mkl.is_available():
@@ -176,17 +180,6 @@ assert all(torch.equal(a, b) for result in results for a, b in zip(result, resul
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert "Backbone" not in run.stderr and "Warning" not in run.stderr
-
-
-def test_only_what_is_always_said_of_backbones_is_kept_off_the_terminal(caplog):
-    log = logging.getLogger("transformers.models.mask2former.configuration_mask2former")
-    with pytest.warns(UserWarning) as warned, without_backbone_warnings():  # the inner one has the last word
-        embedded_architecture()
-        log.error("Backbone resnet is not a supported model and may not be compatible with Mask2Former.")
-        log.error("The weights are older than this configuration.")
-        warnings.warn("You'd better sit down.", stacklevel=1)
-    assert [str(warning.message) for warning in warned] == ["You'd better sit down."]
-    assert not any("Backbone" in record.getMessage() for record in caplog.records)
 
 
 def test_a_checkpoint_may_tell_the_size_it_was_trained_at_and_be_stored_in_half_precision(tmp_path, images):
@@ -260,20 +253,20 @@ def test_missing_checkpoint_names_the_flag_and_what_would_work(tmp_path, monkeyp
     assert "there is no such folder" in refusal(tmp_path / "absent")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     message = refusal("facebook/mask2former-swin-large-coco-panoptic")
-    assert message.startswith("--segmenter_checkpoint facebook/mask2former-swin-large-coco-panoptic: ")
+    assert message.startswith("checkpoint facebook/mask2former-swin-large-coco-panoptic: ")
     assert "a folder that holds config.json and model.safetensors" in message
     assert "scenes, the embedded one, knows drawn scenes only" in message
 
 
 @pytest.mark.parametrize("input_size", [100, (96, 100), 0, (-32, 32)])
 def test_input_sizes_off_the_grid_are_refused(checkpoint, input_size):
-    assert "--segmenter_input_size" in refusal(checkpoint, input_size=input_size)
+    assert "input size" in refusal(checkpoint, input_size=input_size)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with CUDA has nothing to refuse")
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_cuda_without_cuda_is_an_error_and_not_a_slow_run(checkpoint, device):
-    with pytest.raises(UserError, match=rf"--device {device}: .* finds 0 CUDA devices"):
+    with pytest.raises(UserError, match=rf"{device}: .* finds 0 CUDA devices"):
         Mask2FormerSegmenter(checkpoint, device=device)
 
 
@@ -283,15 +276,6 @@ def test_overflow_is_an_error_and_not_an_image_without_objects(checkpoint, image
         segmenter._model.class_predictor.weight.fill_(float("inf"))
     with pytest.raises(Rejected, match="class logits are not finite"):
         segmenter.segment(images[:1])
-
-
-def test_factory_knows_both_segmenters_and_says_how_to_install_the_optional_one():
-    assert SEGMENTERS == ("mask2former", "detectron2")
-    try:
-        import detectron2  # noqa: F401
-    except ImportError:
-        with pytest.raises(UserError, match=r"install it with: pip install .*detectron2"):
-            load_segmenter("detectron2")
 
 
 @pytest.mark.gpu

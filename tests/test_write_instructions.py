@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -244,21 +241,11 @@ def test_only_the_tasks_asked_for_are_written_in_whatever_order_they_are_named()
     assert one == other and {i.task for i in one} == {"counting", "class_to_box"}
 
 
-def test_no_question_is_asked_twice_of_an_image():
-    written = write(people_and(segment(id=50, label=CAR)))
-    subjects = [(i.task, i.question.lower(), i.answer) for i in written]
-    assert len(set(subjects)) == len(subjects)
-
-
 def test_a_seed_changes_phrasings_and_absent_classes():
     segments = people_and()
     written = {seed: write(segments, replace(EVERYTHING, seed=seed)) for seed in range(8)}
     assert len({tuple(i.template_id for i in w) for w in written.values()}) > 1
     assert len({tuple(i.question for i in w if i.polarity == "absent") for w in written.values()}) == 8
-
-
-def test_images_with_the_same_content_are_asked_in_different_words():
-    assert len({tuple(i.template_id for i in write(people_and(), image_id=str(image))) for image in range(8)}) > 1
 
 
 @settings(max_examples=50)
@@ -274,20 +261,3 @@ def test_other_images_matter_for_the_choice_of_absent_classes_alone(panoptic: Pa
         return [instruction for instruction in written if instruction.polarity != "absent"]
 
     assert present(alone) == present(beside)
-
-
-def test_instructions_do_not_change_from_process_to_process():
-    code = (
-        "from conftest import *; from test_write_instructions import *; "
-        "print(write(people_and(segment(id=50, label=CAR), segment(id=60, label=SKY))))"
-    )
-    printed = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.path.dirname(__file__)},
-            capture_output=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(printed) == 1 and printed != {b"()\n"}

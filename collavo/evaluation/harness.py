@@ -1,7 +1,8 @@
-"""CoLLaVO in lmms-eval, the field's own harness, as a plug-in: `lmms-eval --model collavo --tasks mme,pope ...`.
+"""Plug CoLLaVO into lmms-eval, the usual benchmark harness: `lmms-eval --model collavo --tasks mme,pope ...`.
 
-Needs lmms-eval, which `pip install 'collavo[lmms-eval]'` brings; it finds `MANIFEST` by the entry point in
-pyproject.toml. Images are segmented here. A prompt has one image: of several the first is shown, which is warned of.
+Needs lmms-eval, which `pip install 'collavo[lmms-eval]'` brings. lmms-eval finds `MANIFEST` by the entry point in
+pyproject.toml. Images are segmented here. A prompt shows one image; if a task has several, the first is shown, with a
+warning.
 """
 
 import warnings
@@ -15,9 +16,9 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from rich.progress import track
 
 from collavo.device import resolve_device
-from collavo.inference import Request, load_answerer
-from collavo.pictures import Picture, open_segmenter, segmented
+from collavo.inference import Picture, Request, load_answerer
 from collavo.runs import base_of
+from collavo.segmenters import open_segmenter
 
 MANIFEST = ModelManifest("collavo", simple_class_path="collavo.evaluation.harness.CollavoHarness")
 
@@ -25,7 +26,7 @@ _MAX_NEW_TOKENS = 256  # for tasks that name no limit
 
 
 class CollavoHarness(lmms):
-    """The model as lmms-eval sees it; its arguments are those of `--model_args`.
+    """A model for lmms-eval; its arguments are those of `--model_args`.
 
     Args:
         pretrained: a run directory or a whole model, as `--model` of the commands.
@@ -100,11 +101,12 @@ class CollavoHarness(lmms):
         return np.asarray(visuals[0].convert("RGB"))
 
     def _pictures(self, images: Sequence[np.ndarray]) -> tuple[list[Picture], list[int]]:
-        """The distinct images, segmented, and which of them each image is."""
+        """Segment the distinct images; and for each image the number of its picture."""
         keys = [(image.shape, image.tobytes()) for image in images]
         distinct = dict(zip(keys, images, strict=True))
         numbers = {key: number for number, key in enumerate(distinct)}
-        return [segmented(image, self._segmenter) for image in distinct.values()], [numbers[key] for key in keys]
+        pictures = [Picture(image, self._segmenter.segment([image])[0]) for image in distinct.values()]
+        return pictures, [numbers[key] for key in keys]
 
 
 def _until(text: str, stops: str | Sequence[str] | None) -> str:

@@ -1,7 +1,7 @@
-"""How an answer is judged: what a text says, compared with the truth.
+"""Judge an answer: read what its text says, and compare it with the truth.
 
-Truth and answer are read by the same functions. An answer that cannot be read as what was asked for is wrong, and told
-apart from one that says something else.
+The same functions read truth and answer. An unreadable answer, which does not say what was asked for at all, is wrong;
+it is counted apart from a readable wrong answer.
 """
 
 import re
@@ -10,20 +10,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from collavo.instructions.text import Box, ObjectMention, find_boxes, parse_objects
 from schemas.categories import CATEGORIES, Category
 
 IOU_OF_A_HIT = 0.5
-"""From which overlap on a box counts as found, where boxes are judged right or wrong."""
+"""The least overlap with which a box counts as found, where boxes are judged right or wrong."""
 
 _NUMBER_WORDS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
     "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
 )  # fmt: skip
 _NUMBERS = {"no": 0, "none": 0, **{word: number for number, word in enumerate(_NUMBER_WORDS)}}
-# `#2` is an ordinal and 0.25 a coordinate, not a count.
+# Not a count: the ordinal `#2`, the coordinate 0.25.
 _COUNT = re.compile(rf"(?<![#\d.])(\d+)(?![\d.]*\d)|\b({'|'.join(_NUMBERS)})\b", re.IGNORECASE | re.ASCII)
 _PARENTHESIS = re.compile(r"\([^()]*\)")
 _DENIAL = re.compile(r"\b(?:no|not|none|nothing)\b", re.IGNORECASE)
@@ -35,12 +34,12 @@ _BY_FORM: dict[str, Category] = {
     for form in (category.plural, category.singular, category.display_name)
     if form
 }
-# Longest first, so that a hot dog is no dog.
+# Longest first, so that "hot dog" is not read as "dog".
 _ANY_FORM = re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(_BY_FORM, key=len, reverse=True)))})\b", re.IGNORECASE)
 
 
 class Judgement(NamedTuple):
-    """What became of an answer; `score` is 0 or 1, for boxes the mean overlap, and `read` None if it was unreadable."""
+    """The verdict on an answer: `score` is 0 or 1, for boxes the mean overlap; `read` is None if it was unreadable."""
 
     score: float
     correct: bool
@@ -58,13 +57,13 @@ def judge(task: str, answer: str, truth: str) -> Judgement:
 
 
 def named_category(text: str) -> Category | None:
-    """The class that a free text names first, by its name, singular or plural; None for none of the 133."""
+    """Find the class that a free text names first, by its name, singular or plural; None if it names no class."""
     match = _ANY_FORM.search(text)
     return _BY_FORM[match[0].casefold()] if match else None
 
 
 def box_iou(first: Box, second: Box) -> float:
-    """Intersection over union; 1 for equal boxes even if they have no area."""
+    """Compute intersection over union; 1 for equal boxes even if they have no area."""
     if first == second:
         return 1.0
     width = min(first[2], second[2]) - max(first[0], second[0])
@@ -76,15 +75,17 @@ def box_iou(first: Box, second: Box) -> float:
 
 
 def matched_ious(found: Sequence[Box], true: Sequence[Box]) -> np.ndarray:
-    """IoU of each pair when boxes are matched one to one, for the largest sum: float64 [min(found, true)]."""
+    """Match boxes one to one for the largest sum of IoUs; the IoU of each pair, float64 [min(found, true)]."""
+    from scipy.optimize import linear_sum_assignment  # scipy is slow to load, and --help needs this module's names
+
     ious = np.array([[box_iou(one, other) for other in true] for one in found]).reshape(len(found), len(true))
     return ious[linear_sum_assignment(ious, maximize=True)]
 
 
 def normalised(text: str) -> str:
-    """A short answer without what two ways of saying it differ in: case, punctuation, articles."""
+    """Strip a short answer of case, punctuation and articles, in which two right answers may differ."""
     words = text.casefold().translate(str.maketrans("", "", string.punctuation)).split()
-    return " ".join([word for word in words if word not in _ARTICLES] or words)  # the answer may be option A
+    return " ".join([word for word in words if word not in _ARTICLES] or words)  # "A" alone is an option, no article
 
 
 def _judge_binary(answer: str, truth: str) -> Judgement:
@@ -100,7 +101,7 @@ def _judge_count(answer: str, truth: str) -> Judgement:
 
 
 def _judge_class(answer: str, truth: str) -> Judgement:
-    """Right if the class is; `read` tells the number too."""
+    """Judge by the class alone; `read` holds the number too."""
     said, true = _mentioned(answer), parse_objects(truth)[0]
     if said is None:
         return _exact(None, truth)
@@ -109,7 +110,7 @@ def _judge_class(answer: str, truth: str) -> Judgement:
 
 
 def _mentioned(answer: str) -> ObjectMention | None:
-    """The first object in the form `(#2 person)`, or else the first class that is named."""
+    """Find the first object in the form `(#2 person)`, or else the first class that is named."""
     for match in _PARENTHESIS.finditer(answer):
         try:
             return parse_objects(match[0])[0]
@@ -120,7 +121,7 @@ def _mentioned(answer: str) -> ObjectMention | None:
 
 
 def _judge_boxes(answer: str, truth: str) -> Judgement:
-    """The mean IoU over matched boxes, in which each box too many or too few counts 0."""
+    """Score the mean IoU of matched boxes; a surplus or missing box counts as 0."""
     found, true = find_boxes(answer), find_boxes(truth)
     if not found and not _DENIAL.search(answer):
         return Judgement(0.0, False, None)

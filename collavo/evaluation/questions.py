@@ -1,13 +1,8 @@
-"""Questions of an evaluation, out of the rows of a data set: what is asked, and what is true."""
+"""Make the questions of an evaluation, with their true answers, from the rows of a data set."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
-from collavo.errors import UserError
 from collavo.evaluation.judge import named_category
 from collavo.instructions.text import format_box, format_object
 from schemas.categories import Category
@@ -19,16 +14,18 @@ DIALOGUE = "dialogue"
 EVALUATED_TASKS = ("class_to_binary", "box_to_class", "counting", "class_to_box", DIALOGUE)
 
 _SHORT_ANSWER_WORDS = 4
-_ROWS_IN_MEMORY = 50
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
     """A question about an image.
 
-    `turns` end with the question; what comes before are true answers. `truth` is as `collavo.evaluation.judge.judge`
-    takes it. `category` is the thing class that is asked for or has to be named, None for dialogues and where a user's
-    own phrasing does not show it; `polarity` says whether that class is in the image.
+    Args:
+        turns: the conversation; it ends with the question, and its earlier answers are the true ones.
+        truth: the true answer, as `collavo.evaluation.judge.judge` takes it.
+        category: the thing class that is asked for or has to be named; None for dialogues, and where a user's own
+            phrasing does not name it.
+        polarity: whether that class is `present` or `absent`.
     """
 
     image_id: str
@@ -39,25 +36,8 @@ class Question:
     polarity: str | None = None
 
 
-def rows_of_split(files: Sequence[Path], split: str) -> Iterator[CrayonRow]:
-    """The rows of one split, in order, a bounded number in memory.
-
-    Raises:
-        UserError: if the split has none.
-    """
-    found = 0
-    for file in files:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=_ROWS_IN_MEMORY):
-            wanted = batch.filter(pc.equal(batch["split"], split))
-            found += wanted.num_rows
-            yield from map(CrayonRow.from_record, wanted.to_pylist())
-    if not found:
-        rows = sum(pq.read_metadata(file).num_rows for file in files)
-        raise UserError(f"--split {split}: none of the {rows} rows of --data is in it")
-
-
 def questions_of(row: CrayonRow, tasks: Sequence[str]) -> list[Question]:
-    """The questions about a row's image, of some of `EVALUATED_TASKS`."""
+    """List the questions of a row that belong to some of `EVALUATED_TASKS`."""
     asked = [_instruction_question(row, i) for i in row.instructions if i.task in tasks and i.task in EVALUATED_TASKS]
     if DIALOGUE in tasks:
         asked += [question for dialogue in row.conversations for question in _dialogue_questions(row, dialogue)]
@@ -74,7 +54,7 @@ def _instruction_question(row: CrayonRow, instruction: Instruction) -> Question:
             truth = format_object(meant[0])
         case _:
             truth = instruction.label or ""
-    # Rows tell the class of what is there; for what is not, the question has to.
+    # Segments tell the class of what is present; an absent class is named in the question only.
     category: Category | None = meant[0].category if meant else named_category(instruction.question)
     return Question(
         image_id=row.image_id,
@@ -88,7 +68,7 @@ def _instruction_question(row: CrayonRow, instruction: Instruction) -> Question:
 
 def _dialogue_questions(row: CrayonRow, dialogue: Dialogue) -> Iterator[Question]:
     if any(speaker != ("human", "gpt")[i % 2] for i, (speaker, _) in enumerate(dialogue.turns)):
-        return  # nobody knows what answers what
+        return  # it is unclear which turn answers which
     for position, (speaker, value) in enumerate(dialogue.turns):
         if speaker == "gpt" and 0 < len(value.split()) <= _SHORT_ANSWER_WORDS:
             yield Question(row.image_id, DIALOGUE, dialogue.turns[:position], value)

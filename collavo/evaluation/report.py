@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: a table in the terminal, a plot of all classes, a JSON file with every figure."""
+"""Report an evaluation: a table in the terminal, a plot of all classes, a JSON file with every figure."""
 
 import json
 from collections.abc import Mapping
@@ -14,7 +14,8 @@ from collavo.evaluation.scores import EXTREME_CLASSES
 REPORT, PLOT = "evaluation.json", "evaluation.png"
 
 Results = Mapping[str, Mapping[str, Mapping[str, Any]]]
-"""Figures by object list (`trained`, `none`, `with`) and by task, as `collavo.evaluation.scores.summarise` has them."""
+"""Figures by object list (`trained`, `none`, `with`) and by task, as `collavo.evaluation.scores.summarise` makes
+them."""
 
 _TITLES = {
     "class_to_binary": "Class2Binary",
@@ -34,7 +35,7 @@ _TOP_COLOR, _MIDDLE_COLOR, _BOTTOM_COLOR = "#4c9a6a", "#9aa5b1", "#c8553d"
 
 
 def terminal_report(results: Results) -> Group:
-    """A table per object list, shares in percent, and what belongs to single tasks beneath it."""
+    """Make a table per object list, shares in percent, and below it the figures of single tasks."""
     parts: list[Table | str] = []
     for condition, tasks in results.items():
         table = Table(title=f"Object list: {condition}", title_justify="left", box=None, pad_edge=False)
@@ -52,8 +53,8 @@ def terminal_report(results: Results) -> Group:
 
 
 def plot_of(results: Results) -> Figure | None:
-    """A panel per task and object list with the score of every class, best first, the paper's top and bottom in colour;
-    None where no class is known."""
+    """Plot the score of every class, best first, in a panel per task and object list; the paper's top and bottom are in
+    colour. None if no class is known."""
     panels = [
         (f"{_TITLES[task]}, object list: {condition}", figures)
         for condition, tasks in results.items()
@@ -83,8 +84,7 @@ def plot_of(results: Results) -> Figure | None:
 
 
 def save_report(folder: Path, results: Results, facts: Mapping[str, Any]) -> None:
-    """Write `REPORT`, and `PLOT` where there is something to plot."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write `REPORT` into a folder, and `PLOT` if there is something to plot."""
     (folder / REPORT).write_text(json.dumps({**facts, "results": results}, indent=2) + "\n")
     if figure := plot_of(results):
         figure.savefig(folder / PLOT, dpi=110)
@@ -95,7 +95,7 @@ def _in_order(tasks: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping
 
 
 def _colors(classes: int) -> list[str]:
-    """Best first; with fewer than 40 classes top and bottom would overlap, and each takes half."""
+    """Choose a colour per class, best first. Of fewer than 40 classes, top and bottom take half each."""
     extreme = min(EXTREME_CLASSES, classes // 2)
     return [_TOP_COLOR] * extreme + [_MIDDLE_COLOR] * (classes - 2 * extreme) + [_BOTTOM_COLOR] * extreme
 

@@ -1,4 +1,4 @@
-"""Figures out of judged answers: per class as in the paper (mean, top 20, bottom 20), and what belongs to each task."""
+"""Compute figures of judged answers: per class as in the paper (mean, top 20, bottom 20), and those of each task."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -11,7 +11,7 @@ from collavo.evaluation.judge import Judgement, judge
 from collavo.evaluation.questions import Question
 
 EXTREME_CLASSES = 20
-"""How many classes the paper's top and bottom hold."""
+"""The number of classes in the paper's top, and in its bottom."""
 
 _WRONG_SHOWN = 10
 
@@ -30,12 +30,12 @@ def judged(question: Question, answer: str) -> Answered:
 
 
 def summarise(answers: Iterable[Answered]) -> dict[str, dict[str, Any]]:
-    """All figures by task, as plain values.
+    """Compute all figures by task, as plain values.
 
-    Every task has `questions`, `correct` (a share), `unreadable` (a number) and `wrong_answers` (a sample). Where
-    classes are known there are `classes` with their numbers of questions and mean scores, best first, and `mean`,
-    `top_20` and `bottom_20` over them: of accuracies, for class_to_box of mean IoUs where the class is there. Fewer
-    than 20 classes are all in both.
+    Every task has `questions`, `correct` (a share), `unreadable` (a number) and `wrong_answers` (a sample). If classes
+    are known, there are also `classes` with their numbers of questions and mean scores, best first, and `mean`,
+    `top_20` and `bottom_20` over the classes. A score is an accuracy, or for class_to_box the mean IoU of questions
+    about present classes. Fewer than 20 classes are all in both top and bottom.
     """
     by_task: dict[str, list[Answered]] = defaultdict(list)
     for answered in answers:
@@ -52,7 +52,7 @@ def _task_figures(task: str, answers: Sequence[Answered]) -> dict[str, Any]:
     for polarity in ("present", "absent"):
         if some := [a.judgement.correct for a in answers if a.question.polarity == polarity]:
             figures[f"correct_{polarity}"] = _mean(some)
-    # Where nothing is to be located, no overlap is to be measured.
+    # An absent class has no box to overlap with.
     measured = [a for a in answers if task != "class_to_box" or a.question.polarity != "absent"]
     figures |= _class_figures(measured)
     match task:
@@ -74,7 +74,7 @@ def _task_figures(task: str, answers: Sequence[Answered]) -> dict[str, Any]:
 
 
 def binary_figures(answers: Sequence[Answered]) -> dict[str, float]:
-    """Precision, recall and F1 of `yes`, and the share of questions answered with it, as POPE has them."""
+    """Compute POPE's figures: precision, recall and F1 of `yes`, and the share of questions answered with it."""
     said = np.array([a.judgement.read == "yes" for a in answers])
     true = np.array([a.question.truth == "yes" for a in answers])
     hits = int((said & true).sum())

@@ -1,8 +1,8 @@
-"""Other people's checkpoints as bases of this project: `python -m collavo.import_base --help`.
+"""Make bases of other people's checkpoints: `python -m collavo.import_base --help`. The method needs nothing of this.
 
 `published`            find a checkpoint, read its configuration, tensors and tokenizer
-`assemble`             a LLaVA, or a vision encoder and a language model, as one CoLLaVO model
-`internlm`             InternLM's weights and configuration under Llama's names
-`internlm_tokenizer`   InternLM's tokenizer from its `tokenizer.model`
-`release`              the authors' CoLLaVO-7B
+`assemble`             make one CoLLaVO model of a LLaVA, or of a vision encoder and a language model
+`internlm`             rename InternLM's weights and configuration to Llama's
+`internlm_tokenizer`   make InternLM's tokenizer from its `tokenizer.model`
+`release`              read the authors' CoLLaVO-7B
 """

@@ -1,17 +1,11 @@
 """The command `python -m collavo.import_base`."""
 
-import shutil
-import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from collavo.cli import Parser
+from collavo.cli import REQUIRED, flag, parse, run
 from collavo.errors import UserError
-from collavo.import_base.assemble import assemble_from_llava, assemble_from_parts
-from collavo.import_base.release import load_release
-from collavo.model.prompt import CHAT_FORMATS
 
 _DESCRIPTION = """\
 Make a CoLLaVO model from published checkpoints, each a folder or a hub id:
@@ -24,17 +18,16 @@ Make a CoLLaVO model from published checkpoints, each a folder or a hub id:
   --release                the authors' CoLLaVO-7B, which adds the crayon signal
                            through low-rank branches
 
-The Crayon Prompt of the first two is new. It starts closed, so that the model
-answers as it did until it is trained."""
+The Crayon Prompt of the first two is new. It starts without effect, so that the
+model answers as before until it is trained."""
 
 _EPILOG = """\
-What is written is a whole model: config.json, model*.safetensors, tokenizer,
+The command writes a whole model: config.json, model*.safetensors, tokenizer,
 processor. python -m collavo.train --preset DIR starts from it, and
 CollavoForConditionalGeneration.from_pretrained(DIR) loads it.
 
-No code of a checkpoint is run. Tensors are read from safetensors, or
-where there are none from pytorch_model*.bin, of which nothing but tensors is
-unpickled.
+No code of a checkpoint is run. Tensors are read from safetensors; where there
+are none, from pytorch_model*.bin, of which only tensors are unpickled.
 
 examples:
   python -m collavo.import_base --llava llava-hf/llava-1.5-7b-hf \\
@@ -44,68 +37,69 @@ examples:
   python -m collavo.import_base --release BK-Lee/CoLLaVO-7B --output models/collavo"""
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(
-        prog="python -m collavo.import_base",
-        usage="python -m collavo.import_base CHECKPOINTS --output DIR [options]",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-    )
-    add = parser.add_argument
-    add("--output", metavar="DIR", required=True, type=Path, help="where the model goes; a new or empty folder")
-    add("--llava", metavar="ID_OR_DIR", help="a LLaVA checkpoint")
-    add("--vision", metavar="ID_OR_DIR", help="a CLIP vision encoder")
-    add("--language", metavar="ID_OR_DIR", help="a language model")
-    add("--release", metavar="ID_OR_DIR", help="CoLLaVO-7B")
-    add("--image_size", metavar="PIXELS", type=int, default=490, help="a multiple of the patch size (default: 490)")
-    add(
-        "--chat_format",
-        choices=sorted(CHAT_FORMATS),
-        help="how the language model converses (default: as its own template says)",
-    )
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights (default: bfloat16)")
-    add("--overwrite", action="store_true", help="replace the model that an earlier run left in the folder")
-    flags = parser.parse_args(argv)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flags:
+    """The command line."""
+
+    output: Path = flag(REQUIRED, "where the model goes; a new or empty folder", kind=Path, metavar="DIR")
+    llava: str | None = flag(None, "a LLaVA checkpoint", metavar="ID_OR_DIR")
+    vision: str | None = flag(None, "a CLIP vision encoder", metavar="ID_OR_DIR")
+    language: str | None = flag(None, "a language model", metavar="ID_OR_DIR")
+    release: str | None = flag(None, "CoLLaVO-7B", metavar="ID_OR_DIR")
+    image_size: int = flag(490, "a multiple of the patch size", metavar="PIXELS", least=1)
+    chat_format: str | None = flag(None, "how the language model converses, such as vicuna or chatml (default: as its "
+        "own template says)")  # fmt: skip
+    dtype: str = flag("bfloat16", "of the weights", choices=("bfloat16", "float32"))
+    overwrite: bool = flag(False, "replace the model that an earlier run left in the folder")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    usage = "python -m collavo.import_base CHECKPOINTS --output DIR [options]"
+    options = {"prog": "python -m collavo.import_base", "usage": usage, "description": _DESCRIPTION, "epilog": _EPILOG}
+    return run("collavo.import_base", lambda: _import(parse(Flags, argv, **options)))
+
+
+def _import(flags: Flags) -> None:
     given = [name for name in ("llava", "vision", "language", "release") if getattr(flags, name)]
     if given not in (["llava"], ["vision", "language"], ["release"]):
         found = ", ".join(f"--{name}" for name in given) or "none"
-        parser.error(f"one of --llava, --vision with --language, or --release is needed; given: {found}")
-    if problem := _unusable(flags.output, flags.overwrite):
-        parser.error(f"--output {flags.output}: {problem}")
+        raise UserError(f"one of --llava, --vision with --language, or --release is needed; given: {found}")
+    _check_output(flags.output, flags.overwrite)
 
-    torch.manual_seed(0)  # for what is new
-    options = {"image_size": flags.image_size, "dtype": getattr(torch, flags.dtype)}
-    if flags.chat_format:
-        options["chat_format"] = flags.chat_format
-    try:
-        if flags.llava:
-            model, processor = assemble_from_llava(flags.llava, **options)
-        elif flags.release:
-            model, processor = load_release(flags.release, **options)
-        else:
-            model, processor = assemble_from_parts(flags.vision, flags.language, **options)
-    except UserError as error:
-        parser.error(f"--{error}")
-    partial = flags.output.with_name(f".{flags.output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial, max_shard_size="5GB")
-    processor.save_pretrained(partial)
-    if flags.output.exists():
-        shutil.rmtree(flags.output)
-    partial.rename(flags.output)
-    print(f"{flags.output}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f} billion parameters", file=sys.stderr)
+    import torch
+
+    from collavo.folders import whole_folder
+    from collavo.import_base.assemble import assemble_from_llava, assemble_from_parts
+    from collavo.import_base.release import load_release
+
+    torch.manual_seed(0)  # for new weights
+    options = {"image_size": flags.image_size, "chat_format": flags.chat_format, "dtype": getattr(torch, flags.dtype)}
+    with whole_folder(flags.output) as folder:
+        try:
+            if flags.llava:
+                model, processor = assemble_from_llava(flags.llava, **options)
+            elif flags.release:
+                model, processor = load_release(flags.release, **options)
+            else:
+                model, processor = assemble_from_parts(str(flags.vision), str(flags.language), **options)
+        except UserError as error:  # it begins with the argument, which is called like its flag
+            raise UserError(f"--{error}") from error
+        model.save_pretrained(folder, max_shard_size="5GB")
+        processor.save_pretrained(folder)
+    print(f"{flags.output}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f} billion parameters")
 
 
-def _unusable(output: Path, overwrite: bool) -> str | None:
-    """Why a model cannot go there; nothing but an earlier model is ever replaced."""
+def _check_output(output: Path, overwrite: bool) -> None:
+    """Refuse a folder with content, but for an earlier model that may be replaced."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return None
-    if not (output / "config.json").is_file() or '"collavo"' not in (output / "config.json").read_text(
-        errors="replace"
-    ):
-        return "holds something that is no CoLLaVO model; name a new or empty folder"
-    return None if overwrite else "holds a model already; name another folder, or give --overwrite"
+        return
+    config = output / "config.json"
+    if not config.is_file() or '"collavo"' not in config.read_text(errors="replace"):
+        raise UserError(f"--output {output}: holds something that is no CoLLaVO model; name a new or empty folder")
+    if not overwrite:
+        raise UserError(f"--output {output}: holds a model already; name another folder, or give --overwrite")
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

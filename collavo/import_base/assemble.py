@@ -1,7 +1,7 @@
-"""A CoLLaVO model from published checkpoints: a LLaVA, or a vision encoder and a language model.
+"""Make a CoLLaVO model of published checkpoints: of a LLaVA, or of a vision encoder and a language model.
 
-Tensors are renamed and passed on, not copied; only what changes takes memory of its own. What no checkpoint has - the
-Crayon Prompt, and a projector between separate parts - is initialised.
+Tensors are renamed, not copied; only a changed tensor takes memory of its own. The Crayon Prompt, and the projector
+between separate parts, are in no checkpoint and are initialised.
 """
 
 import json
@@ -37,7 +37,7 @@ NATIVE_LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "internlm3")
 INTERNLM = ("internlm", "internlm2")
 VISION_ENCODERS = ("clip", "clip_vision_model")
 NEW = ("model.crayon_prompt.", "model.low_rank_branches.")
-"""What a model may lack before it is one of ours."""
+"""Beginnings of the names of tensors that other people's models lack."""
 
 _POSITIONS = "model.vision_tower.embeddings.position_embedding.weight"
 _EMBEDDING, _HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
@@ -46,7 +46,7 @@ _VISION_NAME = re.compile(r"(?:vision_model\.)?((?:embeddings|pre_layrnorm|encod
 
 @dataclass(slots=True)
 class Ingredients:
-    """What a model is made of: tensors under this project's names, and what belongs to them."""
+    """Tensors under this project's names, with their configurations and tokenizer."""
 
     vision_config: CLIPVisionConfig
     text_config: Any
@@ -56,17 +56,17 @@ class Ingredients:
     """Beginnings of the names of tensors that are initialised where they are missing."""
 
     collavo_entries: dict[str, Any] = field(default_factory=dict)
-    """Entries of CollavoConfig that the weights ask for."""
+    """Entries of CollavoConfig that the weights need."""
 
     normalisation: dict[str, list[float]] = field(default_factory=dict)
-    """`image_mean` and `image_std`, if not CLIP's."""
+    """`image_mean` and `image_std`; CLIP's where they are missing."""
 
     chat_template: str = ""
-    """The checkpoint's own, which tells its chat format."""
+    """The checkpoint's own; its chat format is read from it."""
 
 
 def assemble_from_llava(llava: str | Path, **options: Any) -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
-    """CoLLaVO on a LLaVA checkpoint; its projector stays, and the layer of the vision encoder that it looks at.
+    """Make CoLLaVO of a LLaVA checkpoint; its projector stays, on the same layer of the vision encoder.
 
     Args:
         llava: folder or hub id.
@@ -82,7 +82,7 @@ def assemble_from_llava(llava: str | Path, **options: Any) -> tuple[CollavoForCo
             raise ValueError(f"type {entries.get('model_type')!r} is not supported; 'llava' in transformers' layout is")
         config: Any = LlavaConfig.from_pretrained(folder)
         if config.vision_feature_select_strategy != "default":
-            raise ValueError("its image tokens include the class token, which has no cell of a crayon map")
+            raise ValueError("its image tokens include the class token, for which a crayon map has no cell")
         _check_type(config.vision_config.model_type, VISION_ENCODERS)
         _check_type(config.text_config.model_type, NATIVE_LANGUAGE_MODELS)
         kept = ("projector_hidden_act", "multimodal_projector_bias", "vision_feature_layer")
@@ -101,7 +101,7 @@ def assemble_from_llava(llava: str | Path, **options: Any) -> tuple[CollavoForCo
 def assemble_from_parts(
     vision: str | Path, language: str | Path, **options: Any
 ) -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
-    """CoLLaVO on a CLIP vision encoder, its last layer, and a language model, with a new projector between them.
+    """Make CoLLaVO of a CLIP vision encoder, whose last layer is used, and a language model, with a new projector.
 
     Args:
         vision, language: folders or hub ids.
@@ -140,17 +140,18 @@ def build(
     attention: str = "sdpa",
     **entries: Any,
 ) -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
-    """The model and its processor.
+    """Make the model and its processor.
 
     Args:
         image_size: in pixels; CLIP's position embeddings are interpolated to its grid.
-        chat_format: a key of `collavo.model.prompt.CHAT_FORMATS`; None for the checkpoint's own, `paper` where it has
+        chat_format: a key of `collavo.model.prompt.CHAT_FORMATS`; None for the checkpoint's own, or `paper` if that is
             none of them.
         attention: transformers' attention implementation.
         entries: further entries of CollavoConfig, such as `crayon_width`.
 
     Raises:
-        ValueError: if something is missing or does not fit; UserError if an argument is to blame.
+        UserError: if an argument is wrong.
+        ValueError: if tensors are missing or do not fit.
     """
     weights = dict(ingredients.weights)
     chat_format = chat_format or _own_chat_format(ingredients)
@@ -194,10 +195,14 @@ def check_weights(
     prefix: str = "",
     may_lack: tuple[str, ...] = (),
 ) -> None:
-    """Whether these are the tensors of that model, by name and shape.
+    """Compare tensors with those of a model, by name and shape.
+
+    Args:
+        prefix: stands before the model's own names in `weights`.
+        may_lack: beginnings of the names of tensors that may be missing.
 
     Raises:
-        ValueError: naming some that are missing, unknown, or of another shape.
+        ValueError: if tensors are missing, unknown, or of another shape; it names some of them.
     """
     with torch.device("meta"):
         expected = {prefix + name: tensor.shape for name, tensor in model_class(config).state_dict().items()}
@@ -215,7 +220,7 @@ def check_weights(
 
 
 def resize_positions(positions: torch.Tensor, grid_hw: tuple[int, int]) -> torch.Tensor:
-    """CLIP's position embeddings [1 + cells, width], interpolated to another grid; the class token keeps its own."""
+    """Interpolate CLIP's position embeddings [1 + cells, width] to another grid; the class token keeps its own."""
     side = math.isqrt(len(positions) - 1)
     if (side, side) == grid_hw:
         return positions
@@ -225,13 +230,13 @@ def resize_positions(positions: torch.Tensor, grid_hw: tuple[int, int]) -> torch
 
 
 def vision_tower_weights(weights: Mapping[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
-    """The tensors of a CLIP vision encoder, whose names begin with `prefix`, under ours; others are left out."""
+    """Rename the tensors of a CLIP vision encoder, whose names begin with `prefix`, and leave out all others."""
     matches = [(_VISION_NAME.fullmatch(name.removeprefix(prefix)), name) for name in weights if name.startswith(prefix)]
     return {f"model.vision_tower.{match[1]}": weights[name] for match, name in matches if match}
 
 
 def language_model_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a causal language model under our names."""
+    """Rename the tensors of a causal language model to our names."""
     return {re.sub(r"^model\.", "model.language_model.", name): tensor for name, tensor in weights.items()}
 
 
@@ -272,14 +277,14 @@ def _normalisation(folder: Path) -> dict[str, list[float]]:
 
 
 def _own_chat_format(ingredients: Ingredients) -> str:
-    """What the checkpoint converses in, if its tokenizer has the token that ends a turn there."""
+    """Choose the checkpoint's own chat format, or `paper` if its tokenizer lacks the token that ends a turn."""
     name = chat_format_of(ingredients.chat_template)
     stop_ids = ingredients.tokenizer(CHAT_FORMATS[name].stop, add_special_tokens=False).input_ids
     return name if len(stop_ids) <= 1 else "paper"
 
 
 def _generation_config(tokenizer: Any, chat_format: str) -> GenerationConfig:
-    """Where answers end: at the end of text, or where a turn ends in this chat format."""
+    """Let answers end at the end-of-text token, or at the token that ends a turn in this chat format."""
     if chat_format not in CHAT_FORMATS:
         raise UserError(f"chat_format {chat_format}: unknown; known are {', '.join(CHAT_FORMATS)}")
     if tokenizer.eos_token_id is None:
@@ -296,7 +301,8 @@ def _generation_config(tokenizer: Any, chat_format: str) -> GenerationConfig:
 
 
 def _grow_vocabulary(weights: dict[str, torch.Tensor], tokens: int) -> None:
-    """Rows for every token, in multiples of 64: the mean of the others, which makes no logit the largest."""
+    """Add rows for new tokens, up to a multiple of 64. A new row is the mean of the others, so that its logit is never
+    the largest and the model does not say the token."""
     tables = {name: weights[name] for name in (_EMBEDDING, _HEAD) if name in weights}
     rows = max((len(table) for table in tables.values()), default=0)
     if tokens > rows:

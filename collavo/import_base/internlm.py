@@ -1,8 +1,7 @@
-"""InternLM2 and InternLM v1 checkpoints as transformers' Llama.
+"""Read InternLM v1 and InternLM2 checkpoints as transformers' Llama.
 
-Both are Llama-shaped decoders that transformers lacks. InternLM v1 differs in nothing but biases on the four attention
-projections. InternLM2 has other names, and one fused `wqkv` whose rows are grouped by key-value head: the queries that
-share it, its key, its value.
+transformers has neither, but both have Llama's shape. InternLM v1 adds only biases on the four attention projections.
+InternLM2 names its tensors differently, and fuses queries, keys and values into one `wqkv`, see `split_wqkv`.
 
 Sources: the InternLM repositories' modeling_internlm.py and modeling_internlm2.py; arXiv 2403.17297, section 2.
 """
@@ -32,10 +31,10 @@ _PARAMETER = re.compile(r"(model\.layers\.\d+\.)?(.+)\.(weight|bias)")
 
 
 def llama_config(config: Mapping[str, Any]) -> LlamaConfig:
-    """The config.json of InternLM v1 or 2 as Llama's configuration.
+    """Translate the config.json of InternLM v1 or 2 into Llama's configuration.
 
     Raises:
-        KeyError: for an entry that is missing.
+        KeyError: if an entry is missing.
         ValueError: for rotary embeddings that Llama does not have.
     """
     return LlamaConfig(
@@ -49,10 +48,10 @@ def llama_config(config: Mapping[str, Any]) -> LlamaConfig:
 
 
 def llama_weights(weights: Mapping[str, torch.Tensor], config: LlamaConfig) -> dict[str, torch.Tensor]:
-    """The tensors of InternLM v1 or 2 under LlamaForCausalLM's names; names that are known to neither stay.
+    """Rename the tensors of InternLM v1 or 2 to LlamaForCausalLM's names; unknown names stay.
 
     Raises:
-        ValueError: if the shape of a `wqkv` is not what the configuration asks for.
+        ValueError: if the shape of a `wqkv` does not fit the configuration.
     """
     renamed: dict[str, torch.Tensor] = {}
     for name, tensor in weights.items():
@@ -67,9 +66,20 @@ def llama_weights(weights: Mapping[str, torch.Tensor], config: LlamaConfig) -> d
 
 
 def split_wqkv(name: str, fused: torch.Tensor, config: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The rows of a `wqkv` [(heads + 2 * key-value heads) * head_dim, ...] that make queries, keys and values."""
+    """Split the rows of a fused `wqkv` into those of queries, keys and values.
+
+    The rows come in groups, one per key-value head: first the query heads that share it, then its key, then its value.
+    With 32 heads and 8 key-value heads, a group is 4 queries, 1 key and 1 value. Llama wants all queries first, in the
+    order of the groups, then all keys, then all values.
+
+    Args:
+        fused: [(heads + 2 * key-value heads) * head_dim, ...], a weight or a bias.
+
+    Raises:
+        ValueError: for another number of rows.
+    """
     groups, head_dim = config.num_key_value_heads, config.head_dim
-    group_heads = config.num_attention_heads // groups + 2
+    group_heads = config.num_attention_heads // groups + 2  # the queries, a key and a value
     if fused.shape[0] != groups * group_heads * head_dim:
         raise ValueError(
             f"{name} has shape {tuple(fused.shape)}, but {config.num_attention_heads} heads of {head_dim} in "
@@ -80,7 +90,7 @@ def split_wqkv(name: str, fused: torch.Tensor, config: Any) -> tuple[torch.Tenso
 
 
 def _rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Of v2 (`rope_theta` and `rope_scaling`) or of v1 (`rotary`, dynamic where a configuration does not say)."""
+    """Read the rotary embeddings of v2 (`rope_theta`, `rope_scaling`) or v1 (`rotary`, dynamic by default)."""
     if "rope_theta" in config:
         rotary = {"base": config["rope_theta"], **(config.get("rope_scaling") or {"type": "origin"})}
     else:

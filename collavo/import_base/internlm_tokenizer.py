@@ -1,8 +1,8 @@
-"""InternLM's tokenizers, v1 and 2, as fast ones: from `tokenizer.model` alone, without the remote code around it.
+"""Make a fast tokenizer from an InternLM `tokenizer.model`, v1 or 2, without running the checkpoint's code.
 
-The file is a sentencepiece model, a protobuf message; the few fields that matter are read here, which asks for neither
-sentencepiece nor protobuf. Its rules are those both InternLM tokenizers have and no others: BPE with byte fallback,
-text taken as it is, no space put before it.
+The file is a sentencepiece model, which is a protobuf message. `_fields` reads the few fields that matter, so that
+neither sentencepiece nor protobuf has to be installed. Only the rules of the two InternLM tokenizers are supported: BPE
+with byte fallback, no normalisation of text, no space put before it.
 
 Source: sentencepiece_model.proto of google/sentencepiece; tokenization_internlm2.py of InternLM.
 """
@@ -22,15 +22,15 @@ _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
 def internlm_tokenizer(folder: Path, chat_names: bool = True) -> PreTrainedTokenizerFast:
-    """The tokenizer of an InternLM checkpoint; it puts `<s>` in front, pads with `</s>`, and gives offsets.
+    """Make the tokenizer of an InternLM checkpoint; it puts `<s>` in front and pads with `</s>`.
 
     Args:
-        chat_names: whether tokens go by the names that tokenizer_config.json gives them; chat models name some of the
-            unused ones, `<|im_start|>` for `[UNUSED_TOKEN_146]`.
+        chat_names: whether to take the names of tokens from tokenizer_config.json, in which chat models rename unused
+            tokens: `<|im_start|>` for `[UNUSED_TOKEN_146]`.
 
     Raises:
         FileNotFoundError: without a tokenizer.model.
-        ValueError: if that file is none, or has rules that InternLM's has not.
+        ValueError: if that file is no sentencepiece model, or has other rules than InternLM's.
     """
     file = folder / "tokenizer.model"
     if not file.is_file():
@@ -59,8 +59,8 @@ def internlm_tokenizer(folder: Path, chat_names: bool = True) -> PreTrainedToken
     )
     backend.add_tokens(
         [
-            # Markers such as <|im_end|> or [UNUSED_TOKEN_145] are special, so that decoding can leave them out; other
-            # user-defined pieces, rare letters mostly, are text.
+            # Markers such as <|im_end|> or [UNUSED_TOKEN_145] are special, so that decoding can leave them out. The
+            # other user-defined pieces, mostly rare letters, are text.
             AddedToken(token, normalized=False, special=kind != _USER_DEFINED or token[0] in "<[")
             for token, (_, _, kind) in zip(tokens, pieces, strict=True)
             if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
@@ -77,7 +77,12 @@ def internlm_tokenizer(folder: Path, chat_names: bool = True) -> PreTrainedToken
 
 
 def _merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
-    """The pairs that BPE merges, first the one whose whole scores highest; where scores tie, the earlier pieces."""
+    """List the pairs that BPE merges, in order.
+
+    sentencepiece keeps no list of merges: it joins the two neighbours whose joint piece has the highest score. A fast
+    tokenizer needs the list, so every split of a piece into two pieces becomes a merge, ranked by the score of the
+    whole; among equal scores the earlier pieces come first.
+    """
     normal = {text: (-score, position) for position, (text, score, kind) in enumerate(pieces) if kind == _NORMAL}
     pairs = [
         (text[:cut], text[cut:])
@@ -89,7 +94,7 @@ def _merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
 
 
 def _renamed_tokens(folder: Path) -> dict[int, str]:
-    """Tokens of tokenizer_config.json by position."""
+    """Read the tokens of tokenizer_config.json, by position."""
     file = folder / "tokenizer_config.json"
     if not file.is_file():
         return {}
@@ -98,12 +103,12 @@ def _renamed_tokens(folder: Path) -> dict[int, str]:
 
 
 def _read_pieces(message: bytes) -> list[tuple[str, float, int]]:
-    """Text, score and kind of every piece."""
+    """Read text, score and kind of every piece; the numbers are those of sentencepiece_model.proto."""
     pieces: list[tuple[str, float, int]] = []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
     for field, value in _fields(message):
-        if field == 1:
+        if field == 1:  # a piece: 1 text, 2 score, 3 kind
             piece = dict(_fields(value))
             score = struct.unpack("<f", piece.get(2, bytes(4)))[0]
             pieces.append((piece[1].decode("utf-8"), score, piece.get(3, _NORMAL)))
@@ -124,7 +129,11 @@ def _read_pieces(message: bytes) -> list[tuple[str, float, int]]:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value of the fields of a protobuf message; text, floats and messages are left as bytes."""
+    """Yield number and value of each field of a protobuf message; texts, floats and messages stay bytes.
+
+    A field begins with a key, `number * 8 + wire type`. Wire type 0 is a varint, 2 is a length and as many bytes, 1 and
+    5 are 8 and 4 bytes. A varint holds 7 bits per byte, the lowest first; the high bit says that another byte follows.
+    """
     position = 0
 
     def varint() -> int:

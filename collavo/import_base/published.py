@@ -1,8 +1,8 @@
-"""Published checkpoints: finding them, reading their configuration, tensors and tokenizer.
+"""Find published checkpoints, and read their configuration, tensors and tokenizer.
 
-Nothing that a checkpoint brings along is executed: configurations are JSON, tensors come from safetensors or, where a
-checkpoint has none, from `pytorch_model*.bin` through `torch.load(weights_only=True)`. Tensors are mapped from disk,
-not read, so they take memory only where they are changed.
+No code of a checkpoint is run: configurations are JSON, tensors come from safetensors or, if there are none, from
+`pytorch_model*.bin` through `torch.load(weights_only=True)`. Tensors are mapped from disk, so they take memory only if
+they are changed.
 """
 
 import json
@@ -28,7 +28,7 @@ _DESCRIPTIONS = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
 
 @contextmanager
 def one_line_errors(argument: str, source: str | Path) -> Iterator[None]:
-    """Turn what goes wrong with the checkpoint that `argument` named into a UserError."""
+    """Turn errors about a checkpoint into a UserError that begins with the argument that named it."""
     try:
         yield
     except UserError:
@@ -41,7 +41,7 @@ def one_line_errors(argument: str, source: str | Path) -> Iterator[None]:
 
 
 def find_checkpoint(source: str | Path) -> Path:
-    """The folder of a checkpoint: `source` itself, or where the files of that Hugging Face hub id are kept.
+    """Find the folder of a checkpoint: `source` itself, or the cache of that Hugging Face hub id, which is downloaded.
 
     Raises:
         OSError, ValueError: if it is neither, or has no config.json.
@@ -60,7 +60,11 @@ def find_checkpoint(source: str | Path) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The checkpoint's config.json; ValueError if its weights are quantised."""
+    """Read a checkpoint's config.json.
+
+    Raises:
+        ValueError: if it is no JSON, or the weights are quantised.
+    """
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
@@ -71,7 +75,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint by its name, but for the buffers that older ones saved."""
+    """Read every tensor of a checkpoint by its name, without the buffers that older checkpoints hold."""
     weights: dict[str, torch.Tensor] = {}
     for file in _weight_files(folder):
         if file.suffix == ".safetensors":
@@ -85,7 +89,11 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint, if transformers can make a fast one of what is there."""
+    """Read the tokenizer of a checkpoint.
+
+    Raises:
+        ValueError: if transformers cannot make a fast tokenizer of its files.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -96,7 +104,7 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def read_chat_template(folder: Path) -> str:
-    """The chat template of a checkpoint, all of them where it has several; empty where it has none."""
+    """Read the chat template of a checkpoint, or all of its templates; empty if it has none."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):

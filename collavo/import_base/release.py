@@ -1,8 +1,8 @@
-"""The authors' CoLLaVO-7B release as a mode of this project's model.
+"""Read the authors' CoLLaVO-7B release as a mode of this project's model.
 
-Its language model is InternLM2 with low-rank branches beside the linear layers, which are called `Plora_main` there;
-its vision encoder is CLIP ViT-L/14 with position embeddings interpolated already. What the branches do is told in
-`collavo.model.branches`.
+Its language model is InternLM2 with low-rank branches beside the linear layers; `collavo.model.branches` says what they
+do. The linear layers themselves are called `Plora_main` there. Its vision encoder is CLIP ViT-L/14 whose position
+embeddings are interpolated already.
 
 Source: github.com/ByungKwanLee/CoLLaVO, collavo/arch_collavo.py and collavo/arch/.
 """
@@ -38,7 +38,7 @@ _MODULES = {
 
 
 def load_release(release: str | Path, **options: Any) -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
-    """CoLLaVO-7B, or another checkpoint of its layout, with the signal through low-rank branches.
+    """Load CoLLaVO-7B, or another checkpoint of its layout; the crayon signal runs through low-rank branches.
 
     Args:
         release: folder or hub id.
@@ -55,7 +55,7 @@ def load_release(release: str | Path, **options: Any) -> tuple[CollavoForConditi
             _vision_config(weights),
             text_config,
             _our_weights(weights, text_config),
-            # The release speaks to the markers by their names in tokenizer.model.
+            # The release's prompts hold the markers under their names in tokenizer.model.
             internlm_tokenizer(folder, chat_names=False),
             new=(),
             collavo_entries={
@@ -64,7 +64,7 @@ def load_release(release: str | Path, **options: Any) -> tuple[CollavoForConditi
                 "crayon_width": _shape(weights, "seg_prompt_embed.weight")[1],
             },
         )
-        return build(ingredients, **{"chat_format": "collavo_release", **options})
+        return build(ingredients, **{**options, "chat_format": options.get("chat_format") or "collavo_release"})
 
 
 def _our_weights(weights: Mapping[str, torch.Tensor], text_config: LlamaConfig) -> dict[str, torch.Tensor]:
@@ -77,7 +77,7 @@ def _our_weights(weights: Mapping[str, torch.Tensor], text_config: LlamaConfig) 
         elif branch := _BRANCH.fullmatch(name):
             layer, linear, of_signal, factor = branch.groups()
             if of_signal and linear == "w2":
-                continue  # saved, but nothing ever flows through it
+                continue  # the release saves it, and never uses it
             if linear == "wqkv" and factor == "B":
                 tensor = torch.cat(split_wqkv(name, tensor, text_config))
             family = "crayon" if of_signal else "image"
@@ -89,7 +89,7 @@ def _our_weights(weights: Mapping[str, torch.Tensor], text_config: LlamaConfig) 
 
 
 def _vision_config(weights: Mapping[str, torch.Tensor]) -> CLIPVisionConfig:
-    """The tower's configuration, which the release keeps in its code, as its tensors show it."""
+    """Read the vision encoder's configuration off its tensors; the release holds it in its code only."""
     model = f"{_VISION_TOWER}vision_model."
     width, _, _, patch_size = _shape(weights, f"{model}embeddings.patch_embedding.weight")
     positions, _ = _shape(weights, f"{model}embeddings.position_embedding.weight")

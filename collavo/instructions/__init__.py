@@ -1,7 +1,7 @@
-"""Crayon instructions: segments in, questions and answers in English out.
+"""Write crayon instructions: questions and answers in English about an image's segments.
 
-`text`        one serializer for object lists and boxes, one strict parser that reads them back
-`phrasebook`  the phrasings, out of a JSON file that a user can replace
-`choose`      which absent classes to ask for, and which phrasing: by hash, so that data depend on no order or machine
 `write`       the six tasks
+`phrasebook`  the phrasings, from a JSON file that a user can replace
+`choose`      choose phrasings and absent classes by hash, so that data depend on no order or machine
+`text`        write object lists and boxes as text, and read them back
 """

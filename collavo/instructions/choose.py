@@ -1,7 +1,7 @@
-"""Choices by hash: the same for any machine, order or number of workers, and independent of one another.
+"""Choose by hash, so that a choice is the same on any machine, in any order, with any number of workers.
 
-Every choice is drawn from a hash of what it is about (seed, image, task, object), never from a running generator, so
-that adding an image or a task changes no other choice.
+Every choice is drawn from a hash of its subject (seed, image, task, object), never from a running generator: adding an
+image or a task changes no other choice.
 """
 
 import hashlib
@@ -16,12 +16,12 @@ NEGATIVE_KINDS = ("random", "popular", "cooccurring")
 
 
 def stable_hash(*parts: object) -> int:
-    """A 64-bit hash of some values, the same everywhere and for ever."""
+    """Hash some values to 64 bits, the same on every machine and in every version."""
     return int.from_bytes(hashlib.blake2b(_joined(parts), digest_size=8).digest(), "little")
 
 
 def stable_uniforms(count: int, *parts: object) -> np.ndarray:
-    """`count` numbers in (0, 1) out of a hash of some values, float64."""
+    """Draw `count` numbers in (0, 1) from a hash of some values: float64 [count]."""
     bits = np.frombuffer(hashlib.shake_128(_joined(parts)).digest(8 * count), dtype="<u8")
     return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
@@ -32,12 +32,12 @@ def _joined(parts: Sequence[object]) -> bytes:
 
 @dataclass(slots=True)
 class ClassStatistics:
-    """In how many images each thing class occurs, alone and beside each other one; what POPE's negatives rest on.
+    """Counts of images by thing class, and by pair of thing classes, from which POPE's negatives are drawn.
 
-    `together` is int64 [80, 80], symmetric, its diagonal the plain frequencies. Adding is associative and commutative,
-    so partial statistics can be summed anywhere.
+    Adding is associative and commutative, so partial statistics can be summed anywhere.
     """
 
+    # int64 [80, 80], symmetric: images in which two classes occur together; on its diagonal, those of one class.
     together: np.ndarray = field(default_factory=lambda: np.zeros((len(THINGS), len(THINGS)), dtype=np.int64))
 
     def add_image(self, present_labels: Sequence[int]) -> None:
@@ -51,22 +51,23 @@ class ClassStatistics:
 def draw_absent_labels(
     present_labels: Sequence[int], count: int, statistics: ClassStatistics, *key: object
 ) -> list[int]:
-    """Thing labels that are not in an image, to ask for all the same.
+    """Draw thing labels that are not in an image, for questions whose answer is no.
 
     The three kinds of POPE (arXiv 2305.10355) take turns: any class of the data set, a frequent class, a class that
-    often goes with those present. Each kind is a weighted draw, without replacement over all kinds.
+    often occurs with the present ones. Each kind is a weighted draw; no label is drawn twice.
 
     Args:
         present_labels: thing labels (0..79) that occur in the image.
-        count: how many to draw; fewer come back only if fewer classes are absent.
+        count: how many to draw; fewer are returned only if fewer classes are absent.
         statistics: of the whole data set.
-        key: what the draw is about; the first kind and the order follow from it.
+        key: the subject of the draw, from which the first kind and all chances follow.
     """
     present = list(present_labels)
     frequency = np.diagonal(statistics.together)
     weights = np.stack([frequency > 0, frequency, statistics.together[present].sum(axis=0)]).astype(np.float64)
-    # An exponential race for each kind. Where nothing goes with those present, any class of the data set will do; where
-    # all of those are present, any at all.
+    # A weighted draw without replacement is a race: each label arrives after an exponential time divided by its weight.
+    # Labels of weight 0 come after all others: first classes of the data set, for images whose classes never occur with
+    # another, then all the rest, for images that hold every class of the data set.
     preference = np.where(weights > 0, 0, np.where(frequency > 0, 1, 2))
     waiting = -np.log(stable_uniforms(weights.size, "absent", *key)).reshape(weights.shape)
     arrivals = np.lexsort((waiting / np.where(weights > 0, weights, 1.0), preference))

@@ -1,10 +1,9 @@
-"""The phrasings of the crayon instructions, read from a JSON file.
+"""Read the phrasings of the crayon instructions from a JSON file.
 
-The file maps each task to a list of phrasings: an `id`, a `question`, the answer where the class asked for is
-`present`, and for `counting`, `class_to_box` and `class_to_binary` the answer where it is `absent`. Texts hold
-placeholders in braces, `{plural}` for instance; `PLACEHOLDERS` says which each task knows. `phrasebook.json` beside
-this module is the default.
-"""
+The file maps each task to a list of phrasings. Each has an `id`, a `question`, the answer if the class is `present`,
+and for `counting`, `class_to_box` and `class_to_binary` the answer if it is `absent`. Texts hold placeholders in
+braces, such as `{plural}`; `PLACEHOLDERS` lists those of each task. The default is `phrasebook.json` beside this
+module."""
 
 import hashlib
 import json
@@ -33,7 +32,7 @@ TASKS_WITH_ABSENT = ("counting", "class_to_box", "class_to_binary")
 
 @dataclass(frozen=True, slots=True)
 class Phrasing:
-    """One way of asking, and of answering; `absent` is None for tasks that are asked of present objects only."""
+    """One way to ask and to answer; `absent` is None for tasks about present objects only."""
 
     id: str
     question: str
@@ -43,7 +42,7 @@ class Phrasing:
 
 @dataclass(frozen=True, slots=True)
 class Phrasebook:
-    """All phrasings by task; `sha256` identifies the file they came from."""
+    """All phrasings by task; `sha256` is that of their file."""
 
     phrasings: Mapping[str, tuple[Phrasing, ...]]
     sha256: str

@@ -1,7 +1,8 @@
-"""How segments are written in text: `(#1 person) [0.00, 0.16, 0.29, 0.88], (#2 person) [0.50, 0.10, 0.83, 0.81]`.
+"""Write segments as text and read them back: `(#1 person) [0.00, 0.16, 0.29, 0.88], (#2 person) [0.50, 0.10, 0.83,
+0.81]`.
 
-Boxes are `[x_min, y_min, x_max, y_max]` as fractions of the image's width and height, with two decimals (CoLLaVO's
-convention). A segment without a number - a crowd, an instance after the 20th - is written `(person)`.
+Boxes are `[x_min, y_min, x_max, y_max]`, fractions of the image's width and height with two decimals, as in CoLLaVO. A
+segment without a number (a crowd, or an instance after the 20th) is written `(person)`.
 """
 
 import re
@@ -19,7 +20,7 @@ _OBJECT = re.compile(rf"\((?:#([1-9]\d*) )?([^()#]+)\)(?: ({_BOX.pattern}))?", r
 
 
 class ObjectMention(NamedTuple):
-    """An object as a text names it; `numbering` is 0 and `box` None where the text gives none."""
+    """An object as a text names it; `numbering` is 0 and `box` None if the text has none."""
 
     name: str
     numbering: int
@@ -27,33 +28,33 @@ class ObjectMention(NamedTuple):
 
 
 def format_box(box_xyxy: Sequence[float], size_wh: tuple[int, int]) -> str:
-    """A pixel box as text, e.g. `[0.00, 0.16, 0.29, 0.88]`."""
+    """Write a pixel box, e.g. `[0.00, 0.16, 0.29, 0.88]`."""
     width, height = size_wh
     x_min, y_min, x_max, y_max = box_xyxy
     return f"[{x_min / width:.2f}, {y_min / height:.2f}, {x_max / width:.2f}, {y_max / height:.2f}]"
 
 
 def format_object(segment: Segment) -> str:
-    """A segment's number and name, e.g. `(#2 person)`."""
+    """Write a segment's number and name, e.g. `(#2 person)`."""
     name = segment.category.display_name
     return f"(#{segment.numbering} {name})" if segment.numbering else f"({name})"
 
 
 def format_objects(segments: Sequence[Segment]) -> str:
-    """All names with their numbers, e.g. `(#1 person), (#2 person)`."""
+    """Write all names with their numbers, e.g. `(#1 person), (#2 person)`."""
     return ", ".join(map(format_object, segments))
 
 
 def format_objects_with_boxes(segments: Sequence[Segment], size_wh: tuple[int, int]) -> str:
-    """All names with their numbers and boxes, e.g. `(#1 person) [0.00, 0.16, 0.29, 0.88]`."""
+    """Write all names with their numbers and boxes, e.g. `(#1 person) [0.00, 0.16, 0.29, 0.88]`."""
     return ", ".join(f"{format_object(segment)} {format_box(segment.box_xyxy, size_wh)}" for segment in segments)
 
 
 def parse_box(text: str) -> Box:
-    """Read back what `format_box` wrote.
+    """Read a box as `format_box` writes it.
 
     Raises:
-        ValueError: if the text is anything else, a box turned inside out included.
+        ValueError: if the text is anything else, or a maximum is below its minimum.
     """
     match = _BOX.fullmatch(text)
     if match is None:
@@ -62,7 +63,7 @@ def parse_box(text: str) -> Box:
 
 
 def parse_objects(text: str) -> list[ObjectMention]:
-    """Read back what `format_objects` or `format_objects_with_boxes` wrote; an empty text is an empty list.
+    """Read objects as `format_objects` or `format_objects_with_boxes` writes them; an empty text is an empty list.
 
     Raises:
         ValueError: at the first place that is not an object of one of the 133 classes.
@@ -86,7 +87,7 @@ def parse_objects(text: str) -> list[ObjectMention]:
 
 
 def find_boxes(text: str) -> list[Box]:
-    """All well-formed boxes anywhere in a text, such as a model's free answer."""
+    """Find all well-formed boxes in a text, such as a model's free answer."""
     return [box for match in _BOX.finditer(text) if (box := _ordered_box(match.groups())) is not None]
 
 

@@ -1,7 +1,7 @@
-"""The six tasks: from an image's segments to its questions and answers.
+"""Write the questions and answers of the six tasks from an image's segments.
 
 Questions are about things; the listings name stuff too. A class with a crowd region or with more than 20 instances is
-neither counted nor located, because the answer would be wrong; it is still named, and asked for by yes or no.
+neither counted nor located, since the answer would be wrong. It is still named, and asked for by yes or no.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,48 +11,47 @@ from typing import NamedTuple
 
 from collavo.instructions.choose import ClassStatistics, draw_absent_labels, stable_hash, stable_uniforms
 from collavo.instructions.phrasebook import Phrasebook
-from collavo.instructions.text import (
-    format_box,
-    format_object,
-    format_objects,
-    format_objects_with_boxes,
-)
+from collavo.instructions.text import format_box, format_object, format_objects, format_objects_with_boxes
 from schemas.categories import CATEGORIES
 from schemas.crayon_row import TASKS, Instruction, Segment
 
 
 @dataclass(frozen=True, slots=True)
 class InstructionOptions:
-    """What a user sets about instructions; every field is a flag of the builder."""
+    """Settings of the user; every field is a flag of the builder."""
 
     tasks: tuple[str, ...] = TASKS
     """The tasks to write, a subset of `schemas.crayon_row.TASKS`."""
 
     seed: int = 0
-    """Changes every choice of phrasing, of absent class, and of what the cap drops."""
+    """Changes every choice of phrasings, of absent classes, and of questions that exceed `max_instructions`."""
 
     max_instructions: int = 24
-    """Instructions per image at most; the tasks take turns until it is reached."""
+    """The most instructions of an image; the tasks take turns until it is reached."""
 
     negative_ratio: float = 1.0
-    """Questions for an absent class per question for a present one, in the tasks that ask for a class."""
+    """Questions for an absent class per question for a present one, in the tasks that ask for classes."""
 
     max_listed_objects: int = 30
-    """An image with more segments gets no listing: shortened it would be a wrong answer, whole it would be too long."""
+    """An image with more segments gets no listing: a shortened one would be wrong, a whole one too long."""
 
 
 class _Candidate(NamedTuple):
-    """A question that could be asked: the object it is about and all that a phrasing may say."""
+    """A question that could be asked."""
 
     subject: str
+    """What it is about: a label, a box, or everything. Choices about the question are made by this."""
+
     words: Mapping[str, str]
+    """The values of all placeholders that a phrasing may hold."""
+
     label: str | None
     polarity: str | None
     segment_ids: tuple[int, ...]
 
 
 def present_thing_labels(segments: Sequence[Segment]) -> list[int]:
-    """The thing labels (0..79) that occur in an image, ascending, crowds included."""
+    """List the thing labels (0..79) that occur in an image, ascending, crowds included."""
     return sorted({segment.label for segment in segments if segment.category.is_thing})
 
 
@@ -64,10 +63,10 @@ def write_instructions(
     statistics: ClassStatistics,
     options: InstructionOptions,
 ) -> tuple[Instruction, ...]:
-    """All instructions of an image, by task.
+    """Write all instructions of an image, by task.
 
     Args:
-        image_id: enters every choice, so that it depends on nothing else of the data set than `statistics`.
+        image_id: enters every choice, so that of the rest of the data set only `statistics` matters.
         size_wh: of the image, in pixels; boxes are written as fractions of it.
         segments: in the order of the row.
         statistics: class frequencies over the data set, for the choice of absent classes.
@@ -80,7 +79,7 @@ def write_instructions(
         )
         for task in asked
     ]
-    # The tasks take turns, so that a cap costs each of them alike.
+    # The tasks take turns, so that the maximum cuts all of them alike.
     turns = chain.from_iterable(
         zip_longest(*([(task, c) for c in cs] for task, cs in zip(asked, by_task, strict=True)))
     )
@@ -129,8 +128,8 @@ def _candidates(
         by_label = {label: group for label, group in by_label.items() if all(s.numbering for s in group)}
     for label, group in by_label.items():
         yield _class_question(task, label, group, size_wh)
-    # An image without objects still teaches what is not there: it counts as one with a single class. What is left over
-    # of a ratio such as 0.3 is asked for by chance, for to round it would ask images of few classes for nothing.
+    # An image without objects counts as one with a single class, so that it too is asked for absent ones. The fraction
+    # of a ratio such as 0.3 becomes a question by chance; rounded, images of few classes would get none.
     wanted = options.negative_ratio * max(len(by_label), 1)
     chance = stable_uniforms(1, "negatives", options.seed, image_id, task)[0]
     for label in draw_absent_labels(present, int(wanted + chance), statistics, options.seed, image_id, task):
@@ -146,7 +145,7 @@ def _listing(task: str, segments: Sequence[Segment], size_wh: tuple[int, int]) -
 
 
 def _boxes_to_name(things: Sequence[Segment], size_wh: tuple[int, int]) -> Iterator[_Candidate]:
-    """One question per numbered thing whose box, as text, has an extent and belongs to no other thing."""
+    """Ask one question per numbered thing whose box, as text, has an extent and belongs to no other thing."""
     boxes = [format_box(segment.box_xyxy, size_wh) for segment in things]
     for segment, box in zip(things, boxes, strict=True):
         x_min, y_min, x_max, y_max = box.strip("[]").split(", ")

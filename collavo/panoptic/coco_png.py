@@ -1,4 +1,4 @@
-"""COCO's panoptic PNG: a pixel's segment id is R + 256 G + 65536 B, and 0 is unlabelled.
+"""Read COCO's panoptic PNGs: a pixel's segment id is R + 256 G + 65536 B; 0 is unlabelled.
 
 Source: the COCO panoptic data format, https://cocodataset.org/#format-data.
 """
@@ -16,18 +16,18 @@ from collavo.panoptic.maps import IdRuns
 
 
 def decode_segment_runs(data: bytes, size_wh: tuple[int, int]) -> IdRuns:
-    """Read the segment ids out of a COCO panoptic PNG, as the runs of the map.
+    """Read the segment ids of a COCO panoptic PNG, as the runs of the map.
 
     Args:
         data: the file's bytes.
-        size_wh: width and height that the mask must have, those of its image.
+        size_wh: width and height of the image, which the mask must have too.
 
     Raises:
-        Rejected: `broken_mask` where it is not a PNG that decodes, `mask_size_mismatch` where its size is another.
+        Rejected: `broken_mask` if it is no PNG that decodes, `mask_size_mismatch` if it has another size.
     """
     rgb = _decode_rgb(data, size_wh)
-    # By bytes, of which few differ from the pixel before: to put ids together for all pixels would take five times
-    # as long.
+    # Runs are found by comparing bytes with those of the pixel before. Ids are put together for the start of each run
+    # only: for all pixels it would take five times as long.
     channels = rgb.reshape(-1)
     differs = np.ones(channels.size, dtype=bool)
     np.not_equal(channels[3:], channels[:-3], out=differs[3:])
@@ -39,10 +39,10 @@ def decode_segment_runs(data: bytes, size_wh: tuple[int, int]) -> IdRuns:
 
 
 def _decode_rgb(data: bytes, size_wh: tuple[int, int]) -> np.ndarray:
-    """The pixels, uint8 [height, width, 3].
+    """Decode the pixels, uint8 [height, width, 3].
 
-    kornia-rs takes a fifth of Pillow's time. It is asked only for what COCO's masks are, 8-bit RGB without interlacing;
-    all other files, and those that it refuses, are Pillow's to judge.
+    kornia-rs takes a fifth of Pillow's time. It gets files of the kind that COCO's masks are, 8-bit RGB without
+    interlacing. Pillow decodes all others, and decides about those that kornia-rs refuses.
     """
     if data.startswith(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">IIBBBBB", *size_wh, 8, 2, 0, 0, 0)):
         with suppress(Exception):

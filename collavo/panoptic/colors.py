@@ -4,6 +4,9 @@ import colorsys
 from collections.abc import Sequence
 from functools import cache
 
+import numpy as np
+
+from collavo.panoptic.maps import PanopticMap
 from schemas.categories import CATEGORIES, MAX_NUMBERING
 from schemas.crayon_row import Segment
 
@@ -11,16 +14,16 @@ UNKNOWN_RGB = (0, 0, 0)
 
 _LIGHTNESS_RANGE = (0.15, 0.9)
 
-# Steps of the golden section: every shade lands in a wide gap that the shades before it left.
+# Steps of the golden section put every shade into a wide gap between the earlier ones.
 _LIGHTNESS_STEP = 0.618034
 
 
 @cache
 def crayon_color(label: int, numbering: int) -> tuple[int, int, int]:
-    """The RGB colour of instance `numbering` of class `label`.
+    """Choose the RGB colour of instance `numbering` of class `label`.
 
-    Number 1 has COCO's own colour of the class, 2 to 20 differ from it and from each other in lightness; what has no
-    number (0) shares one more shade.
+    Number 1 has COCO's own colour of the class. Numbers 2 to 20 differ from it and from each other in lightness. All
+    segments without a number (0) share one more shade.
     """
     if numbering == 1:
         return CATEGORIES[label].color_rgb
@@ -34,5 +37,19 @@ def crayon_color(label: int, numbering: int) -> tuple[int, int, int]:
 
 
 def segment_palette(segments: Sequence[Segment]) -> list[tuple[int, int, int]]:
-    """Colours by pixel value of an index map: unknown first, then the segments in order."""
+    """List the colours of an index map's pixel values: first unknown, then the segments in order."""
     return [UNKNOWN_RGB, *(crayon_color(segment.label, segment.numbering) for segment in segments)]
+
+
+def crayon_overlay(image: np.ndarray, panoptic: PanopticMap, opacity: float = 0.6) -> np.ndarray:
+    """Lay the crayon map over its image; unknown pixels show the image alone.
+
+    Args:
+        image: uint8 RGB [height, width, 3].
+
+    Returns:
+        uint8 RGB of the same shape.
+    """
+    colors = np.array(segment_palette(panoptic.segments), dtype=np.float32)[panoptic.index_map]
+    weight = np.where(panoptic.index_map > 0, np.float32(opacity), np.float32(0))[..., None]
+    return (image * (1 - weight) + colors * weight).round().astype(np.uint8)

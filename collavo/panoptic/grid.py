@@ -1,8 +1,8 @@
-"""The crayon map on the model's patch grid: one semantic and one numbering index per cell.
+"""Reduce a panoptic map to the model's patch grid: the crayon map, one semantic and one numbering index per cell.
 
-A cell belongs to the segment that covers most of it. A segment that wins no cell still gets one - the cell it covers
-most, the smallest segment first - because an object that is asked about must not be invisible in the prompt. Only
-where there are more segments than cells do the smallest go without.
+A cell belongs to the segment that covers most of it. A segment that wins no cell by this rule still gets one, since a
+question may be about it: it takes the cell that it covers most, and the smallest segment chooses first. Only if there
+are more segments than cells do the smallest get none.
 """
 
 import heapq
@@ -16,7 +16,7 @@ from schemas.crayon_row import Segment
 def crayon_grid(
     index_map: np.ndarray, segments: Sequence[Segment], grid_hw: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Semantic and numbering indices of every cell.
+    """Compute the semantic and numbering index of every cell.
 
     Args:
         index_map: integer [height, width], pixel = position in `segments` + 1, 0 = unknown.
@@ -33,32 +33,33 @@ def crayon_grid(
 
 
 def segment_grid(index_map: np.ndarray, segment_count: int, grid_hw: tuple[int, int]) -> np.ndarray:
-    """Which segment each cell belongs to: int64 of shape `grid_hw`, position in the segments + 1, 0 = unknown."""
+    """Assign each cell to a segment: int64 of shape `grid_hw`, position in the segments + 1, 0 = unknown."""
     rows, columns = grid_hw
     covered = _covered_pixels(index_map, segment_count, rows, columns)
     _forget_smallest(covered, segment_count - rows * columns)
     best = covered[:, 1:].argmax(axis=1) + 1 if segment_count else np.zeros(len(covered), dtype=np.int64)
+    # A segment beats unknown in a tie; of two segments, the earlier wins.
     owner = np.where(covered[np.arange(len(covered)), best] >= covered[:, 0], best, 0)
     _rescue_vanished(owner, covered, columns)
     return owner.reshape(rows, columns)
 
 
 def _covered_pixels(index_map: np.ndarray, segment_count: int, rows: int, columns: int) -> np.ndarray:
-    """How many pixels of each segment lie in each cell: [cells, segments + 1]."""
+    """Count the pixels of each segment in each cell: int64 [cells, segments + 1], unknown first."""
     height, width = index_map.shape
-    # A map smaller than the grid is magnified, so that no cell is empty.
+    # Enlarge a map that is smaller than the grid, so that every cell has pixels.
     index_map = index_map.repeat(-(-rows // height), axis=0).repeat(-(-columns // width), axis=1)
     height, width = index_map.shape
     row_cells = np.arange(height) * rows // height * columns
     column_cells = np.arange(width) * columns // width
+    # Each pixel falls into the bin (cell, segment); one count over the bins gives all numbers at once.
     bins = (row_cells[:, None] + column_cells) * (segment_count + 1) + index_map
     counts = np.bincount(bins.ravel(), minlength=rows * columns * (segment_count + 1))
     return counts.reshape(rows * columns, segment_count + 1)
 
 
 def _forget_smallest(covered: np.ndarray, count: int) -> None:
-    """Make the smallest segments unknown, in place; with more segments than cells, they are those that find no
-    place."""
+    """Make the `count` smallest segments unknown, in place: as many as find no cell."""
     if count > 0:
         smallest = 1 + np.argsort(covered[:, 1:].sum(axis=0), kind="stable")[:count]
         covered[:, 0] += covered[:, smallest].sum(axis=1)
@@ -66,7 +67,12 @@ def _forget_smallest(covered: np.ndarray, count: int) -> None:
 
 
 def _rescue_vanished(owner: np.ndarray, covered: np.ndarray, columns: int) -> None:
-    """Give a cell to each segment with pixels but no cell, in place; who loses its last cell by that is served next."""
+    """Give a cell to each segment that has pixels but no cell, in place.
+
+    Segments wait in a heap, the smallest first. A segment may take the last cell of another, which then waits itself. A
+    cell that was given is not taken again, so each step fills a free cell, and the loop ends; it never runs out of free
+    cells, since there are no more segments than cells (`_forget_smallest`).
+    """
     areas = covered.sum(axis=0)
     cells_won = np.bincount(owner, minlength=covered.shape[1])
     vanished = [(int(areas[s]), s) for s in range(1, covered.shape[1]) if areas[s] and not cells_won[s]]
@@ -83,7 +89,7 @@ def _rescue_vanished(owner: np.ndarray, covered: np.ndarray, columns: int) -> No
 
 
 def _best_free_cell(covered: np.ndarray, free: np.ndarray, columns: int) -> int:
-    """The free cell that a segment covers most; where others took all of its cells, the nearest free one."""
+    """Find the free cell that a segment covers most, or the nearest free cell if all of its cells were given away."""
     candidates = np.where(free, covered, 0)
     if candidates.any():
         return int(candidates.argmax())

@@ -1,9 +1,9 @@
-"""The `panoptic_map` column: an index map as a PNG that any viewer shows in crayon colours.
+"""Write and read the `panoptic_map` column: an index map as a PNG that any viewer shows in crayon colours.
 
-Up to 255 segments it is a palette PNG, one byte a pixel, the palette being the crayon colours; above that 16-bit grey.
-It is put together here, because a map is no photograph: each row as its difference from the one above, which is nearly
-all zeros, compressed by its runs alone by zlib-ng, takes a fifth of the time of Pillow's encoder and two thirds of the
-bytes.
+Up to 255 segments it is a palette PNG, one byte per pixel, with the crayon colours as palette; above that it is 16-bit
+grey. The encoder is our own, since a map is no photograph: the difference of a row from the row above is nearly all
+zeros, and zlib-ng compresses it by its runs alone. That takes a fifth of the time of Pillow's encoder and two thirds of
+the bytes.
 """
 
 import io
@@ -22,7 +22,7 @@ _FILTER_UP = 2
 
 
 def encode_index_map(index_map: np.ndarray, segments: Sequence[Segment]) -> bytes:
-    """Write a uint8 or uint16 index map [height, width] as PNG."""
+    """Encode a uint8 or uint16 index map [height, width] as PNG."""
     height, width = index_map.shape
     in_colour = index_map.dtype == np.uint8
     rows = index_map if in_colour else index_map.astype(">u2").view(np.uint8)
@@ -45,7 +45,7 @@ def encode_index_map(index_map: np.ndarray, segments: Sequence[Segment]) -> byte
 
 
 def decode_index_map(data: bytes) -> np.ndarray:
-    """Read back the index map [height, width], uint8 or uint16, out of a `panoptic_map`."""
+    """Decode a `panoptic_map` to its index map, uint8 or uint16 [height, width]."""
     return np.asarray(Image.open(io.BytesIO(data), formats=("PNG",)))
 
 

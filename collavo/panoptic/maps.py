@@ -1,8 +1,7 @@
-"""The panoptic map: every pixel points into one ordered, numbered list of segments.
+"""Build panoptic maps: every pixel points into one ordered, numbered list of segments.
 
-All that is known of a segment - its area, its box, its number - is measured here, at full resolution, in one pass over
-the runs of equal pixels in each image row. A 640 x 480 map has some 5,000 runs, so the work after the first comparison
-is on arrays of thousands, not of hundreds of thousands.
+Area, box and number of each segment are measured here, at full resolution. For speed, the map is first reduced to runs
+of equal pixels within a row: a 640 x 480 map has some 5,000 runs, and all later work is on arrays of that length.
 """
 
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from schemas.crayon_row import Segment
 
 
 class SegmentInfo(NamedTuple):
-    """What a segmenter or an annotation says about a segment, before anything is measured."""
+    """A segment as a segmenter or an annotation states it, not yet measured."""
 
     id: int
     label: int
@@ -27,25 +26,24 @@ class SegmentInfo(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PanopticMap:
-    """A segmented image.
-
-    `index_map` is uint8 [height, width], uint16 above 255 segments; a pixel holds the position of its segment in
-    `segments` plus 1, and 0 where nothing is known. Segments are in the order of their class, then of their number.
-    """
+    """A segmented image."""
 
     index_map: np.ndarray
+    """uint8 [height, width], uint16 above 255 segments: position of the pixel's segment + 1, or 0 for unknown."""
+
     segments: tuple[Segment, ...]
+    """By class, then by number."""
 
 
 class IdRuns(NamedTuple):
-    """An id map as its runs of equal pixels, in reading order; no run crosses the end of a row."""
+    """An id map as runs of equal pixels, in reading order; a run ends with its row at the latest."""
 
     size_hw: tuple[int, int]
     starts: np.ndarray
-    """int [N], where each run begins in the flattened map."""
+    """int [N]: where each run begins in the flattened map."""
 
     ids: np.ndarray
-    """int [N], the id that each run's pixels have."""
+    """int [N]: the id of each run's pixels."""
 
     @property
     def lengths(self) -> np.ndarray:
@@ -53,7 +51,7 @@ class IdRuns(NamedTuple):
 
 
 def id_runs(ids: np.ndarray) -> IdRuns:
-    """The runs of an integer id map [height, width]."""
+    """Find the runs of an integer id map [height, width]."""
     flat = ids.ravel()
     begins = np.empty(flat.size, dtype=bool)
     np.not_equal(flat[1:], flat[:-1], out=begins[1:])
@@ -66,12 +64,12 @@ def build_panoptic_map(ids: np.ndarray | IdRuns, infos: Sequence[SegmentInfo]) -
     """Measure, order and number the segments of an id map.
 
     Args:
-        ids: integer [height, width], or its runs; 0 is unlabelled, any other value the id of an entry of `infos`.
+        ids: integer [height, width], or its runs; 0 is unlabelled, any other value is the id of an entry of `infos`.
         infos: the segments, in any order; the result does not depend on it.
 
     Raises:
-        Rejected: `repeated_segment` for an id listed twice, or a listed 0, `unlisted_segment` for a pixel whose id
-            is not listed, `empty_segment` for a listed segment without a pixel.
+        Rejected: `repeated_segment` if an id is listed twice, or 0 is listed; `unlisted_segment` if a pixel's id is not
+            listed; `empty_segment` if a listed segment has no pixel.
     """
     runs = ids if isinstance(ids, IdRuns) else id_runs(ids)
     lengths = runs.lengths
@@ -121,7 +119,7 @@ def _positions(run_ids: np.ndarray, known_ids: np.ndarray) -> np.ndarray:
 def _measure(
     run_positions: np.ndarray, starts: np.ndarray, lengths: np.ndarray, width: int, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Areas [count] and boxes [count, 4] of all segments from their runs."""
+    """Measure areas [count] and boxes [count, 4] of all segments from their runs."""
     areas = np.zeros(count, dtype=np.int64)
     np.add.at(areas, run_positions, lengths)
     y, x = np.divmod(starts, width)

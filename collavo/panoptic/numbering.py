@@ -1,8 +1,7 @@
-"""Numbering: the ordinal of each segment among those of its class in its image.
+"""Number the instances of each class in an image.
 
-The largest instance of a class is number 1; equal areas are told apart by where they are, top to bottom, then left to
-right. Size and place are properties of the picture, so the numbers are the same for any batch, runner or order of
-arrival.
+The largest instance of a class is number 1; equal areas are ordered by place, top to bottom, then left to right. Size
+and place belong to the picture, so the numbers do not depend on batches, runners or the order of arrival.
 """
 
 import numpy as np
@@ -11,7 +10,7 @@ from schemas.categories import MAX_NUMBERING
 
 
 def numbered_order(labels: np.ndarray, is_crowd: np.ndarray, areas: np.ndarray, boxes_xyxy: np.ndarray) -> np.ndarray:
-    """The order in which segments are listed: by class, crowds last, then largest first, then by place.
+    """Order segments by class, crowds last, then largest first, then by place.
 
     Args:
         labels: int [N], 0..132.
@@ -27,7 +26,7 @@ def numbered_order(labels: np.ndarray, is_crowd: np.ndarray, areas: np.ndarray, 
 
 
 def number_instances(ordered_labels: np.ndarray, ordered_is_crowd: np.ndarray) -> np.ndarray:
-    """Ordinals 1..20 for segments already in `numbered_order`; 0 for crowds and for what comes after the 20th.
+    """Number segments that are in `numbered_order`: 1..20, and 0 for crowds and for instances after the 20th.
 
     Args:
         ordered_labels: int [N], ascending.

@@ -1,12 +1,15 @@
-"""Mask-classification logits to panoptic maps, on the device that holds them.
+"""Turn mask-classification logits into panoptic maps, on the device that holds them.
 
-A model of the Mask2Former kind gives every query class logits and a low-resolution mask. Queries that are sure of a
-class compete for each pixel with class score times mask probability; what a query wins is a segment, if enough of its
-mask is left. One image at a time, only the surviving queries are upsampled, and what crosses to the host is the map of
-winners and a few numbers per query: three waits per image, none per query.
+A model of the Mask2Former kind gives every query class logits and a low-resolution mask. It works in three steps:
 
-Where two queries have exactly equal values at a pixel, the lower query index wins it. Nothing else depends on the order
-of the queries.
+1. Keep the queries whose best class has a high enough score (`_confident_queries`).
+2. Let them bid for each pixel with class score times mask probability; the highest bid wins it (`_compete`).
+3. Make a segment of what a query won, if enough of its own mask is left (`_segments`). Parts of one stuff class fuse.
+
+For speed, only the queries of step 1 are upsampled, and the host gets only the map of winners and a few numbers per
+query: it waits for the device three times per image, never per query.
+
+Of exactly equal bids for a pixel, that of the lower query index wins. Nothing else depends on the order of queries.
 """
 
 import math
@@ -21,9 +24,10 @@ from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
 from collavo.panoptic.thresholds import MaskThresholds
 from schemas.categories import CATEGORIES
 
-# Queries compete in bands of rows. On a CPU: below the size from which torch splits an operation among threads, for on
-# busy cores hundreds of small operations that wait for each other take seconds; such a band also stays in the cache.
-# On a GPU: below the size from which float32 no longer counts every pixel.
+# Queries compete in bands of rows, of at most so many elements in all. On a CPU it is one below the size from which
+# torch splits an operation among threads: the steps are hundreds of small operations, and threads that wait for each
+# other on busy cores make them take seconds. Such a band also fits the cache. On a GPU it is the size up to which
+# float32 counts pixels exactly.
 _BAND_ELEMENTS = {"cpu": (1 << 15) - 1, "cuda": 1 << 24}
 
 _SMALLEST_BID = torch.finfo(torch.float32).tiny
@@ -37,16 +41,16 @@ def panoptic_from_logits(
     """Turn the queries of one image into its panoptic map.
 
     Args:
-        class_logits: float [queries, classes + 1]; classes are labels 0..132, the last column is "no object".
+        class_logits: float [queries, classes + 1]; columns are the labels 0..132 and, last, "no object".
         mask_logits: float [queries, height, width] on the same device, at any resolution.
         size_hw: size of the map, that of the upright image.
         thresholds: see `MaskThresholds`.
 
     Returns:
-        the map; without segments where no query qualifies. A fused segment carries the best score of its parts.
+        the map, without segments if no query qualifies. A fused segment has the best score of its parts.
 
     Raises:
-        Rejected: `non_finite_logits` where logits are NaN or infinite, as after an overflow in half precision.
+        Rejected: `non_finite_logits` if logits are NaN or infinite, as after an overflow in half precision.
     """
     queries, labels, scores = _confident_queries(class_logits, thresholds.min_class_score)
     if not len(queries):
@@ -57,7 +61,7 @@ def panoptic_from_logits(
     winners, own_areas = _compete(kept, torch.from_numpy(scores).to(kept.device), size_hw, thresholds)
     winners = winners.astype(np.intp)
     areas = np.bincount(winners.ravel(), minlength=len(queries) + 1)[:-1]
-    # float32, as transformers divides: 4 / 5 is above 0.8 in it, and not in float64.
+    # Divide in float32, as transformers does: there, 4 / 5 is above 0.8; in float64 it is not.
     left = areas.astype(np.float32) / np.maximum(own_areas, 1).astype(np.float32)
     survivors = np.flatnonzero((areas > 0) & (own_areas > 0) & (left.astype(np.float64) > thresholds.overlap))
     segment_ids, infos = _segments(survivors, labels, scores, areas, thresholds)
@@ -65,7 +69,7 @@ def panoptic_from_logits(
 
 
 def _confident_queries(class_logits: torch.Tensor, min_class_score: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Index, label and score of the queries that name a class with enough certainty; arrays of equal length."""
+    """Select the queries that name a class with a high enough score: their index, label and score."""
     scores_on_device, labels_on_device = class_logits.float().softmax(-1).max(-1)
     scores, labels = torch.stack((scores_on_device, labels_on_device.float())).cpu().numpy()
     if not np.isfinite(scores).all():
@@ -77,20 +81,26 @@ def _confident_queries(class_logits: torch.Tensor, min_class_score: float) -> tu
 def _compete(
     mask_logits: torch.Tensor, scores: torch.Tensor, size_hw: tuple[int, int], thresholds: MaskThresholds
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Who wins each pixel: int16 [height, width], a position or, for nobody, their count; and each query's own area."""
+    """Find the winner of each pixel, and the area of each query's own mask.
+
+    Returns:
+        int16 [height, width]: the position of the winning query, or the number of queries where none bids; and
+        float64 [queries]: pixels of each query's own mask.
+    """
     count = len(scores)
-    # The first query has the highest number, so that it is the one left where several bid the same.
+    # Where several queries bid the same, the maximum of their numbers picks one: the first, which has the highest
+    # number.
     numbers = torch.arange(count, 0, -1, device=scores.device)[:, None, None].float()
-    # A bid is inside its query's own mask from here on; with our rules, it is 0 outside.
+    # The least bid of a pixel inside a query's own mask. By our rules a bid outside is 0, by transformers' it is not.
     least_own = thresholds.mask_probability if thresholds.like_transformers else _SMALLEST_BID
     own_areas, winners = [], []
-    flags = torch.empty(0, device=scores.device)  # 0 and 1 as floats: torch computes and sums them faster than booleans
+    flags = torch.empty(0, device=scores.device)  # comparisons as 0.0 and 1.0, which torch sums faster than booleans
     for bids in _bids_by_rows(mask_logits, scores[:, None, None], size_hw, thresholds):
         flags = flags if flags.shape == bids.shape else torch.empty_like(bids)
         own_areas.append(torch.ge(bids, least_own, out=flags).sum((1, 2)))
         best = bids.amax(0)
         if not thresholds.like_transformers:
-            best.clamp_(min=_SMALLEST_BID)  # where no mask reaches, nobody has as much
+            best.clamp_(min=_SMALLEST_BID)  # above all bids where no mask reaches, so that nobody wins
         winners.append(torch.eq(bids, best, out=flags).mul_(numbers).amax(0))
     positions = (count - torch.cat(winners)).to(torch.int16)
     return positions.cpu().numpy(), torch.stack(own_areas).sum(0, dtype=torch.float64).cpu().numpy()
@@ -99,17 +109,20 @@ def _compete(
 def _bids_by_rows(
     mask_logits: torch.Tensor, scores: torch.Tensor, size_hw: tuple[int, int], thresholds: MaskThresholds
 ) -> Iterator[torch.Tensor]:
-    """What queries bid for each pixel: class score times mask probability, float [queries, rows, width], in bands."""
+    """Yield bands of bids, class score times mask probability: float [queries, rows, width]."""
     height, width = size_hw
     rows = max(1, _BAND_ELEMENTS[scores.device.type] // (len(scores) * width))
     if thresholds.like_transformers:
-        # torch rounds 3 channels on one thread in another way than 100, and in small targets each channel by its place.
-        # So first every query alone, as if among the 100 that transformers resizes; then all together, as it does next.
+        # For transformers' bits, resize as it does, twice. It resizes all 100 queries to 384 x 384; torch rounds
+        # another number of channels differently, but a single channel like one of 100, so here each query is resized
+        # alone. Then it resizes the kept queries to the image, all together; so does this.
         at_384 = functional.interpolate(mask_logits[:, None], size=_TRANSFORMERS_HW, mode="bilinear").sigmoid_()
         probabilities = functional.interpolate(at_384[None, :, 0], size=size_hw, mode="bilinear")[0]
         for band in probabilities.split(rows, dim=1):
             yield band * scores
         return
+    # The same bilinear resizing as torch's, columns first and then rows, so that rows can be made band by band. Logits
+    # are compared with the logit of the threshold before the sigmoid, and cut off where they are below it.
     least = torch.tensor(thresholds.mask_probability).logit().item()
     widened = functional.interpolate(mask_logits[:, None], size=(mask_logits.shape[1], width), mode="bilinear")[:, 0]
     above, below, weight = _vertical_taps(mask_logits.shape[1], height, scores.device)
@@ -123,7 +136,7 @@ def _bids_by_rows(
 def _vertical_taps(
     from_rows: int, to_rows: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The two source rows of each target row and the weight of the second, for bilinear sampling at pixel centres."""
+    """Compute the two source rows of each target row and the weight of the second, sampling at pixel centres."""
     centres = ((torch.arange(to_rows, device=device) + 0.5).double() * (from_rows / to_rows) - 0.5).clamp_(min=0)
     above = centres.long()
     return above, (above + 1).clamp_(max=from_rows - 1), (centres - above).float()
@@ -132,7 +145,12 @@ def _vertical_taps(
 def _segments(
     survivors: np.ndarray, labels: np.ndarray, scores: np.ndarray, areas: np.ndarray, thresholds: MaskThresholds
 ) -> tuple[np.ndarray, list[SegmentInfo]]:
-    """Segment id by query, 0 for what is dropped and, last, for nobody; and the segments, in order of first query."""
+    """Make segments of the surviving queries, in the order of their first query.
+
+    Returns:
+        int16 [queries + 1]: the segment id of each query, 0 for a dropped one and for "no query", which is last; and
+        the segments.
+    """
     members_of: dict[tuple[int, int], list[int]] = {}
     for query in survivors.tolist():
         label = int(labels[query])

@@ -1,8 +1,8 @@
-"""Panoptic segmenters: a batch of RGB arrays in, panoptic maps out.
+"""Panoptic segmenters: RGB images in, panoptic maps out.
 
-`Segmenter` is all that the pipeline and the chat know of them. Each implementation sits in a module named after it and
-imports its framework there: `mask2former` (transformers) and `detectron2` (Panoptic-FPN). Annotations need no model and
-are read by `collavo.coco_panoptic`.
+The pipeline and the chat know a segmenter only as a `Segmenter`. Each implementation has a module of its own, which
+imports its framework: `mask2former` (transformers) and `detectron2` (Panoptic-FPN). Annotations need no model;
+`collavo.sources.coco_panoptic` reads them.
 """
 
 import importlib
@@ -11,19 +11,24 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from collavo.panoptic.maps import PanopticMap
+from collavo.embedded import SCENES, TINY
+from collavo.panoptic.maps import PanopticMap, build_panoptic_map
+from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 
 _CLASSES = {"mask2former": "Mask2FormerSegmenter", "detectron2": "Detectron2Segmenter"}
 
 SEGMENTERS = tuple(_CLASSES)
-"""Names for a flag; each is also the name of its module."""
+"""Names of the segmenters, and of their modules."""
+
+SEGMENTER_CHOICES = ("auto", "none", *SEGMENTERS)
+"""What `open_segmenter` takes."""
 
 
 class Segmenter(Protocol):
     """What every panoptic segmenter offers."""
 
     facts: dict[str, Any]
-    """Checkpoint, revision, input size, thresholds, device and dtype: what a data set must record to be repeatable."""
+    """Checkpoint, revision, input size, thresholds, device and dtype: what a data set records to be repeatable."""
 
     def segment(self, images: Sequence[np.ndarray]) -> list[PanopticMap]:
         """Segment a batch.
@@ -32,21 +37,63 @@ class Segmenter(Protocol):
             images: uint8 RGB arrays [height, width, 3], of any sizes.
 
         Returns:
-            one map per image, at the image's own size, in order; an image in which nothing is found has no segments.
+            one map per image, in order, of the image's height and width; a map without segments where nothing is found.
         """
         ...
 
 
+class NoSegmenter:
+    """Recognise nothing, so that the model has only the image."""
+
+    facts: dict[str, Any] = {"segmenter": "none"}  # noqa: RUF012  # the protocol's attribute
+
+    def segment(self, images: Sequence[np.ndarray]) -> list[PanopticMap]:
+        return [build_panoptic_map(np.zeros(image.shape[:2], dtype=np.int32), ()) for image in images]
+
+
 def load_segmenter(name: str, **options: Any) -> Segmenter:
-    """Load one of `SEGMENTERS`, importing its framework only now.
+    """Load one of `SEGMENTERS` and import its framework, which no other function here does.
 
     Args:
-        name: `mask2former` or `detectron2`.
         options: keyword arguments of its class.
 
     Raises:
-        UserError: where its framework or checkpoint is missing or unsuitable.
-        collavo.device.UserError: where the device asked for is missing or too small.
+        UserError: if its framework or checkpoint is missing or unsuitable, or the device is missing or too small.
     """
     segmenter: Segmenter = getattr(importlib.import_module(f"{__name__}.{name}"), _CLASSES[name])(**options)
     return segmenter
+
+
+def open_segmenter(
+    name: str,
+    device: str,
+    *,
+    checkpoint: str | None = None,
+    config: str | None = None,
+    preset: str | None = None,
+    input_size: int | None = None,
+    base: str | None = None,
+) -> Segmenter:
+    """Load the segmenter that goes with a model that answers questions.
+
+    Args:
+        name: one of `SEGMENTER_CHOICES`. `auto` is mask2former: with the embedded checkpoint for a model made from the
+            embedded base, which knows drawn scenes only, and with the paper's checkpoint for all others.
+        checkpoint: None for the segmenter's default.
+        config: of detectron2.
+        preset: of mask2former's thresholds; None for those of the checkpoint.
+        input_size: of mask2former, in pixels; None for that of the checkpoint.
+        base: what the answering model was trained on, as `collavo.runs.base_of` tells it.
+
+    Raises:
+        UserError: as `load_segmenter`.
+    """
+    if name == "none":
+        return NoSegmenter()
+    if name == "auto":
+        name, checkpoint = "mask2former", checkpoint or (SCENES if base == TINY else None)
+    options: dict[str, Any] = {"device": device, "checkpoint": checkpoint, "config": config}
+    if name == "mask2former":
+        thresholds = THRESHOLD_PRESETS[preset] if preset else None
+        options |= {"thresholds": thresholds, "batch_size": 1, "input_size": input_size}
+    return load_segmenter(name, **{key: value for key, value in options.items() if value is not None})

@@ -1,10 +1,11 @@
-"""Panoptic-FPN through detectron2, the segmenter of choice where Mask2Former is too slow.
+"""Panoptic-FPN through detectron2, for machines on which Mask2Former is too slow.
 
-An optional extra: detectron2 is on no package index and is built from source, see `INSTALL`. It stands apart from the
-rest in one more way: the weights of its model zoo are Python pickles, and loading a pickle can run code. Give it zoo
-weights or files of your own, nothing else. (Configs are read as plain YAML, which detectron2 by itself would not do.)
+An optional extra: detectron2 is on no package index and has to be built from source, see `INSTALL`.
 
-Images run one by one, resized as detectron2's own predictor does it, so no image sees the padding of another.
+The weights of its model zoo are Python pickles, and loading a pickle can run code: use zoo weights or your own files
+only. Configs are read as plain YAML; detectron2 itself would run code in them.
+
+Images run one by one, resized as by detectron2's own predictor, so that no image is padded to the size of another.
 """
 
 from collections.abc import Sequence
@@ -33,25 +34,25 @@ try:
     from detectron2.data.transforms import ResizeShortestEdge
     from detectron2.modeling import build_model
 except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for another torch
-    raise UserError(f"--segmenter detectron2: cannot be imported ({error}); install it with: {INSTALL}") from error
+    raise UserError(f"detectron2 cannot be imported ({error}); install it with: {INSTALL}") from error
 
 DEFAULT_CONFIG = "COCO-PanopticSegmentation/panoptic_fpn_R_101_3x.yaml"
 
 
 class Detectron2Segmenter:
-    """A COCO Panoptic-FPN as a `collavo.segmenters.Segmenter`; only things have scores."""
+    """A COCO Panoptic-FPN as a `collavo.segmenters.Segmenter`; stuff has no scores."""
 
     def __init__(self, config: str = DEFAULT_CONFIG, *, checkpoint: str | None = None, device: str = "auto") -> None:
         """Load the weights and move them to the device.
 
         Args:
             config: a name in detectron2's model zoo, or a YAML file.
-            checkpoint: file or URL of the weights; by default the zoo's, or those a YAML file names.
+            checkpoint: file or URL of the weights; None for the zoo's, or those that the YAML file names.
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
 
         Raises:
-            UserError: for a config or checkpoint that is missing, incomplete, no Panoptic-FPN or not of COCO.
-            UserError: for a device that is missing or too small.
+            UserError: if config or checkpoint is missing, incomplete, no Panoptic-FPN or not of COCO, or the device is
+                missing or too small.
         """
         self._device = resolve_device(device)
         cfg = _load_config(config, checkpoint)
@@ -96,7 +97,7 @@ class Detectron2Segmenter:
 def as_panoptic_map(
     ids: np.ndarray, segments_info: Sequence[dict[str, Any]], label_of: dict[bool, dict[int, int]]
 ) -> PanopticMap:
-    """What is listed and has pixels becomes a segment; pixels of anything else are unlabelled.
+    """Make a map of detectron2's result: segments that are listed and have pixels; all other pixels are unlabelled.
 
     Args:
         ids: integer [height, width], the first half of detectron2's `panoptic_seg`.
@@ -121,26 +122,28 @@ def _load_config(config: str, checkpoint: str | None) -> CfgNode:
     except Exception as error:  # RuntimeError, KeyError, YAML's own
         reason = " ".join(str(error).split())
         raise UserError(
-            f"--segmenter_config {config}: {reason}; use a YAML file or a model zoo name such as {DEFAULT_CONFIG}"
+            f"config {config}: {reason}; use a YAML file or a model zoo name such as {DEFAULT_CONFIG}"
         ) from error
     cfg.MODEL.WEIGHTS = checkpoint or zoo_weights or cfg.MODEL.WEIGHTS
     cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.META_ARCHITECTURE != "PanopticFPN":
         raise UserError(
-            f"--segmenter_config {config}: a {cfg.MODEL.META_ARCHITECTURE}, but PanopticFPN is needed, "
-            f"such as {DEFAULT_CONFIG}"
+            f"config {config}: a {cfg.MODEL.META_ARCHITECTURE}, but PanopticFPN is needed, such as {DEFAULT_CONFIG}"
         )
     if not cfg.MODEL.WEIGHTS:
-        raise UserError(f"--segmenter_config {config}: names no weights; give them with --segmenter_checkpoint")
+        raise UserError(f"config {config}: names no weights; name a checkpoint")
     return cfg
 
 
 def label_tables(cfg: CfgNode) -> dict[bool, dict[int, int]]:
-    """Labels by detectron2's own class ids, for things (True) and for stuff (False).
+    """Map detectron2's own class ids to labels, for things (True) and for stuff (False).
 
-    detectron2 counts things and stuff apart. In the "separated" data sets that Panoptic-FPN is trained on, things are
-    0..79, and stuff is 1..53, because stuff class 0 stands for all things together; in the others stuff is 80..132. The
-    data set's metadata says which, as a table from COCO's category ids.
+    detectron2 counts things and stuff apart: things are 0..79. In the "separated" data sets that Panoptic-FPN is
+    trained on, stuff is 1..53, because stuff class 0 means all things together; in other data sets it is 80..132. The
+    data set's metadata holds a table from COCO's category ids to the class ids.
+
+    Raises:
+        UserError: if the classes are not COCO panoptic's.
     """
     data_set = cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else ""
     metadata = MetadataCatalog.get(data_set)
@@ -150,7 +153,7 @@ def label_tables(cfg: CfgNode) -> dict[bool, dict[int, int]]:
         class_ids = {category_id: class_id for category_id, class_id in listed.items() if category_id != 0}
         if class_ids.keys() != {category.category_id for category in CATEGORIES if category.is_thing == is_thing}:
             raise UserError(
-                f"--segmenter_config: its DATASETS.TEST is {data_set!r}, but COCO panoptic's 133 classes are "
+                f"config: its DATASETS.TEST is {data_set!r}, but COCO panoptic's 133 classes are "
                 "needed, as in coco_2017_val_panoptic_separated"
             )
         tables[is_thing] = {class_id: BY_CATEGORY_ID[category_id].label for category_id, class_id in class_ids.items()}
@@ -158,7 +161,7 @@ def label_tables(cfg: CfgNode) -> dict[bool, dict[int, int]]:
 
 
 class _Checkpointer(DetectionCheckpointer):
-    """Remembers which weights a checkpoint left at their random initial values; detectron2 only logs it."""
+    """Record which weights a checkpoint did not set; detectron2 only logs them."""
 
     absent: Sequence[str] = ()
 
@@ -176,12 +179,12 @@ def _load_model(cfg: CfgNode) -> torch.nn.Module:
     except Exception as error:  # network, file system and pickle raise a dozen types
         reason = " ".join(str(error).split())
         raise UserError(
-            f"--segmenter_checkpoint {cfg.MODEL.WEIGHTS}: {type(error).__name__}: {reason}; use a .pkl or .pth file "
+            f"checkpoint {cfg.MODEL.WEIGHTS}: {type(error).__name__}: {reason}; use a .pkl or .pth file "
             "with weights for this config, or a URL that can be reached from here"
         ) from error
     if checkpointer.absent:
         raise UserError(
-            f"--segmenter_checkpoint {cfg.MODEL.WEIGHTS}: {len(checkpointer.absent)} weights are missing or have "
+            f"checkpoint {cfg.MODEL.WEIGHTS}: {len(checkpointer.absent)} weights are missing or have "
             f"another shape, first {checkpointer.absent[0]}; use weights trained with this config"
         )
     return model.eval()

@@ -1,17 +1,20 @@
 """Mask2Former through transformers: the default segmenter.
 
-Images are squeezed to one fixed input size, without padding, so that an image's result cannot depend on what else is in
-its batch. On a GPU every batch is filled up to the same size: the last one runs on the same kernels as the first. On a
-CPU every image is a batch of its own, which is no slower, and with Intel's MKL sums are not split among threads: in the
-embedded network, one, two and four of them compute the same bits. (Very narrow layers, as toy networks have, were seen
-to differ in the last bit with four.) Bits would show, for the decoder attends to where its last mask was.
+An image's result does not depend on its batch, nor on the number of threads, to the last bit. That matters: the decoder
+attends to its own last mask, so a different bit can grow, and a score just above a threshold has to stay above it for
+any number of workers, any batch size and any order. Therefore
 
-So near-ties are settled by the same bits wherever the same machine and versions run: a score just above a threshold is
-above it for any number of workers, any batch size and any order. Exact ties go to the lower query, see
-`collavo.panoptic.postprocess`. On another kind of CPU or GPU a near-tie may fall the other way.
+- images are squeezed to one fixed input size, without padding;
+- on a GPU, the last batch is filled up to the size of all others, so that it runs on the same kernels;
+- on a CPU, every image is a batch of its own, which is no slower;
+- on a CPU, sums are not split among threads, see `_sums_unsplit`. With Intel's MKL the embedded network computes the
+  same bits with one, two and four threads; toy networks with very narrow layers can differ in the last bit with four.
 
-Weights are read from safetensors only, and no code comes with them. Stored in half precision, they are widened to
-float32 when they are read, which changes none of them.
+Exact ties go to the lower query, see `collavo.panoptic.postprocess`. Another kind of CPU or GPU may decide a near-tie
+the other way.
+
+Weights are read from safetensors only; no code of a checkpoint is run. Weights in half precision are widened to float32
+when they are read, which changes none of their values.
 """
 
 import logging
@@ -38,17 +41,17 @@ from collavo.embedded import SCENES, find_embedded
 from collavo.errors import UserError
 from collavo.panoptic.maps import PanopticMap
 from collavo.panoptic.postprocess import panoptic_from_logits
-from collavo.panoptic.thresholds import PRESETS, MaskThresholds
+from collavo.panoptic.thresholds import THRESHOLD_PRESETS, MaskThresholds
 from collavo.quiet import without_loading_report
 from schemas.categories import CATEGORIES
 
 DEFAULT_CHECKPOINT = "facebook/mask2former-swin-large-coco-panoptic"
 
 DEFAULT_INPUT_SIZE = 768
-"""The published PQ was measured at a short side of 800; the processors on the hub shrink to 384 without saying so. 768
-is the nearest size that Swin's windows of 12 divide at all strides; 800 makes the backbone pad, and costs 25 % more."""
+"""The published quality was measured at a short side of 800, though the processors on the hub shrink images to 384. 768
+is the nearest size that Swin's windows of 12 divide at all strides; at 800 the backbone pads, and takes 25 % longer."""
 
-_SIZE_DIVISOR = 32  # the coarsest stride; masks then lie on exactly a quarter of the input
+_SIZE_DIVISOR = 32  # the coarsest stride; the masks then have exactly a quarter of the input's sides
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -70,23 +73,22 @@ class Mask2FormerSegmenter:
         Args:
             checkpoint: a Hugging Face model id, a folder with `config.json` and `model.safetensors`, or `scenes`, the
                 embedded one.
-            input_size: side of a square, or (height, width), in pixels; multiples of 32. By default that which the
-                checkpoint was trained at, where its configuration tells one as `input_size_hw`, else 768.
-            thresholds: what makes a segment; by default the preset `scenes` for the embedded one, else `default`.
+            input_size: side of a square, or (height, width), in pixels; multiples of 32. None for the size that the
+                checkpoint's configuration states as `input_size_hw`, else 768.
+            thresholds: what makes a segment; None for the preset `scenes` with the embedded one, else `default`.
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
             batch_size: images per forward pass on a GPU, kept constant; a CPU always takes one.
 
         Raises:
-            UserError: for a checkpoint that is missing, incomplete, of another architecture or with other classes,
-                and for an unusable input size.
-            UserError: for a device that is missing or too small.
+            UserError: if the checkpoint is missing, incomplete, of another architecture or with other classes, the
+                input size unusable, or the device missing or too small.
         """
         input_hw = None if input_size is None else _checked_size(input_size)
-        self._thresholds = thresholds or PRESETS["scenes" if checkpoint == SCENES else "default"]
+        self._thresholds = thresholds or THRESHOLD_PRESETS["scenes" if checkpoint == SCENES else "default"]
         self._device = resolve_device(device)
         on_cpu = self._device.type == "cpu"
         if on_cpu:
-            # MKL reads this when the process first uses it, which may be to draw weights that are then overwritten.
+            # MKL reads this at its first use in the process, which may be to initialise weights before they are loaded.
             os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
         self._batch_size = 1 if on_cpu else batch_size
         self._dtype = torch.float32 if on_cpu else torch.float16
@@ -135,19 +137,19 @@ class Mask2FormerSegmenter:
     def _arithmetic(self) -> AbstractContextManager[None]:
         if self._device.type == "cpu":
             return _sums_unsplit()
-        # As the authors trained: weights in float32, products in float16. bfloat16 is eight times coarser, which masks
-        # and scores would show; its range is not needed, and an overflow would be an error, see `postprocess`.
+        # As in the authors' training: weights in float32, products in float16. bfloat16 is eight times coarser, enough
+        # to change masks and scores. Its range is not needed; `postprocess` refuses the result of an overflow.
         return torch.autocast(self._device.type, self._dtype)
 
     def _try_batch(self) -> None:
-        """Every batch has this shape: what fits now fits later, the maps of very large images apart."""
+        """Run a batch of black images: if it fits, all later ones do, except for maps of very large images."""
         try:
             self._logits([])
         except torch.OutOfMemoryError as error:
             height, width = self._input_hw
             raise UserError(
-                f"--device {self._device}: batches of {self._batch_size} at {height} x {width} pixels do not fit the "
-                "GPU's memory; lower --batch_size or --segmenter_input_size"
+                f"device {self._device}: batches of {self._batch_size} at {height} x {width} pixels do not fit its "
+                "memory; take smaller batches or a smaller input size"
             ) from error
 
 
@@ -158,9 +160,10 @@ def resize(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 [batch, height, width, 3] to float32 [batch, 3, height, width] with ImageNet's mean and deviation.
+    """Turn uint8 [batch, height, width, 3] into float32 [batch, 3, height, width] with ImageNet's mean and deviation.
 
-    Every published Mask2Former has these. Scaled in float64, then float32, as transformers does: the same bits.
+    Every published Mask2Former was trained with these. Pixels are scaled in float64 and go on in float32, as in
+    transformers, for the same bits.
     """
     mean, std = (
         torch.tensor(values, device=pixels.device)[:, None, None] for values in (_IMAGENET_MEAN, _IMAGENET_STD)
@@ -173,8 +176,8 @@ _onednn_switch = threading.Lock()
 
 @contextmanager
 def _sums_unsplit() -> Iterator[None]:
-    """Keep convolutions from oneDNN, whose bits depend on the number of threads; MKL's do not in its strict mode."""
-    with _onednn_switch:  # the switch is the process's, and threads may share a model
+    """Run convolutions without oneDNN, whose bits depend on the number of threads; MKL's, in strict mode, do not."""
+    with _onednn_switch:  # it switches the whole process, in which threads may share a model
         was_enabled = torch.backends.mkldnn.set_flags(_enabled=False, _fp32_precision=None)[0]
         try:
             yield
@@ -185,14 +188,12 @@ def _sums_unsplit() -> Iterator[None]:
 def _checked_size(input_size: int | tuple[int, int]) -> tuple[int, int]:
     height, width = (input_size, input_size) if isinstance(input_size, int) else input_size
     if min(height, width) < _SIZE_DIVISOR or height % _SIZE_DIVISOR or width % _SIZE_DIVISOR:
-        raise UserError(
-            f"--segmenter_input_size {height} x {width}: both sides must be multiples of {_SIZE_DIVISOR}, such as 768"
-        )
+        raise UserError(f"input size {height} x {width}: both sides must be multiples of {_SIZE_DIVISOR}, such as 768")
     return height, width
 
 
 def _keep_group_norms_unsplit(model: nn.Module) -> None:
-    """Hand group norms their input channel by channel; by pixels, torch splits its sums among threads."""
+    """Store the input of group norms channel by channel; if it is stored pixel by pixel, torch splits the sums."""
 
     def by_channels(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return tuple(tensor.contiguous() for tensor in inputs)
@@ -203,15 +204,15 @@ def _keep_group_norms_unsplit(model: nn.Module) -> None:
 
 
 def _own_size_hw(config: Any) -> tuple[int, int]:
-    """The size that a checkpoint was trained at; published ones tell none."""
+    """Read the size that a checkpoint was trained at; published ones do not state it."""
     height, width = getattr(config, "input_size_hw", (DEFAULT_INPUT_SIZE, DEFAULT_INPUT_SIZE))
     return _checked_size((height, width))
 
 
 @contextmanager
 def without_backbone_warnings() -> Iterator[None]:
-    """Keep off the terminal what transformers says of every Mask2Former that is not built as its authors' were: that
-    the backbone is no Swin, and that heads of 24 channels are slower in the authors' CUDA code, which nothing runs."""
+    """Silence two warnings of transformers about Mask2Formers unlike the authors': that the backbone is no Swin, and
+    that heads of 24 channels are slow in the authors' CUDA code, which is not used."""
 
     def is_news(record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith("Backbone resnet is not a supported model")
@@ -227,7 +228,7 @@ def without_backbone_warnings() -> Iterator[None]:
 
 
 def _load_model(checkpoint: str) -> tuple[Mask2FormerForUniversalSegmentation, str | None]:
-    """The model, and what tells its weights from others of the same name."""
+    """Load the model; and return the hash or the revision of its weights."""
     try:
         embedded = find_embedded(checkpoint)
         source = str(embedded.folder) if embedded else checkpoint
@@ -239,24 +240,24 @@ def _load_model(checkpoint: str) -> tuple[Mask2FormerForUniversalSegmentation, s
                 config=config,
                 use_safetensors=True,
                 dtype=torch.float32,
-                ignore_mismatched_sizes=True,  # they are listed, and refused below
+                ignore_mismatched_sizes=True,  # they are listed in `info`, and refused below
                 output_loading_info=True,
             )
     except UserError as error:
-        raise UserError(f"--segmenter_checkpoint {checkpoint}: {error}") from error
+        raise UserError(f"checkpoint {checkpoint}: {error}") from error
     except (OSError, ValueError, SafetensorError) as error:
         is_absent_folder = checkpoint.startswith(("/", ".", "~")) and not Path(checkpoint).is_dir()
         reason = "there is no such folder." if is_absent_folder else str(error).strip().splitlines()[0]
         raise UserError(
-            f"--segmenter_checkpoint {checkpoint}: {reason} Use a folder that holds config.json and model.safetensors, "
-            f"or a Hugging Face model id that can be downloaded from here, such as {DEFAULT_CHECKPOINT}; {SCENES}, the "
+            f"checkpoint {checkpoint}: {reason} Use a folder that holds config.json and model.safetensors, or a "
+            f"Hugging Face model id that can be downloaded from here, such as {DEFAULT_CHECKPOINT}; {SCENES}, the "
             "embedded one, knows drawn scenes only"
         ) from error
     model, info = loaded
     absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if absent:
         raise UserError(
-            f"--segmenter_checkpoint {checkpoint}: {len(absent)} weights are missing or have another shape, "
+            f"checkpoint {checkpoint}: {len(absent)} weights are missing or have another shape, "
             f"first {absent[0]}; use a complete Mask2Former checkpoint"
         )
     return model.eval(), f"sha256:{embedded.sha256}" if embedded else getattr(model.config, "_commit_hash", None)
@@ -265,15 +266,15 @@ def _load_model(checkpoint: str) -> tuple[Mask2FormerForUniversalSegmentation, s
 def _check_config(checkpoint: str, config: transformers.PreTrainedConfig) -> None:
     if config.model_type != "mask2former":
         raise UserError(
-            f"--segmenter_checkpoint {checkpoint}: a {config.model_type} model, but mask2former is needed, "
-            f"such as {DEFAULT_CHECKPOINT}"
+            f"checkpoint {checkpoint}: a {config.model_type} model, but mask2former is needed, such as "
+            f"{DEFAULT_CHECKPOINT}"
         )
     names: dict[Any, str] = dict(config.id2label or {})
     expected = {category.label: category.name for category in CATEGORIES}
     if names != expected:
         label = next((label for label in expected if names.get(label) != expected[label]), len(expected))
         raise UserError(
-            f"--segmenter_checkpoint {checkpoint}: class {label} of {len(names)} is {names.get(label)!r}, but in COCO "
+            f"checkpoint {checkpoint}: class {label} of {len(names)} is {names.get(label)!r}, but in COCO "
             f"panoptic's 133 classes it is {expected.get(label)!r}; use a coco-panoptic checkpoint such as "
             f"{DEFAULT_CHECKPOINT}"
         )

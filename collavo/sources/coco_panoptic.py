@@ -1,7 +1,8 @@
-"""COCO's panoptic annotation files, read as streams.
+"""Read COCO's panoptic annotation files as streams.
 
-Source: the COCO panoptic data format, https://cocodataset.org/#format-data. The files exceed 300 MB, so they are never
-loaded whole; only the image list (file name and licence by id) is held.
+The files exceed 300 MB, so only their image list (file name and licence by id) is held in memory.
+
+Source: the COCO panoptic data format, https://cocodataset.org/#format-data.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,17 +17,17 @@ from schemas.categories import BY_CATEGORY_ID
 
 
 class Annotation(NamedTuple):
-    """An image's panoptic annotation, as compact as it can be passed around.
-
-    `mask_name` is the PNG's path below the folder of masks, `segments` holds (id, category_id, iscrowd) per segment.
-    """
+    """An image's panoptic annotation, in a compact form."""
 
     mask_name: str
+    """Path of the PNG below the folder of masks."""
+
     segments: tuple[tuple[int, int, int], ...]
+    """(id, category_id, iscrowd) of each."""
 
 
 class AnnotatedImage(NamedTuple):
-    """An image of a COCO panoptic file; `annotation` is None where the file has none for it."""
+    """An image of a COCO panoptic file; `annotation` is None if the file has none for it."""
 
     entry_id: str
     file_name: str
@@ -35,10 +36,10 @@ class AnnotatedImage(NamedTuple):
 
 
 def stream_annotated_images(file: BinaryIO) -> Iterator[AnnotatedImage | Rejected]:
-    """All images of a COCO panoptic file, annotated ones first; an unusable entry comes as the error that says why.
+    """Yield all images of a COCO panoptic file, annotated ones first; an unusable entry becomes a `Rejected`.
 
     Args:
-        file: the open file, seekable: the image list and the annotations are read one after the other.
+        file: open and seekable; first the image list is read, then the annotations.
 
     Raises:
         UserError: if the file is not JSON to its end, or not of the panoptic format.
@@ -77,7 +78,7 @@ def stream_annotated_images(file: BinaryIO) -> Iterator[AnnotatedImage | Rejecte
 
 
 def segment_infos(segments: Sequence[tuple[int, int, int]]) -> list[SegmentInfo]:
-    """The segments of an `Annotation` with their labels.
+    """Look up the labels of an `Annotation`'s segments.
 
     Raises:
         Rejected: `unknown_category` for a category id that is not one of COCO's 133.

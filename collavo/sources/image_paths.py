@@ -1,4 +1,4 @@
-"""Paths as data files write them: relative, under a root, perhaps with the wrong extension."""
+"""Handle image paths of data files: relative, below a root, perhaps with a wrong extension."""
 
 import posixpath
 
@@ -7,15 +7,16 @@ from collavo.errors import Rejected
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm")
 
 IMAGE_EXTENSIONS = (*_EXTENSIONS, ".JPG", ".JPEG", ".PNG")
-"""Extensions tried, in this order, where a named image is missing; LLaVA's mix names files that carry another one."""
+"""Extensions to try, in this order, if an image is missing; LLaVA's mix names some files by a wrong one."""
 
 
 def checked_relative(path: str) -> str:
-    """The normalised form of a relative path that stays inside its root.
+    """Normalise a relative path, and make sure that it stays inside its root.
 
     Raises:
-        Rejected: `path_escapes_root` for an absolute path, a URL, or one that climbs out by `..`; `bad_path` for one
-            that names no file or cannot be written as UTF-8.
+        Rejected: `path_escapes_root` for an absolute path, a URL, or a path that leaves its root by `..`; `bad_path`
+        for
+            a path that names no file or is not UTF-8.
     """
     normalised = posixpath.normpath(path.replace("\\", "/"))
     if normalised.startswith(("/", "../")) or normalised == ".." or "://" in path or normalised[1:2] == ":":
@@ -26,7 +27,7 @@ def checked_relative(path: str) -> str:
 
 
 def is_utf8(path: str) -> bool:
-    """Whether a path is proper text; file systems can hold names that are not."""
+    """Tell whether a path is proper text; names in file systems need not be."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -35,15 +36,15 @@ def is_utf8(path: str) -> bool:
 
 
 def without_extension(path: str) -> str:
-    """A path without its image extension, directories kept: what an image id is made of.
+    """Remove a path's image extension, to make an image id.
 
-    Any other extension stays: `cat.json` beside `cat.png` is not the same image, and `frame.0001` is one of many.
+    Other extensions stay: `cat.json` is not the image `cat.png`, and `frame.0001` is one of many frames.
     """
     stem, extension = posixpath.splitext(path)
     return stem if extension.lower() in _EXTENSIONS else path
 
 
 def other_extensions(path: str) -> list[str]:
-    """The same path with every other known image extension."""
+    """List the path with every other known image extension."""
     stem = without_extension(path)
     return [other for extension in IMAGE_EXTENSIONS if (other := stem + extension) != path]

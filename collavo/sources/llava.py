@@ -1,6 +1,6 @@
-"""LLaVA's conversation format, read as a stream: a JSON list of `{id, image?, conversations: [{from, value}]}`.
+"""Read LLaVA's conversation format as a stream: a JSON list of `{id, image?, conversations: [{from, value}]}`.
 
-The 665k mix is larger than a gigabyte. ShareGPT4V's files have the same shape.
+The 665k mix exceeds a gigabyte. ShareGPT4V's files have the same format.
 """
 
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ SPEAKERS = ("human", "gpt")
 
 
 class LlavaEntry(NamedTuple):
-    """A dialogue about one image; `image` is the path below the image root as the file states it."""
+    """A dialogue about one image; `image` is its path below the image root, as in the file."""
 
     image: str
     dialogue: Dialogue
 
 
 def stream_entries(file: BinaryIO) -> Iterator[LlavaEntry | Rejected]:
-    """All entries of a LLaVA file, in order; an unusable one comes as the error that says why.
+    """Yield all entries of a LLaVA file, in order; an unusable entry becomes a `Rejected`.
 
     Raises:
         UserError: if the file is not one JSON list to its end.

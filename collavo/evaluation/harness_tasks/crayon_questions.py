@@ -1,4 +1,4 @@
-"""What crayon_c2b.yaml asks of the rows of a data set: one question a document, judged as `collavo.evaluate` does."""
+"""Make the documents of crayon_c2b.yaml from rows, a question each, and judge answers as `collavo.evaluate` does."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ _TASK = "class_to_binary"
 
 
 def questions(rows: Dataset) -> Dataset:
-    """The questions of the validation split, each beside its image."""
+    """List the questions of the validation split, each with its image."""
 
     def spread(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         asked = [
@@ -22,7 +22,7 @@ def questions(rows: Dataset) -> Dataset:
         images, texts, truths = zip(*asked, strict=True) if asked else ((), (), ())
         return {"image": list(images), "question": list(texts), "truth": list(truths)}
 
-    encoded = rows.cast_column("image", Image(decode=False))  # bytes pass through; decoded, they would be encoded anew
+    encoded = rows.cast_column("image", Image(decode=False))  # decoded images would be encoded again
     features = Features({"image": Image(), "question": Value("string"), "truth": Value("string")})
     return encoded.map(spread, batched=True, batch_size=8, remove_columns=rows.column_names, features=features)
 

@@ -1,0 +1,91 @@
+"""Ask a model the questions of rows, under one or several object lists, and judge its answers."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from collavo.evaluation.questions import DIALOGUE, Question, questions_of
+from collavo.evaluation.scores import Answered, judged
+from collavo.inference import Answerer, Picture, Request, picture_of_row
+from collavo.training.row_index import Kind
+from schemas.crayon_row import CrayonRow
+
+_MAX_NEW_TOKENS = {"class_to_binary": 32, "box_to_class": 32, "counting": 32, "class_to_box": 700, DIALOGUE: 32}
+"""Twenty boxes with their names fit into 700 tokens, even with a token per digit."""
+
+
+def ask_questions(
+    answerer: Answerer,
+    rows: Iterable[CrayonRow],
+    tasks: Sequence[str],
+    object_lists: Sequence[str],
+    image_root: Path | None = None,
+    batch_size: int = 16,
+) -> dict[str, list[Answered]]:
+    """Ask everything under each object list.
+
+    Args:
+        tasks: of `collavo.evaluation.questions.EVALUATED_TASKS`.
+        object_lists: `trained`, `with` or `none`, see `Answerer.lists_objects`.
+        image_root: the folder of the images, for rows that refer to their image.
+        batch_size: questions that are answered together.
+
+    Returns:
+        the judged answers by object list, in the order of the rows.
+
+    Raises:
+        UserError: if an image is missing or damaged.
+    """
+    answers: dict[str, list[Answered]] = {object_list: [] for object_list in object_lists}
+    for pictures, questions in _groups(rows, tasks, image_root, batch_size):
+        for object_list, answered in answers.items():
+            requests = [
+                Request(
+                    number,
+                    question.turns,
+                    pictures[number].objects if answerer.lists_objects(_kind(question.task), object_list) else None,
+                    _MAX_NEW_TOKENS[question.task],
+                )
+                for number, question in questions
+            ]
+            texts = answerer.answer(pictures, requests, batch_size)
+            answered += [judged(question, text) for (_, question), text in zip(questions, texts, strict=True)]
+    return answers
+
+
+def untrained_lists(answerer: Answerer, tasks: Sequence[str], object_lists: Sequence[str]) -> list[str]:
+    """Say, a line each, which object lists ask tasks in a way that the model was not trained with."""
+    lines = []
+    for object_list in object_lists:
+        listed = object_list == "with"
+        unusual = [
+            task
+            for task in tasks
+            if answerer.lists_objects(_kind(task), object_list) != (_kind(task) in answerer.listed)
+        ]
+        if unusual:
+            lines.append(
+                f"the model was trained {'without' if listed else 'with'} the object list for {', '.join(unusual)}; "
+                f"answers {'with' if listed else 'without'} it may be unreadable"
+            )
+    return lines
+
+
+def _groups(
+    rows: Iterable[CrayonRow], tasks: Sequence[str], image_root: Path | None, batch_size: int
+) -> Iterator[tuple[list[Picture], list[tuple[int, Question]]]]:
+    """Yield as many pictures as it takes to fill a batch, with all of their questions by the picture's number."""
+    pictures: list[Picture] = []
+    questions: list[tuple[int, Question]] = []
+    for row in rows:
+        if asked := questions_of(row, tasks):
+            questions += [(len(pictures), question) for question in asked]
+            pictures.append(picture_of_row(row, image_root))
+        if len(questions) >= batch_size:
+            yield pictures, questions
+            pictures, questions = [], []
+    if questions:
+        yield pictures, questions
+
+
+def _kind(task: str) -> Kind:
+    return "dialogue" if task == DIALOGUE else "crayon"
