@@ -22,10 +22,11 @@ from transformers import AutoConfig, AutoProcessor
 import collavo.model  # noqa: F401  # registers the architecture
 from collavo.dataset import find_files
 from collavo.model.processing import build_processor
+from collavo.model.prompt import KINDS
 from collavo.training.arguments import PRESETS
 from collavo.training.batch_plan import PlanOptions, plan_epoch
 from collavo.training.batches import ExampleDataset, build_loader
-from collavo.training.row_index import KINDS, build_row_index
+from collavo.training.row_index import build_row_index
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -22,11 +22,10 @@ from collavo.errors import Rejected, UserError
 from collavo.instructions.text import format_objects_with_boxes
 from collavo.model.adapters import quantize_language_model
 from collavo.model.processing import CollavoProcessor
-from collavo.model.prompt import Turns
+from collavo.model.prompt import KINDS, Kind, Turns
 from collavo.panoptic.index_png import decode_index_map
 from collavo.panoptic.maps import PanopticMap
 from collavo.runs import EXPORT, TRAIN_ARGS, load_base, load_run, read_train_args
-from collavo.training.row_index import KINDS, Kind
 from schemas.crayon_row import CrayonRow
 
 # transformers' name for the keys and values of earlier tokens; it was past_key_values before version 5.24.

@@ -21,6 +21,7 @@ import pyarrow as pa
 from collavo.cli import Parser
 from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, PLACEHOLDERS, TASKS_WITH_ABSENT
 from collavo.panoptic.thresholds import PRESETS, MaskThresholds
+from pipelines.records import REJECT_REASONS
 from schemas.categories import CATEGORIES
 from schemas.crayon_row import CRAYON_SCHEMA
 
@@ -90,42 +91,6 @@ PLACEHOLDER_MEANINGS = {
     "objects_with_boxes": "the same, each followed by its box",
 }
 
-# TODO: goes when `pipelines.records` has REJECT_REASONS.
-_REJECT_REASONS: Mapping[str, Mapping[str, str]] = {
-    "list": {
-        "text_only": "the dialogue names no image",
-        "several_images": "the dialogue names several images; a row holds one",
-        "malformed_entry": "an entry without the fields or turns that its format demands",
-        "duplicate_id": "a COCO file lists the same image, or its annotation, twice",
-        "unknown_image": "an annotation of an image that its file does not list",
-        "path_escapes_root": "the path leads out of the folder that it has to stay in",
-        "bad_path": "the path names no file, or is not UTF-8 text",
-    },
-    "merge": {"duplicate_entry": "two entries say the same about the same image"},
-    "read": {
-        "missing_file": "there is no such file",
-        "unreadable_file": "the storage refuses to read it",
-        "not_a_file": "a folder, a pipe or a device",
-        "oversized_file": "the file is larger than any image may be",
-        "not_an_image": "no raster format that is read here",
-        "broken_image": "the image ends early or its data are damaged",
-        "oversized_image": "more pixels than `--max_pixels`; refused before it is decoded",
-        "duplicate_id": "another file has the same path but for its extension",
-    },
-    "segment": {
-        "no_annotation": "`--segmenter annotations`, and no source annotates this image",
-        "broken_mask": "the mask is no readable PNG",
-        "mask_size_mismatch": "mask and image differ in size",
-        "unknown_category": "a category id that is not one of COCO's 133",
-        "unlisted_segment": "pixels of the mask carry an id that the annotation does not list",
-        "empty_segment": "the annotation lists a segment that has no pixel",
-        "repeated_segment": "the annotation lists an id twice, or lists 0",
-        "non_finite_logits": "the network's output is not finite",
-        "segmenter_failed": "the network failed on this image; the detail says how",
-    },
-    "write": {"duplicate_id": "two rows would have the same `image_id`"},
-}
-
 
 def columns() -> str:
     """The columns of a row."""
@@ -144,13 +109,11 @@ def instructions() -> str:
 
 def rejects() -> str:
     """All reasons why an input makes no row, by the step that finds it."""
-    reasons: Mapping[str, Mapping[str, str]]
-    reasons = getattr(importlib.import_module("pipelines.records"), "REJECT_REASONS", _REJECT_REASONS)
     return _table(
         ("step", "reason", "what was found"),
         [
             (f"`{step}`", f"`{reason}`", _text(meaning))
-            for step, of_step in reasons.items()
+            for step, of_step in REJECT_REASONS.items()
             for reason, meaning in of_step.items()
         ],
     )

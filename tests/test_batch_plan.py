@@ -7,9 +7,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from collavo.model.prompt import KINDS, Kind
 from collavo.training.batch_plan import Batch, PlanOptions, plan_epoch
 from collavo.training.batches import micro_batches
-from collavo.training.row_index import KINDS, Kind, RowGroup, RowIndex, Texts
+from collavo.training.row_index import RowGroup, RowIndex, Texts
 
 
 def index(instructions: list[int], dialogues: list[int], group_rows: int = 3) -> RowIndex:

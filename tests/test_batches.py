@@ -13,11 +13,12 @@ from tiny_model import GRID, scene_rows, tiny_processor, write_crayon_file
 from collavo.dataset import find_files
 from collavo.errors import UserError
 from collavo.images import decode_rgb
+from collavo.model.prompt import KINDS
 from collavo.panoptic.grid import crayon_grid
 from collavo.panoptic.index_png import decode_index_map
 from collavo.training.batch_plan import PlanOptions, Sample, plan_epoch
 from collavo.training.batches import ExampleDataset, build_loader
-from collavo.training.row_index import KINDS, build_row_index
+from collavo.training.row_index import build_row_index
 from schemas.crayon_row import CrayonRow
 
 PROCESSOR = tiny_processor()

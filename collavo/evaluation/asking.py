@@ -6,7 +6,7 @@ from pathlib import Path
 from collavo.evaluation.questions import DIALOGUE, Question, questions_of
 from collavo.evaluation.scores import Answered, judged
 from collavo.inference import Answerer, Picture, Request, picture_of_row
-from collavo.training.row_index import Kind
+from collavo.model.prompt import Kind
 from schemas.crayon_row import CrayonRow
 
 _MAX_NEW_TOKENS = {"class_to_binary": 32, "box_to_class": 32, "counting": 32, "class_to_box": 700, DIALOGUE: 32}

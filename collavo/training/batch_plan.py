@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from collavo.training.row_index import Kind, RowGroup, RowIndex
+from collavo.model.prompt import Kind
+from collavo.training.row_index import RowGroup, RowIndex
 
 ROWS_PER_WINDOW = 1000
 """Rows whose samples are shuffled together. A reader that keeps twice as many in memory reads each of them once: a

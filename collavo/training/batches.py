@@ -21,11 +21,11 @@ from collavo.errors import Rejected, UserError
 from collavo.instructions.text import format_objects_with_boxes
 from collavo.model.packing import PADDING, SHARED, packed_positions
 from collavo.model.processing import CollavoProcessor
-from collavo.model.prompt import KINDS, RenderedPrompt
+from collavo.model.prompt import KINDS, Kind, RenderedPrompt
 from collavo.panoptic.index_png import decode_index_map
 from collavo.panoptic.maps import PanopticMap
 from collavo.training.batch_plan import ROWS_PER_WINDOW, Batch, Sample
-from collavo.training.row_index import Kind, RowGroup, RowIndex
+from collavo.training.row_index import RowGroup, RowIndex
 from schemas.crayon_row import Segment
 
 IGNORED = -100

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from collavo.model.prompt import Kind
 from collavo.progress import Progress
 from collavo.training.loop import StepResult
 from collavo.training.phases import Phase
-from collavo.training.row_index import Kind
 
 
 class RunDisplay:

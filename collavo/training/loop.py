@@ -18,11 +18,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from collavo.errors import UserError
+from collavo.model.prompt import Kind
 from collavo.training.arguments import TrainArguments
 from collavo.training.batch_plan import Batch
 from collavo.training.batches import ExampleDataset, MicroBatch, build_loader, micro_batches
 from collavo.training.phases import Phase
-from collavo.training.row_index import Kind
 from collavo.training.stages import StagedModel
 
 

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 from collavo.errors import UserError
 from collavo.model.adapters import DIALOGUE_ADAPTER, IMAGE_ADAPTER
+from collavo.model.prompt import Kind
 from collavo.training.arguments import TrainArguments
 from collavo.training.batch_plan import Batch, PlanOptions, plan_epoch
-from collavo.training.row_index import Kind, RowIndex
+from collavo.training.row_index import RowIndex
 from collavo.training.stages import CPT, Stage
 
 ADAPTER_OF: dict[str, dict[Kind, str]] = {

@@ -17,7 +17,7 @@ from collavo.cli import naming
 from collavo.dataset import find_files
 from collavo.device import resolve_device
 from collavo.errors import UserError
-from collavo.model.prompt import show_supervision
+from collavo.model.prompt import Kind, show_supervision
 from collavo.runs import ADAPTERS, CRAYON, METRICS, TRAIN_ARGS, save_run
 from collavo.training import checkpoint, record
 from collavo.training.arguments import TrainArguments
@@ -26,7 +26,7 @@ from collavo.training.batches import ExampleDataset
 from collavo.training.display import RunDisplay
 from collavo.training.loop import StepResult, Trainer
 from collavo.training.phases import ADAPTER_OF, Phase, plan_phases
-from collavo.training.row_index import Kind, build_row_index
+from collavo.training.row_index import build_row_index
 from collavo.training.trainable import compute_dtype, count_weights, load_trainable
 
 
