@@ -20,21 +20,13 @@ import pyarrow as pa
 
 from collavo.cli import Parser
 from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, PLACEHOLDERS, TASKS_WITH_ABSENT
-from collavo.panoptic.thresholds import PRESETS, MaskThresholds
+from collavo.panoptic.thresholds import THRESHOLD_PRESETS, MaskThresholds
+from pipelines.console import COMMANDS as CONSOLE
 from pipelines.records import REJECT_REASONS
 from schemas.categories import CATEGORIES
 from schemas.crayon_row import CRAYON_SCHEMA
 
-COMMANDS = {
-    "build": "pipelines.command",
-    "train": "collavo.train",
-    "evaluate": "collavo.evaluate",
-    "chat": "collavo.chat",
-    "export-model": "collavo.export_model",
-    "export-data": "collavo.export_data",
-    "import-base": "collavo.import_base.__main__",
-    "scenes": "collavo.scenes.__main__",
-}
+COMMANDS = {name: command.module for name, command in CONSOLE.items()}
 """The module behind each command of `collavo`; its `main` takes the command line."""
 
 COLUMN_MEANINGS = {
@@ -154,7 +146,7 @@ def phrasings() -> str:
 def thresholds() -> str:
     """The presets of the segmenter's post-processing."""
     names = [field.name for field in fields(MaskThresholds)]
-    rows = [(f"`{name}`", *(str(getattr(preset, n)) for n in names)) for name, preset in PRESETS.items()]
+    rows = [(f"`{name}`", *(str(getattr(preset, n)) for n in names)) for name, preset in THRESHOLD_PRESETS.items()]
     return _table(("preset", *(f"`{name}`" for name in names)), rows)
 
 
