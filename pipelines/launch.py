@@ -94,11 +94,13 @@ def _worker_watch(logs: Path) -> Iterator[None]:
     """
     ended = threading.Event()
     shown, threading.excepthook = threading.excepthook, lambda _: None
+    # Not SIGINT: a shell starts a job in the background with that ignored.
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
 
     def watch() -> None:
         while not ended.wait(0.5):
             if (logs / "failed").exists() and not ended.wait(_GRACE_SECONDS):
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
                 return
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -108,6 +110,7 @@ def _worker_watch(logs: Path) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+        signal.signal(signal.SIGUSR1, before)
         threading.excepthook = shown
 
 
