@@ -17,10 +17,12 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from collavo.errors import UserError
+from collavo.folders import whole_folder
 
 Flags = TypeVar("Flags")
 
@@ -145,6 +147,15 @@ def naming(flag_name: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"--{flag_name}: {error}", error.exit_status) from error
+
+
+@contextmanager
+def output_folder(folder: Path) -> Iterator[Path]:
+    """Write the folder of `--output` whole, as `whole_folder` does; an error about the folder names the flag."""
+    with ExitStack() as stack:
+        with naming("output"):
+            staging = stack.enter_context(whole_folder(folder))
+        yield staging
 
 
 def run(name: str, command: Callable[[], int | None]) -> int:

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from collavo.cli import REQUIRED, flag, naming, parse, run
+from collavo.cli import REQUIRED, flag, naming, output_folder, parse, run
 from collavo.dataset import count_rows, find_files, image_bytes, read_rows
 from collavo.errors import Rejected, UserError
 from collavo.export_formats import FORMATS, ExportedImage, WriteRow, entries_of, fault_of, with_image_token
-from collavo.folders import whole_folder
 from collavo.images import format_and_turned
 from collavo.sources.image_paths import checked_relative
 from schemas.crayon_row import SPLITS, CrayonRow
@@ -89,7 +88,7 @@ def _export(flags: Flags) -> None:
     with naming("output"):
         _check_output(flags.output, [*files, *filter(None, [flags.image_root])], flags.overwrite)
     account: Account = Counter()
-    with whole_folder(flags.output.resolve()) as folder, naming("data"):
+    with output_folder(flags.output.resolve()) as folder, naming("data"):
         with FORMATS[flags.to](folder) as write:
             _write_rows(flags, files, write, account)
         if not account["images", "written"]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from collavo.cli import REQUIRED, flag, naming, parse, run
+from collavo.cli import REQUIRED, flag, naming, output_folder, parse, run
 from collavo.errors import UserError
 
 _DESCRIPTION = """\
@@ -55,7 +55,6 @@ def _export(flags: Flags) -> None:
     import torch
 
     from collavo.device import resolve_device
-    from collavo.folders import whole_folder
     from collavo.merge import TOLERANCES, export_adapter, export_merged
     from collavo.runs import EXPORT, read_train_args
 
@@ -71,7 +70,7 @@ def _export(flags: Flags) -> None:
     # Of the merged weights; for an adapter, of the computation that checks it.
     is_float32 = flags.dtype == "float32" if merged else device.type == "cpu"
     dtype = torch.float32 if is_float32 else torch.bfloat16
-    with whole_folder(flags.output) as folder:
+    with output_folder(flags.output) as folder:
         with naming("model"):
             differences = (export_merged if merged else export_adapter)(flags.model, folder, device, dtype, args)
         for compared, difference in differences.items():

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from collavo.cli import REQUIRED, flag, parse, run
+from collavo.cli import REQUIRED, flag, output_folder, parse, run
 from collavo.errors import UserError
 
 _DESCRIPTION = """\
@@ -69,13 +69,12 @@ def _import(flags: Flags) -> None:
 
     import torch
 
-    from collavo.folders import whole_folder
     from collavo.import_base.assemble import assemble_from_llava, assemble_from_parts
     from collavo.import_base.release import load_release
 
     torch.manual_seed(0)  # for new weights
     options = {"image_size": flags.image_size, "chat_format": flags.chat_format, "dtype": getattr(torch, flags.dtype)}
-    with whole_folder(flags.output) as folder:
+    with output_folder(flags.output) as folder:
         try:
             if flags.llava:
                 model, processor = assemble_from_llava(flags.llava, **options)
@@ -96,7 +95,7 @@ def _check_output(output: Path, overwrite: bool) -> None:
         return
     config = output / "config.json"
     if not config.is_file() or '"collavo"' not in config.read_text(errors="replace"):
-        raise UserError(f"--output {output}: holds something that is no CoLLaVO model; name a new or empty folder")
+        raise UserError(f"--output {output}: is no CoLLaVO model; name a new or empty folder")
     if not overwrite:
         raise UserError(f"--output {output}: holds a model already; name another folder, or give --overwrite")
 
