@@ -1,0 +1,99 @@
+"""Whether a picture is one of those that a segmenter knows.
+
+A network answers about anything: shown a photograph of a rugby match, one that has seen drawn scenes only finds
+airplanes and bananas in it, with high scores. What gives it away are its features: their means and deviations over a
+picture, at each stage of the backbone and in the pixel decoder, lie where those of no known picture lie. A checkpoint
+may bring along where they lie, as `familiarity.safetensors` beside its weights. A picture whose features lie further
+away than those of all but a few of its own is unfamiliar.
+
+The distance is Mahalanobis's in the directions in which known pictures differ most; all other directions share one
+variance. The threshold is set on pictures that the fit has not seen (`pretraining/familiarity.py`).
+"""
+
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+
+FILE = "familiarity.safetensors"
+
+_DIRECTIONS = 16
+"""Of these, the fit on a thousand pictures is sure; 32 gained nothing on photographs (benchmarks/LOG.md)."""
+
+
+class Familiarity:
+    """Where the features of known pictures lie.
+
+    Args:
+        tensors: `mean` and `scale` [features], `directions` [16, features], `variances` [16], `rest` and `threshold`
+            [1].
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
+        self._tensors = {name: tensor.float() for name, tensor in tensors.items()}
+
+    @classmethod
+    def load(cls, folder: Path) -> Self | None:
+        """That of a checkpoint's folder; None where it brings none."""
+        file = folder / FILE
+        return cls(load_file(file)) if file.is_file() else None
+
+    @classmethod
+    def fit(cls, known: torch.Tensor, held_out: torch.Tensor, share: float) -> Self:
+        """Learn from features of known pictures.
+
+        Args:
+            known: float [pictures, features].
+            held_out: features of other known pictures, for the threshold.
+            share: of the pictures held out that may be called unfamiliar.
+        """
+        known = known.double()
+        mean, scale = known.mean(0), known.std(0).clamp_min(1e-6)
+        spread = (known - mean) / scale
+        _, singular, directions = torch.linalg.svd(spread, full_matrices=False)
+        variances = singular.square() / len(known)
+        rest = variances[_DIRECTIONS:].sum() / (known.shape[1] - _DIRECTIONS)
+        fitted = {
+            "mean": mean,
+            "scale": scale,
+            "directions": directions[:_DIRECTIONS].contiguous(),
+            "variances": variances[:_DIRECTIONS].contiguous(),
+            "rest": rest.reshape(1),
+            "threshold": torch.ones(1),
+        }
+        distances = cls(fitted).distances(held_out)
+        return cls({**fitted, "threshold": torch.quantile(distances, 1 - share).reshape(1)})
+
+    def save(self, folder: Path) -> None:
+        save_file(self._tensors, folder / FILE)
+
+    def distances(self, features: torch.Tensor) -> torch.Tensor:
+        """How far pictures lie from the known ones, 1 being as far as the farthest that still count as known.
+
+        Args:
+            features: float [pictures, features], see `features_of`.
+
+        Returns:
+            float32 [pictures].
+        """
+        t = {name: tensor.to(features.device) for name, tensor in self._tensors.items()}
+        spread = (features.float() - t["mean"]) / t["scale"]
+        along = spread @ t["directions"].T
+        beside = spread.square().sum(1) - along.square().sum(1)
+        distance = ((along.square() / t["variances"]).sum(1) + beside / t["rest"]) / features.shape[1]
+        return distance / t["threshold"]
+
+
+def features_of(outputs: Any) -> torch.Tensor:
+    """Means and deviations of a Mask2Former's feature maps over each picture.
+
+    Args:
+        outputs: of its forward pass with `output_hidden_states=True`.
+
+    Returns:
+        float32 [pictures, features].
+    """
+    maps = [*outputs.encoder_hidden_states, outputs.pixel_decoder_last_hidden_state]
+    pooled = [statistic for m in maps for statistic in (m.float().mean((2, 3)), m.float().flatten(2).std(2))]
+    return torch.cat(pooled, dim=1)

@@ -1,0 +1,78 @@
+"""Fit what tells the embedded segmenter's own scenes from other pictures, and put it beside its weights.
+
+    python -m pretraining.familiarity --scenes 1200
+
+Draws scenes at the sizes that the build draws, runs the segmenter on them as JPEG, and writes
+`collavo/assets/segmenter/familiarity.safetensors`. Half a percent of the scenes held out may be called unfamiliar.
+`--photographs DIR` then tells how many of some photographs are.
+"""
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+
+from collavo.cli import flag, parse
+from collavo.embedded import SCENES, find_embedded
+from collavo.images import decode_rgb
+from collavo.progress import Progress
+from collavo.scenes import draw_scene, scene_seed
+from collavo.segmenters.familiarity import Familiarity, features_of
+from collavo.segmenters.mask2former import Mask2FormerSegmenter
+
+SIZES_WH = ((320, 240), (640, 480), (320, 240), (480, 360), (320, 240), (256, 192))
+"""In turn; the build draws the first unless it is told otherwise."""
+
+SEED = 4_000_037
+"""Of these scenes; neither training nor any evaluation draws with it."""
+
+HELD_OUT_SHARE, WARNED_SHARE = 0.5, 0.005
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    scenes: int = flag(1200, "scenes to draw, half of them to set the threshold", least=100)
+    photographs: str | None = flag(None, "a folder of photographs to be warned of", kind=str, metavar="DIR")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    flags = parse(Flags, argv, prog="python -m pretraining.familiarity", description=__doc__)
+    segmenter = Mask2FormerSegmenter(SCENES, device="cpu")
+    console = Console()
+    with Progress(console) as progress:
+        known = [_features(segmenter, i) for i in progress.track(_scenes(flags.scenes), "Scenes", flags.scenes)]
+    middle = round(len(known) * (1 - HELD_OUT_SHARE))
+    fitted = Familiarity.fit(torch.cat(known[:middle]), torch.cat(known[middle:]), WARNED_SHARE)
+    embedded = find_embedded(SCENES)
+    assert embedded is not None
+    fitted.save(embedded.folder)
+    warned = (fitted.distances(torch.cat(known[middle:])) > 1).float().mean()
+    console.print(f"warned of {100 * warned:.1f} % of {len(known) - middle} scenes held out")
+    if flags.photographs:
+        files = sorted(path for path in Path(flags.photographs).rglob("*") if path.is_file())
+        distances = fitted.distances(torch.cat([_features(segmenter, decode_rgb(f.read_bytes())) for f in files]))
+        nearest = float(distances.min())
+        share = 100 * float((distances > 1).float().mean())
+        console.print(f"warned of {share:.1f} % of {len(files)} photographs; the nearest lies at {nearest:.2f}")
+
+
+def _scenes(count: int) -> Iterator[np.ndarray]:
+    for number in range(count):
+        scene = draw_scene(scene_seed(SEED, number), SIZES_WH[number % len(SIZES_WH)])
+        file = io.BytesIO()
+        Image.fromarray(scene.image).save(file, "JPEG", quality=90)  # as the build stores scenes
+        yield decode_rgb(file.getvalue())
+
+
+@torch.inference_mode()
+def _features(segmenter: Mask2FormerSegmenter, image: np.ndarray) -> torch.Tensor:
+    return features_of(segmenter.outputs([image]))
+
+
+if __name__ == "__main__":
+    main()
