@@ -25,7 +25,8 @@ from collavo.images import decode_rgb
 from collavo.instructions.text import format_object
 from collavo.panoptic.colors import crayon_color, crayon_overlay
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
-from collavo.segmenters import SEGMENTER_CHOICES, Segmenter, open_segmenter
+from collavo.segmenters import SEGMENTER_CHOICES, UNFAMILIAR, Segmenter, open_segmenter
+from schemas.categories import name_key
 
 if TYPE_CHECKING:  # it loads torch, which --help does not need
     from collavo.inference import Conversation, Picture
@@ -110,7 +111,7 @@ def _chat(flags: Flags) -> None:
     else:
         with naming("image"):
             conversation = session.about_file(str(flags.image))
-    console.print(_objects_shown(conversation.picture))
+    _show_objects(conversation.picture, session.unknown_classes, console)
     if flags.save_map:
         with naming("save_map"):
             _save_map(conversation.picture, flags.save_map)
@@ -164,9 +165,16 @@ class _Session:
                 base=base_of(flags.model),
             )
 
+    unknown_classes: tuple[str, ...] = ()
+    """Classes of the last picture's map that the model knows nothing of."""
+
     def about(self, picture: Picture) -> Conversation:
         from collavo.inference import Conversation
 
+        known = self._answerer.processor.categories.by_key
+        found = picture.panoptic.segments
+        names = {segment.category for segment in found if name_key(segment.category) not in known}
+        self.unknown_classes = tuple(sorted(names))
         listed = self._answerer.lists_objects("dialogue", self._flags.object_list)
         return Conversation(self._answerer, picture, listed, self._flags.max_new_tokens)
 
@@ -183,15 +191,16 @@ class _Session:
 
     def about_row(self) -> Conversation:
         """Start a conversation about the row that the flags name, with the row's own map."""
-        from collavo.dataset import find_files, read_rows
+        from collavo.dataset import category_set, find_files, read_rows
         from collavo.inference import picture_of_row
 
         flags = self._flags
         with naming("data"):
-            row = next((row for row in read_rows(find_files(flags.data)) if row.image_id == flags.image_id), None)
+            files = find_files(flags.data)
+            row = next((row for row in read_rows(files) if row.image_id == flags.image_id), None)
             if row is None:
                 raise UserError(f"there is no row of --image_id {flags.image_id}")
-            return self.about(picture_of_row(row, flags.image_root))
+            return self.about(picture_of_row(row, flags.image_root, category_set(files)))
 
 
 def _read_image(path: str) -> np.ndarray:
@@ -217,7 +226,7 @@ def _converse(session: _Session, conversation: Conversation, console: Console) -
                     return
                 case "/image":
                     conversation = session.about_file(argument.strip())
-                    console.print(_objects_shown(conversation.picture))
+                    _show_objects(conversation.picture, session.unknown_classes, console)
                 case "/new":
                     conversation = session.about(conversation.picture)
                 case "/objects":
@@ -240,11 +249,21 @@ def _tell(conversation: Conversation, question: str) -> None:
     print()
 
 
+def _show_objects(picture: Picture, unknown_classes: Sequence[str], console: Console) -> None:
+    """Print what was recognised, and how far that can be trusted."""
+    console.print(_objects_shown(picture))
+    if picture.panoptic.unfamiliar:
+        console.print(f"[yellow]{UNFAMILIAR}[/yellow]")
+    if unknown_classes:
+        console.print(f"The model has no query for: {', '.join(unknown_classes)}.", style="yellow", markup=False)
+
+
 def _objects_shown(picture: Picture) -> Text:
     """List the objects of a picture, each behind a patch of its crayon colour."""
     shown = Text()
     for segment in picture.panoptic.segments:
-        red, green, blue = crayon_color(segment.label, segment.numbering)
+        category = picture.panoptic.categories[segment.label]
+        red, green, blue = crayon_color(category, segment.numbering)
         shown.append("■ ", style=f"rgb({red},{green},{blue})").append(f"{format_object(segment)} ")
     return shown or Text("Nothing was recognised.")
 

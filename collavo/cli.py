@@ -142,10 +142,15 @@ def unknown_flag(word: str, known: Iterable[str]) -> str:
 
 @contextmanager
 def naming(flag_name: str) -> Iterator[None]:
-    """Put the flag in front of an error about its value, which the library below does not know by that name."""
+    """Put the flag in front of an error about its value, which the library below does not know by that name.
+
+    An error that names its flag already keeps it: what opens an image may load the segmenter first.
+    """
     try:
         yield
     except UserError as error:
+        if str(error).startswith("--"):
+            raise
         raise UserError(f"--{flag_name}: {error}", error.exit_status) from error
 
 

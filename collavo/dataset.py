@@ -15,17 +15,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from collavo.categories import read_categories
 from collavo.errors import Rejected, UserError
 from collavo.images import decode_rgb
 from collavo.sources.image_paths import checked_relative
-from schemas.crayon_row import CRAYON_SCHEMA, METADATA_PREFIX, SCHEMA_VERSION, CrayonRow, metadata_of
+from schemas.categories import COCO_PANOPTIC, CategorySet
+from schemas.crayon_row import CRAYON_SCHEMA, METADATA_PREFIX, SCHEMA_VERSION, CrayonRow, file_facts, metadata_of
 
 ROWS_PER_GROUP = 100
 BYTES_PER_GROUP = 32 << 20
 """A row group ends at whichever of the two comes first."""
 
 _ROWS_IN_MEMORY = 50
-_SHARD_NAME = re.compile(r"crayon-\d{5}-of-(\d{5})\.parquet")
+_SHARD_NAME = re.compile(r"(crayon|train|validation)-\d{5}-of-(\d{5})\.parquet")
 
 _DICTIONARY_COLUMNS = (
     "sources.list.element",
@@ -40,7 +42,10 @@ _DICTIONARY_COLUMNS = (
 
 
 def find_files(paths: Sequence[str]) -> list[Path]:
-    """The Parquet files of a data set, checked to be crayon data of this version, with no shard missing.
+    """The Parquet files of one data set or several, checked to be crayon data, with no shard missing.
+
+    Files that another tool has written again - `datasets`, pandas, Polars, DuckDB - are as good as our own: columns may
+    be of wider types, and metadata may be gone.
 
     Args:
         paths: files, or folders whose `*.parquet` are meant.
@@ -50,14 +55,60 @@ def find_files(paths: Sequence[str]) -> list[Path]:
     """
     files = sorted({file for path in paths for file in _files_of(Path(path))})
     for file in files:
-        try:
-            schema = pq.read_schema(file)
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{file}: cannot be read as Parquet ({str(error).strip()})") from error
-        check_schema(schema, str(file))
+        check_schema(_schema_of(file), str(file))
     for folder in {file.parent for file in files}:
         _check_complete(folder, [file.name for file in files if file.parent == folder])
     return files
+
+
+def category_set(files: Sequence[Path]) -> CategorySet:
+    """The set of classes that the rows of some files have.
+
+    Raises:
+        UserError: where files have different sets.
+    """
+    sets = {str(file): _category_set_of(file) for file in files}
+    first_file, first = next(iter(sets.items()))
+    for file, other in sets.items():
+        if [c.name for c in other] != [c.name for c in first]:
+            raise UserError(f"{file} has the classes of {other.name}, {first_file} those of {first.name}")
+    return first
+
+
+def notes(files: Sequence[Path]) -> list[str]:
+    """What a user should know of some files, a line each."""
+    old = [file for file in files if schema_version(_schema_of(file)) == 1]
+    if not old:
+        return []
+    return [f"{len(old)} files, {old[0]} first, are of schema version 1: their rows have no image_sha256"]
+
+
+def check_splits(files: Sequence[Path]) -> None:
+    """Refuse data sets that hold the same picture in different splits: a model would be judged on what it has seen.
+
+    Raises:
+        UserError: naming two files and how many pictures they share so.
+    """
+    if len({file.parent for file in files}) < 2:  # in one data set, a picture has one row
+        return
+    seen: dict[bytes, tuple[str, Path]] = {}
+    crossing: list[tuple[Path, Path]] = []
+    for file in files:
+        if "image_sha256" not in _schema_of(file).names:
+            continue
+        table = pq.read_table(file, columns=["image_sha256", "split"])
+        for digest, split in zip(table["image_sha256"].to_pylist(), table["split"].to_pylist(), strict=True):
+            if digest is None:
+                continue
+            other_split, other = seen.setdefault(bytes.fromhex(digest), (split, file))
+            if other_split != split:
+                crossing.append((other, file))
+    if crossing:
+        other, file = crossing[0]
+        raise UserError(
+            f"{len(crossing)} pictures are in one split of {other.parent} and in the other of {file.parent}; merge the "
+            f"data sets with build_crayon.py --from_crayon {other.parent} {file.parent}"
+        )
 
 
 def read_rows(files: Sequence[Path], split: str | None = None) -> Iterator[CrayonRow]:
@@ -114,33 +165,98 @@ def decoded_image(path: str, data: bytes | None, image_root: Path | None) -> np.
     return decode_rgb(image_bytes(path, data, image_root))
 
 
+def schema_version(schema: pa.Schema) -> int:
+    """The version of the crayon row that a file has; where its metadata are gone, its columns tell."""
+    stated = (schema.metadata or {}).get(f"{METADATA_PREFIX}schema_version".encode())
+    if stated is not None and stated.isdigit():
+        return int(stated)
+    return 1 if "image_sha256" not in schema.names else SCHEMA_VERSION
+
+
 def check_schema(schema: pa.Schema, path: str) -> None:
-    """Refuse a file that does not hold crayon rows of this version.
+    """Refuse a file that does not hold crayon rows of this version or of version 1.
 
     Raises:
         UserError: in one line, naming `path`, what was found and what was expected.
     """
-    version = (schema.metadata or {}).get(f"{METADATA_PREFIX}schema_version".encode())
-    if version is None:
+    version = schema_version(schema)
+    if version > SCHEMA_VERSION:
+        raise UserError(f"{path}: crayon schema version {version}, but this code reads version {SCHEMA_VERSION}")
+    expected = [column for column in CRAYON_SCHEMA if version > 1 or column.name not in _NEW_IN_VERSION_2]
+    missing = [column.name for column in expected if column.name not in schema.names]
+    if missing:
+        found = ", ".join(schema.names[:6])
         raise UserError(
-            f"{path}: not crayon data (its metadata have no '{METADATA_PREFIX}schema_version'); "
-            "build it with pipelines/build_crayon.py"
+            f"{path}: not crayon data, for it has no column {', '.join(map(repr, missing[:4]))}; "
+            f"its columns are {found}; build data with pipelines/build_crayon.py"
         )
-    if version.decode() != str(SCHEMA_VERSION):
-        raise UserError(
-            f"{path}: crayon schema version {version.decode()}, but this code reads version {SCHEMA_VERSION}; "
-            "build the data again"
-        )
-    differing = [
-        column.name
-        for column in CRAYON_SCHEMA
-        if column.name not in schema.names or schema.field(column.name).type != column.type
-    ]
-    if differing:
-        raise UserError(
-            f"{path}: column {', '.join(map(repr, differing))} is missing or not of the type "
-            f"that crayon schema version {SCHEMA_VERSION} states"
-        )
+    for column in expected:
+        found = schema.field(column.name).type
+        is_float = column.name in _NULLABLE_NUMBERS and pa.types.is_floating(found)
+        if not (is_float or _holds(found, column.type)):
+            raise UserError(f"{path}: column {column.name!r} is {found}, but crayon data has {column.type}")
+
+
+_NEW_IN_VERSION_2 = ("image_sha256", "other_paths")
+
+_NULLABLE_NUMBERS = ("license_id", "width", "height")
+"""pandas makes floats of whole numbers some of which are null; `CrayonRow.from_record` turns them back."""
+
+
+def _holds(found: pa.DataType, expected: pa.DataType) -> bool:
+    """Whether values of one type are values of another to Python: wider integers, large strings, fields in another
+    order, and columns without any value."""
+    types = pa.types
+    if types.is_null(found):
+        return True
+    if types.is_dictionary(found):
+        return _holds(found.value_type, expected)
+    if types.is_struct(expected):
+        names = [field.name for field in found] if types.is_struct(found) else []
+        return all(f.name in names and _holds(found.field(f.name).type, f.type) for f in expected)
+    if types.is_list(expected):
+        is_list = types.is_list(found) or types.is_large_list(found) or types.is_fixed_size_list(found)
+        return is_list and _holds(found.value_type, expected.value_type)
+    kinds = (
+        (types.is_integer,),
+        (types.is_floating, types.is_integer),
+        (types.is_boolean,),
+        (types.is_string, types.is_large_string, types.is_string_view),
+        (types.is_binary, types.is_large_binary, types.is_binary_view),
+    )
+    return any(kind[0](expected) and any(is_kind(found) for is_kind in kind) for kind in kinds)
+
+
+def _schema_of(file: Path) -> pa.Schema:
+    try:
+        return pq.read_schema(file)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{file}: cannot be read as Parquet ({str(error).strip()})") from error
+
+
+def _category_set_of(file: Path) -> CategorySet:
+    """The set that a file's metadata state; for a file without, the one that its segments show."""
+    schema = _schema_of(file)
+    stated = file_facts(schema.metadata or {}).get("categories")
+    if stated:
+        return CategorySet.from_records(stated["name"], stated["categories"])
+    if schema_version(schema) == 1:
+        return COCO_PANOPTIC
+    seen: dict[int, Mapping[str, Any]] = {}
+    for batch in pq.ParquetFile(file).iter_batches(columns=["segments"]):
+        seen.update({s["label"]: s for row in batch["segments"].to_pylist() for s in row or ()})
+    in_coco = all(
+        label < len(COCO_PANOPTIC) and COCO_PANOPTIC[label].display_name == s["category"] for label, s in seen.items()
+    )
+    if in_coco:
+        return COCO_PANOPTIC
+    # Another tool dropped the metadata: classes that no segment has keep their place, but not their name.
+    records = []
+    for label in range(max(seen) + 1):
+        unnamed = {"category_id": -1 - label, "category": f"unnamed {label}", "is_thing": False}
+        segment = seen.get(label, unnamed)
+        records.append({"id": segment["category_id"], "name": segment["category"], "isthing": segment["is_thing"]})
+    return read_categories(records, str(file))
 
 
 class RowGroupWriter:
@@ -188,15 +304,18 @@ class CrayonFileWriter:
     Args:
         file: open for writing.
         facts: of the build, for the file's metadata.
+        categories: the set of the rows' classes, for the metadata too.
     """
 
-    def __init__(self, file: BinaryIO, facts: Mapping[str, Any]) -> None:
-        schema = CRAYON_SCHEMA.with_metadata({**CRAYON_SCHEMA.metadata, **metadata_of(facts)})
+    def __init__(self, file: BinaryIO, facts: Mapping[str, Any], categories: CategorySet = COCO_PANOPTIC) -> None:
+        stated = {"name": categories.name, "categories": categories.as_records()}
+        metadata = {**CRAYON_SCHEMA.metadata, **metadata_of({**facts, "categories": stated})}
+        schema = CRAYON_SCHEMA.with_metadata(metadata)
         self._file = _HashingFile(file)
         self._writer = RowGroupWriter(self._file, schema, ["image.bytes"], use_dictionary=list(_DICTIONARY_COLUMNS))
 
     def write(self, row: CrayonRow) -> None:
-        self._writer.write(row.as_record(), len(row.image_bytes or b"") + len(row.panoptic_png))
+        self._writer.write(row.as_record(), len(row.image_bytes or b"") + len(row.panoptic_png or b""))
 
     def close(self, late_facts: Mapping[str, Any]) -> tuple[int, str]:
         """Finish the file, adding facts that only its rows could tell; its size in bytes and its SHA-256."""
@@ -254,7 +373,9 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def _check_complete(folder: Path, names: Sequence[str]) -> None:
-    for total in {int(match[1]) for name in names if (match := _SHARD_NAME.fullmatch(name))}:
-        found = sum(name.endswith(f"-of-{total:05d}.parquet") for name in names)
-        if found < total:
-            raise UserError(f"{folder}: {found} of {total} shards; name them all, or build the data again")
+    for kind, total in {(match[1], match[2]) for name in names if (match := _SHARD_NAME.fullmatch(name))}:
+        found = sum(name.startswith(f"{kind}-") and name.endswith(f"-of-{total}.parquet") for name in names)
+        if found < int(total):
+            raise UserError(
+                f"{folder}: {found} of {int(total)} files {kind}-*.parquet; name them all, or build the data again"
+            )

@@ -80,9 +80,10 @@ def _evaluate(flags: Flags) -> None:
 
     from rich.console import Console
 
-    from collavo.dataset import count_rows, find_files, read_rows
+    from collavo.dataset import category_set, count_rows, find_files, read_rows
     from collavo.device import device_name, resolve_device
     from collavo.evaluation.asking import ask_questions, untrained_lists
+    from collavo.evaluation.judge import Judge
     from collavo.evaluation.report import REPORT, save_report, terminal_report
     from collavo.evaluation.scores import summarise
     from collavo.inference import load_answerer
@@ -91,6 +92,7 @@ def _evaluate(flags: Flags) -> None:
     console = Console(highlight=False)
     with naming("data"):
         files = find_files(flags.data)
+        judge = Judge(category_set(files))
     images = count_rows(files, flags.split)
     if not images:
         raise UserError(f"--split {flags.split}: none of the {count_rows(files)} rows of --data is in it")
@@ -105,9 +107,9 @@ def _evaluate(flags: Flags) -> None:
 
     start = time.perf_counter()
     with Progress(Console(stderr=True), transient=True) as progress, naming("data"):
-        rows = islice(read_rows(files, flags.split), flags.max_images)
-        shown = progress.track(rows, "Evaluating images", min(images, flags.max_images or images))
-        answers = ask_questions(answerer, shown, flags.tasks, object_lists, flags.image_root, flags.batch_size)
+        chosen = islice(read_rows(files, flags.split), flags.max_images)
+        rows = progress.track(chosen, "Evaluating images", min(images, flags.max_images or images))
+        answers = ask_questions(answerer, rows, flags.tasks, object_lists, judge, flags.image_root, flags.batch_size)
     seconds = time.perf_counter() - start
     questions = sum(map(len, answers.values()))
     if not questions:

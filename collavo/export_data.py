@@ -133,6 +133,8 @@ def _write_rows(flags: Flags, files: Sequence[Path], write: WriteRow, account: A
 
 def _write_row(row: CrayonRow, flags: Flags, write: WriteRow, account: Account) -> str:
     """Write one row; its split, or the reason why it was left out."""
+    if not row.has_image or row.image_path is None:
+        return "without_image"
     entries = []
     for entry in entries_of(row, flags.what) if flags.to != "jsonl" else ():
         if fault := fault_of(entry.turns, flags.to):

@@ -126,14 +126,15 @@ def _llava(folder: Path) -> Iterator[WriteRow]:
 
 @contextmanager
 def _jsonl(folder: Path) -> Iterator[WriteRow]:
-    """Write the columns as they are, save that `image` and `panoptic_map` name files; `image_path` is the row's
-    path."""
+    """Write the columns as they are, but `image` and `panoptic_map` name files; `image_path` is the row's path."""
     with jsonlines.open(folder / "rows.jsonl", "w") as lines:
 
         def write(row: CrayonRow, image: ExportedImage, entries: Sequence[Entry]) -> None:
             files = {
                 "image": _save(folder, "images", image.name, image.data),
-                "panoptic_map": _save(folder, "panoptic", f"{checked_relative(row.image_id)}.png", row.panoptic_png),
+                "panoptic_map": _save(
+                    folder, "panoptic", f"{checked_relative(row.image_id)}.png", row.panoptic_png or b""
+                ),
             }
             lines.write({**row.as_record(), **files, "image_path": row.image_path})
 

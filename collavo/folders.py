@@ -28,17 +28,20 @@ INTERNAL = (_STAGING, _COMPLETE, _ARRIVING, LOST_AND_FOUND)
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
+def whole_folder(folder: Path, inside: bool = False) -> Iterator[Path]:
     """Make a staging folder to write in, which takes the place of `folder` if the block ends well, or else vanishes.
 
     What lies in `folder` then is gone; the caller makes sure that it may be. Two commands cannot write to one folder
     at the same time: the staging folder is locked.
 
+    Args:
+        inside: whether staging has to lie in `folder`, as where others who write in it see nothing else.
+
     Raises:
         UserError: if nothing can be written there, or another command is writing there.
     """
     folder = folder.resolve()
-    staging = staging_of(folder)
+    staging = staging_of(folder, inside)
     try:
         lock = _make_and_lock(staging)
     except BlockingIOError as error:
@@ -57,10 +60,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def staging_of(folder: Path) -> Path:
+def staging_of(folder: Path, inside: bool = False) -> Path:
     """Return the folder where the next content of a folder is written, on the same file system."""
     folder = folder.resolve()
-    return folder / _STAGING if _is_fixed(folder) else folder.with_name(f".{folder.name}.unfinished")
+    return folder / _STAGING if inside or _is_fixed(folder) else folder.with_name(f".{folder.name}.unfinished")
 
 
 def swap(staging: Path, folder: Path) -> None:

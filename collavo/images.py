@@ -69,6 +69,8 @@ class ImageHeader:
     """Pillow's name, such as `JPEG`."""
 
     size_wh: tuple[int, int]
+    orientation: int = 1
+    """EXIF\'s, 1 to 8; 1 for an image that is stored upright."""
     """Of the upright image."""
 
 
@@ -124,17 +126,36 @@ def verify_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageHeader:
     return _decoded_header(data, max_pixels)
 
 
+def turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn an array [height, width, ...] in the frame of an image as stored, such as its mask, as EXIF turns the image.
+
+    Args:
+        orientation: EXIF's, 1 to 8.
+    """
+    turned = {
+        2: lambda: pixels[:, ::-1],
+        3: lambda: pixels[::-1, ::-1],
+        4: lambda: pixels[::-1],
+        5: lambda: pixels.swapaxes(0, 1),
+        6: lambda: np.rot90(pixels, -1),
+        7: lambda: np.rot90(pixels, 2).swapaxes(0, 1),
+        8: lambda: np.rot90(pixels),
+    }
+    return np.ascontiguousarray(turned[orientation]()) if orientation in turned else pixels
+
+
 def _decoded_header(data: bytes, max_pixels: int) -> ImageHeader:
     with _opened(data, max_pixels) as image:
         width, height = image.size
         try:
             image.draft("RGB", (max(width // 8, 1), max(height // 8, 1)))
             image.load()
-            if _orientation(image) in (5, 6, 7, 8):
+            orientation = _orientation(image)
+            if orientation in (5, 6, 7, 8):
                 width, height = height, width
         except Exception as error:
             raise _broken(image, error) from error
-        return ImageHeader(image.format or "", (width, height))
+        return ImageHeader(image.format or "", (width, height), orientation)
 
 
 def _jpeg_without_entropy_data(data: bytes) -> bytes:

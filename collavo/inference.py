@@ -1,8 +1,9 @@
 """Ask a trained model about pictures: load it, and answer many questions about an image for one pass over the image.
 
 All prompts about an image begin alike: system text, image, often the object list. `Answerer` runs that beginning
-through the model once, repeats its keys and values for every question, and lets `generate` go on from there. Each
-answer is the one that the whole prompt would get alone."""
+through the model once, repeats its keys and values for every question, and lets `generate` go on from there. The
+answers are those that each whole prompt would get alone.
+"""
 
 import copy
 import inspect
@@ -26,6 +27,7 @@ from collavo.model.prompt import KINDS, Kind, Turns
 from collavo.panoptic.index_png import decode_index_map
 from collavo.panoptic.maps import PanopticMap
 from collavo.runs import EXPORT, TRAIN_ARGS, load_base, load_run, read_train_args
+from schemas.categories import COCO_PANOPTIC, CategorySet
 from schemas.crayon_row import CrayonRow
 
 # transformers' name for the keys and values of earlier tokens; it was past_key_values before version 5.24.
@@ -52,20 +54,23 @@ class Picture:
         return format_objects_with_boxes(self.panoptic.segments, (width, height))
 
 
-def picture_of_row(row: CrayonRow, image_root: Path | None) -> Picture:
+def picture_of_row(row: CrayonRow, image_root: Path | None, categories: CategorySet = COCO_PANOPTIC) -> Picture:
     """Decode a row's image and its map.
 
     Args:
         image_root: the folder of the images, for rows that refer to their image.
+        categories: the set of the classes of the data set, see `collavo.dataset.category_set`.
 
     Raises:
         UserError: if the image is missing or damaged.
     """
+    if row.image_path is None or row.panoptic_png is None:
+        raise UserError(f"row {row.image_id} is a dialogue about no image")
     try:
         image = decoded_image(row.image_path, row.image_bytes, image_root)
     except Rejected as error:
         raise UserError(f"image of {row.image_id}: {error}") from error
-    return Picture(image, PanopticMap(decode_index_map(row.panoptic_png), row.segments))
+    return Picture(image, PanopticMap(decode_index_map(row.panoptic_png), row.segments, categories))
 
 
 @dataclass(frozen=True, slots=True)

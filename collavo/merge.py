@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.processing import CollavoProcessor
 from collavo.runs import CRAYON, TRAIN_ARGS, load_run, save_run
-from schemas.categories import MAX_NUMBERING, SEMANTIC_INDICES
+from schemas.categories import MAX_NUMBERING
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """The largest difference of logits that is allowed, as a share of the largest logit: the sums run in another order."""
@@ -113,7 +113,7 @@ def _logits(model: Any, processor: CollavoProcessor) -> torch.Tensor:
         "input_ids": torch.tensor([prompt] * 2),
         "attention_mask": torch.ones(2, len(prompt), dtype=torch.int64),
         "pixel_values": torch.randn(2, 3, side, side, generator=chance),
-        "semantic_ids": torch.randint(SEMANTIC_INDICES, (2, rows, columns), generator=chance),
+        "semantic_ids": torch.randint(processor.categories.semantic_indices, (2, rows, columns), generator=chance),
         "numbering_ids": torch.randint(MAX_NUMBERING + 1, (2, rows, columns), generator=chance),
     }
     # In training mode, since in evaluation mode bitsandbytes rounds what a CPU computes from NF4. Nothing else differs:

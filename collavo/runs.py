@@ -28,8 +28,11 @@ from collavo.errors import UserError
 from collavo.import_base.assemble import NEW, assemble_from_llava
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.adapters import quantize_language_model, without_peft_warnings
+from collavo.model.configuration import CollavoConfig
 from collavo.model.processing import CollavoProcessor
+from collavo.model.query_init import adopt_categories
 from collavo.quiet import without_loading_report
+from schemas.categories import CategorySet
 
 CONFIG, TRAIN_ARGS, METRICS = "config.json", "train_args.json", "metrics.jsonl"
 CRAYON, ADAPTERS, CARD = "crayon.safetensors", "adapters", "README.md"
@@ -64,8 +67,9 @@ def load_run(
     args = read_train_args(run)
     # A CPU has no flash attention. SDPA computes the same.
     attention = args["attention"] if device.type == "cuda" else "sdpa"
+    categories = CollavoConfig.from_pretrained(run).category_set
     try:
-        model, _ = load_base(args["base"], dtype, args["queries"], attention)
+        model, _ = load_base(args["base"], dtype, args["queries"], attention, categories)
     except UserError as error:
         raise UserError(f"{run}: its base, {error}") from error
     load_crayon_prompt(run / CRAYON, model)
@@ -79,7 +83,11 @@ def load_run(
 
 
 def load_base(
-    base: str, dtype: torch.dtype, queries: str = "both", attention: str = "sdpa"
+    base: str,
+    dtype: torch.dtype,
+    queries: str = "both",
+    attention: str = "sdpa",
+    categories: CategorySet | None = None,
 ) -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
     """Load the model that training starts from, of CoLLaVO's or LLaVA's architecture.
 
@@ -87,6 +95,8 @@ def load_base(
         base: a folder, a hub id, or `tiny`, the embedded one.
         queries: `both`, `semantic`, `numbering` or `none`; the model has no weights for the others.
         attention: transformers' attention implementation.
+        categories: the set of classes that the model is to have queries for; None for the base's own. Classes that the
+            base knows by name keep their queries.
 
     Raises:
         UserError: if it cannot be reached, is incomplete or damaged, or has another architecture.
@@ -100,10 +110,14 @@ def load_base(
         except (OSError, ValueError) as error:
             raise ValueError(f"not a folder or hub id of a model that can be reached ({_first_line(error)})") from error
         if architecture == "llava":
-            return assemble_from_llava(source, dtype=dtype, attention=attention, **switches)
-        if architecture != "collavo":
+            model, processor = assemble_from_llava(source, dtype=dtype, attention=attention, **switches)
+        elif architecture == "collavo":
+            model, processor = _load_whole(source, dtype=dtype, attn_implementation=attention, **switches)
+        else:
             raise ValueError(f"a {architecture} model; python -m collavo.import_base makes a base out of one")
-        return _load_whole(source, dtype=dtype, attn_implementation=attention, **switches)
+        if categories is not None and categories.as_records() != model.config.category_set.as_records():
+            adopt_categories(model, processor, categories)
+        return model, processor
     except UserError:
         raise
     except SafetensorError as error:

@@ -54,7 +54,7 @@ def canonical(uri: str) -> str:
     if not is_local(uri):
         return uri
     folder, name = os.path.split(local_path(uri))
-    return os.path.join(_real_folder(folder), name)
+    return os.path.join(_real_folder(os.path.join(os.getcwd(), folder)), name)
 
 
 @lru_cache(maxsize=4096)

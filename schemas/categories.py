@@ -1,16 +1,23 @@
-"""The 133 classes of COCO panoptic segmentation: 80 things, then 53 stuff classes.
+"""What a class is, what a set of classes is, and the set that is built in: COCO panoptic's 133.
 
-Three numbers name a class, and confusing them is a classic COCO mistake:
+Three numbers name a class, and confusing them is a classic mistake:
 
-- `category_id`  COCO's own id, 1..200 with gaps; what annotation files hold
-- `label`        0..132 without gaps, in the order of the category ids; what models predict
+- `category_id`  the number that the set's own source uses: COCO's run from 1 to 200 with gaps
+- `label`        the position in the set, from 0 without gaps; what models predict
 - semantic index `label + 1`; what a crayon map holds, where 0 means unknown
 
-Source: the category list published with the COCO panoptic challenge (ids, names, thing or stuff, colours). The English
-forms are ours: a class such as `scissors` is counted in pairs, and stuff is never counted, so it has no forms.
+A number means something only together with its set. Sets are compared by the names of their classes, never by their
+numbers; `collavo.categories` reads them from files and checkpoints.
+
+Source of the built-in set: the category list published with the COCO panoptic challenge (ids, names, thing or stuff,
+colours). The English forms are ours: a class such as `scissors` is counted in pairs, and stuff is never counted, so it
+has no forms.
 """
 
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self
 
 # category_id | name | kind | colour | one of them | several of them
 _TABLE = """
@@ -151,12 +158,16 @@ _TABLE = """
 
 _NAME_SUFFIXES = ("-merged", "-other", "-stuff")
 
+MAX_NUMBERING = 20
+"""The largest ordinal an instance may carry within its class; 21 numbering queries, unknown included."""
+
 
 @dataclass(frozen=True, slots=True)
 class Category:
-    """One COCO panoptic class.
+    """One class of a set.
 
-    `singular` and `plural` are the words a count is put before ("1 pair of scissors", "3 people"); stuff has neither.
+    `singular` and `plural` are the words that a count is put before ("1 pair of scissors", "3 people"); stuff has
+    neither.
     """
 
     category_id: int
@@ -169,44 +180,150 @@ class Category:
     color_rgb: tuple[int, int, int]
     singular: str
     plural: str
+    article: str
+    """`a` or `an`, before `singular`; empty for stuff."""
 
     @property
     def with_article(self) -> str:
         """ "a person", "an umbrella"; a thing only."""
-        article = "an" if self.singular[0] in "aeiou" else "a"
-        return f"{article} {self.singular}"
+        return f"{self.article} {self.singular}"
 
     def counted(self, count: int) -> str:
         """ "1 person", "13 people", "0 people"; a thing only."""
         return f"{count} {self.singular if count == 1 else self.plural}"
 
 
-def _parse_table(table: str) -> tuple[Category, ...]:
-    categories = []
+@dataclass(frozen=True)
+class CategorySet(Sequence[Category]):
+    """Classes in the order of their labels.
+
+    Args:
+        name: how messages, reports and cards call the set.
+        categories: their labels count from 0.
+    """
+
+    name: str
+    categories: tuple[Category, ...]
+
+    def __getitem__(self, label: Any) -> Any:
+        return self.categories[label]
+
+    def __len__(self) -> int:
+        return len(self.categories)
+
+    def __iter__(self) -> Iterator[Category]:
+        return iter(self.categories)
+
+    @property
+    def semantic_indices(self) -> int:
+        """Unknown and the classes: the number of semantic queries of a Crayon Prompt."""
+        return len(self.categories) + 1
+
+    @cached_property
+    def things(self) -> tuple[Category, ...]:
+        return tuple(category for category in self.categories if category.is_thing)
+
+    @cached_property
+    def thing_positions(self) -> dict[int, int]:
+        """The position of each thing class among the things, by its label."""
+        return {category.label: position for position, category in enumerate(self.things)}
+
+    @cached_property
+    def by_display_name(self) -> dict[str, Category]:
+        return {category.display_name: category for category in self.categories}
+
+    @cached_property
+    def by_category_id(self) -> dict[int, Category]:
+        return {category.category_id: category for category in self.categories}
+
+    @cached_property
+    def by_key(self) -> dict[str, Category]:
+        """By what names are compared by, see `name_key`."""
+        return {name_key(category.name): category for category in self.categories}
+
+    def agrees_with(self, other: "CategorySet") -> bool:
+        """Whether both have the same classes, in whatever order and under whatever numbers."""
+        return self.is_subset_of(other) and len(self) == len(other)
+
+    def is_subset_of(self, other: "CategorySet") -> bool:
+        """Whether `other` has every class of this set, under the same name and of the same kind."""
+        return all(
+            key in other.by_key and other.by_key[key].is_thing == category.is_thing
+            for key, category in self.by_key.items()
+        )
+
+    def as_records(self) -> list[dict[str, Any]]:
+        """Plain values for JSON, in the order of the labels: COCO's `categories` list with the English forms."""
+        return [
+            {
+                "id": category.category_id,
+                "name": category.name,
+                "isthing": int(category.is_thing),
+                "color": list(category.color_rgb),
+                "display_name": category.display_name,
+                "singular": category.singular,
+                "plural": category.plural,
+                "article": category.article,
+            }
+            for category in self.categories
+        ]
+
+    @classmethod
+    def from_records(cls, name: str, records: Iterable[Mapping[str, Any]]) -> Self:
+        """The set that `as_records` wrote."""
+        return cls(
+            name,
+            tuple(
+                Category(
+                    category_id=record["id"],
+                    label=label,
+                    name=record["name"],
+                    display_name=record["display_name"],
+                    is_thing=bool(record["isthing"]),
+                    color_rgb=tuple(record["color"]),
+                    singular=record["singular"],
+                    plural=record["plural"],
+                    article=record["article"],
+                )
+                for label, record in enumerate(records)
+            ),
+        )
+
+
+def name_key(name: str) -> str:
+    """What two spellings of a class's name have in common: case, hyphens, underscores and COCO's suffixes aside.
+
+    `Wall-other-merged`, `wall` and `WALL` are one class; `floor-wood` and `floor wood` are one, and not `floor`. Of
+    ADE20K's lists of synonyms (`road, route`) the first one counts.
+    """
+    return " ".join(without_suffixes(name.partition(",")[0].lower()).replace("-", " ").replace("_", " ").split())
+
+
+def without_suffixes(name: str) -> str:
+    """A name of COCO panoptic without `-merged`, `-other` and `-stuff`."""
+    for suffix in _NAME_SUFFIXES:
+        name = name.replace(suffix, "")
+    return name
+
+
+def _parse_table(table: str) -> Iterator[Category]:
     for label, line in enumerate(table.strip().splitlines()):
         category_id, name, kind, color, *forms = line.split("|")
         singular, plural = forms or ("", "")
+        article = ("an" if singular[0] in "aeiou" else "a") if singular else ""
         red, green, blue = bytes.fromhex(color)
-        display_name = name
-        for suffix in _NAME_SUFFIXES:
-            display_name = display_name.replace(suffix, "")
-        categories.append(
-            Category(int(category_id), label, name, display_name, kind == "thing", (red, green, blue), singular, plural)
+        yield Category(
+            category_id=int(category_id),
+            label=label,
+            name=name,
+            display_name=without_suffixes(name),
+            is_thing=kind == "thing",
+            color_rgb=(red, green, blue),
+            singular=singular,
+            plural=plural,
+            article=article,
         )
-    return tuple(categories)
 
 
-CATEGORIES: tuple[Category, ...] = _parse_table(_TABLE)
-"""All classes, indexed by label."""
-
-THINGS: tuple[Category, ...] = tuple(category for category in CATEGORIES if category.is_thing)
-
-BY_CATEGORY_ID: dict[int, Category] = {category.category_id: category for category in CATEGORIES}
-
-BY_DISPLAY_NAME: dict[str, Category] = {category.display_name: category for category in CATEGORIES}
-
-SEMANTIC_INDICES = len(CATEGORIES) + 1
-"""134: unknown and the 133 classes; the number of semantic queries of the Crayon Prompt."""
-
-MAX_NUMBERING = 20
-"""The largest ordinal an instance may carry within its class; 21 numbering queries, unknown included."""
+COCO_PANOPTIC = CategorySet("COCO panoptic", tuple(_parse_table(_TABLE)))
+"""The set that is built in: 80 things, then 53 stuff classes."""

@@ -1,12 +1,16 @@
-"""The crayon row, version 1: all data about one image, in one Parquet row.
+"""The crayon row, version 2: everything known about one image, in one Parquet row.
 
-    image, width, height, ...    the picture and its origin
-    panoptic_map, segments       an indexed PNG whose pixels point into the list of segments
-    instructions                 questions and answers made from the segments
-    conversations                dialogues of other data sets about the picture, verbatim
+    image_id, image, width, ...  what the picture is and where it came from
+    panoptic_map, segments       what is in it: an indexed PNG whose pixels point into the list of segments
+    instructions                 questions and answers derived from the segments
+    conversations                dialogues other people wrote about the picture, verbatim
 
-`CRAYON_SCHEMA` is the one definition: writers use it, and readers compare a file with it. The classes below have its
-columns as fields; `CrayonRow.as_record` and `CrayonRow.from_record` convert between the two.
+A dialogue about no image is a row of its own: its image and map are null, its lists of segments and instructions empty.
+
+`CRAYON_SCHEMA` is the one definition: the writer is handed it, readers compare a file with it. The classes below mirror
+its columns one to one; `CrayonRow.as_record` and `CrayonRow.from_record` go between the two.
+
+Version 1 had no `image_sha256` and no `other_paths`, its classes were COCO's, and every row had an image.
 """
 
 import json
@@ -16,10 +20,10 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from schemas.categories import CATEGORIES, Category
+from schemas.categories import Category
 
-SCHEMA_VERSION = 1
-"""It grows when a column changes its name, type or meaning; readers refuse other versions."""
+SCHEMA_VERSION = 2
+"""Raised when a column changes its name, type or meaning; version 1 can still be read."""
 
 TASKS = ("counting", "class_to_box", "box_to_class", "list_objects", "list_objects_with_boxes", "class_to_binary")
 
@@ -71,9 +75,11 @@ _HUGGINGFACE = {"info": {"features": {"image": {"_type": "Image"}, "panoptic_map
 CRAYON_SCHEMA = pa.schema(
     [
         pa.field("image_id", pa.string(), nullable=False),
+        pa.field("image_sha256", pa.string()),
         pa.field("image", _IMAGE),
         pa.field("width", pa.int32()),
         pa.field("height", pa.int32()),
+        pa.field("other_paths", pa.list_(pa.string())),
         pa.field("sources", pa.list_(pa.string())),
         pa.field("license_id", pa.int32()),
         pa.field("split", pa.string()),
@@ -90,50 +96,55 @@ CRAYON_SCHEMA = pa.schema(
 class Segment:
     """One panoptic segment of an image.
 
-    `box_xyxy` bounds its visible part, in pixels of the upright image; the maximum is exclusive. `numbering` counts the
-    instances of a class, largest first, from 1 to 20; it is 0 for crowds and for instances after the 20th. `score` is
-    None for annotated segments.
+    `category_id` is the number that the class has in its set's source, `label` its position in the set, `category` its
+    display name. `box_xyxy` bounds what is visible of it, in pixels of the upright image, edges exclusive at the
+    maximum. `numbering` counts the instances of a class, largest first, from 1 to 20; 0 marks what is not numbered:
+    crowds, and instances after the 20th. `score` is None for annotated segments.
     """
 
     id: int
+    category_id: int
     label: int
+    category: str
+    is_thing: bool
+    is_crowd: bool
+    numbering: int
     box_xyxy: tuple[float, float, float, float]
     area: int
-    numbering: int
-    is_crowd: bool = False
-    score: float | None = None
+    score: float | None
 
-    @property
-    def category(self) -> Category:
-        return CATEGORIES[self.label]
+    @classmethod
+    def of(
+        cls,
+        category: Category,
+        id: int,
+        box_xyxy: tuple[float, float, float, float],
+        area: int,
+        numbering: int,
+        is_crowd: bool = False,
+        score: float | None = None,
+    ) -> Self:
+        """A segment of a class."""
+        return cls(
+            id=id,
+            category_id=category.category_id,
+            label=category.label,
+            category=category.display_name,
+            is_thing=category.is_thing,
+            is_crowd=is_crowd,
+            numbering=numbering,
+            box_xyxy=box_xyxy,
+            area=area,
+            score=score,
+        )
 
     def as_record(self) -> dict[str, Any]:
-        category = self.category
-        return {
-            "id": self.id,
-            "category_id": category.category_id,
-            "label": self.label,
-            "category": category.display_name,
-            "is_thing": category.is_thing,
-            "is_crowd": self.is_crowd,
-            "numbering": self.numbering,
-            "box_xyxy": self.box_xyxy,
-            "area": self.area,
-            "score": self.score,
-        }
+        return {name: getattr(self, name) for name in self.__slots__}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
         x_min, y_min, x_max, y_max = record["box_xyxy"]
-        return cls(
-            id=record["id"],
-            label=record["label"],
-            box_xyxy=(x_min, y_min, x_max, y_max),
-            area=record["area"],
-            numbering=record["numbering"],
-            is_crowd=record["is_crowd"],
-            score=record["score"],
-        )
+        return cls(**{**{name: record[name] for name in cls.__slots__}, "box_xyxy": (x_min, y_min, x_max, y_max)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +172,7 @@ class Instruction:
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """A conversation in LLaVA's format: its id, and its turns (`human` | `gpt`, text), verbatim."""
+    """A conversation: its id and its (`human` | `gpt`, text) turns, verbatim; a `system` turn may stand first."""
 
     id: str
     turns: tuple[tuple[str, str], ...]
@@ -178,33 +189,52 @@ class Dialogue:
 class CrayonRow:
     """One image with its segments, instructions and dialogues; see `CRAYON_SCHEMA` for the columns.
 
-    `image_bytes` is None if the data set only refers to its images, by `image_path`.
+    `image_bytes` is None where the data set refers to its images instead of holding them; `image_path` then finds them.
+    `other_paths` are those at which the sources had the same bytes again. A dialogue about no image has none of
+    `image_sha256`, `image_path`, `width`, `height` and `panoptic_png`.
     """
 
     image_id: str
+    image_sha256: str | None
     image_bytes: bytes | None
-    image_path: str
-    width: int
-    height: int
+    image_path: str | None
+    width: int | None
+    height: int | None
     sources: tuple[str, ...]
     license_id: int | None
     split: str
-    panoptic_png: bytes
-    segments: tuple[Segment, ...]
+    panoptic_png: bytes | None
+    segments: tuple[Segment, ...] = field(default=())
     instructions: tuple[Instruction, ...] = field(default=())
     conversations: tuple[Dialogue, ...] = field(default=())
+    other_paths: tuple[str, ...] = field(default=())
+
+    @property
+    def has_image(self) -> bool:
+        return self.panoptic_png is not None
+
+    @property
+    def size_wh(self) -> tuple[int, int]:
+        """Width and height of a row that has an image."""
+        if self.width is None or self.height is None:
+            raise ValueError(f"row {self.image_id} has no image")
+        return self.width, self.height
 
     def as_record(self) -> dict[str, Any]:
-        """Convert the row to nested plain values, for `pyarrow` with `CRAYON_SCHEMA`."""
+        """The row as nested plain values, ready for `pyarrow` with `CRAYON_SCHEMA`."""
+        image = {"bytes": self.image_bytes, "path": self.image_path} if self.has_image else None
+        panoptic_map = {"bytes": self.panoptic_png, "path": f"{self.image_id}.png"} if self.has_image else None
         return {
             "image_id": self.image_id,
-            "image": {"bytes": self.image_bytes, "path": self.image_path},
+            "image_sha256": self.image_sha256,
+            "image": image,
             "width": self.width,
             "height": self.height,
+            "other_paths": self.other_paths,
             "sources": self.sources,
             "license_id": self.license_id,
             "split": self.split,
-            "panoptic_map": {"bytes": self.panoptic_png, "path": f"{self.image_id}.png"},
+            "panoptic_map": panoptic_map,
             "segments": [segment.as_record() for segment in self.segments],
             "instructions": [instruction.as_record() for instruction in self.instructions],
             "conversations": [dialogue.as_record() for dialogue in self.conversations],
@@ -212,21 +242,28 @@ class CrayonRow:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """Make a row of one element of `table.to_pylist()`."""
+        """The row out of one element of `table.to_pylist()`, of version 2 or 1."""
+        image, panoptic_map = record["image"] or {}, record["panoptic_map"] or {}
         return cls(
             image_id=record["image_id"],
-            image_bytes=record["image"]["bytes"],
-            image_path=record["image"]["path"],
-            width=record["width"],
-            height=record["height"],
+            image_sha256=record.get("image_sha256"),
+            image_bytes=image.get("bytes"),
+            image_path=image.get("path"),
+            width=_whole(record["width"]),
+            height=_whole(record["height"]),
             sources=tuple(record["sources"]),
-            license_id=record["license_id"],
+            license_id=_whole(record["license_id"]),
             split=record["split"],
-            panoptic_png=record["panoptic_map"]["bytes"],
+            panoptic_png=panoptic_map.get("bytes"),
             segments=tuple(map(Segment.from_record, record["segments"])),
             instructions=tuple(map(Instruction.from_record, record["instructions"])),
             conversations=tuple(map(Dialogue.from_record, record["conversations"])),
+            other_paths=tuple(record.get("other_paths") or ()),
         )
+
+
+def _whole(number: float | None) -> int | None:
+    return None if number is None else int(number)
 
 
 def metadata_of(facts: Mapping[str, Any]) -> dict[bytes, bytes]:

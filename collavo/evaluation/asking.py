@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from collavo.evaluation.judge import Judge
 from collavo.evaluation.questions import DIALOGUE, Question, questions_of
 from collavo.evaluation.scores import Answered, judged
 from collavo.inference import Answerer, Picture, Request, picture_of_row
@@ -18,6 +19,7 @@ def ask_questions(
     rows: Iterable[CrayonRow],
     tasks: Sequence[str],
     object_lists: Sequence[str],
+    judge: Judge,
     image_root: Path | None = None,
     batch_size: int = 16,
 ) -> dict[str, list[Answered]]:
@@ -26,6 +28,7 @@ def ask_questions(
     Args:
         tasks: of `collavo.evaluation.questions.EVALUATED_TASKS`.
         object_lists: `trained`, `with` or `none`, see `Answerer.lists_objects`.
+        judge: of the set of classes that the rows have.
         image_root: the folder of the images, for rows that refer to their image.
         batch_size: questions that are answered together.
 
@@ -36,7 +39,7 @@ def ask_questions(
         UserError: if an image is missing or damaged.
     """
     answers: dict[str, list[Answered]] = {object_list: [] for object_list in object_lists}
-    for pictures, questions in _groups(rows, tasks, image_root, batch_size):
+    for pictures, questions in _groups(rows, tasks, judge, image_root, batch_size):
         for object_list, answered in answers.items():
             requests = [
                 Request(
@@ -48,7 +51,7 @@ def ask_questions(
                 for number, question in questions
             ]
             texts = answerer.answer(pictures, requests, batch_size)
-            answered += [judged(question, text) for (_, question), text in zip(questions, texts, strict=True)]
+            answered += [judged(question, text, judge) for (_, question), text in zip(questions, texts, strict=True)]
     return answers
 
 
@@ -71,15 +74,15 @@ def untrained_lists(answerer: Answerer, tasks: Sequence[str], object_lists: Sequ
 
 
 def _groups(
-    rows: Iterable[CrayonRow], tasks: Sequence[str], image_root: Path | None, batch_size: int
+    rows: Iterable[CrayonRow], tasks: Sequence[str], judge: Judge, image_root: Path | None, batch_size: int
 ) -> Iterator[tuple[list[Picture], list[tuple[int, Question]]]]:
     """Yield as many pictures as it takes to fill a batch, with all of their questions by the picture's number."""
     pictures: list[Picture] = []
     questions: list[tuple[int, Question]] = []
     for row in rows:
-        if asked := questions_of(row, tasks):
+        if asked := questions_of(row, tasks, judge):
             questions += [(len(pictures), question) for question in asked]
-            pictures.append(picture_of_row(row, image_root))
+            pictures.append(picture_of_row(row, image_root, judge.categories))
         if len(questions) >= batch_size:
             yield pictures, questions
             pictures, questions = [], []

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from collavo.instructions.text import Box, ObjectMention, find_boxes, parse_objects
-from schemas.categories import CATEGORIES, Category
+from schemas.categories import Category, CategorySet
 
 IOU_OF_A_HIT = 0.5
 """The least overlap with which a box counts as found, where boxes are judged right or wrong."""
@@ -28,38 +28,63 @@ _PARENTHESIS = re.compile(r"\([^()]*\)")
 _DENIAL = re.compile(r"\b(?:no|not|none|nothing)\b", re.IGNORECASE)
 _ARTICLES = {"a", "an", "the"}
 
-_BY_FORM: dict[str, Category] = {
-    form.casefold(): category
-    for category in reversed(CATEGORIES)
-    for form in (category.plural, category.singular, category.display_name)
-    if form
-}
-# Longest first, so that "hot dog" is not read as "dog".
-_ANY_FORM = re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(_BY_FORM, key=len, reverse=True)))})\b", re.IGNORECASE)
-
 
 class Judgement(NamedTuple):
-    """The verdict on an answer: `score` is 0 or 1, for boxes the mean overlap; `read` is None if it was unreadable."""
+    """The verdict on an answer: `score` is 0 or 1, for boxes the mean overlap; `read` is None if it cannot be read."""
 
     score: float
     correct: bool
     read: str | None
 
 
-def judge(task: str, answer: str, truth: str) -> Judgement:
-    """Judge the answer to a question of `schemas.crayon_row.TASKS`, or of a `dialogue`.
+class Judge:
+    """Judges answers about the classes of one set."""
 
-    Args:
-        truth: by task `yes` or `no`, an object like `(#1 person)`, a number in digits, boxes like
-            `[0.00, 0.16, 0.29, 0.88]`, or a short answer.
-    """
-    return _JUDGES[task](answer, truth)
+    def __init__(self, categories: CategorySet) -> None:
+        self.categories = categories
+        self._by_form: dict[str, Category] = {
+            form.casefold(): category
+            for category in reversed(categories)
+            for form in (category.plural, category.singular, category.display_name)
+            if form
+        }
+        # Longest first, so that "hot dog" is not read as "dog".
+        forms = sorted(self._by_form, key=len, reverse=True)
+        self._any_form = re.compile(rf"\b(?:{'|'.join(map(re.escape, forms))})\b", re.IGNORECASE)
 
+    def judge(self, task: str, answer: str, truth: str) -> Judgement:
+        """Judge the answer to a question of `schemas.crayon_row.TASKS`, or of a `dialogue`.
 
-def named_category(text: str) -> Category | None:
-    """Find the class that a free text names first, by its name, singular or plural; None if it names no class."""
-    match = _ANY_FORM.search(text)
-    return _BY_FORM[match[0].casefold()] if match else None
+        Args:
+            truth: by task `yes` or `no`, an object like `(#1 person)`, a number in digits, boxes like
+                `[0.00, 0.16, 0.29, 0.88]`, or a short answer.
+        """
+        if task == "box_to_class":
+            return self._judge_class(answer, truth)
+        return _JUDGES[task](answer, truth)
+
+    def named_category(self, text: str) -> Category | None:
+        """Find the class that a free text names first, by its name, singular or plural; None if it names none."""
+        match = self._any_form.search(text)
+        return self._by_form[match[0].casefold()] if match else None
+
+    def _judge_class(self, answer: str, truth: str) -> Judgement:
+        """Judge by the class alone; `read` holds the number too."""
+        said, true = self._mentioned(answer), parse_objects(truth, self.categories.by_display_name)[0]
+        if said is None:
+            return _exact(None, truth)
+        read = f"(#{said.numbering} {said.name})" if said.numbering else f"({said.name})"
+        return Judgement(float(said.name == true.name), said.name == true.name, read)
+
+    def _mentioned(self, answer: str) -> ObjectMention | None:
+        """Find the first object in the form `(#2 person)`, or else the first class that is named."""
+        for match in _PARENTHESIS.finditer(answer):
+            try:
+                return parse_objects(match[0], self.categories.by_display_name)[0]
+            except ValueError:
+                continue
+        category = self.named_category(answer)
+        return ObjectMention(category.display_name, 0, None) if category else None
 
 
 def box_iou(first: Box, second: Box) -> float:
@@ -100,26 +125,6 @@ def _judge_count(answer: str, truth: str) -> Judgement:
     return _exact(str(int(match[1]) if match[1] else _NUMBERS[match[2].casefold()]), truth)
 
 
-def _judge_class(answer: str, truth: str) -> Judgement:
-    """Judge by the class alone; `read` holds the number too."""
-    said, true = _mentioned(answer), parse_objects(truth)[0]
-    if said is None:
-        return _exact(None, truth)
-    read = f"(#{said.numbering} {said.name})" if said.numbering else f"({said.name})"
-    return Judgement(float(said.name == true.name), said.name == true.name, read)
-
-
-def _mentioned(answer: str) -> ObjectMention | None:
-    """Find the first object in the form `(#2 person)`, or else the first class that is named."""
-    for match in _PARENTHESIS.finditer(answer):
-        try:
-            return parse_objects(match[0])[0]
-        except ValueError:
-            continue
-    category = named_category(answer)
-    return ObjectMention(category.display_name, 0, None) if category else None
-
-
 def _judge_boxes(answer: str, truth: str) -> Judgement:
     """Score the mean IoU of matched boxes; a surplus or missing box counts as 0."""
     found, true = find_boxes(answer), find_boxes(truth)
@@ -143,7 +148,6 @@ def _exact(read: str | None, truth: str) -> Judgement:
 _JUDGES: Mapping[str, Callable[[str, str], Judgement]] = {
     "class_to_binary": _judge_binary,
     "counting": _judge_count,
-    "box_to_class": _judge_class,
     "class_to_box": _judge_boxes,
     "dialogue": _judge_short_answer,
 }

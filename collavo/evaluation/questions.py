@@ -3,9 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from collavo.evaluation.judge import named_category
+from collavo.evaluation.judge import Judge
 from collavo.instructions.text import format_box, format_object
-from schemas.categories import Category
 from schemas.crayon_row import CrayonRow, Dialogue, Instruction
 
 DIALOGUE = "dialogue"
@@ -22,7 +21,7 @@ class Question:
 
     Args:
         turns: the conversation; it ends with the question, and its earlier answers are the true ones.
-        truth: the true answer, as `collavo.evaluation.judge.judge` takes it.
+        truth: the true answer, as `collavo.evaluation.judge.Judge.judge` takes it.
         category: the thing class that is asked for or has to be named; None for dialogues, and where a user's own
             phrasing does not name it.
         polarity: whether that class is `present` or `absent`.
@@ -36,38 +35,43 @@ class Question:
     polarity: str | None = None
 
 
-def questions_of(row: CrayonRow, tasks: Sequence[str]) -> list[Question]:
-    """List the questions of a row that belong to some of `EVALUATED_TASKS`."""
-    asked = [_instruction_question(row, i) for i in row.instructions if i.task in tasks and i.task in EVALUATED_TASKS]
+def questions_of(row: CrayonRow, tasks: Sequence[str], judge: Judge) -> list[Question]:
+    """List the questions of a row that belong to some of `EVALUATED_TASKS`; a row without an image has none."""
+    if not row.has_image:
+        return []
+    asked = [
+        _instruction_question(row, i, judge) for i in row.instructions if i.task in tasks and i.task in EVALUATED_TASKS
+    ]
     if DIALOGUE in tasks:
         asked += [question for dialogue in row.conversations for question in _dialogue_questions(row, dialogue)]
     return asked
 
 
-def _instruction_question(row: CrayonRow, instruction: Instruction) -> Question:
+def _instruction_question(row: CrayonRow, instruction: Instruction, judge: Judge) -> Question:
     by_id = {segment.id: segment for segment in row.segments}
     meant = [by_id[id_] for id_ in instruction.segment_ids]
     match instruction.task:
         case "class_to_box":
-            truth = ", ".join(format_box(segment.box_xyxy, (row.width, row.height)) for segment in meant)
+            truth = ", ".join(format_box(segment.box_xyxy, row.size_wh) for segment in meant)
         case "box_to_class":
             truth = format_object(meant[0])
         case _:
             truth = instruction.label or ""
     # Segments tell the class of what is present; an absent class is named in the question only.
-    category: Category | None = meant[0].category if meant else named_category(instruction.question)
+    named = judge.categories[meant[0].label] if meant else judge.named_category(instruction.question)
     return Question(
         image_id=row.image_id,
         task=instruction.task,
         turns=(("human", instruction.question),),
         truth=truth,
-        category=category.display_name if category and category.is_thing else None,
+        category=named.display_name if named and named.is_thing else None,
         polarity=instruction.polarity,
     )
 
 
 def _dialogue_questions(row: CrayonRow, dialogue: Dialogue) -> Iterator[Question]:
-    if any(speaker != ("human", "gpt")[i % 2] for i, (speaker, _) in enumerate(dialogue.turns)):
+    first = sum(speaker == "system" for speaker, _ in dialogue.turns[:1])
+    if any(speaker != ("human", "gpt")[i % 2] for i, (speaker, _) in enumerate(dialogue.turns[first:])):
         return  # it is unclear which turn answers which
     for position, (speaker, value) in enumerate(dialogue.turns):
         if speaker == "gpt" and 0 < len(value.split()) <= _SHORT_ANSWER_WORDS:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from collavo.evaluation.judge import Judgement, judge
+from collavo.evaluation.judge import Judge, Judgement
 from collavo.evaluation.questions import Question
 
 EXTREME_CLASSES = 20
@@ -25,8 +25,9 @@ class Answered:
     judgement: Judgement
 
 
-def judged(question: Question, answer: str) -> Answered:
-    return Answered(question, answer, judge(question.task, answer, question.truth))
+def judged(question: Question, answer: str, judge: Judge) -> Answered:
+    """Judge the answer to a question."""
+    return Answered(question, answer, judge.judge(question.task, answer, question.truth))
 
 
 def summarise(answers: Iterable[Answered]) -> dict[str, dict[str, Any]]:

@@ -6,11 +6,10 @@ image or a task changes no other choice.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
-
-from schemas.categories import THINGS
 
 NEGATIVE_KINDS = ("random", "popular", "cooccurring")
 
@@ -34,49 +33,50 @@ def _joined(parts: Sequence[object]) -> bytes:
 class ClassStatistics:
     """Counts of images by thing class, and by pair of thing classes, from which POPE's negatives are drawn.
 
-    Adding is associative and commutative, so partial statistics can be summed anywhere.
+    `together` is int64 [things, things], symmetric, its diagonal the plain frequencies; a class is its position among
+    the things of its set. Adding is associative and commutative, so partial statistics can be summed anywhere.
     """
 
-    # int64 [80, 80], symmetric: images in which two classes occur together; on its diagonal, those of one class.
-    together: np.ndarray = field(default_factory=lambda: np.zeros((len(THINGS), len(THINGS)), dtype=np.int64))
+    together: np.ndarray
 
-    def add_image(self, present_labels: Sequence[int]) -> None:
-        """Count one image, given the thing labels (0..79) that occur in it, each once."""
-        self.together[np.ix_(present_labels, present_labels)] += 1
+    @classmethod
+    def of(cls, things: int) -> Self:
+        """Empty statistics over that many thing classes."""
+        return cls(np.zeros((things, things), dtype=np.int64))
+
+    def add_image(self, present: Sequence[int]) -> None:
+        """Count one image, given the things that occur in it, each once."""
+        self.together[np.ix_(present, present)] += 1
 
     def add(self, other: "ClassStatistics") -> None:
         self.together += other.together
 
 
-def draw_absent_labels(
-    present_labels: Sequence[int], count: int, statistics: ClassStatistics, *key: object
-) -> list[int]:
-    """Draw thing labels that are not in an image, for questions whose answer is no.
+def draw_absent_things(present: Sequence[int], count: int, statistics: ClassStatistics, *key: object) -> list[int]:
+    """Things that are not in an image, to ask for all the same.
 
     The three kinds of POPE (arXiv 2305.10355) take turns: any class of the data set, a frequent class, a class that
     often occurs with the present ones. Each kind is a weighted draw; no label is drawn twice.
 
     Args:
-        present_labels: thing labels (0..79) that occur in the image.
-        count: how many to draw; fewer are returned only if fewer classes are absent.
+        present: the things that occur in the image, as positions among the things of their set.
+        count: how many to draw; fewer come back only if fewer classes are absent.
         statistics: of the whole data set.
         key: the subject of the draw, from which the first kind and all chances follow.
     """
-    present = list(present_labels)
     frequency = np.diagonal(statistics.together)
-    weights = np.stack([frequency > 0, frequency, statistics.together[present].sum(axis=0)]).astype(np.float64)
-    # A weighted draw without replacement is a race: each label arrives after an exponential time divided by its weight.
-    # Labels of weight 0 come after all others: first classes of the data set, for images whose classes never occur with
-    # another, then all the rest, for images that hold every class of the data set.
+    weights = np.stack([frequency > 0, frequency, statistics.together[list(present)].sum(axis=0)]).astype(np.float64)
+    # An exponential race for each kind. Where nothing goes with those present, any class of the data set will do; where
+    # all of those are present, any at all.
     preference = np.where(weights > 0, 0, np.where(frequency > 0, 1, 2))
     waiting = -np.log(stable_uniforms(weights.size, "absent", *key)).reshape(weights.shape)
     arrivals = np.lexsort((waiting / np.where(weights > 0, weights, 1.0), preference))
-    races = [iter(labels) for labels in arrivals.tolist()]
+    races = [iter(things) for things in arrivals.tolist()]
     first_kind = stable_hash("kind", *key) % len(NEGATIVE_KINDS)
     taken = set(present)
     drawn: list[int] = []
-    for turn in range(min(count, len(THINGS) - len(present))):
+    for turn in range(min(count, len(frequency) - len(present))):
         race = races[(first_kind + turn) % len(races)]
-        drawn.append(next(label for label in race if label not in taken))
+        drawn.append(next(thing for thing in race if thing not in taken))
         taken.add(drawn[-1])
     return drawn

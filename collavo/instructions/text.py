@@ -6,10 +6,9 @@ segment without a number (a crowd, or an instance after the 20th) is written `(p
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
-from schemas.categories import BY_DISPLAY_NAME
 from schemas.crayon_row import Segment
 
 Box = tuple[float, float, float, float]
@@ -34,10 +33,16 @@ def format_box(box_xyxy: Sequence[float], size_wh: tuple[int, int]) -> str:
     return f"[{x_min / width:.2f}, {y_min / height:.2f}, {x_max / width:.2f}, {y_max / height:.2f}]"
 
 
+def has_extent(box_xyxy: Sequence[float], size_wh: tuple[int, int]) -> bool:
+    """Whether a pixel box still has a width and a height as text: one of a few pixels reads `[0.50, 0.50, 0.50, 0.50]`,
+    which tells nobody where anything is."""
+    x_min, y_min, x_max, y_max = format_box(box_xyxy, size_wh).strip("[]").split(", ")
+    return x_min != x_max and y_min != y_max
+
+
 def format_object(segment: Segment) -> str:
-    """Write a segment's number and name, e.g. `(#2 person)`."""
-    name = segment.category.display_name
-    return f"(#{segment.numbering} {name})" if segment.numbering else f"({name})"
+    """A segment's number and name, e.g. `(#2 person)`."""
+    return f"(#{segment.numbering} {segment.category})" if segment.numbering else f"({segment.category})"
 
 
 def format_objects(segments: Sequence[Segment]) -> str:
@@ -50,29 +55,20 @@ def format_objects_with_boxes(segments: Sequence[Segment], size_wh: tuple[int, i
     return ", ".join(f"{format_object(segment)} {format_box(segment.box_xyxy, size_wh)}" for segment in segments)
 
 
-def parse_box(text: str) -> Box:
-    """Read a box as `format_box` writes it.
-
-    Raises:
-        ValueError: if the text is anything else, or a maximum is below its minimum.
-    """
-    match = _BOX.fullmatch(text)
-    if match is None:
-        raise ValueError(f"not a box like [0.00, 0.16, 0.29, 0.88]: {text!r}")
-    return _checked_box(match.groups())
-
-
-def parse_objects(text: str) -> list[ObjectMention]:
+def parse_objects(text: str, names: Container[str]) -> list[ObjectMention]:
     """Read objects as `format_objects` or `format_objects_with_boxes` writes them; an empty text is an empty list.
 
+    Args:
+        names: the display names that there are.
+
     Raises:
-        ValueError: at the first place that is not an object of one of the 133 classes.
+        ValueError: at the first place that is not an object of one of these names.
     """
     mentions: list[ObjectMention] = []
     position = 0
     while position < len(text):
         match = _OBJECT.match(text, position)
-        if match is None or match[2] not in BY_DISPLAY_NAME:
+        if match is None or match[2] not in names:
             raise ValueError(
                 f"not an object like (#1 person) at character {position}: {text[position : position + 40]!r}"
             )

@@ -9,10 +9,16 @@ from dataclasses import dataclass
 from itertools import chain, groupby, zip_longest
 from typing import NamedTuple
 
-from collavo.instructions.choose import ClassStatistics, draw_absent_labels, stable_hash, stable_uniforms
+from collavo.instructions.choose import ClassStatistics, draw_absent_things, stable_hash, stable_uniforms
 from collavo.instructions.phrasebook import Phrasebook
-from collavo.instructions.text import format_box, format_object, format_objects, format_objects_with_boxes
-from schemas.categories import CATEGORIES
+from collavo.instructions.text import (
+    format_box,
+    format_object,
+    format_objects,
+    format_objects_with_boxes,
+    has_extent,
+)
+from schemas.categories import Category, CategorySet
 from schemas.crayon_row import TASKS, Instruction, Segment
 
 
@@ -50,15 +56,16 @@ class _Candidate(NamedTuple):
     segment_ids: tuple[int, ...]
 
 
-def present_thing_labels(segments: Sequence[Segment]) -> list[int]:
-    """List the thing labels (0..79) that occur in an image, ascending, crowds included."""
-    return sorted({segment.label for segment in segments if segment.category.is_thing})
+def present_things(segments: Sequence[Segment], categories: CategorySet) -> list[int]:
+    """The things that occur in an image, crowds included, as ascending positions among the things of their set."""
+    return sorted({categories.thing_positions[segment.label] for segment in segments if segment.is_thing})
 
 
 def write_instructions(
     image_id: str,
     size_wh: tuple[int, int],
     segments: Sequence[Segment],
+    categories: CategorySet,
     phrasebook: Phrasebook,
     statistics: ClassStatistics,
     options: InstructionOptions,
@@ -69,12 +76,13 @@ def write_instructions(
         image_id: enters every choice, so that of the rest of the data set only `statistics` matters.
         size_wh: of the image, in pixels; boxes are written as fractions of it.
         segments: in the order of the row.
+        categories: the set of their classes.
         statistics: class frequencies over the data set, for the choice of absent classes.
     """
     asked = [task for task in TASKS if task in options.tasks and task in phrasebook.phrasings]
     by_task = [
         sorted(
-            _candidates(task, image_id, size_wh, segments, statistics, options),
+            _candidates(task, image_id, size_wh, segments, categories, statistics, options),
             key=lambda candidate: stable_hash(options.seed, image_id, task, candidate.subject, "order"),
         )
         for task in asked
@@ -111,29 +119,37 @@ def _candidates(
     image_id: str,
     size_wh: tuple[int, int],
     segments: Sequence[Segment],
+    categories: CategorySet,
     statistics: ClassStatistics,
     options: InstructionOptions,
 ) -> Iterator[_Candidate]:
     if task in ("list_objects", "list_objects_with_boxes"):
-        if 0 < len(segments) <= options.max_listed_objects:
+        told = task == "list_objects" or all(has_extent(segment.box_xyxy, size_wh) for segment in segments)
+        if told and 0 < len(segments) <= options.max_listed_objects:
             yield _listing(task, segments, size_wh)
         return
-    things = [segment for segment in segments if segment.category.is_thing]
+    things = [segment for segment in segments if segment.is_thing]
     if task == "box_to_class":
-        yield from _boxes_to_name(things, size_wh)
+        yield from _boxes_to_name(things, size_wh, categories)
         return
-    present = present_thing_labels(segments)
+    present = present_things(segments, categories)
     by_label = {label: list(group) for label, group in groupby(things, key=lambda segment: segment.label)}
     if task != "class_to_binary":
         by_label = {label: group for label, group in by_label.items() if all(s.numbering for s in group)}
+    if task == "class_to_box":
+        by_label = {
+            label: group
+            for label, group in by_label.items()
+            if all(has_extent(segment.box_xyxy, size_wh) for segment in group)
+        }
     for label, group in by_label.items():
-        yield _class_question(task, label, group, size_wh)
-    # An image without objects counts as one with a single class, so that it too is asked for absent ones. The fraction
-    # of a ratio such as 0.3 becomes a question by chance; rounded, images of few classes would get none.
+        yield _class_question(task, categories[label], group, size_wh)
+    # An image without objects still teaches what is not there: it counts as one with a single class. What is left over
+    # of a ratio such as 0.3 is asked for by chance, for to round it would ask images of few classes for nothing.
     wanted = options.negative_ratio * max(len(by_label), 1)
     chance = stable_uniforms(1, "negatives", options.seed, image_id, task)[0]
-    for label in draw_absent_labels(present, int(wanted + chance), statistics, options.seed, image_id, task):
-        yield _class_question(task, label, [], size_wh)
+    for thing in draw_absent_things(present, int(wanted + chance), statistics, options.seed, image_id, task):
+        yield _class_question(task, categories.things[thing], [], size_wh)
 
 
 def _listing(task: str, segments: Sequence[Segment], size_wh: tuple[int, int]) -> _Candidate:
@@ -144,14 +160,15 @@ def _listing(task: str, segments: Sequence[Segment], size_wh: tuple[int, int]) -
     return _Candidate("all", words, None, None, tuple(segment.id for segment in segments))
 
 
-def _boxes_to_name(things: Sequence[Segment], size_wh: tuple[int, int]) -> Iterator[_Candidate]:
-    """Ask one question per numbered thing whose box, as text, has an extent and belongs to no other thing."""
+def _boxes_to_name(
+    things: Sequence[Segment], size_wh: tuple[int, int], categories: CategorySet
+) -> Iterator[_Candidate]:
+    """One question per numbered thing whose box, as text, has an extent and belongs to no other thing."""
     boxes = [format_box(segment.box_xyxy, size_wh) for segment in things]
     for segment, box in zip(things, boxes, strict=True):
-        x_min, y_min, x_max, y_max = box.strip("[]").split(", ")
-        if not segment.numbering or boxes.count(box) > 1 or x_min == x_max or y_min == y_max:
+        if not segment.numbering or boxes.count(box) > 1 or not has_extent(segment.box_xyxy, size_wh):
             continue
-        category = segment.category
+        category = categories[segment.label]
         words = {
             "box": box,
             "name": category.display_name,
@@ -162,8 +179,7 @@ def _boxes_to_name(things: Sequence[Segment], size_wh: tuple[int, int]) -> Itera
         yield _Candidate(box, words, category.display_name, "present", (segment.id,))
 
 
-def _class_question(task: str, label: int, group: Sequence[Segment], size_wh: tuple[int, int]) -> _Candidate:
-    category = CATEGORIES[label]
+def _class_question(task: str, category: Category, group: Sequence[Segment], size_wh: tuple[int, int]) -> _Candidate:
     words = {
         "name": category.display_name,
         "singular": category.singular,
@@ -183,4 +199,4 @@ def _class_question(task: str, label: int, group: Sequence[Segment], size_wh: tu
         }
     answers = {"counting": str(len(group)), "class_to_binary": "yes" if group else "no"}
     polarity = "present" if group else "absent"
-    return _Candidate(str(label), words, answers.get(task), polarity, tuple(segment.id for segment in group))
+    return _Candidate(str(category.label), words, answers.get(task), polarity, tuple(segment.id for segment in group))

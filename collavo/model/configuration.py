@@ -5,6 +5,8 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import LlavaConfig
 
+from schemas.categories import COCO_PANOPTIC, CategorySet
+
 
 @strict
 class CollavoConfig(LlavaConfig):
@@ -36,8 +38,17 @@ class CollavoConfig(LlavaConfig):
     branch_rank: int = 256
     """Rank and alpha of those branches; used with `low_rank_branches` only."""
 
+    categories: list[dict[str, Any]] | None = None
+    """The set of classes that the semantic queries stand for, as `CategorySet.as_records` has it; None for COCO
+    panoptic's 133."""
+
     chat_format: str = "paper"
     """The language model's chat format, one of `collavo.model.prompt.CHAT_FORMATS`."""
+
+    @property
+    def category_set(self) -> CategorySet:
+        """The set of classes that the semantic queries stand for."""
+        return CategorySet.from_records("the model", self.categories) if self.categories else COCO_PANOPTIC
 
     @property
     def grid_hw(self) -> tuple[int, int]:

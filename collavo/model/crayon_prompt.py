@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from schemas.categories import MAX_NUMBERING, SEMANTIC_INDICES
+from schemas.categories import MAX_NUMBERING
 
 
 class ClosedLinear(nn.Linear):
@@ -47,9 +47,11 @@ class CrayonPrompt(nn.Module):
         semantic, numbering: whether there are queries for classes, and for numbers; one of them at least.
     """
 
-    def __init__(self, width: int, hidden_size: int, semantic: bool = True, numbering: bool = True) -> None:
+    def __init__(
+        self, width: int, hidden_size: int, classes: int, semantic: bool = True, numbering: bool = True
+    ) -> None:
         super().__init__()
-        self.semantic_queries = UnitEmbedding(SEMANTIC_INDICES, width) if semantic else None
+        self.semantic_queries = UnitEmbedding(classes + 1, width) if semantic else None
         self.numbering_queries = UnitEmbedding(MAX_NUMBERING + 1, width) if numbering else None
         self.linear_1 = UnitLinear(width, hidden_size)
         self.act = nn.GELU()
@@ -59,7 +61,7 @@ class CrayonPrompt(nn.Module):
         """Compute the signal of every cell.
 
         Args:
-            semantic_ids: int [images, rows, columns], 0..133.
+            semantic_ids: int [images, rows, columns], 0 for unknown, else label + 1.
             numbering_ids: int [images, rows, columns], 0..20.
 
         Returns:
@@ -78,7 +80,7 @@ class CrayonPrompt(nn.Module):
         than the vectors keep the principal directions of the vectors.
 
         Args:
-            semantic: float [134, hidden_size], for the class of a cell.
+            semantic: float [classes + 1, hidden_size], for the class of a cell.
             numbering: float [21, hidden_size], for its number.
         """
         given = [(self.semantic_queries, semantic), (self.numbering_queries, numbering)]

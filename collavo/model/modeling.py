@@ -38,7 +38,11 @@ class CollavoModel(LlavaModel):
         super().__init__(config)
         if config.has_crayon_prompt:
             self.crayon_prompt = CrayonPrompt(
-                config.crayon_width, config.text_config.hidden_size, config.semantic_queries, config.numbering_queries
+                config.crayon_width,
+                config.text_config.hidden_size,
+                len(config.category_set),
+                config.semantic_queries,
+                config.numbering_queries,
             )
             if config.crayon_signal == "low_rank_branches":
                 self.low_rank_branches = add_low_rank_branches(self.language_model.layers, config.branch_rank)

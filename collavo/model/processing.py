@@ -1,6 +1,7 @@
 """The processor: it turns images, their panoptic maps and conversations into the model's inputs."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from collavo.model.configuration import CollavoConfig
 from collavo.model.prompt import CHAT_FORMATS, IMAGE_TOKEN, RenderedPrompt, Turns, render_conversation
 from collavo.panoptic.grid import crayon_grid
 from collavo.panoptic.maps import PanopticMap
+from schemas.categories import COCO_PANOPTIC, CategorySet
 
 
 class CollavoProcessor(ProcessorMixin):
@@ -28,11 +30,18 @@ class CollavoProcessor(ProcessorMixin):
         tokenizer: Any = None,
         patch_size: int = 14,
         chat_format: str = "paper",
+        category_records: list[dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> None:
         self.patch_size = patch_size
         self.chat_format = chat_format
+        self.category_records = category_records
         super().__init__(image_processor, tokenizer, **kwargs)
+
+    @cached_property
+    def categories(self) -> CategorySet:
+        """The set of classes that the model has queries for."""
+        return CategorySet.from_records("the model", self.category_records) if self.category_records else COCO_PANOPTIC
 
     @property
     def grid_hw(self) -> tuple[int, int]:
@@ -66,10 +75,23 @@ class CollavoProcessor(ProcessorMixin):
         )
         return BatchFeature({**batch, **self.picture_inputs(images, panoptic)})
 
-    def render(self, turns: Turns, objects: str | None = None) -> RenderedPrompt:
+    def _semantic_indices(self, categories: CategorySet) -> np.ndarray:
+        """int64 [classes + 1]: the model's semantic index of each one of a map; 0, unknown, where it has no query.
+
+        Classes are told by their names. A map in the model's own set is passed through.
+        """
+        if categories is not self.categories and categories != self.categories:
+            own = self.categories.by_key
+            known = (own.get(key) for key in categories.by_key)
+            return np.array([0, *(category.label + 1 if category else 0 for category in known)])
+        return np.arange(len(categories) + 1)
+
+    def render(self, turns: Turns, objects: str | None = None, has_image: bool = True) -> RenderedPrompt:
         """Render a conversation in this model's chat format; see `collavo.model.prompt.render_conversation`."""
         rows, columns = self.grid_hw
-        return render_conversation(self.tokenizer, CHAT_FORMATS[self.chat_format], turns, rows * columns, objects)
+        return render_conversation(
+            self.tokenizer, CHAT_FORMATS[self.chat_format], turns, rows * columns * has_image, objects
+        )
 
     @property
     def image_token_id(self) -> int:
@@ -91,9 +113,10 @@ class CollavoProcessor(ProcessorMixin):
             rows, columns].
         """
         grids = [crayon_grid(found.index_map, found.segments, self.grid_hw) for found in panoptic]
+        tables = [torch.from_numpy(self._semantic_indices(found.categories)) for found in panoptic]
         return {
             "pixel_values": torch.stack([self.pixel_values(image) for image in images]),
-            "semantic_ids": torch.stack([torch.from_numpy(semantic) for semantic, _ in grids]),
+            "semantic_ids": torch.stack([table[semantic] for table, (semantic, _) in zip(tables, grids, strict=True)]),
             "numbering_ids": torch.stack([torch.from_numpy(numbering) for _, numbering in grids]),
         }
 
@@ -114,7 +137,9 @@ def build_processor(
     image_processor = CLIPImageProcessorPil(
         size={"height": side, "width": side}, do_center_crop=False, default_to_square=True, **normalisation
     )
-    return CollavoProcessor(image_processor, tokenizer, config.vision_config.patch_size, config.chat_format)
+    return CollavoProcessor(
+        image_processor, tokenizer, config.vision_config.patch_size, config.chat_format, config.categories
+    )
 
 
 AutoProcessor.register(CollavoConfig, CollavoProcessor)

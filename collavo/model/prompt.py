@@ -22,7 +22,8 @@ which adapter learns, and whether the prompt begins with the object list."""
 KINDS: tuple[Kind, ...] = ("crayon", "dialogue")
 
 Turns = Sequence[tuple[str, str]]
-"""(`human` | `gpt`, text) in turn, beginning with human; a human turn at the end asks for an answer."""
+"""(`human` | `gpt`, text) in turn, beginning with human, before which a `system` turn may stand; a human turn at the
+end asks for an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class ChatFormat:
     """The texts between the parts of a conversation, as a language model knows them."""
 
     opening: str
-    """Before the image, system text included."""
+    """Before the image."""
 
     after_image: str
     """Between the image and the first question."""
@@ -48,6 +49,12 @@ class ChatFormat:
     """The beginning of an answer: a space after `Assistant:`, which tokenizers make part of the first word. It belongs
     to the answer: a prompt that ended in a space would end in a token that never stood there in training."""
 
+    system: str = ""
+    """The system text, at the very beginning, where a conversation brings none of its own."""
+
+    system_form: str = "{} "
+    """How a conversation's own system text is written there."""
+
 
 _RELEASE_SYSTEM = "AI assistant should give helpful and detailed answers to user after fully understanding an image. "
 _VICUNA_SYSTEM = (
@@ -60,15 +67,21 @@ CHAT_FORMATS: Mapping[str, ChatFormat] = {
     "paper": ChatFormat("User: ", "\n", " Assistant:", "", "User: ", " "),
     # The authors' release: a system sentence and the image, then InternLM2's markers.
     "collavo_release": ChatFormat(
-        _RELEASE_SYSTEM,
+        "",
         " [UNUSED_TOKEN_146]user\n",
         "[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]assistant\n",
         "[UNUSED_TOKEN_145]",
         "\n[UNUSED_TOKEN_146]user\n",
+        system=_RELEASE_SYSTEM,
     ),
-    "vicuna": ChatFormat(f"{_VICUNA_SYSTEM}USER: ", "\n", " ASSISTANT:", "", "USER: ", " "),
+    "vicuna": ChatFormat("USER: ", "\n", " ASSISTANT:", "", "USER: ", " ", _VICUNA_SYSTEM),
     "chatml": ChatFormat(
-        "<|im_start|>user\n", "\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", "\n<|im_start|>user\n"
+        "<|im_start|>user\n",
+        "\n",
+        "<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_end|>",
+        "\n<|im_start|>user\n",
+        system_form="<|im_start|>system\n{}<|im_end|>\n",
     ),
     "llama3": ChatFormat(
         "<|start_header_id|>user<|end_header_id|>\n\n",
@@ -76,6 +89,7 @@ CHAT_FORMATS: Mapping[str, ChatFormat] = {
         "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
         "<|eot_id|>",
         "<|start_header_id|>user<|end_header_id|>\n\n",
+        system_form="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
     ),
     "mistral": ChatFormat("[INST] ", "\n", " [/INST]", "", "[INST] ", " "),
 }
@@ -104,11 +118,11 @@ class RenderedPrompt:
 def render_conversation(
     tokenizer: Any, chat_format: ChatFormat, turns: Turns, image_tokens: int, objects: str | None = None
 ) -> RenderedPrompt:
-    """Render a conversation about one image.
+    """Render a conversation about one image, or about none.
 
     Args:
         tokenizer: a fast tokenizer that knows `<image>` as one token.
-        image_tokens: cells of the vision encoder's grid.
+        image_tokens: cells of the vision encoder's grid; 0 for a conversation without an image.
         objects: the object list that precedes the first question; empty for the phrase that says there is none, None
             for neither.
 
@@ -117,7 +131,7 @@ def render_conversation(
     """
     # The text is tokenized in one piece, since pieces tokenized apart may join to other tokens than the whole. Which
     # tokens belong to an answer is then told by the characters they came from.
-    text, answers = _compose(tokenizer, chat_format, turns, objects)
+    text, answers = _compose(tokenizer, chat_format, turns, objects, image_tokens > 0)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     input_ids: list[int] = []
     supervised: list[bool] = []
@@ -151,16 +165,21 @@ def show_supervision(tokenizer: Any, prompt: RenderedPrompt) -> Text:
 
 
 def _compose(
-    tokenizer: Any, chat_format: ChatFormat, turns: Turns, objects: str | None
+    tokenizer: Any, chat_format: ChatFormat, turns: Turns, objects: str | None, has_image: bool
 ) -> tuple[str, list[tuple[int, int]]]:
     """The whole text, and the character spans of the answers with their stops."""
+    system = chat_format.system
+    if turns and turns[0][0] == "system":
+        system, turns = chat_format.system_form.format(turns[0][1].strip()), turns[1:]
     speakers = [speaker for speaker, _ in turns]
     if not turns or speakers != [("human", "gpt")[i % 2] for i in range(len(turns))]:
         found = ", ".join(speakers) or "none"
         raise Rejected("turns_do_not_alternate", f"turns must alternate, human first; found {found}")
     stop = chat_format.stop or tokenizer.eos_token
     bos = tokenizer.bos_token if tokenizer("").input_ids == [tokenizer.bos_token_id] else ""
-    text = f"{bos}{chat_format.opening}{IMAGE_TOKEN}{chat_format.after_image}"
+    # Without an image, what stands between it and the question loses its space or line break; a marker in it stays.
+    lead = f"{IMAGE_TOKEN}{chat_format.after_image}" if has_image else chat_format.after_image.lstrip()
+    text = f"{bos}{system}{chat_format.opening}{lead}"
     if objects is not None:
         text += _OBJECTS_KNOWN.format(objects=objects) if objects else _OBJECTS_UNKNOWN
     answers = []

@@ -13,8 +13,10 @@ import torch
 from torch.nn.functional import embedding_bag, normalize
 
 from collavo.errors import UserError
+from collavo.model.crayon_prompt import UnitEmbedding
 from collavo.model.modeling import CollavoForConditionalGeneration
-from schemas.categories import CATEGORIES, MAX_NUMBERING
+from collavo.model.processing import CollavoProcessor
+from schemas.categories import COCO_PANOPTIC, MAX_NUMBERING, CategorySet
 
 
 class ClassWords:
@@ -24,8 +26,8 @@ class ClassWords:
         tokenizer: the language model's.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._names = _bags(tokenizer, ["", *(f" {category.display_name}" for category in CATEGORIES)])
+    def __init__(self, tokenizer: Any, categories: CategorySet) -> None:
+        self._names = _bags(tokenizer, ["", *(f" {category.display_name}" for category in categories)])
         self._numbers = _bags(tokenizer, ["", *map(str, range(1, MAX_NUMBERING + 1))])
 
     def vectors(self, model: CollavoForConditionalGeneration) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +37,7 @@ class ClassWords:
         weights of the layer's norm: the signal is added behind that norm.
 
         Returns:
-            float [134, hidden] by semantic index and [21, hidden] by number; zero for index 0, which means unknown.
+            float [classes + 1, hidden] by semantic index and [21, hidden] by number; zero for index 0, unknown.
         """
         language_model: Any = model.model.language_model
         embeddings = language_model.embed_tokens.weight
@@ -59,7 +61,9 @@ def begin_with_names(model: CollavoForConditionalGeneration, tokenizer: Any) -> 
         signal = model.config.crayon_signal
         raise UserError(f"queries cannot start as names where the crayon signal is {signal!r}, only at random")
     if model.config.has_crayon_prompt:
-        model.model.crayon_prompt.begin_with(*(v.float() for v in ClassWords(tokenizer).vectors(model)))
+        model.model.crayon_prompt.begin_with(
+            *(v.float() for v in ClassWords(tokenizer, model.config.category_set).vectors(model))
+        )
 
 
 def _bags(tokenizer: Any, words: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,3 +71,31 @@ def _bags(tokenizer: Any, words: Sequence[str]) -> tuple[torch.Tensor, torch.Ten
     tokens = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
     starts = accumulate((len(ids) for ids in tokens[:-1]), initial=0)
     return torch.tensor([*chain.from_iterable(tokens)]), torch.tensor([*starts])
+
+
+@torch.no_grad()
+def adopt_categories(
+    model: CollavoForConditionalGeneration, processor: CollavoProcessor, categories: CategorySet
+) -> list[str]:
+    """Give a model, and its processor, a query for each class of another set, in place.
+
+    A class that the model knows by name keeps its query; a new one begins at random.
+
+    Returns:
+        the names of the classes that keep their query.
+    """
+    own = model.config.category_set
+    model.config.categories = processor.category_records = (
+        None if categories is COCO_PANOPTIC else categories.as_records()
+    )
+    processor.__dict__.pop("categories", None)  # it is cached
+    kept = {key: category for key, category in categories.by_key.items() if key in own.by_key}
+    queries = getattr(getattr(model.model, "crayon_prompt", None), "semantic_queries", None)
+    if queries is not None:
+        old = queries.weight
+        fresh = UnitEmbedding(categories.semantic_indices, old.shape[1], device=old.device, dtype=old.dtype)
+        fresh.weight[0] = old[0]
+        for key, category in kept.items():
+            fresh.weight[category.label + 1] = old[own.by_key[key].label + 1]
+        model.model.crayon_prompt.semantic_queries = fresh
+    return [category.display_name for category in kept.values()]

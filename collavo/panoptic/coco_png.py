@@ -5,6 +5,7 @@ Source: the COCO panoptic data format, https://cocodataset.org/#format-data.
 
 import io
 import struct
+from collections.abc import Collection
 from contextlib import suppress
 
 import numpy as np
@@ -12,22 +13,31 @@ from kornia_rs.io import decode_image_png_u8
 from PIL import Image
 
 from collavo.errors import Rejected
-from collavo.panoptic.maps import IdRuns
+from collavo.panoptic.maps import IdRuns, id_runs
+
+_GREY_MODES = ("L", "I;16", "I;16B", "I")
 
 
-def decode_segment_runs(data: bytes, size_wh: tuple[int, int]) -> IdRuns:
-    """Read the segment ids of a COCO panoptic PNG, as the runs of the map.
+def decode_segment_runs(data: bytes, size_wh: tuple[int, int], listed_ids: Collection[int] | None = None) -> IdRuns:
+    """Read the segment ids out of a COCO panoptic PNG, as the runs of the map.
+
+    In grey masks of 8 or 16 bits, a pixel is the id itself.
 
     Args:
         data: the file's bytes.
-        size_wh: width and height of the image, which the mask must have too.
+        size_wh: width and height that the mask must have, those of its image.
+        listed_ids: the ids that the annotation lists, by which channels in the wrong order are found out.
 
     Raises:
-        Rejected: `broken_mask` if it is no PNG that decodes, `mask_size_mismatch` if it has another size.
+        Rejected: `broken_mask` where it is not a PNG that decodes, `mask_size_mismatch` where its size is another,
+            `unlisted_segment` where its channels are blue, green, red.
     """
-    rgb = _decode_rgb(data, size_wh)
-    # Runs are found by comparing bytes with those of the pixel before. Ids are put together for the start of each run
-    # only: for all pixels it would take five times as long.
+    pixels = _decode(data, size_wh)
+    if pixels.ndim == 2:
+        return id_runs(pixels)
+    rgb = pixels
+    # By bytes, of which few differ from the pixel before: to put ids together for all pixels would take five times
+    # as long.
     channels = rgb.reshape(-1)
     differs = np.ones(channels.size, dtype=bool)
     np.not_equal(channels[3:], channels[:-3], out=differs[3:])
@@ -35,11 +45,25 @@ def decode_segment_runs(data: bytes, size_wh: tuple[int, int]) -> IdRuns:
     places = np.flatnonzero(differs) // 3
     starts = places[np.flatnonzero(np.diff(places, prepend=-1))]
     ids = rgb.reshape(-1, 3)[starts] @ np.array([1, 1 << 8, 1 << 16])
+    if listed_ids is not None:
+        _check_channels(ids, rgb.reshape(-1, 3)[starts], listed_ids)
     return IdRuns(rgb.shape[:2], starts, ids)
 
 
-def _decode_rgb(data: bytes, size_wh: tuple[int, int]) -> np.ndarray:
-    """Decode the pixels, uint8 [height, width, 3].
+def _check_channels(ids: np.ndarray, colors_rgb: np.ndarray, listed_ids: Collection[int]) -> None:
+    """Refuse a mask whose ids are listed only once red and blue are swapped: OpenCV wrote it."""
+    listed = {0, *listed_ids}
+    if set(ids.tolist()) <= listed:
+        return
+    swapped = colors_rgb @ np.array([1 << 16, 1 << 8, 1])
+    if set(swapped.tolist()) <= listed:
+        found = next(id_ for id_ in ids.tolist() if id_ not in listed)
+        detail = "read as blue, green, red, all ids are listed: write the mask with its channels in the order of RGB"
+        raise Rejected("unlisted_segment", f"pixels carry id {found}, which no segment has; {detail}")
+
+
+def _decode(data: bytes, size_wh: tuple[int, int]) -> np.ndarray:
+    """The pixels: uint8 [height, width, 3], or integer [height, width] of a grey mask.
 
     kornia-rs takes a fifth of Pillow's time. It gets files of the kind that COCO's masks are, 8-bit RGB without
     interlacing. Pillow decodes all others, and decides about those that kornia-rs refuses.
@@ -50,6 +74,8 @@ def _decode_rgb(data: bytes, size_wh: tuple[int, int]) -> np.ndarray:
     try:
         mask = Image.open(io.BytesIO(data), formats=("PNG",))
         if mask.size == size_wh:
+            if mask.mode in _GREY_MODES:
+                return np.asarray(mask)
             return np.asarray(mask.convert("RGB"))
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged data
         raise Rejected("broken_mask", f"not a readable PNG: {error}") from error

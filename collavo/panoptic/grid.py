@@ -24,7 +24,7 @@ def crayon_grid(
         grid_hw: rows and columns of the grid, (35, 35) for a 490 px encoder with patches of 14.
 
     Returns:
-        two int64 arrays of shape `grid_hw`: 0..133 (0 unknown, else label + 1) and 0..20 (0 not numbered).
+        two int64 arrays of shape `grid_hw`: 0 for unknown, else label + 1 and 0..20 (0 not numbered).
     """
     positions = segment_grid(index_map, len(segments), grid_hw)
     semantic = np.array([0, *(segment.label + 1 for segment in segments)])

@@ -8,21 +8,21 @@ the bytes.
 
 import io
 import struct
-from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 from zlib_ng import zlib_ng
 
 from collavo.panoptic.colors import segment_palette
-from schemas.crayon_row import Segment
+from collavo.panoptic.maps import PanopticMap
 
 _PALETTE, _GREY = 3, 0
 _FILTER_UP = 2
 
 
-def encode_index_map(index_map: np.ndarray, segments: Sequence[Segment]) -> bytes:
-    """Encode a uint8 or uint16 index map [height, width] as PNG."""
+def encode_index_map(panoptic: PanopticMap) -> bytes:
+    """Write the index map of a panoptic map as PNG."""
+    index_map = panoptic.index_map
     height, width = index_map.shape
     in_colour = index_map.dtype == np.uint8
     rows = index_map if in_colour else index_map.astype(">u2").view(np.uint8)
@@ -32,7 +32,11 @@ def encode_index_map(index_map: np.ndarray, segments: Sequence[Segment]) -> byte
     np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
     runs = zlib_ng.compressobj(strategy=zlib_ng.Z_RLE)
     header = struct.pack(">IIBBBBB", width, height, 8 if in_colour else 16, _PALETTE if in_colour else _GREY, 0, 0, 0)
-    palette = bytes(channel for color in segment_palette(segments) for channel in color) if in_colour else b""
+    palette = (
+        bytes(channel for color in segment_palette(panoptic.segments, panoptic.categories) for channel in color)
+        if in_colour
+        else b""
+    )
     return b"".join(
         (
             b"\x89PNG\r\n\x1a\n",

@@ -12,6 +12,7 @@ import numpy as np
 
 from collavo.errors import Rejected
 from collavo.panoptic.numbering import number_instances, numbered_order
+from schemas.categories import COCO_PANOPTIC, CategorySet
 from schemas.crayon_row import Segment
 
 
@@ -26,13 +27,21 @@ class SegmentInfo(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PanopticMap:
-    """A segmented image."""
+    """A segmented image.
+
+    Args:
+        unfamiliar: whether its segmenter says that it knows no pictures like this one.
+
+    `index_map` is uint8 [height, width], uint16 above 255 segments; a pixel holds the position of its segment in
+    `segments` plus 1, and 0 where nothing is known. Segments are in the order of their class, then of their number.
+    """
 
     index_map: np.ndarray
     """uint8 [height, width], uint16 above 255 segments: position of the pixel's segment + 1, or 0 for unknown."""
 
     segments: tuple[Segment, ...]
-    """By class, then by number."""
+    categories: CategorySet = COCO_PANOPTIC
+    unfamiliar: bool = False
 
 
 class IdRuns(NamedTuple):
@@ -60,12 +69,15 @@ def id_runs(ids: np.ndarray) -> IdRuns:
     return IdRuns(ids.shape, starts, flat[starts])
 
 
-def build_panoptic_map(ids: np.ndarray | IdRuns, infos: Sequence[SegmentInfo]) -> PanopticMap:
+def build_panoptic_map(
+    ids: np.ndarray | IdRuns, infos: Sequence[SegmentInfo], categories: CategorySet = COCO_PANOPTIC
+) -> PanopticMap:
     """Measure, order and number the segments of an id map.
 
     Args:
         ids: integer [height, width], or its runs; 0 is unlabelled, any other value is the id of an entry of `infos`.
         infos: the segments, in any order; the result does not depend on it.
+        categories: the set that their labels are positions in.
 
     Raises:
         Rejected: `repeated_segment` if an id is listed twice, or 0 is listed; `unlisted_segment` if a pixel's id is not
@@ -84,28 +96,69 @@ def build_panoptic_map(ids: np.ndarray | IdRuns, infos: Sequence[SegmentInfo]) -
 
     by_id = {info.id: info for info in infos}
     listed = [by_id[id_] for id_ in known_ids[1:].tolist()]
+    return _assembled(run_positions, lengths, runs.size_hw, listed, areas[1:], boxes_xyxy[1:], categories)
+
+
+def assemble_panoptic_map(
+    ids: np.ndarray,
+    infos: Sequence[SegmentInfo],
+    areas: np.ndarray,
+    boxes_xyxy: np.ndarray,
+    categories: CategorySet = COCO_PANOPTIC,
+) -> PanopticMap:
+    """Order and number the segments of an id map whose areas and boxes are known already.
+
+    Args:
+        ids: integer [height, width]; every info has a pixel in it.
+        infos: the segments, in any order.
+        areas, boxes_xyxy: int [N] and [N, 4], in the order of `infos`.
+
+    Raises:
+        Rejected: `repeated_segment` for an id listed twice, or a listed 0.
+    """
+    known_ids, first = np.unique([0, *(info.id for info in infos)], return_index=True)
+    if len(known_ids) != len(infos) + 1:
+        distinct = f"{len(known_ids) - 1} distinct ids other than 0"
+        raise Rejected("repeated_segment", f"{len(infos)} segments listed, but {distinct}")
+    places = first[1:] - 1
+    runs = id_runs(ids)
+    listed = [infos[place] for place in places.tolist()]
+    positions = _positions(runs.ids, known_ids)
+    return _assembled(positions, runs.lengths, runs.size_hw, listed, areas[places], boxes_xyxy[places], categories)
+
+
+def _assembled(
+    run_positions: np.ndarray,
+    lengths: np.ndarray,
+    size_hw: tuple[int, int],
+    listed: Sequence[SegmentInfo],
+    areas: np.ndarray,
+    boxes_xyxy: np.ndarray,
+    categories: CategorySet,
+) -> PanopticMap:
+    """The map out of runs that hold the position of their segment in `listed`, from 1."""
     labels = np.array([info.label for info in listed], dtype=np.int64)
     is_crowd = np.array([info.is_crowd for info in listed], dtype=bool)
-    order = numbered_order(labels, is_crowd, areas[1:], boxes_xyxy[1:])
+    order = numbered_order(labels, is_crowd, areas, boxes_xyxy)
     numbering = number_instances(labels[order], is_crowd[order])
 
-    new_positions = np.zeros(len(known_ids), dtype=np.uint8 if len(infos) < 256 else np.uint16)
-    new_positions[order + 1] = np.arange(1, len(infos) + 1)
-    index_map = np.repeat(new_positions[run_positions], lengths).reshape(runs.size_hw)
+    new_positions = np.zeros(len(listed) + 1, dtype=np.uint8 if len(listed) < 256 else np.uint16)
+    new_positions[order + 1] = np.arange(1, len(listed) + 1)
+    index_map = np.repeat(new_positions[run_positions], lengths).reshape(size_hw)
     areas_list, boxes_list = areas.tolist(), boxes_xyxy.astype(float).tolist()
     segments = tuple(
-        Segment(
+        Segment.of(
+            categories[listed[position].label],
             id=listed[position].id,
-            label=listed[position].label,
-            box_xyxy=tuple(boxes_list[position + 1]),
-            area=areas_list[position + 1],
+            box_xyxy=tuple(boxes_list[position]),
+            area=areas_list[position],
             numbering=number,
             is_crowd=listed[position].is_crowd,
             score=listed[position].score,
         )
         for position, number in zip(order.tolist(), numbering.tolist(), strict=True)
     )
-    return PanopticMap(index_map, segments)
+    return PanopticMap(index_map, segments, categories)
 
 
 def _positions(run_ids: np.ndarray, known_ids: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from torch.nn import functional
 from collavo.errors import Rejected
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
 from collavo.panoptic.thresholds import MaskThresholds
-from schemas.categories import CATEGORIES
+from schemas.categories import COCO_PANOPTIC, CategorySet
 
 # Queries compete in bands of rows, of at most so many elements in all. On a CPU it is one below the size from which
 # torch splits an operation among threads: the steps are hundreds of small operations, and threads that wait for each
@@ -36,15 +36,23 @@ _TRANSFORMERS_HW = (384, 384)
 
 @torch.inference_mode()
 def panoptic_from_logits(
-    class_logits: torch.Tensor, mask_logits: torch.Tensor, size_hw: tuple[int, int], thresholds: MaskThresholds
+    class_logits: torch.Tensor,
+    mask_logits: torch.Tensor,
+    size_hw: tuple[int, int],
+    thresholds: MaskThresholds,
+    categories: CategorySet = COCO_PANOPTIC,
+    labels_in_set: np.ndarray | None = None,
 ) -> PanopticMap:
     """Turn the queries of one image into its panoptic map.
 
     Args:
-        class_logits: float [queries, classes + 1]; columns are the labels 0..132 and, last, "no object".
+        class_logits: float [queries, classes + 1]; the last column is "no object".
         mask_logits: float [queries, height, width] on the same device, at any resolution.
         size_hw: size of the map, that of the upright image.
         thresholds: see `MaskThresholds`.
+        categories: the set that the map is made in.
+        labels_in_set: int [classes], the label in that set of each class of the model, -1 for none; None where the
+            model has the classes of the set in its order.
 
     Returns:
         the map, without segments if no query qualifies. A fused segment has the best score of its parts.
@@ -53,8 +61,11 @@ def panoptic_from_logits(
         Rejected: `non_finite_logits` if logits are NaN or infinite, as after an overflow in half precision.
     """
     queries, labels, scores = _confident_queries(class_logits, thresholds.min_class_score)
+    if labels_in_set is not None:
+        known = labels_in_set[labels] >= 0
+        queries, labels, scores = queries[known], labels_in_set[labels[known]], scores[known]
     if not len(queries):
-        return build_panoptic_map(np.zeros(size_hw, dtype=np.uint8), [])
+        return build_panoptic_map(np.zeros(size_hw, dtype=np.uint8), [], categories)
     kept = mask_logits[torch.from_numpy(queries).to(mask_logits.device)].float()
     if not kept.isfinite().all():
         raise Rejected("non_finite_logits", "the segmenter's mask logits are not finite numbers")
@@ -64,8 +75,8 @@ def panoptic_from_logits(
     # Divide in float32, as transformers does: there, 4 / 5 is above 0.8; in float64 it is not.
     left = areas.astype(np.float32) / np.maximum(own_areas, 1).astype(np.float32)
     survivors = np.flatnonzero((areas > 0) & (own_areas > 0) & (left.astype(np.float64) > thresholds.overlap))
-    segment_ids, infos = _segments(survivors, labels, scores, areas, thresholds)
-    return build_panoptic_map(segment_ids.take(winners), infos)
+    segment_ids, infos = _segments(survivors, labels, scores, areas, thresholds, categories)
+    return build_panoptic_map(segment_ids.take(winners), infos, categories)
 
 
 def _confident_queries(class_logits: torch.Tensor, min_class_score: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -143,7 +154,12 @@ def _vertical_taps(
 
 
 def _segments(
-    survivors: np.ndarray, labels: np.ndarray, scores: np.ndarray, areas: np.ndarray, thresholds: MaskThresholds
+    survivors: np.ndarray,
+    labels: np.ndarray,
+    scores: np.ndarray,
+    areas: np.ndarray,
+    thresholds: MaskThresholds,
+    categories: CategorySet,
 ) -> tuple[np.ndarray, list[SegmentInfo]]:
     """Make segments of the surviving queries, in the order of their first query.
 
@@ -154,7 +170,7 @@ def _segments(
     members_of: dict[tuple[int, int], list[int]] = {}
     for query in survivors.tolist():
         label = int(labels[query])
-        fused = thresholds.fuse_stuff and not CATEGORIES[label].is_thing
+        fused = thresholds.fuse_stuff and not categories[label].is_thing
         members_of.setdefault((label, -1 if fused else query), []).append(query)
     segment_ids = np.zeros(len(labels) + 1, dtype=np.int16)
     infos: list[SegmentInfo] = []

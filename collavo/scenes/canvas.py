@@ -7,7 +7,7 @@ from PIL import Image, ImageChops, ImageFilter
 
 from collavo.scenes.drawing import Color, Dice, Drawing, Sprite, rasterize
 from collavo.scenes.thing import Thing
-from schemas.categories import BY_DISPLAY_NAME, Category
+from schemas.categories import COCO_PANOPTIC, Category
 
 _SKIES: dict[str, tuple[Color, Color]] = {
     "morning": ((126, 172, 226), (255, 212, 184)),
@@ -120,7 +120,7 @@ class Canvas:
         return self._append(name, sprite, round(x * self.size_wh[0] - w / 2), round(y * self.size_wh[1]) - h)
 
     def _append(self, name: str, sprite: Sprite, x: int, y: int) -> Layer:
-        self.layers.append(Layer(sprite, x, y, len(self.layers) - 1000, BY_DISPLAY_NAME[name]))
+        self.layers.append(Layer(sprite, x, y, len(self.layers) - 1000, COCO_PANOPTIC.by_display_name[name]))
         return self.layers[-1]
 
     def surface(
@@ -134,7 +134,7 @@ class Canvas:
         weight: int = 4,
     ) -> None:
         """Offer room to things (names with ", " between them); more `weight` brings more of them here."""
-        surface = Surface(BY_DISPLAY_NAME[name], tuple(things.split(", ")), box_xyxy, far, near, hangs)
+        surface = Surface(COCO_PANOPTIC.by_display_name[name], tuple(things.split(", ")), box_xyxy, far, near, hangs)
         self.surfaces += [surface] * weight
 
     def owners(self, layers: list[Layer]) -> np.ndarray:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from schemas.categories import BY_CATEGORY_ID, Category
+from schemas.categories import COCO_PANOPTIC, Category
 
 Dialogue = tuple[tuple[str, str], ...]
 """A conversation in LLaVA's form: turns of (`human` | `gpt`, text), with `<image>` in the first."""
@@ -31,7 +31,7 @@ class SceneSegment:
 
     @property
     def category(self) -> Category:
-        return BY_CATEGORY_ID[self.category_id]
+        return COCO_PANOPTIC.by_category_id[self.category_id]
 
 
 @dataclass(frozen=True, slots=True)

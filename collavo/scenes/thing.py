@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from collavo.scenes.drawing import Color, Dice, Drawing
-from schemas.categories import BY_DISPLAY_NAME, Category
+from schemas.categories import COCO_PANOPTIC, Category
 
 Draw = Callable[[Drawing, Color, Dice], str | None]
 """Draws one thing in a colour, y downwards, and returns the name of a second colour if it plainly has two."""
@@ -47,7 +47,7 @@ def thing(
     """Register a drawing under a name, which is also its category's unless `category` is given."""
 
     def register(draw: Draw) -> Draw:
-        kind = BY_DISPLAY_NAME[category or name]
+        kind = COCO_PANOPTIC.by_display_name[category or name]
         DRAWABLE[name] = Thing(kind, span_m, tuple(colors.split()), part, turn_deg, flips, seat, draw)
         return draw
 

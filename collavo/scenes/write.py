@@ -1,8 +1,8 @@
 """Writing scenes as a data set: COCO panoptic files, and a LLaVA file of dialogues."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,12 @@ import numpy as np
 from PIL import Image
 
 from collavo.errors import UserError
-from collavo.folders import whole_folder
+from collavo.folders import recover, whole_folder
 from collavo.scenes.compose import draw_scene
 from collavo.scenes.scene import Scene
-from schemas.categories import CATEGORIES
+from schemas.categories import COCO_PANOPTIC
 
-_WRITTEN = ("panoptic.json", "dialogues.json", "images/scene-*.jpg", "panoptic/scene-*.png")
+_WRITTEN = re.compile(r"(panoptic|dialogues)\.json|images/scene-\d+\.jpg|panoptic/scene-\d+\.png")
 _LICENSE = {"id": 1, "name": "Apache License 2.0", "url": "https://www.apache.org/licenses/LICENSE-2.0"}
 
 
@@ -45,6 +45,7 @@ def write_scenes(
             set, or if it holds anything but scenes.
     """
     output = Path(output).resolve()
+    recover(output)  # of an earlier run that was killed, whose scenes count as being there
     _check_replaceable(output, overwrite)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -68,7 +69,7 @@ def write_scenes(
             "annotations": annotations,
             "categories": [
                 {"id": c.category_id, "name": c.name, "isthing": int(c.is_thing), "color": list(c.color_rgb)}
-                for c in CATEGORIES
+                for c in COCO_PANOPTIC
             ],
         }
         (folder / "dialogues.json").write_text(json.dumps(dialogues), encoding="utf-8")
@@ -79,7 +80,7 @@ def _check_replaceable(output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"{output}: is a file; name a folder")
     files = sorted(path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir())
-    foreign = [file for file in files if not any(fnmatch(file, pattern) for pattern in _WRITTEN)]
+    foreign = [file for file in files if not _WRITTEN.fullmatch(file)]
     if foreign:
         raise UserError(f"{output}: holds {foreign[0]}, which is no scene; name another folder")
     if files and not overwrite:

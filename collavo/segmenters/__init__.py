@@ -6,14 +6,18 @@ imports its framework: `mask2former` (transformers) and `detectron2` (Panoptic-F
 """
 
 import importlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from collavo.categories import categories_of_labels, joined
 from collavo.embedded import SCENES, TINY
 from collavo.panoptic.maps import PanopticMap, build_panoptic_map
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
+from schemas.categories import COCO_PANOPTIC, CategorySet
 
 _CLASSES = {"mask2former": "Mask2FormerSegmenter", "detectron2": "Detectron2Segmenter"}
 
@@ -24,8 +28,17 @@ SEGMENTER_CHOICES = ("auto", "none", *SEGMENTERS)
 """What `open_segmenter` takes."""
 
 
+UNFAMILIAR = (
+    "The segmenter knows no pictures like this one, so much of what it names will be wrong; choose another one."
+)
+"""What a user is told of a picture whose map is marked `unfamiliar`."""
+
+
 class Segmenter(Protocol):
     """What every panoptic segmenter offers."""
+
+    categories: CategorySet
+    """The set that its maps are made in."""
 
     facts: dict[str, Any]
     """Checkpoint, revision, input size, thresholds, device and dtype: what a data set records to be repeatable."""
@@ -45,6 +58,7 @@ class Segmenter(Protocol):
 class NoSegmenter:
     """Recognise nothing, so that the model has only the image."""
 
+    categories = COCO_PANOPTIC
     facts: dict[str, Any] = {"segmenter": "none"}  # noqa: RUF012  # the protocol's attribute
 
     def segment(self, images: Sequence[np.ndarray]) -> list[PanopticMap]:
@@ -62,6 +76,32 @@ def load_segmenter(name: str, **options: Any) -> Segmenter:
     """
     segmenter: Segmenter = getattr(importlib.import_module(f"{__name__}.{name}"), _CLASSES[name])(**options)
     return segmenter
+
+
+def checkpoint_categories(name: str, checkpoint: str | None, known_set: CategorySet | None = None) -> CategorySet:
+    """The set of classes that a segmenter's checkpoint has, read from its configuration without loading it.
+
+    Args:
+        name: one of `SEGMENTERS`.
+        checkpoint: None for the segmenter's default.
+        known_set: where it has all classes of the checkpoint, it says which of them are things.
+
+    Raises:
+        UserError: if nobody here knows which of its classes are things.
+    """
+    if name != "mask2former" or checkpoint is None or checkpoint == SCENES:
+        return COCO_PANOPTIC
+    file = Path(checkpoint) / "config.json"
+    if not file.is_file():
+        from huggingface_hub import hf_hub_download
+
+        try:
+            file = Path(hf_hub_download(checkpoint, "config.json"))
+        except (OSError, ValueError):
+            return COCO_PANOPTIC  # loading it says what is wrong
+    id2label = json.loads(file.read_text(encoding="utf-8")).get("id2label") or {}
+    own = categories_of_labels({int(label): each for label, each in id2label.items()}, checkpoint, known_set)
+    return joined(own)
 
 
 def open_segmenter(

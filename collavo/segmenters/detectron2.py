@@ -8,7 +8,7 @@ only. Configs are read as plain YAML; detectron2 itself would run code in them.
 Images run one by one, resized as by detectron2's own predictor, so that no image is padded to the size of another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from collavo.device import device_name, move_to_device, resolve_device
 from collavo.errors import UserError
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
-from schemas.categories import BY_CATEGORY_ID, CATEGORIES
+from schemas.categories import COCO_PANOPTIC, CategorySet
 
 INSTALL = (
     'pip install torchvision "setuptools<81" && pip install --no-build-isolation "detectron2 @ '
@@ -42,18 +42,33 @@ DEFAULT_CONFIG = "COCO-PanopticSegmentation/panoptic_fpn_R_101_3x.yaml"
 class Detectron2Segmenter:
     """A COCO Panoptic-FPN as a `collavo.segmenters.Segmenter`; stuff has no scores."""
 
-    def __init__(self, config: str = DEFAULT_CONFIG, *, checkpoint: str | None = None, device: str = "auto") -> None:
+    categories = COCO_PANOPTIC
+
+    def __init__(
+        self,
+        config: str = DEFAULT_CONFIG,
+        *,
+        checkpoint: str | None = None,
+        device: str = "auto",
+        categories: CategorySet | None = None,
+        category_map: Mapping[str, str] | None = None,
+    ) -> None:
         """Load the weights and move them to the device.
 
         Args:
             config: a name in detectron2's model zoo, or a YAML file.
             checkpoint: file or URL of the weights; None for the zoo's, or those that the YAML file names.
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
+            categories, category_map: the set that maps are made in, which has to be COCO panoptic's.
 
         Raises:
             UserError: if config or checkpoint is missing, incomplete, no Panoptic-FPN or not of COCO, or the device is
                 missing or too small.
         """
+        if categories is not None and not COCO_PANOPTIC.is_subset_of(categories):
+            raise UserError(
+                f"detectron2's Panoptic-FPN knows {COCO_PANOPTIC.name}'s classes, not those of {categories.name}"
+            )
         self._device = resolve_device(device)
         cfg = _load_config(config, checkpoint)
         self._label_of = label_tables(cfg)
@@ -121,17 +136,15 @@ def _load_config(config: str, checkpoint: str | None) -> CfgNode:
         zoo_weights = None if is_file or checkpoint else model_zoo.get_checkpoint_url(config)
     except Exception as error:  # RuntimeError, KeyError, YAML's own
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"config {config}: {reason}; use a YAML file or a model zoo name such as {DEFAULT_CONFIG}"
-        ) from error
+        raise UserError(f"{config}: {reason}; use a YAML file or a model zoo name such as {DEFAULT_CONFIG}") from error
     cfg.MODEL.WEIGHTS = checkpoint or zoo_weights or cfg.MODEL.WEIGHTS
     cfg.MODEL.DEVICE = "cpu"
     if cfg.MODEL.META_ARCHITECTURE != "PanopticFPN":
         raise UserError(
-            f"config {config}: a {cfg.MODEL.META_ARCHITECTURE}, but PanopticFPN is needed, such as {DEFAULT_CONFIG}"
+            f"{config}: a {cfg.MODEL.META_ARCHITECTURE}, but PanopticFPN is needed, such as {DEFAULT_CONFIG}"
         )
     if not cfg.MODEL.WEIGHTS:
-        raise UserError(f"config {config}: names no weights; name a checkpoint")
+        raise UserError(f"{config}: names no weights; give them with --segmenter_checkpoint")
     return cfg
 
 
@@ -151,12 +164,14 @@ def label_tables(cfg: CfgNode) -> dict[bool, dict[int, int]]:
     for is_thing, kind in ((True, "thing"), (False, "stuff")):
         listed: dict[int, int] = getattr(metadata, f"{kind}_dataset_id_to_contiguous_id", {})
         class_ids = {category_id: class_id for category_id, class_id in listed.items() if category_id != 0}
-        if class_ids.keys() != {category.category_id for category in CATEGORIES if category.is_thing == is_thing}:
+        if class_ids.keys() != {category.category_id for category in COCO_PANOPTIC if category.is_thing == is_thing}:
             raise UserError(
-                f"config: its DATASETS.TEST is {data_set!r}, but COCO panoptic's 133 classes are "
+                f"its DATASETS.TEST is {data_set!r}, but COCO panoptic's 133 classes are "
                 "needed, as in coco_2017_val_panoptic_separated"
             )
-        tables[is_thing] = {class_id: BY_CATEGORY_ID[category_id].label for category_id, class_id in class_ids.items()}
+        tables[is_thing] = {
+            class_id: COCO_PANOPTIC.by_category_id[category_id].label for category_id, class_id in class_ids.items()
+        }
     return tables
 
 
@@ -179,12 +194,12 @@ def _load_model(cfg: CfgNode) -> torch.nn.Module:
     except Exception as error:  # network, file system and pickle raise a dozen types
         reason = " ".join(str(error).split())
         raise UserError(
-            f"checkpoint {cfg.MODEL.WEIGHTS}: {type(error).__name__}: {reason}; use a .pkl or .pth file "
+            f"{cfg.MODEL.WEIGHTS}: {type(error).__name__}: {reason}; use a .pkl or .pth file "
             "with weights for this config, or a URL that can be reached from here"
         ) from error
     if checkpointer.absent:
         raise UserError(
-            f"checkpoint {cfg.MODEL.WEIGHTS}: {len(checkpointer.absent)} weights are missing or have "
+            f"{cfg.MODEL.WEIGHTS}: {len(checkpointer.absent)} weights are missing or have "
             f"another shape, first {checkpointer.absent[0]}; use weights trained with this config"
         )
     return model.eval()

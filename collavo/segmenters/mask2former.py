@@ -21,9 +21,9 @@ import logging
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, Mask2FormerForUniversalSegmentation
 
+from collavo.categories import categories_of_labels, joined, labels_by_id
 from collavo.device import device_name, move_to_device, resolve_device
 from collavo.embedded import SCENES, find_embedded
 from collavo.errors import UserError
@@ -43,7 +44,8 @@ from collavo.panoptic.maps import PanopticMap
 from collavo.panoptic.postprocess import panoptic_from_logits
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS, MaskThresholds
 from collavo.quiet import without_loading_report
-from schemas.categories import CATEGORIES
+from collavo.segmenters.familiarity import Familiarity, features_of
+from schemas.categories import CategorySet
 
 DEFAULT_CHECKPOINT = "facebook/mask2former-swin-large-coco-panoptic"
 
@@ -57,7 +59,7 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class Mask2FormerSegmenter:
-    """A COCO panoptic Mask2Former checkpoint as a `collavo.segmenters.Segmenter`."""
+    """A panoptic Mask2Former checkpoint as a `collavo.segmenters.Segmenter`."""
 
     def __init__(
         self,
@@ -67,6 +69,8 @@ class Mask2FormerSegmenter:
         thresholds: MaskThresholds | None = None,
         device: str = "auto",
         batch_size: int = 8,
+        categories: CategorySet | None = None,
+        category_map: Mapping[str, str] | None = None,
     ) -> None:
         """Load the weights and move them to the device.
 
@@ -78,10 +82,15 @@ class Mask2FormerSegmenter:
             thresholds: what makes a segment; None for the preset `scenes` with the embedded one, else `default`.
             device: `auto`, `cpu`, `cuda` or `cuda:N`.
             batch_size: images per forward pass on a GPU, kept constant; a CPU always takes one.
+            categories: the set that maps are made in; by default the checkpoint's own, or the built-in one where that
+                has all classes of the checkpoint.
+            category_map: names in that set of classes that the checkpoint calls otherwise; empty for those to leave
+                out.
 
         Raises:
-            UserError: if the checkpoint is missing, incomplete, of another architecture or with other classes, the
-                input size unusable, or the device missing or too small.
+            UserError: for a checkpoint that is missing, incomplete, of another architecture, or with classes
+                that the set lacks, and for an unusable input size.
+            UserError: for a device that is missing or too small.
         """
         input_hw = None if input_size is None else _checked_size(input_size)
         self._thresholds = thresholds or THRESHOLD_PRESETS["scenes" if checkpoint == SCENES else "default"]
@@ -92,7 +101,9 @@ class Mask2FormerSegmenter:
             os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
         self._batch_size = 1 if on_cpu else batch_size
         self._dtype = torch.float32 if on_cpu else torch.float16
-        self._model, revision = _load_model(checkpoint)
+        self._model, revision, folder = _load_model(checkpoint)
+        self.categories, self._labels = _labels_in_set(checkpoint, self._model.config, categories, category_map)
+        self._familiarity = Familiarity.load(folder) if folder else None
         if on_cpu:
             _keep_group_norms_unsplit(self._model)
         self._input_hw = input_hw or _own_size_hw(self._model.config)
@@ -116,14 +127,20 @@ class Mask2FormerSegmenter:
         maps = []
         for first in range(0, len(images), self._batch_size):
             part = images[first : first + self._batch_size]
-            class_logits, mask_logits = self._logits(part)
-            for image, classes, masks in zip(part, class_logits, mask_logits, strict=False):
-                maps.append(panoptic_from_logits(classes, masks, image.shape[:2], self._thresholds))
+            outputs = self.outputs(part)
+            unfamiliar = self._unfamiliar(outputs)
+            logits = zip(outputs.class_queries_logits, outputs.masks_queries_logits, strict=True)
+            for image, (classes, masks), foreign in zip(part, logits, unfamiliar, strict=False):
+                found = panoptic_from_logits(
+                    classes, masks, image.shape[:2], self._thresholds, self.categories, self._labels
+                )
+                maps.append(replace(found, unfamiliar=foreign))
         return maps
 
     @torch.inference_mode()
-    def _logits(self, images: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Class logits [batch, queries, 134] and mask logits [batch, queries, height / 4, width / 4].
+    def outputs(self, images: Sequence[np.ndarray]) -> Any:
+        """The network's outputs for at most a batch of images: class logits [batch, queries, classes + 1], mask logits
+        [batch, queries, height / 4, width / 4], and its feature maps where they are looked at.
 
         The batch is filled up with black images, whose results come last.
         """
@@ -131,8 +148,16 @@ class Mask2FormerSegmenter:
         for position, image in enumerate(images):
             pixels[position] = resize(image, self._input_hw)
         with self._arithmetic():
-            outputs = self._model(pixel_values=normalise(torch.from_numpy(pixels).to(self._device)))
-        return outputs.class_queries_logits, outputs.masks_queries_logits
+            return self._model(
+                pixel_values=normalise(torch.from_numpy(pixels).to(self._device)), output_hidden_states=True
+            )
+
+    def _unfamiliar(self, outputs: Any) -> list[bool]:
+        """Which pictures of a batch are unlike all that the checkpoint knows, where it says what it knows."""
+        if self._familiarity is None:
+            return [False] * self._batch_size
+        distances = self._familiarity.distances(features_of(outputs))
+        return [distance > 1 for distance in distances.tolist()]
 
     def _arithmetic(self) -> AbstractContextManager[None]:
         if self._device.type == "cpu":
@@ -144,7 +169,7 @@ class Mask2FormerSegmenter:
     def _try_batch(self) -> None:
         """Run a batch of black images: if it fits, all later ones do, except for maps of very large images."""
         try:
-            self._logits([])
+            self.outputs([])
         except torch.OutOfMemoryError as error:
             height, width = self._input_hw
             raise UserError(
@@ -227,14 +252,14 @@ def without_backbone_warnings() -> Iterator[None]:
         log.removeFilter(is_news)
 
 
-def _load_model(checkpoint: str) -> tuple[Mask2FormerForUniversalSegmentation, str | None]:
-    """Load the model; and return the hash or the revision of its weights."""
+def _load_model(checkpoint: str) -> tuple[Mask2FormerForUniversalSegmentation, str | None, Path | None]:
+    """The model, what tells its weights from others of the same name, and its folder where it has one here."""
     try:
         embedded = find_embedded(checkpoint)
         source = str(embedded.folder) if embedded else checkpoint
         with without_backbone_warnings(), without_loading_report():
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-            _check_config(checkpoint, config)
+            _check_architecture(checkpoint, config)
             loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
                 source,
                 config=config,
@@ -244,37 +269,41 @@ def _load_model(checkpoint: str) -> tuple[Mask2FormerForUniversalSegmentation, s
                 output_loading_info=True,
             )
     except UserError as error:
-        raise UserError(f"checkpoint {checkpoint}: {error}") from error
+        raise UserError(f"{checkpoint}: {error}") from error
     except (OSError, ValueError, SafetensorError) as error:
         is_absent_folder = checkpoint.startswith(("/", ".", "~")) and not Path(checkpoint).is_dir()
         reason = "there is no such folder." if is_absent_folder else str(error).strip().splitlines()[0]
         raise UserError(
-            f"checkpoint {checkpoint}: {reason} Use a folder that holds config.json and model.safetensors, or a "
-            f"Hugging Face model id that can be downloaded from here, such as {DEFAULT_CHECKPOINT}; {SCENES}, the "
+            f"{checkpoint}: {reason} Use a folder that holds config.json and model.safetensors, "
+            f"or a Hugging Face model id that can be downloaded from here, such as {DEFAULT_CHECKPOINT}; {SCENES}, the "
             "embedded one, knows drawn scenes only"
         ) from error
     model, info = loaded
     absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if absent:
         raise UserError(
-            f"checkpoint {checkpoint}: {len(absent)} weights are missing or have another shape, "
+            f"{checkpoint}: {len(absent)} weights are missing or have another shape, "
             f"first {absent[0]}; use a complete Mask2Former checkpoint"
         )
-    return model.eval(), f"sha256:{embedded.sha256}" if embedded else getattr(model.config, "_commit_hash", None)
+    revision = f"sha256:{embedded.sha256}" if embedded else getattr(model.config, "_commit_hash", None)
+    return model.eval(), revision, Path(source) if Path(source).is_dir() else None
 
 
-def _check_config(checkpoint: str, config: transformers.PreTrainedConfig) -> None:
+def _check_architecture(checkpoint: str, config: transformers.PreTrainedConfig) -> None:
     if config.model_type != "mask2former":
         raise UserError(
-            f"checkpoint {checkpoint}: a {config.model_type} model, but mask2former is needed, such as "
-            f"{DEFAULT_CHECKPOINT}"
+            f"{checkpoint}: a {config.model_type} model, but mask2former is needed, such as {DEFAULT_CHECKPOINT}"
         )
-    names: dict[Any, str] = dict(config.id2label or {})
-    expected = {category.label: category.name for category in CATEGORIES}
-    if names != expected:
-        label = next((label for label in expected if names.get(label) != expected[label]), len(expected))
-        raise UserError(
-            f"checkpoint {checkpoint}: class {label} of {len(names)} is {names.get(label)!r}, but in COCO "
-            f"panoptic's 133 classes it is {expected.get(label)!r}; use a coco-panoptic checkpoint such as "
-            f"{DEFAULT_CHECKPOINT}"
-        )
+
+
+def _labels_in_set(
+    checkpoint: str, config: Any, categories: CategorySet | None, renamed: Mapping[str, str] | None
+) -> tuple[CategorySet, np.ndarray | None]:
+    """The set that maps are made in, and the label in it of each class of the model; None where these are the same."""
+    id2label = {int(label): name for label, name in dict(config.id2label or {}).items()}
+    own = categories_of_labels(id2label, checkpoint, categories)
+    target = categories or joined(own)
+    table = np.full(len(own), -1)
+    for label, target_label in labels_by_id(own, target, renamed).items():
+        table[label] = target_label
+    return target, None if np.array_equal(table, np.arange(len(target))) else table

@@ -1,8 +1,29 @@
 """Read the sources of images: COCO panoptic files, LLaVA files, and the paths that they name."""
 
+from typing import Any
+
 
 def fault_in_json(error: Exception) -> str:
     """Say in one line what ijson or a reader of records could not read; ijson draws the place below its message."""
     message = error.args[0] if error.args else ""
     text = message.decode(errors="replace") if isinstance(message, bytes) else str(message)
     return f"{type(error).__name__}: {text.partition(chr(10))[0]}"
+
+
+def whole_id(value: Any) -> int | None:
+    """An id as people write it: a whole number, also as `7.0` or `"7"`; None for anything else."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, str) and value.strip().isdecimal():
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, int) else None
+
+
+def image_key(value: Any) -> str | None:
+    """What an image's id is matched by: a whole number however it is written, or a text, as ADE20K's are."""
+    number = whole_id(value)
+    if number is not None:
+        return str(number)
+    return value if isinstance(value, str) and value else None

@@ -12,8 +12,7 @@ import ijson
 
 from collavo.errors import Rejected, UserError
 from collavo.panoptic.maps import SegmentInfo
-from collavo.sources import fault_in_json
-from schemas.categories import BY_CATEGORY_ID
+from collavo.sources import fault_in_json, image_key, whole_id
 
 
 class Annotation(NamedTuple):
@@ -27,74 +26,104 @@ class Annotation(NamedTuple):
 
 
 class AnnotatedImage(NamedTuple):
-    """An image of a COCO panoptic file; `annotation` is None if the file has none for it."""
+    """An image of a COCO panoptic file.
+
+    `annotation` is None where the file has none for it. `size_wh` is what the file says of its size, which tells
+    whether the mask is in the frame of the image as stored or as turned upright.
+    """
 
     entry_id: str
     file_name: str
     license_id: int | None
+    size_wh: tuple[int, int] | None
     annotation: Annotation | None
 
 
-def stream_annotated_images(file: BinaryIO) -> Iterator[AnnotatedImage | Rejected]:
-    """Yield all images of a COCO panoptic file, annotated ones first; an unusable entry becomes a `Rejected`.
+def stream_annotated_images(
+    file: BinaryIO, name: str, labels: Mapping[int, int]
+) -> Iterator[AnnotatedImage | Rejected]:
+    """All images of a COCO panoptic file, annotated ones first; an unusable entry comes as the error that says why.
 
     Args:
-        file: open and seekable; first the image list is read, then the annotations.
+        file: open, seekable, plain UTF-8 (see `collavo.sources.json_files.open_json`); the image list and the
+            annotations are read one after the other.
+        name: its path, for messages.
+        labels: the label of each category id of the file, see `collavo.categories.labels_by_id`.
 
     Raises:
         UserError: if the file is not JSON to its end, or not of the panoptic format.
     """
     try:
-        images: dict[int, tuple[str, int | None]] = {}
-        for image in ijson.items(file, "images.item", use_float=True):
-            if not isinstance(image["file_name"], str):
-                raise UserError(f"image {image['id']} should have a text 'file_name'")
-            if image["id"] in images:
-                detail = f"'images' lists the id again, for {image['file_name']}"
-                yield Rejected("duplicate_id", detail, str(image["id"]))
+        images: dict[str, AnnotatedImage] = {}
+        for record in ijson.items(file, "images.item", use_float=True):
+            image = _image(record)
+            if isinstance(image, Rejected):
+                yield image
+            elif image.entry_id in images:
+                yield Rejected("duplicate_id", f"'images' lists the id again, for {image.file_name}", image.entry_id)
             else:
-                license_id = image.get("license")
-                images[image["id"]] = (image["file_name"], license_id if isinstance(license_id, int) else None)
+                images[image.entry_id] = image
         if not images:
-            raise UserError("it lists no 'images'")
+            raise UserError(f"{name}: it lists no 'images'")
         file.seek(0)
         annotated = set()
         for record in ijson.items(file, "annotations.item", use_float=True):
-            image_id = record["image_id"]
             if "segments_info" not in record:
-                raise UserError("its annotations have no 'segments_info', so it is not panoptic")
-            if image_id not in images:
-                yield Rejected("unknown_image", "an annotation of an image not in 'images'", str(image_id))
+                kind = "; --coco_instances reads such a file" if "segmentation" in record else ""
+                raise UserError(f"{name}: its annotations have no 'segments_info', so it is not panoptic{kind}")
+            image_id = image_key(record.get("image_id"))
+            entry_id = str(record.get("image_id"))
+            if image_id is None or image_id not in images:
+                yield Rejected("unknown_image", "an annotation of an image not in 'images'", entry_id)
             elif image_id in annotated:
-                yield Rejected("duplicate_id", "a second annotation of the same image", str(image_id))
+                yield Rejected("duplicate_id", "a second annotation of the same image", entry_id)
             else:
                 annotated.add(image_id)
-                yield AnnotatedImage(str(image_id), *images[image_id], _annotation(record))
-    except (ijson.JSONError, KeyError, TypeError) as error:
-        raise UserError(f"not COCO panoptic JSON to its end ({fault_in_json(error)})") from error
-    for image_id, (file_name, license_id) in images.items():
+                annotation = _annotation(record, labels)
+                if isinstance(annotation, Rejected):
+                    yield annotation
+                else:
+                    yield images[image_id]._replace(annotation=annotation)
+    except (ijson.JSONError, AttributeError, TypeError) as error:
+        raise UserError(f"{name}: not COCO panoptic JSON to its end ({fault_in_json(error)})") from error
+    for image_id, image in images.items():
         if image_id not in annotated:
-            yield AnnotatedImage(str(image_id), file_name, license_id, None)
+            yield image
 
 
 def segment_infos(segments: Sequence[tuple[int, int, int]]) -> list[SegmentInfo]:
-    """Look up the labels of an `Annotation`'s segments.
-
-    Raises:
-        Rejected: `unknown_category` for a category id that is not one of COCO's 133.
-    """
-    infos = []
-    for id_, category_id, is_crowd in segments:
-        category = BY_CATEGORY_ID.get(category_id)
-        if category is None:
-            raise Rejected("unknown_category", f"category_id {category_id} is not one of COCO panoptic's 133")
-        infos.append(SegmentInfo(id_, category.label, bool(is_crowd)))
-    return infos
+    """The segments of an `Annotation`."""
+    return [SegmentInfo(id_, label, bool(is_crowd)) for id_, label, is_crowd in segments]
 
 
-def _annotation(record: Mapping[str, Any]) -> Annotation:
-    segments = tuple((s["id"], s["category_id"], s.get("iscrowd", 0)) for s in record["segments_info"])
-    if not isinstance(record["file_name"], str) or not all(isinstance(n, int) for segment in segments for n in segment):
-        expected = "a text 'file_name', and whole numbers 'id', 'category_id' and 'iscrowd' of every segment"
-        raise UserError(f"the annotation of image {record['image_id']} should have {expected}")
-    return Annotation(record["file_name"], segments)
+def _image(record: Any) -> AnnotatedImage | Rejected:
+    image_id = image_key(record.get("id"))
+    if image_id is None or not isinstance(record.get("file_name"), str):
+        return Rejected("malformed_entry", f"an image needs 'id' and 'file_name', found {str(record)[:80]}")
+    license_id, width, height = (whole_id(record.get(key)) for key in ("license", "width", "height"))
+    size_wh = (width, height) if width and height else None
+    return AnnotatedImage(image_id, record["file_name"], license_id, size_wh, None)
+
+
+def _annotation(record: Mapping[str, Any], labels: Mapping[int, int]) -> Annotation | Rejected:
+    listed = record["segments_info"] if isinstance(record["segments_info"], list) else [None]
+    segments = [_segment(segment) for segment in listed]
+    if not isinstance(record.get("file_name"), str) or None in segments:
+        wrong = next((s for s, parsed in zip(listed, segments, strict=True) if parsed is None), record.get("file_name"))
+        detail = "an annotation needs a 'file_name', and whole numbers 'id' and 'category_id' of every segment; found "
+        return Rejected("malformed_entry", f"{detail}{str(wrong)[:80]}", str(record["image_id"]))
+    known = [segment for segment in segments if segment is not None]
+    if unknown := [category_id for _, category_id, _ in known if category_id not in labels]:
+        detail = f"category_id {unknown[0]} is not in the file's categories"
+        return Rejected("unknown_category", detail, str(record["image_id"]))
+    segments_of_set = ((id_, labels[category_id], is_crowd) for id_, category_id, is_crowd in known)
+    return Annotation(record["file_name"], tuple(segments_of_set))
+
+
+def _segment(segment: Any) -> tuple[int, int, int] | None:
+    """Id, category id and iscrowd, whatever other fields hold."""
+    if not isinstance(segment, Mapping):
+        return None
+    id_, category_id = whole_id(segment.get("id")), whole_id(segment.get("category_id"))
+    is_crowd = whole_id(segment.get("iscrowd") or 0)
+    return None if id_ is None or category_id is None or is_crowd is None else (id_, category_id, is_crowd)

@@ -26,6 +26,11 @@ def checked_relative(path: str) -> str:
     return normalised
 
 
+def is_image_name(name: str) -> bool:
+    """Whether a file name has the extension of an image."""
+    return posixpath.splitext(name)[1].lower() in _EXTENSIONS
+
+
 def is_utf8(path: str) -> bool:
     """Tell whether a path is proper text; names in file systems need not be."""
     try:

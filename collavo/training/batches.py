@@ -26,6 +26,7 @@ from collavo.panoptic.index_png import decode_index_map
 from collavo.panoptic.maps import PanopticMap
 from collavo.training.batch_plan import ROWS_PER_WINDOW, Batch, Sample
 from collavo.training.row_index import RowGroup, RowIndex
+from schemas.categories import COCO_PANOPTIC, CategorySet
 from schemas.crayon_row import Segment
 
 IGNORED = -100
@@ -36,7 +37,7 @@ _COLUMNS = ("image_id", "image", "width", "height", "panoptic_map", "segments", 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One sequence about one image, not yet padded."""
+    """One sequence about one image, or a dialogue about none, not yet padded."""
 
     kind: Kind
     image_id: str
@@ -49,11 +50,11 @@ class Example:
     sequence_ids: torch.Tensor
     """int64 [tokens]: which of the packed instructions a token belongs to; see `collavo.model.packing`."""
 
-    pixel_values: torch.Tensor
-    """float32 [3, height, width]."""
+    pixel_values: torch.Tensor | None = None
+    """float32 [3, height, width]; None, as the maps are, without an image."""
 
-    semantic_ids: torch.Tensor
-    numbering_ids: torch.Tensor
+    semantic_ids: torch.Tensor | None = None
+    numbering_ids: torch.Tensor | None = None
     """The crayon map, int64 [rows, columns] each."""
 
 
@@ -106,16 +107,23 @@ class ExampleDataset(Dataset[Example | UserError]):
     Args:
         object_list: which prompts begin with the recognised objects: `dialogues`, `all` or `none`.
         image_root: the folder that image paths in the rows start from.
+        categories: the set of the rows' classes.
     """
 
     def __init__(
-        self, index: RowIndex, processor: CollavoProcessor, object_list: str, image_root: Path | None = None
+        self,
+        index: RowIndex,
+        processor: CollavoProcessor,
+        object_list: str,
+        image_root: Path | None = None,
+        categories: CategorySet = COCO_PANOPTIC,
     ) -> None:
         self.index = index
         self._reader = RowReader(index.row_groups, kept_rows=2 * ROWS_PER_WINDOW)
         self._processor = processor
         self._listed: tuple[Kind, ...] = {"all": KINDS, "dialogues": ("dialogue",), "none": ()}[object_list]
         self._image_root = image_root
+        self._categories = categories
 
     def __getitem__(self, sample: Sample) -> Example | UserError:
         # An error is returned, not raised: what a worker process raises arrives with its whole traceback as message.
@@ -134,16 +142,19 @@ class ExampleDataset(Dataset[Example | UserError]):
         image = record["image"]
         try:
             prompts = self._prompts(sample, record)
+            packed = pack_prompts(prompts, self._processor.image_token_id)
+            if image is None or record["panoptic_map"] is None:
+                return Example(sample.kind, record["image_id"], *packed)
             pixels = decoded_image(image["path"], image["bytes"], self._image_root)
         except Rejected as error:
             raise UserError(f"image {record['image_id']}: {error.reason}: {error}") from error
         segments = tuple(map(Segment.from_record, record["segments"]))
-        panoptic = PanopticMap(decode_index_map(record["panoptic_map"]["bytes"]), segments)
+        panoptic = PanopticMap(decode_index_map(record["panoptic_map"]["bytes"]), segments, self._categories)
         picture = self._processor.picture_inputs([pixels], [panoptic])
         return Example(
             sample.kind,
             record["image_id"],
-            *pack_prompts(prompts, self._processor.image_token_id),
+            *packed,
             **{name: tensor[0] for name, tensor in picture.items()},
         )
 
@@ -162,12 +173,13 @@ class ExampleDataset(Dataset[Example | UserError]):
 
     def _prompts(self, sample: Sample, record: dict[str, Any]) -> list[RenderedPrompt]:
         objects = None
-        if sample.kind in self._listed:
+        has_image = record["panoptic_map"] is not None
+        if sample.kind in self._listed and has_image:
             segments = map(Segment.from_record, record["segments"])
             objects = format_objects_with_boxes(list(segments), (record["width"], record["height"]))
         if sample.kind == "dialogue":
             turns = record["conversations"][sample.numbers[0]]["turns"]
-            return [self._processor.render([(turn["from"], turn["value"]) for turn in turns], objects)]
+            return [self._processor.render([(turn["from"], turn["value"]) for turn in turns], objects, has_image)]
         asked = [record["instructions"][number] for number in sample.numbers]
         return [self._processor.render([("human", i["question"]), ("gpt", i["answer"])], objects) for i in asked]
 
@@ -183,6 +195,8 @@ def pack_prompts(
         input_ids, labels and sequence_ids, int64 [tokens] each. A single prompt is all `SHARED`.
     """
     first = prompts[0].input_ids
+    if image_token_id not in first:  # a dialogue about no image, which is never packed
+        return torch.tensor(first), torch.tensor(prompts[0].labels), torch.full((len(first),), SHARED)
     shared = len(first) - first[::-1].index(image_token_id)
     input_ids, labels = list(first[:shared]), [IGNORED] * shared
     sequence_ids = [SHARED] * shared
@@ -205,8 +219,9 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> MicroBatch:
 
     sequence_ids = padded("sequence_ids", PADDING)
     inputs = {"input_ids": padded("input_ids", pad_token_id), "labels": padded("labels", IGNORED)}
-    for name in ("pixel_values", "semantic_ids", "numbering_ids"):
-        inputs[name] = torch.stack([getattr(example, name) for example in examples])
+    with_image = [example for example in examples if example.pixel_values is not None]
+    for name in ("pixel_values", "semantic_ids", "numbering_ids") if with_image else ():
+        inputs[name] = torch.stack([getattr(example, name) for example in with_image])
     if (sequence_ids > SHARED).any():
         inputs |= {"sequence_ids": sequence_ids, "position_ids": packed_positions(sequence_ids)}
     else:

@@ -146,7 +146,9 @@ class Trainer:
         learning = list(self._staged.learning.values())
         self._sum_gradients(learning)
         assert self._staged.stage is not None
-        if self._staged.stage.name not in self._checked:  # once for each stage, for it looks at every weight
+        # Once for each stage, for it looks at every weight; and not where no picture brought a signal to the queries.
+        has_images = any("pixel_values" in piece.inputs for piece in pieces)
+        if has_images and self._staged.stage.name not in self._checked:
             self._staged.check_gradients()
             self._checked.add(self._staged.stage.name)
         norm = nn.utils.clip_grad_norm_(learning, self._arguments.max_grad_norm)
@@ -186,6 +188,9 @@ class Trainer:
         """
         if self._accelerator.num_processes == 1:
             return
+        for parameter in learning:
+            if parameter.grad is None:  # this rank saw no picture, another one may have
+                parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in learning if parameter.grad is not None]
         summed = self._accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
         for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):

@@ -53,7 +53,9 @@ def plan_phases(
         batches = _plan(arguments, index, ("crayon",), options)
         phases.append(Phase("cpt", {"crayon": CPT}, batches, arguments.cpt_learning_rate, 0))
     if arguments.phase != "cpt":
-        adapter_of = ADAPTER_OF[arguments.adapters]
+        adapter_of = {
+            kind: adapter for kind, adapter in ADAPTER_OF[arguments.adapters].items() if len(index.texts[kind])
+        }
         active = tuple(dict.fromkeys(adapter_of.values()))
         stages = {kind: Stage(adapter, active, adapter) for kind, adapter in adapter_of.items()}
         batches = _plan(arguments, index, tuple(stages), options)

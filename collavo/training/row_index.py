@@ -135,5 +135,9 @@ class _Collector:
 def _has_null_images(parquet: pq.ParquetFile, group: int) -> bool:
     """Tell from the statistics in a file's footer, without reading an image."""
     columns = map(parquet.metadata.row_group(group).column, range(parquet.metadata.num_columns))
-    statistics = next(column.statistics for column in columns if column.path_in_schema == "image.bytes")
-    return statistics is None or bool(statistics.null_count)
+    statistics = {column.path_in_schema: column.statistics for column in columns}
+    of_bytes, of_paths = statistics.get("image.bytes"), statistics.get("image.path")
+    if of_bytes is None or of_paths is None:
+        return True
+    # A dialogue about no image has neither bytes nor a path.
+    return bool(of_bytes.null_count > of_paths.null_count)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from collavo.cli import naming
-from collavo.dataset import find_files
+from collavo.dataset import category_set, check_splits, find_files, notes
 from collavo.device import resolve_device
 from collavo.errors import UserError
 from collavo.model.prompt import Kind, show_supervision
@@ -45,6 +45,10 @@ class TrainingRun:
         self.folder = Path(arguments.output_dir)
         with naming("data"):
             self.files = find_files(arguments.data)
+            self.categories = category_set(self.files)
+            check_splits(self.files)
+        for note in notes(self.files):
+            console.print(note, highlight=False, soft_wrap=True)
         self.accelerator = _accelerator(arguments)
         self._prepare_folder()
         if arguments.report_to:
@@ -53,7 +57,12 @@ class TrainingRun:
         self.adapters = list(dict.fromkeys(ADAPTER_OF[arguments.adapters].values()))
         torch.manual_seed(arguments.seed)
         self.staged, self.processor = load_trainable(
-            arguments, self.adapters, self.folder / CRAYON, self.accelerator.device, self.dtype
+            arguments,
+            self.adapters,
+            self.categories,
+            self.folder / CRAYON,
+            self.accelerator.device,
+            self.dtype,
         )
         self.fingerprint = record.fingerprint(arguments, self.files)
         self.train_set = self._examples("train")
@@ -72,7 +81,8 @@ class TrainingRun:
         arguments, is_main = self.arguments, self.accelerator.is_main_process
         phases = plan_phases(arguments, self.train_set.index, self.plan_options, self._steps_of_finished_cpt())
         start, done = self._resume_point()
-        saved_adapters = self.adapters if arguments.phase != "cpt" else []
+        trained = {stage.learning for phase in phases for stage in phase.stages.values()}
+        saved_adapters = [adapter for adapter in self.adapters if adapter in trained]
         if is_main:
             dtype, ranks = str(self.dtype).removeprefix("torch."), self.accelerator.num_processes
             record.write_train_args(self.folder, arguments, self.files, saved_adapters, dtype, ranks)
@@ -146,7 +156,7 @@ class TrainingRun:
         if index.has_null_images and arguments.image_root is None:
             raise UserError("--data: rows refer to their images; --image_root must name the folder of the images")
         image_root = Path(arguments.image_root) if arguments.image_root else None
-        return ExampleDataset(index, self.processor, arguments.object_list, image_root)
+        return ExampleDataset(index, self.processor, arguments.object_list, image_root, self.categories)
 
     def _token_bound(self, text: str) -> int:
         """An upper bound of a text's tokens: its bytes, or if these are too many, its tokens, which take longer."""
@@ -181,11 +191,15 @@ class TrainingRun:
         )
         texts = ", ".join(f"{len(texts)} {kind} texts" for kind, texts in index.texts.items())
         left_out = ", ".join(f"{count} {kind}" for kind, count in index.too_long.items() if count)
+        only = [kind for kind, texts in index.texts.items() if len(texts)]
         return {
+            "classes": f"{len(self.categories)}, {self.categories.name}",
             "base": f"{self.arguments.base}, computing in {self.dtype} on {self.accelerator.device}",
             "weights": ", ".join(f"{count:,} in {kind}" for kind, count in count_weights(self.staged.model).items()),
             "learning": f"{queries:,} queries and connector, {all_learning:,} with adapters",
-            "data": f"{len(self.files)} files, {texts}" + (f"; too long, left out: {left_out}" if left_out else ""),
+            "data": f"{len(self.files)} files, {texts}"
+            + (f"; too long, left out: {left_out}" if left_out else "")
+            + (f"; so only {ADAPTER_OF['dual'][only[0]]} learns" if len(only) == 1 else ""),
             "steps": ", ".join(f"{phase.name} {len(phase.batches)}" for phase in phases)
             + f" of {self.arguments.batch_size} sequences",
         }

@@ -13,15 +13,22 @@ from collavo.model.query_init import begin_with_names
 from collavo.runs import load_base, load_crayon_prompt
 from collavo.training.arguments import TrainArguments
 from collavo.training.stages import StagedModel
+from schemas.categories import CategorySet
 
 
 def load_trainable(
-    arguments: TrainArguments, adapters: Sequence[str], crayon_file: Path, device: torch.device, dtype: torch.dtype
+    arguments: TrainArguments,
+    adapters: Sequence[str],
+    categories: CategorySet,
+    crayon_file: Path,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[StagedModel, CollavoProcessor]:
     """Load the base and make it ready to learn.
 
     Args:
         adapters: names of the adapters to add.
+        categories: the set of the data's classes.
         crayon_file: queries and connector of a finished cpt, which `--phase cit` begins with.
         dtype: of the computation.
 
@@ -31,7 +38,7 @@ def load_trainable(
     # What is not quantised takes half the memory in bfloat16, which matters on a GPU only.
     base_dtype = dtype if device.type == "cuda" else torch.float32
     with naming("preset"):
-        model, processor = load_base(arguments.base, base_dtype, arguments.queries, arguments.attention)
+        model, processor = load_base(arguments.base, base_dtype, arguments.queries, arguments.attention, categories)
     if arguments.phase == "cit":
         with naming("phase"):
             load_crayon_prompt(crayon_file, model)

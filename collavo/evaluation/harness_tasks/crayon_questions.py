@@ -4,9 +4,11 @@ from typing import Any
 
 from datasets import Dataset, Features, Image, Value
 
-from collavo.evaluation.judge import judge
+from collavo.evaluation.judge import Judge
+from schemas.categories import COCO_PANOPTIC
 
 _TASK = "class_to_binary"
+_JUDGE = Judge(COCO_PANOPTIC)  # yes or no names no class, so any set will do
 
 
 def questions(rows: Dataset) -> Dataset:
@@ -32,5 +34,5 @@ def visuals(document: dict[str, Any]) -> list[Any]:
 
 
 def verdicts(document: dict[str, Any], results: list[str]) -> dict[str, float]:
-    judgement = judge(_TASK, results[0], document["truth"])
+    judgement = _JUDGE.judge(_TASK, results[0], document["truth"])
     return {"accuracy": float(judgement.correct), "yes_ratio": float(judgement.read == "yes")}

@@ -1,0 +1,300 @@
+"""Where a set of classes comes from: an annotation file, a segmenter's checkpoint, or a file of the user's.
+
+Names decide. A number in a file means what that file's own `categories` list says, and nothing else. A set all of whose
+classes another set has, by name and kind, joins that set: a COCO file with twelve of the 133 classes becomes part of
+COCO's set, one with a class of its own stays a set of its own.
+"""
+
+import colorsys
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from itertools import count
+from typing import Any, BinaryIO
+
+import ijson
+
+from collavo.errors import UserError
+from schemas.categories import COCO_PANOPTIC, CategorySet, name_key, without_suffixes
+
+_TAIL_BYTES = 4 << 20
+"""Where the `categories` of COCO's files stand; reading 300 MB for them would take half a minute."""
+
+# Words that name one thing in the plural; a count is put before "pair of".
+_PAIRS = frozenset(
+    "scissors glasses sunglasses goggles headphones trousers pants shorts jeans leggings tights skis pliers tweezers "
+    "binoculars shears tongs".split()
+)
+
+# Classes of the published ADE20K (150) and Cityscapes (19) sets that are stuff. Their checkpoints name their classes
+# and do not say which of them are things. Sources: the panoptic category lists of the two data sets.
+_STUFF = {
+    "ADE20K": frozenset(
+        "wall|building|sky|floor|tree|ceiling|road|grass|sidewalk|earth|mountain|plant|water|house|sea|rug|field|rock|"
+        "base|sand|skyscraper|grandstand|path|runway|stairway|river|bridge|blind|hill|bar|hovel|tower|dirt track|land|"
+        "escalator|buffet|poster|stage|conveyer belt|canopy|pool|falls|tent|cradle|tank|lake|blanket|pier|crt screen|"
+        "shower".split("|")
+    ),
+    "Cityscapes": frozenset(
+        "road|sidewalk|building|wall|fence|pole|traffic light|traffic sign|vegetation|terrain|sky".split("|")
+    ),
+}
+_SHADES = ((0.5, 0.75), (0.36, 0.65), (0.66, 0.6))
+"""Lightness and saturation, in turn."""
+
+_SIZES = {"ADE20K": 150, "Cityscapes": 19}
+
+
+def read_categories(records: Any, name: str) -> CategorySet:
+    """A set from a list like COCO's `categories`.
+
+    Args:
+        records: a list of objects with `id`, `name`, `isthing` (or `is_thing`), and optionally `color`, `singular`,
+            `plural` and `display_name`; a list of names alone makes ids of positions.
+        name: what the set is called in messages.
+
+    Returns:
+        the classes in the list's order, with English forms and colours where the list has none.
+
+    Raises:
+        UserError: for a list that is empty, repeats an id or a name, or does not say which classes are things.
+    """
+    if not isinstance(records, list) or not records:
+        raise UserError(f"{name}: expected a list of categories, each with 'id', 'name' and 'isthing'")
+    parsed = [_record(record, position, name) for position, record in enumerate(records)]
+    for what in ("id", "key", "display_name"):
+        seen: dict[Any, str] = {}
+        for record in parsed:
+            if record[what] in seen:
+                raise UserError(
+                    f"{name}: categories {seen[record[what]]!r} and {record['name']!r} have the same "
+                    f"{'name' if what != 'id' else 'id'}, {record[what]}"
+                )
+            seen[record[what]] = record["name"]
+    colors = _colors([record["color"] or _known_color(record["key"]) for record in parsed])
+    for record, color in zip(parsed, colors, strict=True):
+        record["color"] = color
+        if record["isthing"]:
+            record |= _english(record)
+    return CategorySet.from_records(name, parsed)
+
+
+def categories_of_annotations(file: BinaryIO, name: str) -> CategorySet | None:
+    """The set that a COCO annotation file states in its `categories`, as the file has it; None where it states none.
+
+    Args:
+        file: open and seekable, see `collavo.sources.json_files`.
+        name: the file's path, for messages.
+
+    Raises:
+        UserError: if the categories cannot be used.
+    """
+    file.seek(0, 2)
+    file.seek(max(0, file.tell() - _TAIL_BYTES))
+    records = _last_categories(file.read())
+    if records is None:
+        file.seek(0)
+        try:
+            records = next(ijson.items(file, "categories", use_float=True), None)
+        except ijson.JSONError as error:
+            raise UserError(f"{name}: not JSON to its end ({str(error).splitlines()[0]})") from error
+    return read_categories(records, name) if records else None
+
+
+def categories_of_labels(id2label: Mapping[int, str], name: str, known_set: CategorySet | None = None) -> CategorySet:
+    """The set that a checkpoint names in its `id2label`, in the checkpoint's order.
+
+    Args:
+        known_set: where it has all of these classes, it says which of them are things.
+
+    Raises:
+        UserError: for a set of which nobody here knows which classes are things.
+    """
+    names = [id2label[label] for label in sorted(id2label)]
+    keys = {name_key(each) for each in names}
+    known = [categories for categories in (known_set, COCO_PANOPTIC) if categories and keys <= categories.by_key.keys()]
+    published = [each for each, stuff in _STUFF.items() if len(names) == _SIZES[each] and stuff <= keys]
+    if known:
+        things = {key for key in keys if known[0].by_key[key].is_thing}
+    elif published:
+        things = keys - _STUFF[published[0]]
+    else:
+        raise UserError(
+            f"{name}: the checkpoint names {len(names)} classes ({', '.join(names[:3])}, ...) and does not say "
+            "which of them are things; --categories FILE says so"
+        )
+    records = [{"id": i, "name": each, "isthing": name_key(each) in things} for i, each in enumerate(names)]
+    return read_categories(records, name)
+
+
+def categories_of_file(path: str, data: bytes) -> CategorySet:
+    """The set in a file of the user's: COCO's `categories` list, alone or inside an annotation file.
+
+    Raises:
+        UserError: where it is not such a file.
+    """
+    try:
+        content = json.loads(data.decode("utf-8-sig"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    return read_categories(content.get("categories") if isinstance(content, dict) else content, path)
+
+
+def joined(categories: CategorySet) -> CategorySet:
+    """The built-in set, where it has all of these classes; else these."""
+    return COCO_PANOPTIC if categories.is_subset_of(COCO_PANOPTIC) else categories
+
+
+def common_set(sets: Sequence[CategorySet]) -> CategorySet:
+    """The one set that several sources share: the largest, where it has all classes of the others.
+
+    Raises:
+        UserError: naming two sets that differ, and a class that tells them apart.
+    """
+    largest = max(sets, key=len)
+    for other in sets:
+        if not other.is_subset_of(largest):
+            foreign = next(
+                c
+                for key, c in other.by_key.items()
+                if key not in largest.by_key or largest.by_key[key].is_thing != c.is_thing
+            )
+            kind = "thing" if foreign.is_thing else "stuff"
+            raise UserError(
+                f"{other.name} and {largest.name} have different classes: only the first has the {kind} class "
+                f"{foreign.name!r}; build them apart, or say with --category_map which class is which"
+            )
+    return largest
+
+
+def labels_by_id(source: CategorySet, target: CategorySet, renamed: Mapping[str, str] | None = None) -> dict[int, int]:
+    """The target's label of each category id of a source.
+
+    Args:
+        renamed: the target's names by the source's, of a user's category map; an empty text leaves a class out.
+
+    Raises:
+        UserError: for a class that the target lacks and the map does not name.
+    """
+    by_key = {name_key(name): other for name, other in (renamed or {}).items()}
+    labels = {}
+    for key, category in source.by_key.items():
+        wanted = by_key.get(key, category.name)
+        if not wanted:
+            continue
+        if name_key(wanted) not in target.by_key:
+            raise UserError(
+                f"{source.name}: class {category.name!r} is not one of {target.name}; --category_map FILE names one"
+            )
+        labels[category.category_id] = target.by_key[name_key(wanted)].label
+    return labels
+
+
+def _record(record: Any, position: int, name: str) -> dict[str, Any]:
+    fields = record if isinstance(record, Mapping) else {}
+    text, number = fields.get("name"), fields.get("id", position)
+    if isinstance(number, float) and number.is_integer():
+        number = int(number)
+    thing = fields.get("isthing", fields.get("is_thing"))
+    if not isinstance(text, str) or not text.strip() or not isinstance(number, int):
+        raise UserError(
+            f"{name}: category {position} should have a whole number 'id' and a text 'name'; it is {record!r:.80}"
+        )
+    if thing is None:
+        raise UserError(f"{name}: category {text!r} does not say 'isthing': 1 for what can be counted, 0 for stuff")
+    return {
+        "id": number,
+        "name": text.strip(),
+        "key": name_key(text),
+        "isthing": int(bool(thing)),
+        "display_name": fields.get("display_name") or _display_name(text),
+        "color": _checked_color(fields.get("color")),
+        "singular": (fields.get("singular") or "") if thing else "",
+        "plural": (fields.get("plural") or "") if thing else "",
+        "article": "",
+    }
+
+
+def _display_name(name: str) -> str:
+    """A name as questions and object lists hold it: one synonym, no suffix, no underscore, and no parenthesis, which
+    would end the name in `(#1 name)`."""
+    text = without_suffixes(name.partition(",")[0]).replace("_", " ").replace("(", " ").replace(")", " ")
+    text = " ".join(text.split())
+    return text.lower() if text.istitle() else text
+
+
+def _english(record: Mapping[str, Any]) -> dict[str, str]:
+    """Singular, plural and article of a thing: the record's own, COCO's where it has the class, else by rule."""
+    known = COCO_PANOPTIC.by_key.get(record["key"])
+    singular, plural = record["singular"], record["plural"]
+    if not singular and known and known.is_thing:
+        return {"singular": known.singular, "plural": plural or known.plural, "article": known.article}
+    engine = _inflect()
+    if not singular:
+        name = record["display_name"]
+        if name.split()[-1] in _PAIRS:
+            singular, plural = f"pair of {name}", plural or f"pairs of {name}"
+        else:
+            one = engine.singular_noun(name)
+            # inflect takes `bus` and `tennis` for plurals of `bu` and `tenni`.
+            is_plural = one and engine.plural_noun(one) == name and not name.endswith(("us", "is", "as", "ss", "lens"))
+            singular, plural = (one, plural or name) if is_plural else (name, plural)
+    return {
+        "singular": singular,
+        "plural": plural or engine.plural_noun(singular),
+        "article": engine.a(singular).partition(" ")[0],
+    }
+
+
+@cache
+def _inflect() -> Any:
+    import inflect  # takes half a second, which only a set without English forms needs
+
+    return inflect.engine()
+
+
+def _checked_color(color: Any) -> list[int] | None:
+    if isinstance(color, Sequence) and len(color) == 3 and all(isinstance(c, int) and 0 <= c < 256 for c in color):
+        return list(color)
+    return None
+
+
+def _known_color(key: str) -> list[int] | None:
+    known = COCO_PANOPTIC.by_key.get(key)
+    return list(known.color_rgb) if known else None
+
+
+def _colors(given: Sequence[list[int] | None]) -> Iterator[list[int]]:
+    """A colour for each class that brings none, by its position: hues a golden section apart, none of them taken."""
+    taken = {_shade(color) for color in given if color}
+    exact = {tuple(color) for color in given if color}
+    for position, color in enumerate(given):
+        for turn in count(position):
+            if color is not None:
+                break
+            lightness, saturation = _SHADES[turn // 7 % len(_SHADES)]
+            rgb = tuple(round(255 * c) for c in colorsys.hls_to_rgb(turn * 0.618034 % 1.0, lightness, saturation))
+            # Of hundreds of classes, some have to make do with a colour that is merely another one.
+            if rgb not in exact and (turn > position + 100 or _shade(rgb) not in taken):
+                taken.add(_shade(rgb))
+                exact.add(rgb)
+                color = list(rgb)
+        yield color or [0, 0, 0]
+
+
+def _shade(color: Sequence[int]) -> tuple[int, ...]:
+    """What a colour shares with those that look like it."""
+    return tuple(channel // 20 for channel in color)
+
+
+def _last_categories(tail: bytes) -> Any:
+    """The value of the last key `categories` in the end of a JSON file; None where none is whole in there."""
+    place = tail.rfind(b'"categories"')
+    if place < 0:
+        return None
+    text = tail[place + len(b'"categories"') :].decode("utf-8", errors="replace").lstrip().removeprefix(":").lstrip()
+    try:
+        value, _ = json.JSONDecoder().raw_decode(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, list) and all(isinstance(v, dict) and "name" in v for v in value) else None

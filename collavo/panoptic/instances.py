@@ -1,0 +1,103 @@
+"""Panoptic maps out of COCO *instance* annotations: masks that may overlap, and nothing said of the rest of a picture.
+
+Where masks overlap, a pixel belongs to the smaller instance, which usually lies in front. Boxes and areas are those of
+each instance's own mask, not of what others leave of it, and pixels of no instance are unknown. An instance that is
+covered altogether keeps one pixel of its mask, because a segment without a pixel would vanish from the crayon map.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from collavo.errors import Rejected
+from collavo.panoptic.maps import PanopticMap, SegmentInfo, assemble_panoptic_map
+from schemas.categories import COCO_PANOPTIC, CategorySet
+
+
+class Instance(NamedTuple):
+    """One annotated instance; `segmentation` is COCO's: polygons, or a run-length encoding."""
+
+    info: SegmentInfo
+    segmentation: Any
+
+
+def instances_map(
+    instances: Sequence[Instance], size_wh: tuple[int, int], categories: CategorySet = COCO_PANOPTIC
+) -> PanopticMap:
+    """The panoptic map of an image's instances.
+
+    Args:
+        instances: in any order; the result does not depend on it.
+        size_wh: of the image.
+        categories: the set that the labels are positions in.
+
+    Raises:
+        Rejected: `broken_mask` for a segmentation that pycocotools cannot read, `mask_size_mismatch` for an encoding
+            of another size, `empty_segment` for an instance without a pixel, `repeated_segment` for an id listed twice.
+    """
+    masks = [_mask(instance, size_wh) for instance in instances]
+    areas = [int(mask.sum()) for mask in masks]
+    if empty := [i.info.id for i, area in zip(instances, areas, strict=True) if not area]:
+        raise Rejected("empty_segment", f"instance {empty[0]} has no pixel")
+    ids = np.zeros((size_wh[1], size_wh[0]), dtype=np.int64)
+    # Largest first, so that smaller ones are painted over it; where areas tie, by id.
+    order = sorted(range(len(instances)), key=lambda place: (-areas[place], instances[place].info.id))
+    for place in order:
+        ids[masks[place]] = instances[place].info.id
+    _uncover(ids, [(instances[place].info.id, masks[place]) for place in order])
+    boxes_xyxy = np.array([_box(mask) for mask in masks], dtype=np.int64).reshape(-1, 4)
+    return assemble_panoptic_map(
+        ids, [i.info for i in instances], np.array(areas, dtype=np.int64), boxes_xyxy, categories
+    )
+
+
+def _mask(instance: Instance, size_wh: tuple[int, int]) -> np.ndarray:
+    """bool [height, width]"""
+    width, height = size_wh
+    segmentation = instance.segmentation
+    try:
+        if isinstance(segmentation, list):
+            encoded = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+        else:
+            found = [int(side) for side in segmentation["size"]]
+            if found != [height, width]:
+                detail = (
+                    f"the mask of instance {instance.info.id} is {found[1]} x {found[0]}, its image {width} x {height}"
+                )
+                raise Rejected("mask_size_mismatch", detail)
+            uncompressed = isinstance(segmentation["counts"], list)
+            encoded = coco_mask.frPyObjects(segmentation, height, width) if uncompressed else segmentation
+        return np.asarray(coco_mask.decode(encoded), dtype=bool)
+    except Rejected:
+        raise
+    except Exception as error:  # pycocotools' C code raises whatever it stumbles over
+        raise Rejected("broken_mask", f"instance {instance.info.id}: not a COCO segmentation ({error})") from error
+
+
+def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Bounds of a mask in pixels, exclusive at the maximum."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+
+
+def _uncover(ids: np.ndarray, masks: Sequence[tuple[int, np.ndarray]]) -> None:
+    """Give each instance that has lost all its pixels the middle one of its mask, in place, unless that pixel is the
+    last one of another."""
+    visible, counts = np.unique(ids, return_counts=True)
+    left = dict(zip(visible.tolist(), counts.tolist(), strict=True))
+    for id_, mask in masks:
+        if left.get(id_):
+            continue
+        places = np.flatnonzero(mask)
+        nearest = places[np.argsort(np.abs(np.arange(len(places)) - len(places) // 2), kind="stable")]
+        for place in nearest:
+            owner = int(ids.flat[place])
+            if left.get(owner, 0) > 1:
+                left[owner] -= 1
+                left[id_] = 1
+                ids.flat[place] = id_
+                break
+        else:
+            raise Rejected("empty_segment", f"instance {id_} lies wholly under others that have no pixel to spare")

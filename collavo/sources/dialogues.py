@@ -1,0 +1,158 @@
+"""Dialogues about images, as the field stores them, read as a stream.
+
+    LLaVA, ShareGPT4V   a JSON list of `{id, image?, conversations: [{from: human|gpt, value}]}`
+    Cambrian            the same, one entry a line (JSONL)
+    ms-swift, TRL       `messages: [{role: user|assistant|system, content}]`, `images: [path]`
+
+Turns are kept verbatim under LLaVA's names, `system`, `human` and `gpt`. A system turn stays where it stands, first;
+a `gpt` turn before the first question is dropped, as LLaVA's own trainer does. A dialogue whose turns do not alternate
+after that is one reject: nobody knows what answers what. The 665k mix is larger than a gigabyte, so nothing is loaded
+whole.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO, NamedTuple
+
+import ijson
+
+from collavo.errors import Rejected, UserError
+from collavo.sources import fault_in_json
+from schemas.crayon_row import Dialogue
+
+SPEAKERS = {
+    "human": "human", "user": "human", "usr": "human",
+    "gpt": "gpt", "assistant": "gpt", "model": "gpt", "bot": "gpt", "chatgpt": "gpt",
+    "system": "system",
+}  # fmt: skip
+"""LLaVA's name of each speaker."""
+
+_LISTS = ("item", "data.item", "annotations.item")
+"""Where the list of entries stands in a JSON file."""
+
+
+class DialogueEntry(NamedTuple):
+    """A dialogue; `image` is the path of its image below the image root as the file states it, None for text alone."""
+
+    image: str | None
+    dialogue: Dialogue
+
+
+def stream_dialogues(file: BinaryIO, name: str) -> Iterator[DialogueEntry | Rejected]:
+    """All entries of a file, in order; an unusable one comes as the error that says why.
+
+    Args:
+        file: open, seekable, plain UTF-8; see `collavo.sources.json_files.open_json`.
+        name: its path, for messages.
+
+    Raises:
+        UserError: if the file is neither a JSON list to its end nor JSON lines, or holds no entries.
+    """
+    position = -1
+    for position, record in enumerate(_records(file, name)):
+        try:
+            yield _entry(record, position)
+        except Rejected as error:
+            yield error
+    if position < 0:
+        raise UserError(f"{name}: no entries; expected a JSON list, or JSON lines, of objects with 'conversations'")
+
+
+def dialogue_of(fields: Mapping[str, Any], entry_id: str) -> Dialogue:
+    """The dialogue in `conversations` or `messages` of an entry.
+
+    Raises:
+        Rejected: `malformed_entry` or `turns_do_not_alternate`.
+    """
+    said = fields.get("conversations") or fields.get("messages")
+    if not isinstance(said, list) or not said:
+        raise Rejected("malformed_entry", "expected an object with turns in 'conversations' or 'messages'", entry_id)
+    return Dialogue(entry_id, _turns(said, entry_id))
+
+
+def _records(file: BinaryIO, name: str) -> Iterator[Any]:
+    file.seek(0)
+    first = file.read(1)
+    while first.isspace():
+        first = file.read(1)
+    if not first:
+        return
+    if first == b"{" and _is_json_lines(file):
+        yield from _lines(file, name)
+        return
+    done = 0
+    try:
+        for prefix in ("item",) if first == b"[" else _LISTS[1:]:
+            file.seek(0)
+            for record in ijson.items(file, prefix, use_float=True):
+                done += 1
+                yield record
+            if done:
+                return
+    except ijson.JSONError as error:
+        raise UserError(f"{name}: not JSON to its end, after {done} entries ({fault_in_json(error)})") from error
+
+
+def _is_json_lines(file: BinaryIO) -> bool:
+    """Whether the first line is an object of its own that has turns; a file with one key `data` begins alike."""
+    file.seek(0)
+    try:
+        record = json.loads(file.readline())
+    except ValueError:
+        return False
+    return isinstance(record, dict) and ("conversations" in record or "messages" in record)
+
+
+def _lines(file: BinaryIO, name: str) -> Iterator[Any]:
+    file.seek(0)
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{name}, line {number}: not a JSON object ({error})") from error
+
+
+def _entry(record: Any, position: int) -> DialogueEntry:
+    fields = record if isinstance(record, dict) else {}
+    entry_id = f"#{position}" if fields.get("id") is None else str(fields["id"])
+    if "video" in fields or "videos" in fields:
+        raise Rejected("malformed_entry", "the entry is about a video", entry_id)
+    return DialogueEntry(_image(fields, entry_id), dialogue_of(fields, entry_id))
+
+
+def _image(fields: dict[str, Any], entry_id: str) -> str | None:
+    named = fields.get("image") or fields.get("images") or None
+    images = named if isinstance(named, list) else [named]
+    if len(images) > 1:
+        raise Rejected("several_images", f"the entry names {len(images)} images, a row holds one", entry_id)
+    image = images[0].get("path") if isinstance(images[0], dict) else images[0]
+    if image is not None and not isinstance(image, str):
+        raise Rejected("malformed_entry", f"expected a path as 'image', found {str(image)[:80]}", entry_id)
+    return image
+
+
+def _turns(said: list[Any], entry_id: str) -> tuple[tuple[str, str], ...]:
+    turns = [_turn(turn, entry_id) for turn in said]
+    first = 1 if turns[0][0] == "system" else 0
+    if len(turns) > first and turns[first][0] == "gpt":
+        del turns[first]
+    speakers = [speaker for speaker, _ in turns[first:]]
+    if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
+        found = ", ".join(speaker for speaker, _ in turns[:6])
+        raise Rejected("turns_do_not_alternate", f"expected human and gpt in turn, found {found}", entry_id)
+    return tuple(turns)
+
+
+def _turn(turn: Any, entry_id: str) -> tuple[str, str]:
+    fields = turn if isinstance(turn, dict) else {}
+    speaker = SPEAKERS.get(str(fields.get("from", fields.get("role"))).lower())
+    value = fields.get("value", fields.get("content"))
+    if isinstance(value, list):  # OpenAI's parts: text, and images that the entry names beside
+        parts = [part.get("text", "<image>" if part.get("type") == "image" else None) for part in value]
+        value = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+    if speaker is None or not isinstance(value, str):
+        detail = f"expected turns with 'from' and 'value', or 'role' and 'content', found {str(turn)[:80]}"
+        raise Rejected("malformed_entry", detail, entry_id)
+    return speaker, value

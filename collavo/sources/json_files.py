@@ -1,0 +1,126 @@
+"""JSON as people store it, opened as plain UTF-8 that a streaming parser takes.
+
+Byte-order marks are dropped, UTF-16 and UTF-32 are decoded, gzip is unpacked, and `NaN` and `Infinity`, which Python
+writes and JSON does not know, become null. A file that needs none of this is read where it lies; any other is copied to
+a temporary file first, because annotation files are larger than memory and are read more than once.
+"""
+
+import codecs
+import gzip
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, BinaryIO
+
+from collavo.errors import UserError
+
+_CHUNK_BYTES = 1 << 20
+
+_MARKS = [  # UTF-32's begins with UTF-16's
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+    (codecs.BOM_UTF8, "utf-8-sig"),
+]
+
+# A string, passed over, whose closing quote may lie in the next piece of the file; or a number that JSON lacks.
+_NO_NUMBER = re.compile(rb'"(?:[^"\\]|\\.)*(?P<closed>"?)|-?(?:NaN|Infinity)', re.DOTALL)
+
+
+@contextmanager
+def open_json(file: BinaryIO, name: str) -> Iterator[BinaryIO]:
+    """The text of a JSON file as UTF-8 bytes, seekable, at its beginning.
+
+    Args:
+        file: open for reading; not closed here.
+        name: its path, for messages.
+
+    Raises:
+        UserError: for text in an encoding that JSON does not come in, and for a damaged gzip file.
+    """
+    with ExitStack() as stack:
+        try:
+            if file.read(2) == b"\x1f\x8b":
+                file.seek(0)
+                file = _copied(stack, stack.enter_context(gzip.GzipFile(fileobj=file)))  # `file` is the caller's
+            file.seek(0)
+            head = file.read(4)
+            file.seek(0)
+            encoding = next((name for mark, name in _MARKS if head.startswith(mark)), None) or _without_mark(head)
+            if encoding:
+                file = _copied(stack, codecs.EncodedFile(file, "utf-8", encoding))
+                file.seek(0)
+            if _has_no_numbers(file):
+                file = _copied(stack, _NullsForNoNumbers(file))
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise UserError(f"{name}: a damaged gzip file ({error})") from error
+        except UnicodeError as error:
+            raise UserError(f"{name}: not text that JSON can be in ({error})") from error
+        file.seek(0)
+        yield file
+
+
+def _without_mark(head: bytes) -> str | None:
+    """The encoding of a JSON text without a byte-order mark: its first two characters are ASCII, so zeros tell it."""
+    if len(head) == 4 and head[0] and not head[1]:
+        return "utf-16-le" if head[2] else "utf-32-le"
+    if len(head) == 4 and not head[0]:
+        return "utf-16-be" if head[1] else "utf-32-be"
+    return None
+
+
+def _copied(stack: ExitStack, source: Any) -> BinaryIO:
+    """A temporary copy of what a reader gives, at its beginning."""
+    copy = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  # the stack closes it
+    shutil.copyfileobj(source, copy, _CHUNK_BYTES)
+    copy.seek(0)
+    return copy
+
+
+def _has_no_numbers(file: BinaryIO) -> bool:
+    """Whether the words stand anywhere, strings included: a quick look before the careful one."""
+    file.seek(0)
+    tail = b""
+    while chunk := file.read(_CHUNK_BYTES):
+        if b"NaN" in (text := tail + chunk) or b"Infinity" in text:
+            return True
+        tail = chunk[-8:]
+    return False
+
+
+class _NullsForNoNumbers:
+    """Reads a file with `null` in place of `NaN` and of both infinities outside strings."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        file.seek(0)
+        self._file = file
+        self._waiting = b""
+
+    def read(self, size: int) -> bytes:
+        while chunk := self._file.read(size):
+            text = self._waiting + chunk
+            end = _end_of_whole_tokens(text)
+            self._waiting = text[end:]
+            if end:
+                return _nulls(text[:end])
+        rest, self._waiting = self._waiting, b""
+        return _nulls(rest)
+
+
+def _nulls(text: bytes) -> bytes:
+    return _NO_NUMBER.sub(lambda match: match[0] if match[0].startswith(b'"') else b"null", text)
+
+
+def _end_of_whole_tokens(text: bytes) -> int:
+    """Where a text that begins outside a string may be cut: before a string that has no end yet, or before the last
+    few bytes, which may be the beginning of a word."""
+    end = 0
+    for match in _NO_NUMBER.finditer(text):
+        if match["closed"] == b"":
+            return match.start()
+        end = match.end()
+    return max(end, len(text) - 9)
