@@ -1,6 +1,7 @@
-"""The accounts of a data set: what went in, what came out, what was refused, and what is in the rows.
+"""The accounts of a data set: its inputs, its rows, its rejects, and the content of the rows.
 
-Counts add up anywhere in any order; the manifest, the report and the terminal summary are all made from them.
+Counts can be added up in any order and grouping. The manifest, the report and the summary on the terminal are made from
+them.
 """
 
 from collections import Counter
@@ -12,7 +13,7 @@ from pipelines.records import Draft, Reject
 from schemas.crayon_row import CrayonRow
 
 SECONDS_STEPS = ("read", "decode", "segment", "encode", "phrase", "write")
-"""The steps that time is accounted to, in the order in which an image passes them."""
+"""The steps whose seconds are counted, in the order in which an image passes them."""
 
 _LONGEST_ANSWER = 1000
 
@@ -28,6 +29,12 @@ class Counts:
     rows_by_source: Counter[str] = field(default_factory=Counter)
     rows_by_split: Counter[str] = field(default_factory=Counter)
     conversations: int = 0
+    unfamiliar: int = 0
+    """Pictures unlike all that their segmenter knows."""
+
+    merged: int = 0
+    """Files whose bytes another file had too; they share its row."""
+
     instructions: Counter[str] = field(default_factory=Counter)
     """By task."""
 
@@ -49,13 +56,17 @@ class Counts:
     """By step, summed over images and workers."""
 
     def add_row(self, row: CrayonRow, draft: Draft) -> None:
+        """Count a finished row, and the inputs and seconds of its draft."""
         self.rows += 1
         self.inputs_in_rows.update(entry.source for entry in draft.inputs)
         self.rows_by_source.update(row.sources)
         self.rows_by_split[row.split] += 1
         self.conversations += len(row.conversations)
-        self.segments.update(segment.category.display_name for segment in row.segments)
-        self.objects_per_image[len(row.segments)] += 1
+        self.unfamiliar += draft.unfamiliar
+        self.merged += len(row.other_paths)
+        self.segments.update(segment.category for segment in row.segments)
+        if row.has_image:
+            self.objects_per_image[len(row.segments)] += 1
         for instruction in row.instructions:
             self.instructions[instruction.task] += 1
             self.answer_lengths[min(len(instruction.answer.split()), _LONGEST_ANSWER)] += 1
@@ -64,28 +75,37 @@ class Counts:
         self.add_seconds(draft.seconds)
 
     def add_seconds(self, seconds: Mapping[str, float]) -> None:
+        """Count seconds by step."""
         for step, value in seconds.items():
             self.seconds[step] = self.seconds.get(step, 0.0) + value
 
     def add_reject(self, reject: Reject) -> None:
+        """Count a reject."""
         self.rejects[reject.reason] += 1
         self.rejects_by_source[reject.source] += 1
 
     def add(self, other: "Counts") -> None:
+        """Add what another counted."""
         self.rows += other.rows
         self.conversations += other.conversations
+        self.unfamiliar += other.unfamiliar
+        self.merged += other.merged
         self.add_seconds(other.seconds)
         for name in self._counters():
             getattr(self, name).update(getattr(other, name))
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values, counters sorted by key, seconds rounded."""
+        """Return plain values, with counters sorted by key and seconds rounded."""
         return {
             "rows": self.rows,
             "conversations": self.conversations,
+            "unfamiliar": self.unfamiliar,
+            "merged": self.merged,
             **{name: dict(sorted(getattr(self, name).items())) for name in self._counters()},
             "seconds": {step: round(self.seconds.get(step, 0.0), 3) for step in SECONDS_STEPS},
         }
 
     def _counters(self) -> list[str]:
-        return [name for name in self.__slots__ if name not in ("rows", "conversations", "seconds")]
+        return [
+            name for name in self.__slots__ if name not in ("rows", "conversations", "unfamiliar", "merged", "seconds")
+        ]

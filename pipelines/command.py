@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from posixpath import basename, join
+from posixpath import join
 
 from rich.console import Console
 from rich.table import Table
@@ -45,15 +45,17 @@ def _main(argv: Sequence[str]) -> None:
     with ExitStack() as stack:
         if is_local(publication.output):
             with cli.naming("output"):
-                stack.enter_context(whole_folder(Path(publication.output)))
+                stack.enter_context(whole_folder(Path(publication.output), publication.stage_inside))
         else:
             stack.callback(delete, [publication.work])
+        for note in plan.notes:
+            console.print(note, highlight=False, soft_wrap=True)
         if plan.scenes:
             from collavo.scenes import write_scenes
 
-            folder = join(publication.output, basename(plan.scenes.folder))
-            console.print(f"No source named: drawing {plan.scenes.count} sample scenes into {folder}", highlight=False)
-            write_scenes(plan.scenes.folder, plan.scenes.count, size_wh=plan.scenes.size_wh)
+            folder, count = plan.scenes.folder, plan.scenes.count
+            console.print(f"No source named: drawing {count} sample scenes into {folder}", highlight=False)
+            write_scenes(folder, count, size_wh=plan.scenes.size_wh, overwrite=True)
         run_job(plan, console)
         if is_local(publication.output):
             shutil.rmtree(publication.work)
@@ -74,7 +76,10 @@ def _print_summary(output: str, seconds: float, console: Console) -> None:
     table.add_row("rejects", f"{rejects:,}", _tally(manifest["rejects"]))
     table.add_row("seconds", f"{seconds:.1f}", _tally(manifest["seconds"]) + " (summed over workers)")
     console.print(table, highlight=False)
-    lines = {"Data": "crayon-*.parquet", "Rejects, with reasons": REJECTS, "Look at it": REPORT}
+    if manifest["unfamiliar"]:
+        found = f"{manifest['unfamiliar']:,} of {manifest['rows']:,} pictures"
+        console.print(f"{found} are unlike all that the segmenter knows; look at them before you trust their segments.")
+    lines = {"Data": "*.parquet", "Rejects, with reasons": REJECTS, "Look at it": REPORT}
     for name, file_name in lines.items():
         if rejects or file_name != REJECTS:
             console.print(f"{name}: {join(output, file_name)}", highlight=False, soft_wrap=True)

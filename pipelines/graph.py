@@ -21,7 +21,8 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
 from collavo.instructions.choose import ClassStatistics, stable_hash
-from pipelines.image_steps import draft_row, read_image, segment_by_annotation
+from collavo.sources.records import ImageRecord
+from pipelines.image_steps import draft_dialogue, draft_row, load_record, read_images, segment_by_annotation, split_of
 from pipelines.job import CrayonJob, ModelConfig
 from pipelines.merge import merge_mentions
 from pipelines.progress import REJECTED, SEGMENTED, announce_total, tick
@@ -33,13 +34,16 @@ from pipelines.sources import (
     RejectOutput,
     read_coco,
     read_crayon_rows,
-    read_images,
     read_llava,
+    read_records,
     reject_output,
+)
+from pipelines.sources import (
+    read_images as read_image_lists,
 )
 from pipelines.spill import Block, MentionSpillWriter, SpilledDraft, SpillWriter, read_mentions
 
-IMAGES_PER_SHARD = 2000
+ROWS_PER_SHARD = 2000
 """Aim of the automatic number of shards: files of 200-400 MB where COCO's images are embedded."""
 
 _IMAGES_PER_PACK = 16
@@ -54,37 +58,67 @@ ToModel = TaggedOutput[Literal["to_model"], LoadedImage]
 
 def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
     """Add the whole build to a pipeline."""
+    inputs: list[beam.PCollection] = []
+    rejects: list[beam.PCollection] = []
+    spilled: list[beam.PCollection] = []
     if job.sources.crayon_files:
-        spilled = (
+        finished = (
             pipeline
             | "CrayonFiles" >> beam.Create(job.sources.crayon_files)
             | "SpreadFiles" >> beam.Reshuffle()
             | "ReadRows" >> beam.FlatMap(read_crayon_rows, job.embed_images)
-            | "SpillDrafts" >> beam.ParDo(SpillDrafts(job))
+            | "SpillFinished" >> beam.ParDo(SpillDrafts(job))
         )
-        inputs = spilled | "OneInputPerRow" >> beam.Map(lambda pack: ("crayon", pack[0]))
-        rejects: list[Any] = []
-        images = spilled
-    else:
+        inputs.append(finished | "OneInputPerRow" >> beam.Map(lambda pack: ("crayon", pack[0])))
+        spilled.append(finished)
+        _announce("Rows", finished, job)
+    if job.sources.records:
+        read = (
+            pipeline
+            | "RecordFiles" >> beam.Create(job.sources.records)
+            | "SpreadRecordFiles" >> beam.Reshuffle()
+            | "ReadRecords" >> beam.FlatMap(read_records).with_outputs(REJECT_TAG, main="records")
+        )
+        loaded = read.records | "DecodeRecords" >> beam.FlatMap(_load_record, job).with_outputs(
+            REJECT_TAG, _TO_MODEL, main="annotated"
+        )
+        inputs.append(read.records | "OneInputPerRecord" >> beam.Map(lambda record: ("dataset", 1)))
+        inputs.append(read[REJECT_TAG] | "OneInputPerReject" >> beam.Map(lambda reject: (reject.source, 1)))
+        rejects.append(read[REJECT_TAG])
+        _segment("OfRecords", loaded, job, spilled, rejects)
+    if job.sources.coco or job.sources.llava or job.sources.images:
         mentions, mention_counts, list_rejects = _read_sources(pipeline, job)
-        inputs = (
-            *mention_counts,
-            list_rejects | "SourceOfReject" >> beam.Map(lambda reject: (reject.source, 1)),
-        ) | "AllInputs" >> beam.Flatten()
-        images, merge_rejects = (
+        tasks, merge_rejects = (
             mentions
             | "GroupByPartition" >> beam.GroupByKey()
             | "MergeMentions" >> beam.FlatMap(_merge).with_outputs(REJECT_TAG, main="tasks")
         )
-        spilled, image_rejects = _segment(images | "SpreadImages" >> beam.Reshuffle(), job)
-        rejects = [list_rejects, merge_rejects, *image_rejects]
-    _write(pipeline, job, images, spilled, rejects, inputs)
+        _announce("Images", tasks, job)
+        loaded = (
+            tasks
+            | "SpreadImages" >> beam.Reshuffle()
+            | "ReadImages" >> beam.FlatMap(_read, job).with_outputs(REJECT_TAG, _TO_MODEL, main="annotated")
+        )
+        inputs += [*mention_counts, list_rejects | "SourceOfReject" >> beam.Map(lambda reject: (reject.source, 1))]
+        rejects += [list_rejects, merge_rejects]
+        _segment("OfImages", loaded, job, spilled, rejects)
+    _write(pipeline, job, spilled, rejects, inputs)
+
+
+def _announce(name: str, packs: beam.PCollection, job: CrayonJob) -> None:
+    """Tell the progress display how many images are in some packs."""
+    _ = (
+        packs
+        | f"{name}InPack" >> beam.Map(lambda pack: pack[0])
+        | f"Count{name}" >> beam.CombineGlobally(sum)
+        | f"Announce{name}" >> beam.Map(lambda total: announce_total(job.work, name, total))
+    )
 
 
 def _read_sources(
     pipeline: beam.Pipeline, job: CrayonJob
 ) -> tuple[beam.PCollection, list[beam.PCollection], beam.PCollection]:
-    """Read all sources.
+    """Read all sources that name images.
 
     Returns:
         where the mentions lie, by partition of the images; their numbers by source; and the rejects.
@@ -93,7 +127,7 @@ def _read_sources(
     readers: list[tuple[str, tuple[Any, ...], Any]] = [
         ("Coco", job.sources.coco, read_coco),
         ("Llava", job.sources.llava, read_llava),
-        ("ImageList", job.sources.images, read_images),
+        ("ImageList", job.sources.images, read_image_lists),
     ]
     for name, sources, reader in readers:
         if sources:
@@ -101,7 +135,7 @@ def _read_sources(
                 pipeline
                 | f"{name}Sources" >> beam.Create(sources)
                 | f"Spread{name}Sources" >> beam.Reshuffle()
-                | f"Read{name}" >> beam.FlatMap(reader).with_outputs(REJECT_TAG, main="mentions")
+                | f"Read{name}" >> beam.FlatMap(reader, job.sources.root).with_outputs(REJECT_TAG, main="mentions")
             )
             spill = beam.ParDo(SpillMentions(job.work)).with_outputs(_COUNTS, main="blocks")
             spilled = read.mentions | f"Spill{name}" >> spill
@@ -111,19 +145,19 @@ def _read_sources(
     return blocks | "AllMentions" >> beam.Flatten(), counts, rejects | "ListRejects" >> beam.Flatten()
 
 
-def _segment(tasks: beam.PCollection, job: CrayonJob) -> tuple[beam.PCollection, list[beam.PCollection]]:
-    """Read, segment and draft the images; return where the drafts lie, in packs, and the rejects of every step."""
-    loaded = tasks | "ReadImages" >> beam.FlatMap(_read, job).with_outputs(REJECT_TAG, _TO_MODEL, main="annotated")
-    branches = [loaded.annotated | "SegmentByAnnotation" >> beam.Map(segment_by_annotation)]
+def _segment(
+    name: str, loaded: Any, job: CrayonJob, spilled: list[beam.PCollection], rejects: list[beam.PCollection]
+) -> None:
+    """Segment and draft images; add where the drafts lie, in packs, and the rejects of every step to two lists."""
+    branches = {"Annotated": loaded.annotated | f"SegmentByAnnotation{name}" >> beam.Map(_segment_annotated, job)}
     if job.model:
-        branches.append(loaded[_TO_MODEL] | "SegmentByModel" >> _run_model(job.model))
-    spilled, rejects = [], [loaded[REJECT_TAG]]
+        branches["ByModel"] = loaded[_TO_MODEL] | f"SegmentByModel{name}" >> _run_model(job.model)
+    rejects.append(loaded[REJECT_TAG])
     # Each branch spills for itself: merged before, their images would be buffered whole between two stages.
-    for name, branch in zip(("Annotated", "ByModel"), branches, strict=False):
-        outputs = branch | f"Draft{name}" >> beam.ParDo(SpillDrafts(job)).with_outputs(REJECT_TAG, main="spilled")
+    for kind, branch in branches.items():
+        outputs = branch | f"Draft{kind}{name}" >> beam.ParDo(SpillDrafts(job)).with_outputs(REJECT_TAG, main="spilled")
         spilled.append(outputs.spilled)
         rejects.append(outputs[REJECT_TAG])
-    return spilled | "AllDrafts" >> beam.Flatten(), rejects
 
 
 def _run_model(model: ModelConfig) -> beam.PTransform:
@@ -138,39 +172,44 @@ def _run_model(model: ModelConfig) -> beam.PTransform:
 def _write(
     pipeline: beam.Pipeline,
     job: CrayonJob,
-    images: beam.PCollection,
-    spilled: beam.PCollection,
+    spilled: Iterable[beam.PCollection],
     rejects: Iterable[beam.PCollection],
-    inputs: beam.PCollection,
+    inputs: Iterable[beam.PCollection],
 ) -> None:
     """Phrase and write the shards, and publish them."""
-    shard_count = (
-        images
-        | "ImagesInPack" >> beam.Map(lambda pack: pack[0])
-        | "CountImages" >> beam.CombineGlobally(sum)
-        | "CountShards" >> beam.Map(count_shards, job.work, job.num_shards)
+    drafts = spilled | "AllDrafts" >> beam.Flatten(pipeline=pipeline)
+    shard_counts = AsDict(
+        drafts
+        | "SplitsOfDrafts" >> beam.FlatMap(lambda pack: Counter(place.split for place in unpacked(pack)).items())
+        | "CountSplits" >> beam.CombinePerKey(sum)
+        | "CountShards" >> beam.MapTuple(lambda split, rows: (split, count_shards(rows, job.num_shards)))
+    )
+    stated_splits = AsDict(
+        drafts
+        | "StatedSplits" >> beam.FlatMap(_stated_splits, job.validation_ratio)
+        | "OneSplitPerPicture" >> beam.CombinePerKey(max)  # where sources disagree, what one holds out is held out
     )
     statistics = (
-        spilled
-        | "PresentClasses" >> beam.FlatMap(lambda pack: [place.present_labels for place in unpacked(pack)])
-        | "ClassStatistics" >> beam.CombineGlobally(CombineStatistics())
+        drafts
+        | "PresentClasses" >> beam.FlatMap(lambda pack: [place.present for place in unpacked(pack)])
+        | "ClassStatistics" >> beam.CombineGlobally(CombineStatistics(len(job.categories.things)))
     )
     by_shard = {
-        "drafts": spilled | "ShardOfDraft" >> beam.FlatMap(_drafts_by_shard, AsSingleton(shard_count)),
+        "drafts": drafts | "ShardOfDraft" >> beam.FlatMap(_drafts_by_shard, shard_counts, stated_splits),
         "rejects": rejects
         | "AllRejects" >> beam.Flatten(pipeline=pipeline)
-        | "ShardOfReject" >> beam.Map(_reject_by_shard, AsSingleton(shard_count)),
+        | "ShardOfReject" >> beam.Map(_reject_by_shard, shard_counts),
     }
     shards = (
         by_shard
         | "GroupByShard" >> beam.CoGroupByKey()
         | "WriteShards" >> beam.Map(_write_shard, job, AsSingleton(statistics))
     )
-    input_counts = inputs | "CountInputs" >> beam.CombinePerKey(sum)
+    input_counts = inputs | "AllInputs" >> beam.Flatten(pipeline=pipeline) | "CountInputs" >> beam.CombinePerKey(sum)
     _ = (
         pipeline
         | "Once" >> beam.Create([job.publication])
-        | "Publish" >> beam.Map(publish, AsList(shards), AsDict(input_counts))
+        | "Publish" >> beam.Map(publish, AsList(shards), AsDict(input_counts), job.categories)
     )
 
 
@@ -185,44 +224,73 @@ def _merge(partition: tuple[int, Iterable[Block]]) -> Iterator[Packed | RejectOu
         yield packed(tasks[first : first + _IMAGES_PER_PACK])
 
 
-def _read(tasks: Packed, job: CrayonJob) -> Iterator[LoadedImage | RejectOutput | ToModel]:
+def _read(tasks: Packed, job: CrayonJob) -> Iterator[LoadedImage | Draft | RejectOutput | ToModel]:
     """Read and check images; those without a usable annotation go to the model, where there is one."""
     for task in unpacked(tasks):
+        if not task.mentions[0].uri:
+            yield draft_dialogue(task, job)
+            continue
         to_model = job.model is not None and not (job.use_annotations and task.annotated)
-        image, rejects = read_image(task, job.max_pixels, with_rgb=to_model)
-        if image:
+        images, rejects = read_images(task, job.max_pixels, with_rgb=to_model)
+        for image in images:
             for_model: ToModel = TaggedOutput(_TO_MODEL, image)
             yield for_model if to_model else image
-        else:
+        if not images:
             tick(job.work, SEGMENTED)
             tick(job.work, REJECTED)
         yield from map(reject_output, rejects)
 
 
-def count_shards(images: int, work: str, num_shards: int | None) -> int:
-    """Choose the number of shards, and tell the progress display the number of images."""
-    announce_total(work, images)
-    return num_shards or max(1, round(images / IMAGES_PER_SHARD))
+def _load_record(record: ImageRecord, job: CrayonJob) -> Iterator[LoadedImage | RejectOutput | ToModel]:
+    """Decode an image of a data set that holds its images, for the model where there is one."""
+    outcome = load_record(record, job.max_pixels)
+    if isinstance(outcome, LoadedImage):
+        for_model: ToModel = TaggedOutput(_TO_MODEL, outcome)
+        yield for_model if job.model else outcome
+    else:
+        tick(job.work, SEGMENTED)
+        tick(job.work, REJECTED)
+        yield from map(reject_output, outcome)
 
 
-def _drafts_by_shard(pack: Packed, shard_count: int) -> Iterator[tuple[int, Packed]]:
-    by_shard: dict[int, list[SpilledDraft]] = defaultdict(list)
+def _segment_annotated(image: LoadedImage | Draft, job: CrayonJob) -> Segmented | Draft:
+    """Segment an image by its annotation; a draft, of a dialogue about no image, passes."""
+    return image if isinstance(image, Draft) else segment_by_annotation(image, job)
+
+
+def count_shards(rows: int, num_shards: int | None) -> int:
+    """Choose the number of files of a split."""
+    return num_shards or max(1, round(rows / ROWS_PER_SHARD))
+
+
+def _stated_splits(pack: Packed, validation_ratio: float) -> Iterator[tuple[str, str]]:
+    """Emit the pictures that a source puts in a split, where another draft of the same picture may be in another."""
     for place in unpacked(pack):
-        by_shard[stable_hash("shard", place.image_id) % shard_count].append(place)
+        if place.split_stated and "validation" in (place.split, split_of(place.key, validation_ratio)):
+            yield place.key, place.split
+
+
+def _drafts_by_shard(
+    pack: Packed, shard_counts: dict[str, int], stated_splits: dict[str, str]
+) -> Iterator[tuple[tuple[str, int], Packed]]:
+    by_shard: dict[tuple[str, int], list[SpilledDraft]] = defaultdict(list)
+    for place in unpacked(pack):
+        split = stated_splits.get(place.key, place.split)
+        by_shard[split, stable_hash("shard", place.key) % shard_counts[split]].append(place)
     for shard, places in by_shard.items():
         yield shard, packed(places)
 
 
-def _reject_by_shard(reject: Reject, shard_count: int) -> tuple[int, Packed]:
-    return stable_hash("shard", reject.id) % shard_count, packed([reject])
+def _reject_by_shard(reject: Reject, shard_counts: dict[str, int]) -> tuple[tuple[str, int], Packed]:
+    return ("train", stable_hash("shard", reject.id) % shard_counts.get("train", 1)), packed([reject])
 
 
 def _write_shard(
-    element: tuple[int, dict[str, Iterable[Packed]]], job: CrayonJob, statistics: ClassStatistics
+    element: tuple[tuple[str, int], dict[str, Iterable[Packed]]], job: CrayonJob, statistics: ClassStatistics
 ) -> WrittenShard:
-    index, groups = element
+    shard, groups = element
     drafts, rejects = (chain.from_iterable(map(unpacked, groups[name])) for name in ("drafts", "rejects"))
-    return write_shard(index, drafts, rejects, statistics, job)
+    return write_shard(shard, drafts, rejects, statistics, job)
 
 
 def _late(value: Any) -> WindowedValue:
@@ -269,8 +337,8 @@ class SpillDrafts(beam.DoFn):
             yield from map(reject_output, outcome)
             return
         if isinstance(outcome, SegmentedImage):
-            outcome = draft_row(outcome, self._job.embed_images, self._job.validation_ratio)
-        self._writer = self._writer or SpillWriter(self._job.work)
+            outcome = draft_row(outcome, self._job)
+        self._writer = self._writer or SpillWriter(self._job.work, self._job.categories)
         self._writer.append(outcome)
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
@@ -281,15 +349,18 @@ class SpillDrafts(beam.DoFn):
 class CombineStatistics(beam.CombineFn):
     """Sums class statistics over images."""
 
-    def create_accumulator(self) -> ClassStatistics:
-        return ClassStatistics()
+    def __init__(self, things: int) -> None:
+        self._things = things
 
-    def add_input(self, statistics: ClassStatistics, present_labels: tuple[int, ...]) -> ClassStatistics:
-        statistics.add_image(present_labels)
+    def create_accumulator(self) -> ClassStatistics:
+        return ClassStatistics.of(self._things)
+
+    def add_input(self, statistics: ClassStatistics, present: tuple[int, ...]) -> ClassStatistics:
+        statistics.add_image(present)
         return statistics
 
     def merge_accumulators(self, accumulators: Iterable[ClassStatistics]) -> ClassStatistics:
-        merged = ClassStatistics()
+        merged = ClassStatistics.of(self._things)
         for statistics in accumulators:
             merged.add(statistics)
         return merged

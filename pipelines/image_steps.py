@@ -1,119 +1,249 @@
-"""The life of one image, step by step, as plain functions: read it, segment it by its annotation, draft its row.
+"""What happens to one image, as plain functions: read it, segment it by its annotation, draft its row.
 
 Each step adds the seconds that it took. An image that cannot be used comes back as the reject lines of its inputs.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
 
 from collavo.errors import Rejected
-from collavo.images import decode_rgb, verify_image
-from collavo.instructions.choose import stable_hash
+from collavo.images import decode_rgb, turn_upright, verify_image
 from collavo.panoptic.coco_png import decode_segment_runs
 from collavo.panoptic.index_png import encode_index_map
-from collavo.panoptic.maps import build_panoptic_map
+from collavo.panoptic.instances import Instance, instances_map
+from collavo.panoptic.maps import IdRuns, PanopticMap, SegmentInfo, build_panoptic_map
 from collavo.sources.coco_panoptic import segment_infos
 from collavo.sources.image_paths import other_extensions, without_extension
+from collavo.sources.records import ImageRecord
 from collavo.storage import exists, read_bytes
-from pipelines.records import Draft, ImageTask, LoadedImage, Reject, Segmented, SegmentedImage
+from pipelines.job import CrayonJob
+from pipelines.records import Draft, ImageTask, Input, LoadedImage, Mention, Reject, Segmented, SegmentedImage
 from schemas.crayon_row import CrayonRow
 
-_ANNOTATIONS = json.dumps({"name": "annotations"})
+_ANNOTATIONS = {kind: json.dumps({"name": kind}) for kind in ("annotations", "instance annotations")}
 
 
-def read_image(task: ImageTask, max_pixels: int, with_rgb: bool) -> tuple[LoadedImage | None, list[Reject]]:
-    """Read an image's bytes and make sure that they decode.
+def read_images(task: ImageTask, max_pixels: int, with_rgb: bool) -> tuple[list[LoadedImage], list[Reject]]:
+    """Read the bytes of a task's image and make sure that they decode.
+
+    Most tasks name one file. Where the files named differ in their extension and more than one of them exists, each is
+    an image of its own.
 
     Args:
         max_pixels: bound on width x height.
         with_rgb: whether a model needs the pixels; otherwise the image is only verified.
 
     Returns:
-        the image, None if it cannot be used; and the rejects, of all its inputs or only of those that name another
-        existing file of the same id.
+        the images that can be used, and the rejects of the inputs of those that cannot.
     """
-    seconds: dict[str, float] = {}
-    stage = "read"
+    loaded: list[LoadedImage] = []
     rejects: list[Reject] = []
-    try:
-        with _timed(seconds, "read"):
-            uri, data = _first_existing(task)
-            task, rejects = _without_rivals(task, uri)
-        stage = "decode"
-        with _timed(seconds, "decode"):
-            rgb = decode_rgb(data, max_pixels) if with_rgb else None
-            size_wh = verify_image(data, max_pixels).size_wh if rgb is None else (rgb.shape[1], rgb.shape[0])
-    except Rejected as error:
-        return None, rejects + task.rejects(stage, error)
-    return LoadedImage(task, uri, data, size_wh, rgb, seconds), rejects
+    for part, uri in _existing_files(task):
+        outcome = _read_image(part, uri, max_pixels, with_rgb)
+        if isinstance(outcome, LoadedImage):
+            loaded.append(outcome)
+        else:
+            rejects += outcome
+    return loaded, rejects
 
 
-def segment_by_annotation(image: LoadedImage) -> Segmented:
-    """Make the panoptic map out of the image's COCO mask, or reject the image."""
+def load_record(record: ImageRecord, max_pixels: int) -> LoadedImage | list[Reject]:
+    """Decode an image of a data set that holds its images."""
+    mention = Mention(Input("dataset", record.path), record.path, record.path, dialogue=record.dialogue)
+    return _decode_image(ImageTask((mention,)), record.path, record.data, max_pixels, True, {})
+
+
+def segment_by_annotation(image: LoadedImage, job: CrayonJob) -> Segmented:
+    """Make the panoptic map out of the image's COCO mask or instances, or reject the image."""
     annotated = image.task.annotated
     try:
         with _timed(image.seconds, "segment"):
-            if annotated is None or annotated.annotation is None:
+            if annotated is None:
                 raise Rejected("no_annotation", "no source annotates this image; --segmenter auto would ask a model")
-            runs = decode_segment_runs(read_bytes(annotated.mask_uri), image.size_wh)
-            panoptic = build_panoptic_map(runs, segment_infos(annotated.annotation.segments))
+            if annotated.annotation is None:
+                panoptic, kind = _map_of_instances(annotated, image, job), "instance annotations"
+            else:
+                infos = segment_infos(annotated.annotation.segments)
+                runs = _mask_runs(annotated, image, infos, job.mask_frame)
+                panoptic, kind = build_panoptic_map(runs, infos, job.categories), "annotations"
     except Rejected as error:
         return image.task.rejects("segment", error)
-    return SegmentedImage(image, panoptic, _ANNOTATIONS)
+    return SegmentedImage(image, panoptic, _ANNOTATIONS[kind])
 
 
-def draft_row(segmented: SegmentedImage, embed_image: bool, validation_ratio: float) -> Draft:
-    """Make the row of an image, without its instructions.
-
-    Args:
-        embed_image: whether the row holds the image's bytes or only refers to it by its path.
-        validation_ratio: share of images that go to the validation split, by hash of their id.
-    """
+def draft_row(segmented: SegmentedImage, job: CrayonJob) -> Draft:
+    """Make the row of an image, without its instructions."""
     image, task = segmented.image, segmented.image.task
+    digest = hashlib.sha256(image.image_bytes).hexdigest()
     with _timed(image.seconds, "encode"):
         row = CrayonRow(
-            image_id=task.image_id,
-            image_bytes=image.image_bytes if embed_image else None,
-            image_path=task.image_id + image.uri.removeprefix(without_extension(image.uri)),
+            image_id=image.path,
+            image_sha256=digest,
+            image_bytes=image.image_bytes if job.embed_images else None,
+            image_path=image.path,
             width=image.size_wh[0],
             height=image.size_wh[1],
             sources=tuple(sorted({mention.input.source for mention in task.mentions})),
             license_id=next((m.license_id for m in task.mentions if m.license_id is not None), None),
-            split=split_of(task.image_id, validation_ratio),
-            panoptic_png=encode_index_map(segmented.panoptic.index_map, segmented.panoptic.segments),
+            split=task.split or split_of(digest, job.validation_ratio),
+            panoptic_png=encode_index_map(segmented.panoptic),
             segments=segmented.panoptic.segments,
             conversations=tuple(mention.dialogue for mention in task.mentions if mention.dialogue),
         )
     inputs = tuple(mention.input for mention in task.mentions)
-    return Draft(row, image.uri, inputs, (segmented.segmenter,), image.seconds)
+    return Draft(row, inputs, (segmented.segmenter,), image.seconds, segmented.panoptic.unfamiliar, bool(task.split))
 
 
-def split_of(image_id: str, validation_ratio: float) -> str:
-    """Choose `train` or `validation` by a hash of the image id alone."""
-    return "validation" if stable_hash("split", image_id) < validation_ratio * 2**64 else "train"
+def draft_dialogue(task: ImageTask, job: CrayonJob) -> Draft:
+    """Make the row of a dialogue about no image."""
+    mention = task.mentions[0]
+    dialogues = tuple(mention.dialogue for mention in task.mentions if mention.dialogue)
+    digest = hashlib.sha256(json.dumps([dialogue.turns for dialogue in dialogues]).encode()).hexdigest()
+    row = CrayonRow(
+        image_id=mention.image_path,
+        image_sha256=None,
+        image_bytes=None,
+        image_path=None,
+        width=None,
+        height=None,
+        sources=(mention.input.source,),
+        license_id=None,
+        split=task.split or split_of(digest, job.validation_ratio),
+        panoptic_png=None,
+        conversations=dialogues,
+    )
+    return Draft(row, tuple(mention.input for mention in task.mentions), (), {}, split_stated=bool(task.split))
 
 
-def _first_existing(task: ImageTask) -> tuple[str, bytes]:
-    """Read the first file that exists, of those named or else of those whose extension differs from the first one's."""
-    for uri in (*task.uris, *other_extensions(task.uris[0])):
+def merge_drafts(first: Draft, second: Draft) -> tuple[Draft, list[Reject]]:
+    """Make one draft of two about the same picture: the same bytes at two paths, or in two data sets.
+
+    Returns:
+        the draft, with the dialogues, sources and paths of both; and the rejects of the second one's inputs where it is
+        annotated otherwise.
+    """
+    row, other = first.row, second.row
+    both_annotated = all(set(draft.segmenters) & set(_ANNOTATIONS.values()) for draft in (first, second))
+    if both_annotated and [s.as_record() for s in row.segments] != [s.as_record() for s in other.segments]:
+        detail = f"{other.image_path} has the bytes of {row.image_path} and another annotation"
+        return first, [Reject(e.entry_id, e.source, "write", "other_annotation", detail) for e in second.inputs]
+    paths = [path for path in (*row.other_paths, other.image_path, *other.other_paths) if path]
+    merged = replace(
+        row,
+        sources=tuple(sorted({*row.sources, *other.sources})),
+        license_id=row.license_id if row.license_id is not None else other.license_id,
+        conversations=tuple(dict.fromkeys((*row.conversations, *other.conversations))),
+        other_paths=tuple(path for path in dict.fromkeys(paths) if path != row.image_path),
+    )
+    return replace(first, row=merged, inputs=(*first.inputs, *second.inputs)), []
+
+
+def split_of(digest: str, validation_ratio: float) -> str:
+    """Choose `train` or `validation` by a SHA-256 in hexadecimal digits, the picture's: the same picture is in the same
+    split in every data set."""
+    return "validation" if int(digest[:16], 16) < validation_ratio * 2**64 else "train"
+
+
+def _existing_files(task: ImageTask) -> list[tuple[ImageTask, str]]:
+    """The files of a task with the mentions of each. Mentions of a file that does not exist go to one that does, of the
+    same name but for the extension."""
+    uris = task.uris
+    if len(uris) > 1:
+        uris = [uri for uri in uris if exists(uri)]
+    if len(uris) < 2:
+        return [(task, uris[0] if uris else task.uris[0])]
+    of_file = {
+        uri: [m for m in task.mentions if m.uri == uri or (m.uri not in uris and uri == uris[0])] for uri in uris
+    }
+    return [(ImageTask(tuple(mentions)), uri) for uri, mentions in of_file.items()]
+
+
+def _read_image(task: ImageTask, uri: str, max_pixels: int, with_rgb: bool) -> LoadedImage | list[Reject]:
+    seconds: dict[str, float] = {}
+    try:
+        with _timed(seconds, "read"):
+            found, data = _first_existing(uri)
+    except Rejected as error:
+        return task.rejects("read", error)
+    path = without_extension(task.mentions[0].image_path) + found.removeprefix(without_extension(found))
+    return _decode_image(task, path, data, max_pixels, with_rgb, seconds)
+
+
+def _decode_image(
+    task: ImageTask, path: str, data: bytes, max_pixels: int, with_rgb: bool, seconds: dict[str, float]
+) -> LoadedImage | list[Reject]:
+    try:
+        with _timed(seconds, "decode"):
+            rgb = decode_rgb(data, max_pixels) if with_rgb else None
+            header = None if with_rgb else verify_image(data, max_pixels)
+    except Rejected as error:
+        return task.rejects("decode", error)
+    if header:
+        return LoadedImage(task, path, data, header.size_wh, header.orientation, None, seconds)
+    assert rgb is not None
+    return LoadedImage(task, path, data, (rgb.shape[1], rgb.shape[0]), 1, rgb, seconds)
+
+
+def _first_existing(uri: str) -> tuple[str, bytes]:
+    """Read a file, or one of the same name with another extension of images."""
+    for candidate in (uri, *other_extensions(uri)):
         try:
-            return uri, read_bytes(uri)
+            return candidate, read_bytes(candidate)
         except Rejected as error:
             if error.reason != "missing_file":
                 raise
-    raise Rejected("missing_file", task.uris[0])
+    raise Rejected("missing_file", uri)
 
 
-def _without_rivals(task: ImageTask, uri: str) -> tuple[ImageTask, list[Reject]]:
-    """Take out the mentions of other existing files with the same id: `cat.jpg` and `cat.png` cannot both be `cat`."""
-    rivals = {other for other in task.uris if other != uri and exists(other)}
-    if not rivals:
-        return task, []
-    kept = tuple(mention for mention in task.mentions if mention.uri not in rivals)
-    lost = [mention for mention in task.mentions if mention.uri in rivals]
-    return ImageTask(kept), [m.reject("read", "duplicate_id", f"{m.uri} has the image id of {uri}") for m in lost]
+def _mask_runs(
+    annotated: Mention, image: LoadedImage, infos: list[SegmentInfo], mask_frame: str
+) -> np.ndarray | IdRuns:
+    """The segment ids of a mask in the frame of the upright image.
+
+    Annotation tools differ in whether they apply EXIF. Where it turns an image by 90 degrees, the mask's size tells,
+    but for squares; a turn by 180 degrees or a mirroring leaves no trace, and a guess would put boxes into wrong
+    corners.
+    """
+    data = read_bytes(annotated.mask_uri)
+    listed = [info.id for info in infos]
+    if image.orientation == 1:
+        return decode_segment_runs(data, image.size_wh, listed)
+    width, height = image.size_wh
+    turned_by_90 = image.orientation >= 5
+    stored_wh = (height, width) if turned_by_90 else (width, height)
+    if mask_frame == "auto":
+        if stored_wh == image.size_wh:
+            detail = f"EXIF orientation {image.orientation} turns the image, and its mask fits either way"
+            raise Rejected(
+                "ambiguous_orientation", f"{detail}; --mask_frame stored or upright says how masks were made"
+            )
+        try:
+            return decode_segment_runs(data, image.size_wh, listed)
+        except Rejected as error:
+            if error.reason != "mask_size_mismatch":
+                raise
+        mask_frame = "stored"
+    if mask_frame == "upright":
+        return decode_segment_runs(data, image.size_wh, listed)
+    runs = decode_segment_runs(data, stored_wh, listed)
+    return turn_upright(np.repeat(runs.ids, runs.lengths).reshape(runs.size_hw), image.orientation)
+
+
+def _map_of_instances(annotated: Mention, image: LoadedImage, job: CrayonJob) -> PanopticMap:
+    if image.orientation != 1 and job.mask_frame != "upright":
+        detail = (
+            f"EXIF orientation {image.orientation} turns the image; --mask_frame upright says that instances are so too"
+        )
+        raise Rejected("ambiguous_orientation", detail)
+    listed = json.loads(annotated.instances)
+    instances = [Instance(SegmentInfo(id_, label, bool(crowd)), mask) for id_, label, crowd, mask in listed]
+    return instances_map(instances, image.size_wh, job.categories)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from collavo.instructions.phrasebook import Phrasebook
 from collavo.instructions.write import InstructionOptions
 from collavo.segmenters import Segmenter
 from pipelines.sources import Sources
+from schemas.categories import CategorySet
 
 
 class Publication(NamedTuple):
@@ -19,8 +20,11 @@ class Publication(NamedTuple):
     folder: str
     """Where the data set is written: the output itself, or what takes its place in the end."""
 
+    stage_inside: bool
+    """Whether a local `folder` has to lie in the output."""
+
     work: str
-    """A folder in it for everything that lives only as long as the run."""
+    """A folder in `folder` for everything that lives only as long as the run."""
 
     configuration: Mapping[str, Any]
     max_reject_ratio: float
@@ -53,6 +57,12 @@ class CrayonJob:
     phrasebook: Phrasebook
     facts: Mapping[str, Any]
     """About the build, for the metadata of every file."""
+
+    categories: CategorySet
+    """The set of the rows' classes."""
+
+    mask_frame: str
+    """Where EXIF turns an image, whether masks are `stored` or `upright`; `auto` where their size tells."""
 
     embed_images: bool
     validation_ratio: float

@@ -1,7 +1,8 @@
-"""All that the sources said about one image, made into one task.
+"""Everything that the sources say about one image becomes one task.
 
-Mentions meet by where their image lies, its extension left out: LLaVA's mix names files whose extension differs from
-the one on disk. What comes out does not depend on the order in which mentions arrive.
+Mentions belong together if their images lie in the same place, extensions left out: LLaVA's mix names files whose
+extension differs from the one on disk. Where two such files exist, `pipelines.image_steps` takes them apart again. The
+result does not depend on the order in which mentions arrive.
 """
 
 import hashlib
@@ -12,12 +13,12 @@ from pipelines.records import SOURCES, ImageTask, Mention, Reject
 
 
 def image_key(mention: Mention) -> bytes:
-    """What mentions of the same image, and no others, have in common; short, for every mention is grouped by it."""
-    return hashlib.blake2b(without_extension(mention.uri).encode(), digest_size=16).digest()
+    """Return a key that all mentions of one image share, and no others. It is short: every mention is grouped by it."""
+    return hashlib.blake2b((without_extension(mention.uri) or mention.image_path).encode(), digest_size=16).digest()
 
 
 def merge_mentions(mentions: Iterable[Mention]) -> tuple[ImageTask, list[Reject]]:
-    """One image's task, and the inputs that only repeat another: a second annotation, the same dialogue or file."""
+    """Make one image's task; reject the inputs that repeat another: a second annotation, the same dialogue or file."""
     kept: list[Mention] = []
     rejects = []
     seen = set()
@@ -25,7 +26,7 @@ def merge_mentions(mentions: Iterable[Mention]) -> tuple[ImageTask, list[Reject]
         content = _content(mention)
         if content in seen:
             rejects.append(
-                mention.reject("merge", "duplicate_entry", f"says again what another entry says of {mention.uri}")
+                mention.reject("merge", "duplicate_entry", f"repeats what another entry says of {mention.uri}")
             )
         else:
             seen.add(content)
@@ -34,15 +35,18 @@ def merge_mentions(mentions: Iterable[Mention]) -> tuple[ImageTask, list[Reject]
 
 
 def _content(mention: Mention) -> tuple[object, ...]:
-    """What a mention adds to its image; two that add the same are one too many."""
+    """Return what a mention adds to its image; of two that add the same, one is rejected."""
     if mention.annotation:
-        return ("annotation",)
+        return ("annotation", mention.uri)
+    if mention.instances:
+        return ("instances", mention.uri)
     if mention.dialogue:
         return ("dialogue", mention.dialogue)
     return ("file", mention.uri, mention.input.source)
 
 
 def _rank(mention: Mention) -> tuple[object, ...]:
+    """Order mentions: the first gives the row its id, and ties are broken so that nothing hangs on their arrival."""
     return (
         SOURCES.index(mention.input.source),
         mention.image_path,
@@ -54,4 +58,6 @@ def _rank(mention: Mention) -> tuple[object, ...]:
         mention.mask_uri,
         mention.license_id is None,
         mention.license_id or 0,
+        mention.instances,
+        mention.split,
     )

@@ -25,7 +25,7 @@ _FULL_BATCH = 1_000_000
 class BatchSegmenter:
     """A loaded segmenter that gives every image of a batch its own outcome.
 
-    Its one method takes and gives plain values, so that Beam can share it between the processes of a machine.
+    Its method takes and returns plain values, so that Beam can share it between the processes of a machine.
     """
 
     def __init__(self, segmenter: Segmenter) -> None:
@@ -77,11 +77,13 @@ class SegmenterHandler(ModelHandler[LoadedImage, Segmented, BatchSegmenter]):
         self._load = load
 
     def load_model(self) -> BatchSegmenter:
+        """Load the segmenter, once per process or copy."""
         return BatchSegmenter(self._load())
 
     def run_inference(
         self, batch: Sequence[LoadedImage], model: BatchSegmenter, inference_args: dict[str, Any] | None = None
     ) -> Iterable[Segmented]:
+        """Segment a batch; each image gets its map or its rejects."""
         start = time.perf_counter()
         outcomes, facts = model.segment_each([_rgb(image) for image in batch])
         for image in batch:
@@ -94,14 +96,16 @@ class SegmenterHandler(ModelHandler[LoadedImage, Segmented, BatchSegmenter]):
         ]
 
     def get_num_bytes(self, batch: Sequence[LoadedImage]) -> int:
+        """Count the bytes of the pixels, for Beam's metrics."""
         return sum(_rgb(image).nbytes for image in batch)
 
     def get_metrics_namespace(self) -> str:
+        """Name the metrics of this step."""
         return "crayon_segmentation"
 
 
 class _BatchWeight:
-    """An image's share of a full batch; a class because Beam pickles it."""
+    """Weighs an image as its share of a full batch. A class, because Beam pickles it."""
 
     def __init__(self, batch_size: int, max_batch_pixels: int) -> None:
         self._batch_size = batch_size

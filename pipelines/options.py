@@ -16,7 +16,7 @@ from collavo.instructions.write import InstructionOptions
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.segmenters import SEGMENTERS
 from collavo.storage import local_path
-from schemas.crayon_row import TASKS
+from schemas.crayon_row import SPLITS, TASKS
 
 PROGRAM = "build_crayon.py"
 
@@ -57,6 +57,11 @@ def _paths(help_text: str, metavar: str, group: str | None = None) -> Any:
     return flag((), help_text, kind=local_path, metavar=metavar, many=True, group=group)
 
 
+def _splits(help_text: str) -> Any:
+    what = f"{help_text}, or one for all (default: by the pictures' content)"
+    return flag((), what, choices=SPLITS, metavar="SPLIT", many=True)
+
+
 def _device(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not auto, cpu, cuda or cuda:N")
@@ -66,14 +71,30 @@ def _device(text: str) -> str:
 @dataclass(frozen=True, slots=True)
 class SourceFlags:
     coco_panoptic: tuple[str, ...] = _paths("COCO panoptic annotation files", "JSON", "sources, in any combination")
-    coco_images: tuple[str, ...] = _paths("folder with the images of each of them", "DIR")
-    coco_masks: tuple[str, ...] = _paths("folder with the masks of each (default: beside the JSON, by its name)", "DIR")
-    llava_json: tuple[str, ...] = _paths("dialogues in LLaVA's format, which ShareGPT4V also has", "JSON")
+    coco_images: tuple[str, ...] = _paths("folder with the images of each COCO file, panoptic ones first", "DIR")
+    coco_masks: tuple[str, ...] = _paths(
+        "folder with the masks of each panoptic one (default: beside the JSON, by its name)", "DIR"
+    )
+    coco_instances: tuple[str, ...] = _paths(
+        "COCO instance annotation files: things only, for counting and boxes", "JSON"
+    )
+    coco_split: tuple[str, ...] = _splits("the split of each COCO file's images, in the order of the files")
+    llava_json: tuple[str, ...] = _paths(
+        "dialogues: LLaVA's format, ShareGPT4V's, `messages`; JSON or JSON lines", "JSON"
+    )
+    llava_split: tuple[str, ...] = _splits("the split of each of these files' images")
     image_root: str | None = flag(
         None, "root of the image paths in --llava_json and in --images lists", kind=local_path, metavar="DIR"
     )
     images: tuple[str, ...] = _paths("folders, quoted globs, or .txt lists of paths or URIs", "PATTERN")
-    from_crayon: tuple[str, ...] = _paths("finished rows, to get new instructions; no model is run", "PARQUET")
+    images_split: tuple[str, ...] = _splits("the split of each of --images")
+    dataset: tuple[str, ...] = _paths(
+        "data sets that hold their images: Parquet files, tar shards, or folders of them", "PATH"
+    )
+    image_column: str | None = flag(None, "the images' column in the Parquet files of --dataset (default: image)")
+    from_crayon: tuple[str, ...] = _paths(
+        "finished rows, to get new instructions, or several data sets to merge", "PARQUET"
+    )
     scenes: int = flag(600, "sample scenes to draw where no source is named", least=1)
     scene_size: tuple[int, int] = flag(
         (320, 240), "their size in pixels (default: 320x240)", kind=size_wh, metavar="WxH"
@@ -82,7 +103,12 @@ class SourceFlags:
     @property
     def named(self) -> bool:
         """Whether any source is named; otherwise sample scenes are drawn."""
-        return bool(self.coco_panoptic or self.llava_json or self.images or self.from_crayon)
+        return bool(self.coco or self.llava_json or self.images or self.dataset or self.from_crayon)
+
+    @property
+    def coco(self) -> tuple[str, ...]:
+        """All COCO files, panoptic ones first."""
+        return self.coco_panoptic + self.coco_instances
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +144,20 @@ class SegmentationFlags:
     device: str = flag("auto", "auto, cpu, cuda or cuda:N; a missing GPU is an error", kind=_device, metavar="NAME")
     batch_size: int = flag(8, "images in a batch at most", least=1)
     max_batch_pixels: int = flag(16_000_000, "pixels in a batch at most", least=1)
+    mask_frame: str = flag(
+        "auto",
+        "masks of images that EXIF turns are stored, as the file is, or upright; auto goes by their size",
+        choices=("auto", "stored", "upright"),
+    )
+    categories: str | None = flag(
+        None, "JSON file with the classes: a list like COCO's `categories` (default: the sources' own)", metavar="JSON"
+    )
+    category_map: str | None = flag(
+        None,
+        "JSON object that names, by a source's class, the class of --categories or of the first source; an empty name "
+        "leaves a class out",
+        metavar="JSON",
+    )
     model_copies: int | None = flag(
         None, "model copies per machine, shared by its processes (default: one per process)", kind=int, least=1
     )
@@ -164,9 +204,9 @@ class OutputFlags:
         choices=("embed", "reference"),
         metavar="HOW",
     )
-    num_shards: int | None = flag(None, "Parquet files (default: one per 2,000 images)", kind=int, least=1)
+    num_shards: int | None = flag(None, "Parquet files of each split (default: one per 2,000 rows)", kind=int, least=1)
     validation_ratio: float = flag(
-        0.05, "share of images in the validation split, by hash of their id", least=0, most=1, metavar="R"
+        0.05, "share of pictures in the validation split, by hash of their content", least=0, most=1, metavar="R"
     )
     max_pixels: int = flag(MAX_PIXELS, "larger images are rejected before decoding", least=1, most=HARD_MAX_PIXELS)
     max_reject_ratio: float = flag(

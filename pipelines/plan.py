@@ -3,35 +3,59 @@
 Every contradiction is refused in one line, before anything is read or written.
 """
 
+import json
+import posixpath
+import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from posixpath import join
+from posixpath import basename, join
 from typing import Any
 
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 import collavo
+from collavo.categories import (
+    categories_of_annotations,
+    categories_of_file,
+    common_set,
+    joined,
+    labels_by_id,
+)
 from collavo.cli import naming
+from collavo.dataset import category_set
+from collavo.dataset import notes as file_notes
 from collavo.embedded import SCENES
-from collavo.errors import UserError
+from collavo.errors import Rejected, UserError
 from collavo.folders import staging_of
 from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, Phrasebook, load_phrasebook
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
-from collavo.segmenters import load_segmenter
-from collavo.storage import FAULTS, canonical, exists, is_local, list_files
+from collavo.segmenters import Segmenter, checkpoint_categories, load_segmenter
+from collavo.sources.json_files import open_json
+from collavo.sources.records import is_record_file
+from collavo.storage import FAULTS, canonical, exists, is_local, list_files, open_read, read_bytes
 from pipelines.job import CrayonJob, ModelConfig, Publication
 from pipelines.options import Flags, SegmentationFlags, SourceFlags, build_parser
-from pipelines.publish import SCENES_FOLDER, published_files, strangers
+from pipelines.publish import FAILED_REJECTS, published_files, strangers
 from pipelines.runners import check_file_systems, check_workers, parse_beam_options
-from pipelines.sources import CocoSource, ImagesSource, LlavaSource, Sources
+from pipelines.sources import (
+    CocoSource,
+    ImagesSource,
+    LlavaSource,
+    RecordSource,
+    Sources,
+    is_absolute,
+    is_list,
+    listed_paths,
+)
+from schemas.categories import COCO_PANOPTIC, CategorySet
 
 _PATH_FLAGS = (
-    *("coco_panoptic", "coco_images", "coco_masks", "llava_json", "image_root", "images"),
-    *("from_crayon", "output"),
+    *("coco_panoptic", "coco_instances", "coco_images", "coco_masks", "llava_json", "image_root", "images"),
+    *("dataset", "from_crayon", "output"),
 )
 """Flags whose values may lie in any storage."""
 
@@ -43,7 +67,7 @@ them."""
 
 _IMAGE_FLAGS = (
     *("segmenter", *_MODEL_FLAGS, "device", "batch_size", "max_batch_pixels"),
-    *("validation_ratio", "max_pixels"),
+    *("validation_ratio", "max_pixels", "mask_frame"),
 )
 """Flags about what is settled in finished rows."""
 
@@ -64,6 +88,8 @@ class Plan:
     job: CrayonJob
     beam_options: PipelineOptions
     scenes: SceneRequest | None
+    notes: tuple[str, ...]
+    """What the user should know before the job runs, a line each."""
 
 
 def make_plan(flags: Flags, rest: Sequence[str]) -> Plan:
@@ -83,26 +109,33 @@ def make_plan(flags: Flags, rest: Sequence[str]) -> Plan:
     runner = beam_options.view_as(StandardOptions).runner
     publication = _publication(flags, runner)
     scenes = None if flags.sources.named else _scene_request(flags.sources, publication)
-    sources = _scene_sources(scenes.folder) if scenes else _named_sources(flags.sources)
-    job = _job(flags, sources, publication)
+    notes: list[str] = []
+    sets = _Sets(flags, notes)
+    sources = _scene_sources(scenes.folder) if scenes else _named_sources(flags.sources, sets, notes)
+    job = _job(flags, sources, sets, publication)
     if job.model is None and (unused := flags.given & set(_MODEL_FLAGS)):
         raise UserError(
             f"--{min(unused)}: no model runs, annotations are all there is; --segmenter mask2former runs one"
         )
     check_workers(beam_options, flags.segmentation.device if job.model else None, flags.segmentation.model_copies)
-    return Plan(job, beam_options, scenes)
+    return Plan(job, beam_options, scenes, tuple(notes))
 
 
 def _check_unused(flags: Flags) -> None:
     """Refuse flags that the others leave without effect: whoever sets one expects it to act."""
     sources, segmenter = flags.sources, flags.segmentation.segmenter
+    only_rows = sources.from_crayon and not (sources.coco or sources.llava_json or sources.images or sources.dataset)
     rules = [
-        *((name, sources.coco_panoptic, "with --coco_panoptic") for name in ("coco_images", "coco_masks")),
+        *((name, sources.coco, "with COCO files") for name in ("coco_images", "coco_split")),
+        ("coco_masks", sources.coco_panoptic, "with --coco_panoptic"),
+        ("llava_split", sources.llava_json, "with --llava_json"),
+        ("images_split", sources.images, "with --images"),
+        ("image_column", sources.dataset, "with --dataset"),
         ("image_root", sources.llava_json or sources.images, "with --llava_json or --images"),
         *((name, not sources.named, "where no source is named") for name in ("scenes", "scene_size")),
         ("segmenter_config", segmenter == "detectron2", "with --segmenter detectron2"),
         *((name, segmenter != "detectron2", "with mask2former") for name in _MASK2FORMER_FLAGS),
-        *((name, not sources.from_crayon, "on images; --from_crayon reads finished rows") for name in _IMAGE_FLAGS),
+        *((name, not only_rows, "on images; --from_crayon reads finished rows") for name in _IMAGE_FLAGS),
     ]
     for name, acts, where in rules:
         if name in flags.given and not acts:
@@ -115,7 +148,7 @@ def _check_output(flags: Flags, paths: Sequence[tuple[str, str]]) -> None:
     if is_local(output) and Path(output).exists() and not Path(output).is_dir():
         raise UserError(f"--output {output}: is a file; name a folder")
     try:
-        present = published_files(output)
+        present = [uri for uri in published_files(output) if basename(uri) != FAILED_REJECTS]
     except FAULTS as error:
         raise UserError(f"--output {output}: {error}") from error
     if foreign := strangers(output):
@@ -133,12 +166,15 @@ def _check_output(flags: Flags, paths: Sequence[tuple[str, str]]) -> None:
 def _publication(flags: Flags, runner: str) -> Publication:
     """Where the job writes, and what the manifest records of the flags."""
     output = flags.output.output
-    folder = str(staging_of(Path(output))) if is_local(output) else output
+    # Workers in containers may see no more of the disk than the output itself.
+    stage_inside = runner != "DirectRunner"
+    folder = str(staging_of(Path(output), stage_inside)) if is_local(output) else output
     unused = ("scenes", "scene_size") if flags.sources.named else ()
     given = {k: v for k, v in sorted(flags.values.items()) if v not in (None, (), "") and k not in unused}
     return Publication(
         output=output,
         folder=folder,
+        stage_inside=stage_inside,
         work=join(folder, f".work-{uuid.uuid4().hex[:12]}"),
         configuration={**given, "runner": runner},
         max_reject_ratio=flags.output.max_reject_ratio,
@@ -149,39 +185,193 @@ def _publication(flags: Flags, runner: str) -> Publication:
 def _scene_request(flags: SourceFlags, publication: Publication) -> SceneRequest:
     if not is_local(publication.output):
         raise UserError("no source is named, and sample scenes are drawn on local disks only; try --coco_panoptic")
-    return SceneRequest(join(publication.folder, SCENES_FOLDER), flags.scenes, flags.scene_size)
+    folder = f"{publication.output.rstrip('/')}_scenes"
+    return SceneRequest(folder, flags.scenes, flags.scene_size)
 
 
 def _scene_sources(folder: str) -> Sources:
-    coco = CocoSource("scenes", join(folder, "panoptic.json"), join(folder, "images"), join(folder, "panoptic"))
-    return Sources(coco=(coco,), llava=(LlavaSource("scenes", join(folder, "dialogues.json"), folder),))
+    labels = {category.category_id: category.label for category in COCO_PANOPTIC}
+    root = canonical(join(folder, "x")).removesuffix("/x")
+    json_uri, images, masks = (join(root, name) for name in ("panoptic.json", "images", "panoptic"))
+    return Sources(
+        root=root,
+        coco=(CocoSource("scenes", json_uri, images, masks, labels),),
+        llava=(LlavaSource("scenes", join(root, "dialogues.json"), root),),
+    )
 
 
-def _named_sources(flags: SourceFlags) -> Sources:
-    if flags.from_crayon and (flags.coco_panoptic or flags.llava_json or flags.images):
-        raise UserError("--from_crayon starts from finished rows and goes with no other source")
-    if len(flags.coco_images) != len(flags.coco_panoptic):
+class _Sets:
+    """The sets of classes of a command line's sources, which have to become one."""
+
+    def __init__(self, flags: Flags, notes: list[str]) -> None:
+        self._notes = notes
+        self._found: list[CategorySet] = []
+        self.stated = self.renamed = None
+        if path := flags.segmentation.categories:
+            with naming("categories"):
+                self.stated = categories_of_file(path, _bytes_of(path))
+        if path := flags.segmentation.category_map:
+            with naming("category_map"):
+                self.renamed = _read_map(path)
+
+    def of_annotations(self, flag: str, uri: str) -> CategorySet:
+        """The set of an annotation file; COCO panoptic's where the file states none."""
+        with naming(flag), open_read(uri) as raw, open_json(raw, uri) as file:
+            found = categories_of_annotations(file, uri)
+        if found is None:
+            self._notes.append(f"{uri} has no 'categories'; its numbers are taken for {COCO_PANOPTIC.name}'s")
+        self.add(found or COCO_PANOPTIC)
+        return found or COCO_PANOPTIC
+
+    def add(self, found: CategorySet) -> None:
+        """Take note of a set that the rows are to have."""
+        self._found.append(joined(found))
+
+    @property
+    def target(self) -> CategorySet:
+        """The set that the rows have.
+
+        Raises:
+            UserError: if sources have different sets, and nothing says which class is which.
+        """
+        if self.stated:
+            return self.stated
+        if self.renamed and self._found:
+            return self._found[0]
+        return common_set(self._found) if self._found else COCO_PANOPTIC
+
+
+def _read_map(path: str) -> dict[str, str]:
+    try:
+        renamed = json.loads(_bytes_of(path).decode("utf-8-sig"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(renamed, dict) or not all(isinstance(name, str) for name in renamed.values()):
+        raise UserError(f'{path}: expected an object of names, such as {{"pedestrian": "person"}}')
+    return renamed
+
+
+def _bytes_of(path: str) -> bytes:
+    try:
+        return read_bytes(path)
+    except Rejected as error:
+        raise UserError(str(error)) from error
+
+
+def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources:
+    if len(flags.coco_images) != len(flags.coco):
         raise UserError(
-            f"--coco_images names {len(flags.coco_images)} folders for {len(flags.coco_panoptic)} --coco_panoptic "
-            "files; each file needs the folder of its images"
+            f"--coco_images names {len(flags.coco_images)} folders for {len(flags.coco)} COCO files; each file "
+            "needs the folder of its images"
         )
-    masks = flags.coco_masks or tuple(uri.removesuffix(".json") for uri in flags.coco_panoptic)
+    masks = flags.coco_masks or tuple(_mask_folder(uri) for uri in flags.coco_panoptic)
     if len(masks) != len(flags.coco_panoptic):
         raise UserError(f"--coco_masks names {len(masks)} folders for {len(flags.coco_panoptic)} --coco_panoptic files")
     if flags.llava_json and not flags.image_root:
         raise UserError("--llava_json needs --image_root, the folder that its image paths start from")
-    for name in ("coco_panoptic", "coco_images", "coco_masks", "llava_json", "image_root"):
+    for name in ("coco_panoptic", "coco_instances", "coco_images", "coco_masks", "llava_json", "image_root", "dataset"):
         for uri in masks if name == "coco_masks" else _as_tuple(getattr(flags, name)):
-            if is_local(uri) and not exists(uri):
+            if is_local(uri) and not exists(uri) and not (name == "dataset" and "*" in uri):
                 raise UserError(f"--{name} {uri}: there is no such file or folder")
-    annotated = zip(flags.coco_panoptic, flags.coco_images, masks, strict=True)
-    root = flags.image_root or ""
-    return Sources(
-        coco=tuple(CocoSource("coco", *uris) for uris in annotated),
-        llava=tuple(LlavaSource("llava", uri, root) for uri in flags.llava_json),
-        images=tuple(ImagesSource(pattern, root) for pattern in flags.images),
-        crayon_files=tuple(uri for pattern in flags.from_crayon for uri in _crayon_files(pattern)),
+    kinds = [*(("coco", "coco_panoptic"),) * len(flags.coco_panoptic)]
+    kinds += [("coco_instances", "coco_instances")] * len(flags.coco_instances)
+    own = [sets.of_annotations(flag, uri) for (_, flag), uri in zip(kinds, flags.coco, strict=True)]
+    crayon_files = tuple(uri for pattern in flags.from_crayon for uri in _crayon_files(pattern))
+    if crayon_files:
+        with naming("from_crayon"):
+            local = [Path(uri) for uri in crayon_files if is_local(uri)]
+            if local:
+                sets.add(category_set(local))
+                notes.extend(file_notes(local))
+    tables = [labels_by_id(source, sets.target, sets.renamed) for source in own]
+    splits = _parallel("coco_split", flags.coco_split, flags.coco, notes)
+    coco = tuple(
+        CocoSource(name, uri, images, mask, labels, split)
+        for (name, _), uri, images, mask, labels, split in zip(
+            kinds,
+            flags.coco,
+            flags.coco_images,
+            (*masks, *("",) * len(flags.coco_instances)),
+            tables,
+            splits,
+            strict=True,
+        )
     )
+    root = flags.image_root or ""
+    llava_splits = _parallel("llava_split", flags.llava_split, flags.llava_json, notes)
+    llava = tuple(LlavaSource("llava", uri, root, s) for uri, s in zip(flags.llava_json, llava_splits, strict=True))
+    image_splits = _parallel("images_split", flags.images_split, flags.images, notes)
+    images = tuple(ImagesSource(pattern, root, s) for pattern, s in zip(flags.images, image_splits, strict=True))
+    return Sources(
+        root=_common_root([*(source.images_root for source in coco), *([root] if llava else [])], images),
+        coco=coco,
+        llava=llava,
+        images=images,
+        records=tuple(RecordSource(uri, flags.image_column) for path in flags.dataset for uri in _record_files(path)),
+        crayon_files=crayon_files,
+    )
+
+
+def _mask_folder(json_uri: str) -> str:
+    return json_uri.removesuffix(".gz").removesuffix(".json")
+
+
+def _parallel(flag: str, given: tuple[str, ...], sources: Sequence[str], notes: list[str]) -> tuple[str, ...]:
+    """A split for each source; empty for by content."""
+    if not given:
+        for uri in sources:
+            if match := re.search(r"(?<![a-z])(train|val|validation|test)(?![a-z])", basename(uri.rstrip("/")).lower()):
+                notes.append(
+                    f"{uri} says {match[1]!r} in its name, but pictures are split by their content; --{flag} keeps a "
+                    "source's own split"
+                )
+                break
+        return ("",) * len(sources)
+    if len(given) == 1:
+        return given * len(sources)
+    if len(given) != len(sources):
+        raise UserError(f"--{flag} names {len(given)} splits for {len(sources)} sources; name one, or one for each")
+    return given
+
+
+def _common_root(roots: Sequence[str], images: Sequence[ImagesSource]) -> str:
+    """The folder that all images lie in, from which their ids count: the same however the command was typed."""
+    folders = [canonical(join(root, "x")).removesuffix("/x") for root in roots]
+    for source in images:
+        with naming("images"):
+            paths = _list_for_root(source)
+        folders += {posixpath.dirname(canonical(path)) for path in paths}
+    if not folders or not all(map(is_local, folders)):
+        remote = [folder for folder in folders if not is_local(folder)]
+        return (
+            posixpath.commonprefix(remote).rpartition("/")[0]
+            if len(remote) == len(folders) > 1
+            else "".join(folders[:1])
+        )
+    return posixpath.commonpath(folders)
+
+
+def _list_for_root(source: ImagesSource) -> list[str]:
+    try:
+        paths = listed_paths(source.pattern)
+    except UserError as error:
+        raise UserError(f"{source.pattern}: {error}") from error
+    except FAULTS as error:
+        raise UserError(f"{source.pattern}: {error}") from error
+    if not is_list(source.pattern):
+        return paths
+    relative = any(not is_absolute(path) for path in paths)
+    return [*([join(source.image_root, "x")] if relative else []), *(path for path in paths if is_absolute(path))]
+
+
+def _record_files(path: str) -> list[str]:
+    try:
+        found = [uri for uri in list_files(path) if is_record_file(uri)]
+    except FAULTS as error:
+        raise UserError(f"--dataset {path}: {error}") from error
+    if not found:
+        raise UserError(f"--dataset {path}: names no .parquet or .tar file")
+    return found
 
 
 def _crayon_files(pattern: str) -> list[str]:
@@ -194,17 +384,18 @@ def _crayon_files(pattern: str) -> list[str]:
     return found
 
 
-def _job(flags: Flags, sources: Sources, publication: Publication) -> CrayonJob:
+def _job(flags: Flags, sources: Sources, sets: _Sets, publication: Publication) -> CrayonJob:
     segmenter = flags.segmentation.segmenter
     if segmenter == "annotations" and not sources.coco and not sources.crayon_files:
         raise UserError("--segmenter annotations needs --coco_panoptic; auto, mask2former and detectron2 do not")
     phrasebook = _phrasebook(flags)
     options = flags.instructions.options
+    model = _model(flags.segmentation, sources, sets)
     return CrayonJob(
         publication=publication,
         sources=sources,
         use_annotations=segmenter == "annotations" or (segmenter == "auto" and not sources.scenes_only),
-        model=_model(flags.segmentation, sources),
+        model=model,
         instructions=options,
         phrasebook=phrasebook,
         facts={
@@ -212,6 +403,8 @@ def _job(flags: Flags, sources: Sources, publication: Publication) -> CrayonJob:
             "templates_sha256": phrasebook.sha256,
             "instructions": asdict(options),
         },
+        categories=sets.target,
+        mask_frame=flags.segmentation.mask_frame,
         embed_images=flags.output.image_storage == "embed",
         validation_ratio=flags.output.validation_ratio,
         max_pixels=flags.output.max_pixels,
@@ -230,13 +423,15 @@ def _phrasebook(flags: Flags) -> Phrasebook:
     return phrasebook
 
 
-def _model(flags: SegmentationFlags, sources: Sources) -> ModelConfig | None:
+def _model(flags: SegmentationFlags, sources: Sources, sets: _Sets) -> ModelConfig | None:
     """The model for the images that no annotation segments; None where annotations or finished rows are all there is.
 
     Drawn scenes have annotations, but unless these are asked for a network looks at them, as it would at photographs.
     """
-    annotated_only = not (sources.scenes_only or sources.llava or sources.images)
-    if flags.segmenter == "annotations" or sources.crayon_files or (flags.segmenter == "auto" and annotated_only):
+    unannotated = sources.scenes_only or sources.llava or sources.images or sources.records
+    if flags.segmenter == "annotations" or not (unannotated or sources.coco):
+        return None
+    if flags.segmenter == "auto" and not unannotated:
         return None
     name = "mask2former" if flags.segmenter == "auto" else flags.segmenter
     options: dict[str, Any] = {"checkpoint": flags.segmenter_checkpoint, "device": flags.device}
@@ -248,12 +443,21 @@ def _model(flags: SegmentationFlags, sources: Sources) -> ModelConfig | None:
     else:
         options["config"] = flags.segmenter_config
     options = {name: value for name, value in options.items() if value is not None}
+    with naming("segmenter_checkpoint"):
+        sets.add(checkpoint_categories(name, options.get("checkpoint"), sets.stated))
+    options |= {"categories": sets.target, "category_map": sets.renamed}
     return ModelConfig(
-        load=partial(load_segmenter, name, **options),
+        load=partial(_load_segmenter, name, **options),
         batch_size=flags.batch_size,
         max_batch_pixels=flags.max_batch_pixels,
         model_copies=flags.model_copies,
     )
+
+
+def _load_segmenter(name: str, **options: Any) -> Segmenter:
+    """Load the network in a worker, where an error about it is still one about a flag."""
+    with naming("segmenter"):
+        return load_segmenter(name, **options)
 
 
 def _as_tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -31,12 +31,12 @@ def _own_file(work: str, step: str) -> Any:
     return (folder / uuid.uuid4().hex).open("wb", buffering=0)
 
 
-def announce_total(work: str, images: int) -> None:
-    """Tell the launcher how many images there are to do."""
+def announce_total(work: str, name: str, images: int) -> None:
+    """Tell the launcher how many images of some sources there are to do."""
     if is_local(work):
-        folder = Path(work) / "progress"
+        folder = Path(work) / "progress" / "totals"
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "total").write_text(str(images))
+        (folder / name).write_text(str(images))
 
 
 class ProgressDisplay:
@@ -79,5 +79,5 @@ class ProgressDisplay:
         return sum(file.stat().st_size for file in (self._folder / step).glob("*"))
 
     def _total(self) -> int | None:
-        file = self._folder / "total"
-        return int(file.read_text() or 0) if file.exists() else None
+        files = list((self._folder / "totals").glob("*"))
+        return sum(int(file.read_text() or 0) for file in files) if files else None

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -33,22 +34,26 @@ from collavo.storage import (
     rename,
 )
 from pipelines.accounts import Counts
+from pipelines.card import CARD, dataset_card
 from pipelines.job import Publication
 from pipelines.report import write_report
 from pipelines.shards import WrittenShard
+from schemas.categories import CategorySet
 from schemas.crayon_row import SCHEMA_VERSION
 
 FAILED_REJECTS = "failed-rejects.jsonl"
 """Where the rejects are left when a build fails because of their number."""
 
-SCENES_FOLDER = "scenes"
-"""Where sample scenes are drawn, below the output."""
-
-_SHARD = re.compile(r"crayon-\d{5}-of-\d{5}\.parquet")
+_SHARD = re.compile(r"(crayon|train|validation)-\d{5}-of-\d{5}\.parquet")
 _LIBRARIES = ("apache-beam", "numpy", "pillow", "pyarrow", "torch", "transformers")
 
 
-def publish(publication: Publication, shards: Sequence[WrittenShard], inputs: Mapping[str, int]) -> None:
+def publish(
+    publication: Publication,
+    shards: Sequence[WrittenShard],
+    inputs: Mapping[str, int],
+    categories: CategorySet,
+) -> None:
     """Make a data set of written shards.
 
     Args:
@@ -73,13 +78,16 @@ def publish(publication: Publication, shards: Sequence[WrittenShard], inputs: Ma
         raise
     delete([manifest_uri])
     written = [shard for shard in ordered if shard.data_uri]
-    names = [f"crayon-{position:05d}-of-{len(written):05d}.parquet" for position in range(len(written))]
+    names = _names(written)
     delete([uri for uri in published_files(folder) if basename(uri) not in names])
     for shard, name in zip(written, names, strict=True):
         rename(shard.data_uri, join(folder, name))
     _gather_rejects(join(folder, REJECTS), ordered)
-    manifest = _manifest(publication, counts, inputs, dict(zip(names, written, strict=True)))
+    manifest = _manifest(publication, counts, inputs, categories, dict(zip(names, written, strict=True)))
     write_report(folder, manifest)
+    with open_write(join(folder, CARD)) as file:
+        name = basename(publication.output.rstrip("/")) or "crayon"
+        file.write(dataset_card(manifest, names, name).encode())
     with open_write(manifest_uri) as file:
         file.write(json.dumps(manifest, indent=2).encode() + b"\n")
     if not is_local(publication.work):  # a local launcher still watches the progress in it, and removes it then
@@ -88,7 +96,7 @@ def publish(publication: Publication, shards: Sequence[WrittenShard], inputs: Ma
 
 def published_files(output: str) -> list[str]:
     """List what an earlier build left in an output folder, the manifest first."""
-    named = (MANIFEST, REJECTS, REPORT, FAILED_REJECTS)
+    named = (MANIFEST, CARD, REJECTS, REPORT, FAILED_REJECTS)
     if is_local(output):
         found = [join(output, name) for name in sorted(os.listdir(output))] if os.path.isdir(output) else []
     else:
@@ -102,11 +110,19 @@ def strangers(output: str) -> list[str]:
     if not (is_local(output) and os.path.isdir(output)):
         return []
     ours = {*map(basename, published_files(output)), *INTERNAL}
-    if MANIFEST in ours:
-        with open_read(join(output, MANIFEST)) as file:
-            drawn = re.search(rb'"scenes": \d', file.read())
-        ours |= {SCENES_FOLDER} if drawn else set()
     return sorted(name for name in os.listdir(output) if name not in ours)
+
+
+def _names(written: Sequence[WrittenShard]) -> list[str]:
+    """Number the files of each split, as `datasets` expects them."""
+    of_split = Counter(shard.shard[0] for shard in written)
+    seen: Counter[str] = Counter()
+    names = []
+    for shard in written:
+        split = shard.shard[0]
+        names.append(f"{split}-{seen[split]:05d}-of-{of_split[split]:05d}.parquet")
+        seen[split] += 1
+    return names
 
 
 def _check_accounts(counts: Counts, inputs: Mapping[str, int]) -> None:
@@ -119,6 +135,11 @@ def _check_rejects(publication: Publication, counts: Counts, inputs: Mapping[str
     total, rejected = sum(inputs.values()), counts.rejects.total()
     tally = ", ".join(f"{count} {reason}" for reason, count in counts.rejects.most_common(5))
     where = f"see {join(publication.output, FAILED_REJECTS)}"
+    for source, count in inputs.items():
+        if count and not counts.inputs_in_rows[source] and counts.rows:
+            raise UserError(
+                f"nothing is left of source {source}: all its {count} inputs were rejected ({tally}); {where}"
+            )
     if not counts.rows:
         raise UserError(f"no rows: all {total} inputs were rejected ({tally}); {where}")
     if rejected > publication.max_reject_ratio * total:
@@ -135,7 +156,11 @@ def _gather_rejects(uri: str, ordered: Sequence[WrittenShard]) -> None:
 
 
 def _manifest(
-    publication: Publication, counts: Counts, inputs: Mapping[str, int], files: Mapping[str, WrittenShard]
+    publication: Publication,
+    counts: Counts,
+    inputs: Mapping[str, int],
+    categories: CategorySet,
+    files: Mapping[str, WrittenShard],
 ) -> dict[str, Any]:
     segmenters = sorted({segmenter for shard in files.values() for segmenter in shard.segmenters})
     return {
@@ -148,6 +173,7 @@ def _manifest(
             {"name": name, "rows": shard.counts.rows, "bytes": shard.bytes, "sha256": shard.sha256}
             for name, shard in files.items()
         ],
+        "categories": {"name": categories.name, "categories": categories.as_records()},
         "segmenters": [json.loads(segmenter) for segmenter in segmenters],
         "configuration": publication.configuration,
         "versions": {

@@ -11,18 +11,18 @@ import numpy as np
 from collavo.errors import Rejected
 from collavo.panoptic.maps import PanopticMap
 from collavo.sources.coco_panoptic import Annotation
-from collavo.sources.image_paths import without_extension
 from schemas.crayon_row import CrayonRow, Dialogue
 
-SOURCES = ("coco", "scenes", "llava", "folder", "crayon")
+SOURCES = ("crayon", "coco", "scenes", "coco_instances", "llava", "folder", "dataset")
 """Kinds of source. Where several name an image, the first of these gives it its id, path and licence."""
 
 REJECT_REASONS = {
     "list": {
-        "text_only": "the dialogue names no image",
         "several_images": "the dialogue names several images, but a row holds one",
         "malformed_entry": "the entry lacks fields or turns that its format demands",
+        "turns_do_not_alternate": "human and gpt do not speak in turn, so nobody knows what answers what",
         "duplicate_id": "the COCO file lists the same image, or its annotation, twice",
+        "unknown_category": "a category id is not in the file's own `categories`",
         "unknown_image": "the annotation is of an image that its file does not list",
         "path_escapes_root": "the path leads out of the folder that it has to stay in",
         "bad_path": "the path names no file, or is not UTF-8 text",
@@ -33,7 +33,6 @@ REJECT_REASONS = {
         "unreadable_file": "the storage refuses to read the file",
         "not_a_file": "the path names a folder, a pipe or a device",
         "oversized_file": "the file is larger than any image may be",
-        "duplicate_id": "another file has the same path but for its extension",
     },
     "decode": {
         "not_an_image": "the file is in no image format that is read here",
@@ -48,14 +47,14 @@ REJECT_REASONS = {
         "oversized_file": "the mask's file is larger than any mask may be",
         "broken_mask": "the mask is no readable PNG",
         "mask_size_mismatch": "mask and image differ in size",
-        "unknown_category": "a category id is not one of COCO's 133",
+        "ambiguous_orientation": "EXIF turns the image; its mask fits as stored and as turned; `--mask_frame` decides",
         "unlisted_segment": "pixels of the mask carry an id that the annotation does not list",
         "empty_segment": "the annotation lists a segment that has no pixel",
         "repeated_segment": "the annotation lists an id twice, or lists 0",
         "non_finite_logits": "the network's output is not finite",
         "segmenter_failed": "the network failed on this image; the detail says how",
     },
-    "write": {"duplicate_id": "two rows would have the same `image_id`"},
+    "write": {"other_annotation": "the same picture lies elsewhere with another annotation, which was taken"},
 }
 """All reasons why an input makes no row, by the step that finds them. The documentation prints this table."""
 
@@ -78,10 +77,11 @@ class Reject(NamedTuple):
 
 
 class Mention(NamedTuple):
-    """An input that names an image.
+    """An input that names an image, or a dialogue about none, whose `uri` is empty.
 
-    `image_path` is relative to the source's root, `uri` is where the file lies, `mask_uri` where the annotation's mask
-    lies.
+    `image_path` is relative to the root of all sources, `uri` is where the file lies, `mask_uri` where the annotation's
+    mask lies. `instances` is the JSON text of instance
+    annotations, and `split` is the source's own.
     """
 
     input: Input
@@ -91,6 +91,8 @@ class Mention(NamedTuple):
     annotation: Annotation | None = None
     mask_uri: str = ""
     dialogue: Dialogue | None = None
+    instances: str = ""
+    split: str = ""
 
     def reject(self, stage: str, reason: str, detail: str) -> Reject:
         """Reject this input."""
@@ -103,9 +105,9 @@ class ImageTask(NamedTuple):
     mentions: tuple[Mention, ...]
 
     @property
-    def image_id(self) -> str:
-        """The id of the row."""
-        return without_extension(self.mentions[0].image_path)
+    def split(self) -> str:
+        """The split that a source has put the image in, validation where they disagree; empty where none has."""
+        return max(mention.split for mention in self.mentions)
 
     @property
     def uris(self) -> list[str]:
@@ -115,7 +117,8 @@ class ImageTask(NamedTuple):
     @property
     def annotated(self) -> Mention | None:
         """The mention that brings an annotation, if any does."""
-        return next((mention for mention in self.mentions if mention.annotation), None)
+        panoptic = next((mention for mention in self.mentions if mention.annotation), None)
+        return panoptic or next((mention for mention in self.mentions if mention.instances), None)
 
     def rejects(self, stage: str, error: Rejected) -> list[Reject]:
         """Reject the image: one line for each input that names it."""
@@ -127,9 +130,16 @@ class LoadedImage:
     """An image that was read and checked; `rgb` is None where its annotation is used and no model sees it."""
 
     task: ImageTask
-    uri: str
+    path: str
+    """Of the file that was found, relative to the root of all sources."""
+
     image_bytes: bytes
     size_wh: tuple[int, int]
+    """Upright."""
+
+    orientation: int
+    """EXIF's, 1 to 8; 1 for an image that is stored upright."""
+
     rgb: np.ndarray | None
     seconds: dict[str, float]
 
@@ -153,10 +163,14 @@ class Draft:
     """A row without its instructions, the inputs that named it, what segmented it, and the seconds that it took."""
 
     row: CrayonRow
-    uri: str
     inputs: tuple[Input, ...]
     segmenters: tuple[str, ...]
     seconds: dict[str, float]
+    unfamiliar: bool = False
+    """Whether the segmenter knows no pictures like this one."""
+
+    split_stated: bool = False
+    """Whether a source says which split the row is in; otherwise its content decides."""
 
 
 Packed = tuple[int, bytes]

@@ -18,7 +18,7 @@ from jinja2 import Environment, StrictUndefined
 
 from collavo.storage import REJECTS, REPORT, open_random, open_read, open_write
 from pipelines.report_sample import Sample, css_color, make_sample
-from schemas.categories import BY_DISPLAY_NAME
+from schemas.categories import CategorySet
 from schemas.crayon_row import TASKS, CrayonRow
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -45,18 +45,20 @@ def write_report(output: str, manifest: Mapping[str, Any]) -> None:
     """
     with open_read(join(output, REJECTS)) as file:
         examples = _reject_examples(file.read(_REJECTS_HEAD_BYTES))
+    stated = manifest["categories"]
+    categories = CategorySet.from_records(stated["name"], stated["categories"])
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["json"] = json.dumps
     html = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         manifest=manifest,
         elapsed=_elapsed(manifest),
-        samples=_read_samples(output, [file["name"] for file in manifest["files"]]),
+        samples=_read_samples(output, [file["name"] for file in manifest["files"]], categories),
         answer_bins=_ANSWER_BINS,
         histogram=histogram,
         mean=_mean,
         quantile=quantile,
         classes=sorted(manifest["segments"].items(), key=lambda item: (-item[1], item[0])),
-        class_colors={name: css_color(category.color_rgb) for name, category in BY_DISPLAY_NAME.items()},
+        class_colors={name: css_color(category.color_rgb) for name, category in categories.by_display_name.items()},
         tasks=[(task, manifest["instructions"][task]) for task in TASKS if task in manifest["instructions"]],
         examples=examples,
     )
@@ -122,7 +124,7 @@ def _reject_examples(head: bytes) -> dict[str, list[dict[str, str]]]:
     return examples
 
 
-def _read_samples(output: str, names: Sequence[str]) -> list[Sample]:
+def _read_samples(output: str, names: Sequence[str], categories: CategorySet) -> list[Sample]:
     """Read rows, evenly out of a few shards.
 
     A shard is in the order of a hash, so that its first row group is as good a sample as any.
@@ -134,7 +136,7 @@ def _read_samples(output: str, names: Sequence[str]) -> list[Sample]:
             rows = pq.ParquetFile(file).read_row_group(0)
         for place in _evenly(rows.num_rows, -(-_SAMPLE_ROWS // len(chosen))):
             row = CrayonRow.from_record(rows.slice(place, 1).to_pylist()[0])
-            samples.append(make_sample(f"{name}, row {place}", row))
+            samples.append(make_sample(f"{name}, row {place}", row, categories))
     return samples
 
 

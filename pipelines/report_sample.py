@@ -1,4 +1,4 @@
-"""One row of a data set as the report shows it: pictures as data URIs, segments with their colours and labels."""
+"""Prepares one row for the report: pictures as data URIs, segments with their colours and labels."""
 
 import base64
 import io
@@ -13,6 +13,7 @@ from collavo.errors import Rejected
 from collavo.images import decode_rgb
 from collavo.panoptic.colors import crayon_color, segment_palette
 from collavo.panoptic.index_png import decode_index_map
+from schemas.categories import Category, CategorySet
 from schemas.crayon_row import CrayonRow, Dialogue, Instruction, Segment
 
 _MAX_SEGMENTS, _MAX_INSTRUCTIONS, _MAX_DIALOGUES = 60, 24, 3
@@ -43,7 +44,8 @@ class ShownInstruction(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A row and where it lies. A picture that cannot be shown is None; then its fault says why."""
+    """A row and where it lies. A picture that cannot be shown is None; then its fault says why, unless the row has
+    no picture."""
 
     place: str
     row: CrayonRow
@@ -58,17 +60,18 @@ class Sample(NamedTuple):
     dialogues: tuple[Dialogue, ...]
 
 
-def make_sample(place: str, row: CrayonRow) -> Sample:
+def make_sample(place: str, row: CrayonRow, categories: CategorySet) -> Sample:
     """Make what the report shows of a row; its size is bounded whatever the row holds."""
     segments = row.segments[:_MAX_SEGMENTS]
-    image, image_fault = _image(row)
+    image, image_fault = _image(row) if row.has_image else (None, "")
     crayon_map, map_fault = None, ""
     anchors_xy: dict[int, tuple[float, float]] = {}
     try:
-        index_map = np.asarray(_thumbnail(decode_index_map(row.panoptic_png), Image.Resampling.NEAREST))
-        palette = np.array(segment_palette(row.segments), dtype=np.uint8)
-        crayon_map = _data_uri(Image.fromarray(palette[index_map]), "png", compress_level=1)
-        anchors_xy = _anchors_xy(index_map)
+        if row.panoptic_png is not None:
+            index_map = np.asarray(_thumbnail(decode_index_map(row.panoptic_png), Image.Resampling.NEAREST))
+            palette = np.array(segment_palette(row.segments, categories), dtype=np.uint8)
+            crayon_map = _data_uri(Image.fromarray(palette[index_map]), "png", compress_level=1)
+            anchors_xy = _anchors_xy(index_map)
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged data
         map_fault = f"The map cannot be decoded ({type(error).__name__})"
     return Sample(
@@ -78,7 +81,10 @@ def make_sample(place: str, row: CrayonRow) -> Sample:
         image_fault=image_fault,
         crayon_map=crayon_map,
         map_fault=map_fault,
-        segments=[_shown(position, segment, anchors_xy.get(position + 1)) for position, segment in enumerate(segments)],
+        segments=[
+            _shown(position, segment, categories[segment.label], anchors_xy.get(position + 1))
+            for position, segment in enumerate(segments)
+        ],
         instructions=_by_task(row.instructions[:_MAX_INSTRUCTIONS], segments),
         dialogues=row.conversations[:_MAX_DIALOGUES],
     )
@@ -94,8 +100,8 @@ def _image(row: CrayonRow) -> tuple[str | None, str]:
     return _data_uri(_thumbnail(rgb, Image.Resampling.LANCZOS), "webp", quality=75, method=1), ""
 
 
-def _shown(position: int, segment: Segment, anchor_xy: tuple[float, float] | None) -> ShownSegment:
-    red, green, blue = color = crayon_color(segment.label, segment.numbering)
+def _shown(position: int, segment: Segment, category: Category, anchor_xy: tuple[float, float] | None) -> ShownSegment:
+    red, green, blue = color = crayon_color(category, segment.numbering)
     is_light = 0.299 * red + 0.587 * green + 0.114 * blue > 140
     return ShownSegment(position, segment, css_color(color), "#000" if is_light else "#fff", anchor_xy)
 

@@ -1,4 +1,4 @@
-"""Beam's own options: what our flags leave of the command line, and what a runner cannot do with them."""
+"""Beam's own options, which are the words of a command line that are not our flags, and what a runner cannot do."""
 
 import argparse
 import logging
@@ -67,7 +67,7 @@ def check_file_systems(options: PipelineOptions, paths: Sequence[tuple[str, str]
 
 
 def check_workers(options: PipelineOptions, model_device: str | None, model_copies: int | None) -> None:
-    """Refuse workers that would lack this package, fight over a GPU, or silently not be there.
+    """Refuse workers that would lack this package, would share a GPU's memory, or would never start.
 
     Args:
         model_device: `--device`, None where no model runs.

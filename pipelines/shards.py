@@ -1,10 +1,11 @@
-"""One shard: its drafts in order of their hash, phrased, written to Parquet beside its share of the rejects."""
+"""One shard: its drafts get their instructions and are written to Parquet, in the order of a hash, with its rejects."""
 
 import dataclasses
 import json
 import time
 import uuid
 from collections.abc import Iterable
+from itertools import groupby
 from posixpath import join
 from typing import NamedTuple
 
@@ -13,16 +14,19 @@ from collavo.instructions.choose import ClassStatistics, stable_hash
 from collavo.instructions.write import write_instructions
 from collavo.storage import open_write
 from pipelines.accounts import Counts
+from pipelines.image_steps import merge_drafts
 from pipelines.job import CrayonJob
 from pipelines.progress import WRITTEN, tick
-from pipelines.records import Reject
+from pipelines.records import SOURCES, Draft, Reject
 from pipelines.spill import SpilledDraft, read_drafts
 
 
 class WrittenShard(NamedTuple):
-    """A finished shard, in the work folder; the uris are empty where there is no row, or no reject."""
+    """A shard in the work folder. `data_uri` is empty if it has no row, `rejects_uri` if it has no reject."""
 
-    shard: int
+    shard: tuple[str, int]
+    """Its split, and its number in it."""
+
     data_uri: str
     rejects_uri: str
     bytes: int
@@ -33,39 +37,41 @@ class WrittenShard(NamedTuple):
 
 
 def write_shard(
-    shard: int,
+    shard: tuple[str, int],
     spilled: Iterable[SpilledDraft],
     rejects: Iterable[Reject],
     statistics: ClassStatistics,
     job: CrayonJob,
 ) -> WrittenShard:
-    """Write the rows of one shard, shuffled by the hash of their image id, and its rejects in order.
+    """Write the rows of one shard of a split, shuffled by a hash of their pictures, and its rejects in order.
 
-    Two images of the same id meet here, whatever their sources: the first by path is written, the others are rejected.
+    Drafts of the same picture meet here, whatever their paths and sources, and become one row.
     """
     counts = Counts()
     all_rejects = list(rejects)
-    ordered = sorted(spilled, key=lambda place: (stable_hash("order", place.image_id), place.image_id, place.image_uri))
-    attempt = f"shards/{shard:05d}-{uuid.uuid4().hex}"  # a retried bundle must not write into this one's file
+    ordered = sorted(spilled, key=lambda place: (stable_hash("order", place.key), place.key, place.block))
+    attempt = f"shards/{shard[0]}-{shard[1]:05d}-{uuid.uuid4().hex}"  # a retried bundle must not write into this one's
     data_uri = join(job.work, f"{attempt}.parquet") if ordered else ""
     size, sha256 = 0, ""
     segmenters: set[str] = set()
     if ordered:
-        writer = CrayonFileWriter(open_write(data_uri), job.facts)
-        previous_id = None
-        for draft in read_drafts(ordered):
+        writer = CrayonFileWriter(open_write(data_uri), job.facts, job.categories)
+        keyed = zip((place.key for place in ordered), read_drafts(ordered), strict=True)
+        for _, same in groupby(keyed, key=lambda pair: pair[0]):
             start = time.perf_counter()
-            row = draft.row
-            if row.image_id == previous_id:
-                detail = f"another image has the id {row.image_id}; give the folders' images distinct paths"
-                all_rejects += [Reject(e.entry_id, e.source, "write", "duplicate_id", detail) for e in draft.inputs]
-                continue
-            previous_id = row.image_id
-            size_wh = (row.width, row.height)
-            instructions = write_instructions(
-                row.image_id, size_wh, row.segments, job.phrasebook, statistics, job.instructions
-            )
-            row = dataclasses.replace(row, instructions=instructions)
+            draft = _one_draft([draft for _, draft in same], all_rejects)
+            row = dataclasses.replace(draft.row, split=shard[0])
+            if row.has_image:
+                instructions = write_instructions(
+                    row.image_sha256 or row.image_id,
+                    row.size_wh,
+                    row.segments,
+                    job.categories,
+                    job.phrasebook,
+                    statistics,
+                    job.instructions,
+                )
+                row = dataclasses.replace(row, instructions=instructions)
             phrased = time.perf_counter()
             writer.write(row)
             draft.seconds["phrase"] = phrased - start
@@ -78,6 +84,22 @@ def write_shard(
         counts.add_seconds({"write": time.perf_counter() - start})
     rejects_uri = _write_rejects(join(job.work, f"{attempt}.rejects.jsonl"), all_rejects, counts)
     return WrittenShard(shard, data_uri, rejects_uri, size, sha256, counts, tuple(sorted(segmenters)))
+
+
+def _one_draft(drafts: list[Draft], rejects: list[Reject]) -> Draft:
+    """Make one draft of all those of a picture, in an order that does not depend on which was read first."""
+    first, *others = sorted(drafts, key=_rank)
+    for other in others:
+        first, refused = merge_drafts(first, other)
+        rejects += refused
+    return first
+
+
+def _rank(draft: Draft) -> tuple[object, ...]:
+    """Annotated pictures first, since their maps are exact; then by kind of source and by path."""
+    source = min(SOURCES.index(entry.source) for entry in draft.inputs)
+    scored = any(segment.score is not None for segment in draft.row.segments)
+    return scored, source, draft.row.image_path or "", draft.inputs
 
 
 def _write_rejects(uri: str, rejects: list[Reject], counts: Counts) -> str:

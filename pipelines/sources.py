@@ -1,21 +1,26 @@
-"""The sources as Beam steps: each turns files into mentions of images, and what cannot be one into rejects."""
+"""The sources: each reader turns files into mentions of images, and entries that name none into rejects."""
 
-import posixpath
-from collections.abc import Callable, Iterator
+import codecs
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from posixpath import join
-from typing import Final, Literal, NamedTuple, TypeVar
+from functools import partial
+from posixpath import basename, join
+from typing import BinaryIO, Final, Literal, NamedTuple, TypeVar
 
 import pyarrow.parquet as pq
 from apache_beam.pvalue import TaggedOutput
 
 from collavo.dataset import check_schema
 from collavo.errors import Rejected, UserError
+from collavo.sources.coco_instances import ImageInstances, stream_image_instances
 from collavo.sources.coco_panoptic import AnnotatedImage, stream_annotated_images
+from collavo.sources.dialogues import DialogueEntry, stream_dialogues
 from collavo.sources.image_paths import checked_relative, is_utf8
-from collavo.sources.llava import LlavaEntry, stream_entries
-from collavo.storage import FAULTS, canonical, is_folder, list_files, open_random, open_read
+from collavo.sources.json_files import open_json
+from collavo.sources.records import ImageRecord, stream_records
+from collavo.storage import FAULTS, canonical, list_files, open_random, open_read
 from pipelines.records import Draft, Input, Mention, Reject
 from schemas.crayon_row import CrayonRow, file_facts
 
@@ -28,24 +33,32 @@ RejectOutput = TaggedOutput[Literal["rejected"], Reject]
 
 
 def reject_output(reject: Reject) -> RejectOutput:
+    """Tag a reject line for the output of a step."""
     return TaggedOutput(REJECT_TAG, reject)
 
 
 class CocoSource(NamedTuple):
-    """A COCO panoptic file with the folders of its images and masks; `name` is `coco` or `scenes`."""
+    """A COCO file with the folder of its images; `name` is `coco`, `scenes` or `coco_instances`.
+
+    `masks_root` is the folder of a panoptic file's masks, `labels` the label of each of its category ids, and `split`
+    where all its images go, empty for by content.
+    """
 
     name: str
     json_uri: str
     images_root: str
     masks_root: str
+    labels: Mapping[int, int]
+    split: str = ""
 
 
 class LlavaSource(NamedTuple):
-    """A LLaVA file with the root of its images; `name` is `llava` or `scenes`."""
+    """A file of dialogues with the root of its images; `name` is `llava` or `scenes`."""
 
     name: str
     json_uri: str
     image_root: str
+    split: str = ""
 
 
 class ImagesSource(NamedTuple):
@@ -53,44 +66,72 @@ class ImagesSource(NamedTuple):
 
     pattern: str
     image_root: str
+    split: str = ""
+
+
+class RecordSource(NamedTuple):
+    """A Parquet file or tar shard that holds its images."""
+
+    uri: str
+    image_column: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """All that a job reads: finished rows, or any combination of the others."""
+    """All that a job reads, in any combination.
 
+    `root` is the folder that all images lie in, from which the ids of rows count.
+    """
+
+    root: str = ""
     coco: tuple[CocoSource, ...] = ()
     llava: tuple[LlavaSource, ...] = ()
     images: tuple[ImagesSource, ...] = ()
+    records: tuple[RecordSource, ...] = ()
     crayon_files: tuple[str, ...] = ()
 
     @property
     def scenes_only(self) -> bool:
+        """Whether nothing but sample scenes is read."""
         names = {source.name for source in self.coco} | {source.name for source in self.llava}
-        return names == {"scenes"} and not self.images
+        return names == {"scenes"} and not (self.images or self.records or self.crayon_files)
 
 
-def read_coco(source: CocoSource) -> Iterator[Mention | RejectOutput]:
-    """Stream a COCO panoptic file into mentions."""
-    with _naming("coco_panoptic", source.json_uri), open_read(source.json_uri) as file:
-        for entry in stream_annotated_images(file):
-            yield _mention_or_reject(source.name, entry, lambda image: _coco_mention(source, image))
+def read_coco(source: CocoSource, root: str) -> Iterator[Mention | RejectOutput]:
+    """Stream a COCO file into mentions."""
+    flag = "coco_instances" if source.name == "coco_instances" else "coco_panoptic"
+    with _opened_json(flag, source.json_uri) as file:
+        if source.name == "coco_instances":
+            for found in stream_image_instances(file, source.json_uri, source.labels):
+                yield _mention_or_reject(source.name, found, lambda image: _instances_mention(source, image, root))
+        else:
+            for entry in stream_annotated_images(file, source.json_uri, source.labels):
+                yield _mention_or_reject(source.name, entry, lambda image: _coco_mention(source, image, root))
 
 
-def read_llava(source: LlavaSource) -> Iterator[Mention | RejectOutput]:
-    """Stream a LLaVA file into mentions."""
-    with _naming("llava_json", source.json_uri), open_read(source.json_uri) as file:
-        for entry in stream_entries(file):
-            yield _mention_or_reject(source.name, entry, lambda dialogue: _llava_mention(source, dialogue))
+def read_llava(source: LlavaSource, root: str) -> Iterator[Mention | RejectOutput]:
+    """Stream a file of dialogues into mentions."""
+    with _opened_json("llava_json", source.json_uri) as file:
+        for number, entry in enumerate(stream_dialogues(file, source.json_uri)):
+            yield _mention_or_reject(source.name, entry, partial(_dialogue_mention, source, root, number))
 
 
-def read_images(source: ImagesSource) -> Iterator[Mention | RejectOutput]:
+def read_images(source: ImagesSource, root: str) -> Iterator[Mention | RejectOutput]:
     """Turn a glob, folder or list file into mentions of images."""
-    root = source.image_root if _is_list(source.pattern) else _fixed_part(source.pattern)
     with _naming("images", source.pattern):
-        paths = _listed_paths(source.pattern)
+        paths = listed_paths(source.pattern)
     for path in paths:
         yield _mention_or_reject("folder", path, lambda path: _file_mention(source, root, path))
+
+
+def read_records(source: RecordSource) -> Iterator[ImageRecord | RejectOutput]:
+    """Stream a data set that holds its images."""
+    with _naming("dataset", source.uri), open_random(source.uri) as file:
+        for record in stream_records(file, source.uri, source.image_column):
+            if isinstance(record, Rejected):
+                yield reject_output(Reject(record.entry_id, "dataset", "list", record.reason, str(record)))
+            else:
+                yield record
 
 
 def read_crayon_rows(uri: str, keep_image_bytes: bool) -> Iterator[Draft]:
@@ -98,12 +139,20 @@ def read_crayon_rows(uri: str, keep_image_bytes: bool) -> Iterator[Draft]:
     with _naming("from_crayon", uri), open_random(uri) as file:
         parquet = pq.ParquetFile(file)
         check_schema(parquet.schema_arrow, uri)
-        segmenters = tuple(file_facts(parquet.metadata.metadata).get("segmenters", ()))
+        segmenters = tuple(file_facts(parquet.metadata.metadata or {}).get("segmenters", ()))
         for batch in parquet.iter_batches(batch_size=50):
             for record in batch.to_pylist():
                 row = CrayonRow.from_record({**record, "instructions": ()})
+                if row.image_sha256 is None and row.image_bytes is not None:  # of schema version 1
+                    row = replace(row, image_sha256=hashlib.sha256(row.image_bytes).hexdigest())
                 row = row if keep_image_bytes else replace(row, image_bytes=None)
-                yield Draft(row, uri, (Input("crayon", row.image_id),), segmenters, {})
+                yield Draft(row, (Input("crayon", row.image_id),), segmenters, {}, split_stated=True)
+
+
+@contextmanager
+def _opened_json(flag: str, uri: str) -> Iterator[BinaryIO]:
+    with _naming(flag, uri), open_read(uri) as raw, open_json(raw, uri) as file:
+        yield file
 
 
 @contextmanager
@@ -126,31 +175,51 @@ def _mention_or_reject(
         return reject_output(Reject(error.entry_id, source, "list", error.reason, str(error)))
 
 
-def _coco_mention(source: CocoSource, image: AnnotatedImage) -> Mention:
-    path = _inside(image.entry_id, image.file_name)
+def _coco_mention(source: CocoSource, image: AnnotatedImage, root: str) -> Mention:
     mask_uri = ""
     if image.annotation:
         mask_uri = join(source.masks_root, _inside(image.entry_id, image.annotation.mask_name))
-    uri = canonical(join(source.images_root, path))
-    return Mention(Input(source.name, image.entry_id), path, uri, image.license_id, image.annotation, mask_uri)
+    uri = canonical(join(source.images_root, _inside(image.entry_id, image.file_name)))
+    return Mention(
+        Input(source.name, image.entry_id),
+        path_below(root, uri),
+        uri,
+        image.license_id,
+        image.annotation,
+        mask_uri,
+        split=source.split,
+    )
 
 
-def _llava_mention(source: LlavaSource, entry: LlavaEntry) -> Mention:
-    path = _inside(entry.dialogue.id, entry.image)
-    uri = canonical(join(source.image_root, path))
-    return Mention(Input(source.name, entry.dialogue.id), path, uri, dialogue=entry.dialogue)
+def _instances_mention(source: CocoSource, image: ImageInstances, root: str) -> Mention:
+    uri = canonical(join(source.images_root, _inside(image.entry_id, image.file_name)))
+    return Mention(
+        Input(source.name, image.entry_id),
+        path_below(root, uri),
+        uri,
+        image.license_id,
+        instances=image.instances or "[]",
+        split=source.split,
+    )
+
+
+def _dialogue_mention(source: LlavaSource, root: str, number: int, entry: DialogueEntry) -> Mention:
+    named = Input(source.name, entry.dialogue.id)
+    if entry.image is None:
+        return Mention(named, f"{basename(source.json_uri)}#{number}", "", dialogue=entry.dialogue, split=source.split)
+    uri = canonical(join(source.image_root, _inside(entry.dialogue.id, entry.image)))
+    return Mention(named, path_below(root, uri), uri, dialogue=entry.dialogue, split=source.split)
 
 
 def _file_mention(source: ImagesSource, root: str, path: str) -> Mention:
-    """A file below `root`, or a line of a list file."""
+    """Make a mention of a file below `root`, or of a line of a list file."""
     if not is_utf8(path) or "\0" in path:
         readable = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
         raise Rejected("bad_path", "the file's name is not UTF-8 text", readable)
-    if _is_list(source.pattern) and not _is_absolute(path):
-        relative = _inside(path, path)
-        return Mention(Input("folder", path), relative, canonical(join(root, relative)))
-    relative = path.removeprefix(root.rstrip("/") + "/") if root else path
-    return Mention(Input("folder", path), relative.split("://")[-1].lstrip("/"), canonical(path))
+    if is_list(source.pattern) and not is_absolute(path):
+        path = join(source.image_root, _inside(path, path))
+    uri = canonical(path)
+    return Mention(Input("folder", path), path_below(root, uri), uri, split=source.split)
 
 
 def _inside(entry_id: str, path: str) -> str:
@@ -160,24 +229,34 @@ def _inside(entry_id: str, path: str) -> str:
         raise Rejected(error.reason, str(error), entry_id) from error
 
 
-def _listed_paths(pattern: str) -> list[str]:
-    if _is_list(pattern):
+def path_below(root: str, uri: str) -> str:
+    """The path of a file from the root of all sources, or from its own storage's where it lies elsewhere."""
+    return uri.removeprefix(f"{root.rstrip('/')}/").split("://")[-1].lstrip("/")
+
+
+def listed_paths(pattern: str) -> list[str]:
+    """The files that a glob, folder or list file names, hidden ones left out.
+
+    Raises:
+        UserError: if there are none.
+    """
+    if is_list(pattern):
         with open_read(pattern) as file:
-            return [path for line in file if (path := line.decode(errors="surrogateescape").strip())]
-    if paths := list_files(pattern):
+            lines = file.read().removeprefix(codecs.BOM_UTF8).splitlines()
+        return [path for line in lines if (path := line.decode(errors="surrogateescape").strip())]
+    if paths := [path for path in list_files(pattern) if not is_hidden(path, pattern)]:
         return paths
     raise UserError("names no file; a folder, a glob in quotes, or a .txt list would work")
 
 
-def _is_list(pattern: str) -> bool:
+def is_hidden(path: str, pattern: str) -> bool:
+    """Whether a file, or a folder below the one named, begins with a dot, as `.ipynb_checkpoints` does."""
+    return any(part.startswith(".") for part in path.removeprefix(pattern).split("/") if part not in ("", ".", ".."))
+
+
+def is_list(pattern: str) -> bool:
     return pattern.endswith(".txt")
 
 
-def _is_absolute(path: str) -> bool:
+def is_absolute(path: str) -> bool:
     return path.startswith("/") or "://" in path
-
-
-def _fixed_part(pattern: str) -> str:
-    """The folder above the first wildcard, from which image ids count: `a/b` of `a/b/*/c.jpg`."""
-    wildcard = min((pattern.find(c) for c in "*?[" if c in pattern), default=len(pattern))
-    return pattern.rstrip("/") if is_folder(pattern) else posixpath.dirname(pattern[:wildcard])

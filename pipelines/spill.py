@@ -1,11 +1,12 @@
-"""What waits on disk between two steps: mentions until those of an image meet, drafts until their shard is written.
+"""Files in which mentions and drafts wait between two steps, while only their places in these files are shuffled.
 
-A local runner keeps in memory whole, several times over, what is sent through its shuffle. So each bundle appends to a
-file of its own in the work folder, and only places are shuffled: of blocks of mentions, by partitions of the images,
-and of drafts, which their shard reads in an order of its own. A retried bundle writes another file; what the failed one
-wrote is referred to by nobody.
+A local runner keeps everything that passes its shuffle in memory, several times over. So each bundle appends to a file
+of its own in the work folder. Mentions are shuffled by partitions of the images, so that those of an image meet; drafts
+by shards, which read them in the order of a hash. A retried bundle writes another file, and nothing refers to the file
+of the failed one.
 """
 
+import hashlib
 import io
 import pickle
 import uuid
@@ -16,21 +17,22 @@ from itertools import groupby
 from posixpath import join
 from typing import Any, BinaryIO, NamedTuple
 
-from collavo.instructions.write import present_thing_labels
+from collavo.instructions.write import present_things
 from collavo.storage import is_local, open_random, open_write
 from pipelines.merge import image_key
 from pipelines.records import Draft, Mention, Packed, packed
+from schemas.categories import CategorySet
 
 _MAX_OPEN_FILES = 64
-"""A cluster's shard draws on a file of every bundle, thousands perhaps, and each holds a buffer while it is open."""
+"""On a cluster, a shard may read from thousands of files, one of every bundle, and each holds a buffer while open."""
 
 _SMALL_FILE_BYTES = 32 << 20
 _MENTIONS_PER_WRITE = 4096
-_DRAFTS_PER_BATCH = 500
+_DRAFTS_PER_PACK = 500
 
 
 class Block(NamedTuple):
-    """Where something lies on disk."""
+    """Where something lies in a file."""
 
     uri: str
     offset: int
@@ -38,7 +40,7 @@ class Block(NamedTuple):
 
 
 class _SpillFile:
-    """One new file, to which whatever can be pickled is appended; what was, may be read only after `close`."""
+    """A new file, to which anything that pickles can be appended. It can be read only after `close`."""
 
     def __init__(self, work: str, kind: str) -> None:
         self._uri = join(work, f"{kind}/{uuid.uuid4().hex}.pickle")
@@ -57,7 +59,7 @@ class _SpillFile:
 
 
 def _open(uri: str) -> BinaryIO:
-    """A spilled file to read here and there; from a store, a small one is fetched once and not in a hundred pieces."""
+    """Open a file to read here and there. From a store, a small one is fetched once, not in hundreds of pieces."""
     data = None if is_local(uri) else _small_file(uri)
     return open_random(uri) if data is None else io.BytesIO(data)
 
@@ -71,7 +73,7 @@ def _small_file(uri: str) -> bytes | None:
 
 
 class MentionSpillWriter:
-    """Writes mentions to one new file, those of a partition together; their places may be told only after `close`."""
+    """Writes mentions to a new file, those of a partition together."""
 
     def __init__(self, work: str) -> None:
         self._file = _SpillFile(work, "mentions")
@@ -87,7 +89,7 @@ class MentionSpillWriter:
             self._write()
 
     def close(self) -> list[tuple[int, Block]]:
-        """The blocks by partition."""
+        """Close the file, and return its blocks with their partitions."""
         self._write()
         self._file.close()
         return self._blocks
@@ -99,7 +101,7 @@ class MentionSpillWriter:
 
 
 def read_mentions(blocks: Iterable[Block]) -> list[list[Mention]]:
-    """The mentions of a partition, those of each image together."""
+    """Read the mentions of a partition; return a list for each image."""
     by_image: dict[bytes, list[Mention]] = defaultdict(list)
     for uri, of_file in groupby(sorted(blocks), key=lambda block: block.uri):
         with _open(uri) as file:
@@ -111,44 +113,50 @@ def read_mentions(blocks: Iterable[Block]) -> list[list[Mention]]:
 
 
 class SpilledDraft(NamedTuple):
-    """Where a draft lies, and what the steps before its reading need to know of it."""
+    """Where a draft lies, and what has to be known of it before it is read."""
 
-    image_id: str
-    image_uri: str
-    """Settles which of two images with the same id comes first."""
+    key: str
+    """What its row is found by: the SHA-256 of the picture, or of the id of a row without one."""
 
-    present_labels: tuple[int, ...]
+    split: str
+    split_stated: bool
+    present: tuple[int, ...]
+    """Things in it, by their positions among those of the set."""
+
     block: Block
 
 
 class SpillWriter:
-    """Appends drafts to one new file; their places may be told only after `close`."""
+    """Appends drafts to a new file."""
 
-    def __init__(self, work: str) -> None:
+    def __init__(self, work: str, categories: CategorySet) -> None:
+        self._categories = categories
         self._file = _SpillFile(work, "drafts")
         self._spilled: list[SpilledDraft] = []
-        self._batches: list[Packed] = []
+        self._packs: list[Packed] = []
 
     def append(self, draft: Draft) -> None:
-        present = tuple(present_thing_labels(draft.row.segments))
-        self._spilled.append(SpilledDraft(draft.row.image_id, draft.uri, present, self._file.append(draft)))
-        if len(self._spilled) == _DRAFTS_PER_BATCH:
+        row = draft.row
+        present = tuple(present_things(row.segments, self._categories))
+        key = row.image_sha256 or hashlib.sha256(row.image_id.encode()).hexdigest()
+        self._spilled.append(SpilledDraft(key, row.split, draft.split_stated, present, self._file.append(draft)))
+        if len(self._spilled) == _DRAFTS_PER_PACK:
             self._pack()
 
     def close(self) -> list[Packed]:
-        """The places, in batches."""
+        """Close the file, and return the places of its drafts, in packs."""
         self._pack()
         self._file.close()
-        return self._batches
+        return self._packs
 
     def _pack(self) -> None:
         if self._spilled:
-            self._batches.append(packed(self._spilled))
+            self._packs.append(packed(self._spilled))
         self._spilled = []
 
 
 def read_drafts(spilled: list[SpilledDraft]) -> Iterator[Draft]:
-    """Read drafts back, in the order given."""
+    """Read drafts in the order given."""
     files: dict[str, BinaryIO] = {}
     try:
         for uri, offset, length in (place.block for place in spilled):
@@ -158,7 +166,7 @@ def read_drafts(spilled: list[SpilledDraft]) -> Iterator[Draft]:
                 files[uri] = _open(uri)
             file = files[uri]
             file.seek(offset)
-            # Our own file of this very run, in a folder that only its workers write to.
+            # Unpickling is safe: the file was written by this run, in a folder that only its workers write to.
             yield pickle.loads(file.read(length))
     finally:
         for file in files.values():

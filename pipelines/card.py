@@ -1,0 +1,123 @@
+"""The dataset card: `README.md` of a data set, with the metadata that `datasets` and the hub read.
+
+Its `configs` are what makes `load_dataset("out")` show two splits of crayon rows. Figures come from the manifest.
+Source: the hub's dataset card metadata, https://huggingface.co/docs/hub/datasets-cards.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from schemas.crayon_row import SPLITS, TASKS
+
+CARD = "README.md"
+
+_SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
+_SIZE_NAMES = ("1K", "10K", "100K", "1M", "10M", "100M")
+_CLASSES_SHOWN = 15
+
+_BODY = """\
+# {name}
+
+Crayon instruction data for [CoLLaVO](https://arxiv.org/abs/2402.11248): one row per image, with its panoptic map and
+segments, questions and answers made from them, and the dialogues that other data sets hold about it. Built on
+{finished} with collavo {version}.
+
+```python
+from datasets import load_dataset
+
+rows = load_dataset({path!r})  # splits: {splits}
+```
+
+| | |
+|---|---|
+| rows | {rows} |
+| instructions | {instructions} |
+| conversations | {conversations:,} |
+| segments | {segments:,} of {classes_found} of {classes} classes ({set_name}) |
+| segmented by | {segmenters} |
+| inputs left out | {rejects} |
+
+The most frequent classes: {frequent}.
+
+## Columns
+
+`image` and `panoptic_map` show as pictures; a pixel of the map is the position of its segment in `segments`, from 1,
+and 0 is unknown. Boxes are `[x_min, y_min, x_max, y_max]` in pixels of the upright image. `image_sha256` identifies a
+picture whatever its name, and decides its split unless the source had one. The classes, with their numbers, colours and
+English forms, are in the files' metadata under `collavo.categories`.
+
+## Licence
+
+The rows hold other people's images and dialogues, which keep the licences of their sources ({sources}); `license_id` is
+COCO's, where an image has one. The instructions were made from templates.
+"""
+
+
+def dataset_card(manifest: Mapping[str, Any], files: Sequence[str], name: str) -> str:
+    """The card's text.
+
+    Args:
+        manifest: what `manifest.json` holds.
+        files: names of the Parquet files.
+        name: of the data set's folder.
+    """
+    splits = [split for split in SPLITS if any(file.startswith(f"{split}-") for file in files)]
+    metadata = {
+        "pretty_name": name,
+        "license": "other",
+        "license_name": "as-the-sources",
+        "language": ["en"],
+        "task_categories": ["image-text-to-text", "visual-question-answering", "image-segmentation"],
+        "tags": ["collavo", "crayon", "panoptic-segmentation"],
+        "size_categories": [size_category(manifest["rows"])],
+        "configs": [
+            {
+                "config_name": "default",
+                "data_files": [{"split": split, "path": f"{split}-*.parquet"} for split in splits],
+            }
+        ],
+    }
+    return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n{_body(manifest, splits, name)}"
+
+
+def size_category(rows: int) -> str:
+    """The hub's word for a number of rows."""
+    place = next((place for place, size in enumerate(_SIZES) if rows < size), len(_SIZES))
+    if place == 0:
+        return "n<1K"
+    return f"{_SIZE_NAMES[place - 1]}<n<{_SIZE_NAMES[place]}" if place < len(_SIZES) else "n>100M"
+
+
+def _body(manifest: Mapping[str, Any], splits: Sequence[str], name: str) -> str:
+    segments: Mapping[str, int] = manifest["segments"]
+    ranked = sorted(segments.items(), key=lambda item: (-item[1], item[0]))
+    instructions: Mapping[str, int] = manifest["instructions"]
+    rejects: Mapping[str, int] = manifest["rejects"]
+    tasks = ", ".join(f"{task} {instructions[task]:,}" for task in TASKS if task in instructions)
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(rejects.items()))
+    return _BODY.format(
+        name=name,
+        path=name,
+        finished=manifest["finished"][:10],
+        version=manifest["versions"]["collavo"],
+        splits=", ".join(splits),
+        rows=", ".join(f"{split} {manifest['rows_by_split'].get(split, 0):,}" for split in splits),
+        instructions=f"{sum(instructions.values()):,}: {tasks}" if instructions else "none",
+        conversations=manifest["conversations"],
+        segments=sum(segments.values()),
+        classes_found=len(segments),
+        classes=len(manifest["categories"]["categories"]),
+        set_name=manifest["categories"]["name"],
+        segmenters="; ".join(map(_segmenter, manifest["segmenters"])) or "nothing",
+        rejects=f"{sum(rejects.values()):,}: {reasons}" if rejects else "none",
+        frequent=", ".join(f"{category} {count:,}" for category, count in ranked[:_CLASSES_SHOWN]) or "none",
+        sources=", ".join(sorted(manifest["inputs"])),
+    )
+
+
+def _segmenter(facts: Mapping[str, Any]) -> str:
+    named = facts.get("segmenter") or facts.get("name") or "unknown"
+    checkpoint = facts.get("checkpoint")
+    return f"{named}, `{checkpoint}`" if checkpoint else str(named)
