@@ -21,7 +21,7 @@ from collavo.dataset import read_rows
 from pipelines.command import main
 from pipelines.options import parse_flags
 from pipelines.plan import Plan, make_plan
-from schemas.categories import CATEGORIES
+from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import CrayonRow
 
 REPOSITORY = Path(__file__).parents[1]
@@ -119,7 +119,7 @@ def tiny_mask2former(folder: Path) -> Path:
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
     sizes = dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim"), 32)
-    names = {category.label: category.name for category in CATEGORIES}
+    names = {category.label: category.name for category in COCO_PANOPTIC}
     model = Mask2FormerForUniversalSegmentation(
         Mask2FormerConfig(
             backbone_config=backbone,

@@ -14,6 +14,7 @@ from PIL import Image
 
 from collavo.embedded import ASSETS
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
+from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import CrayonRow, Segment
 
 # Tensors here are tiny: threads that wait for one another cost more than they compute. Subprocesses inherit it.
@@ -61,13 +62,15 @@ def coco_png(ids: np.ndarray) -> bytes:
 
 def segment(**changes: Any) -> Segment:
     """The only person in a picture, or whatever the changes make of it."""
-    return Segment(**{"id": 1, "label": PERSON, "box_xyxy": (0, 0, 10, 20), "area": 150, "numbering": 1, **changes})
+    plain = {"id": 1, "label": PERSON, "box_xyxy": (0, 0, 10, 20), "area": 150, "numbering": 1, **changes}
+    return Segment.of(COCO_PANOPTIC[plain.pop("label")], **plain)
 
 
 def crayon_row(**changes: Any) -> CrayonRow:
     """A row without an image file worth the name."""
     plain: dict[str, Any] = {
-        "image_id": "a",
+        "image_id": "a.jpg",
+        "image_sha256": "0" * 64,
         "image_bytes": b"jpeg",
         "image_path": "a.jpg",
         "width": 10,

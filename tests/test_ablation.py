@@ -9,12 +9,17 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny_model import save_tiny_base, scene_rows
 
+from collavo.evaluation.judge import Judge
+from schemas.categories import COCO_PANOPTIC
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import ablation
 
 from collavo import train
 from collavo.evaluation.questions import questions_of
 from collavo.evaluation.scores import summarise
+
+JUDGE = Judge(COCO_PANOPTIC)
 
 TRAIN_FLAGS = "--lora_rank 4 --max_length 700 --workers 0 --micro_batch_size 4"
 
@@ -92,7 +97,9 @@ def test_the_report_holds_every_arm(study: Path) -> None:
 
 def test_a_map_without_mistakes_answers_without_mistakes() -> None:
     rows = scene_rows(8)
-    answers = [a for row in rows for a in ablation.answers_of_map(row, questions_of(row, tuple(ablation.MEASURES)))]
+    answers = [
+        a for row in rows for a in ablation.answers_of_map(row, questions_of(row, tuple(ablation.MEASURES), JUDGE))
+    ]
     figures = ablation.percentages(summarise(answers))
     assert figures["C2B"] == figures["B2C"] == figures["Counting"] == figures["Class-to-box IoU"] == 100
 

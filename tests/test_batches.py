@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tiny_model import GRID, scene_rows, tiny_processor, write_crayon_file
+from tiny_model import GRID, scene_rows, tiny_model, tiny_processor, write_crayon_file
 
 from collavo.dataset import find_files
 from collavo.errors import UserError
@@ -17,9 +17,9 @@ from collavo.model.prompt import KINDS
 from collavo.panoptic.grid import crayon_grid
 from collavo.panoptic.index_png import decode_index_map
 from collavo.training.batch_plan import PlanOptions, Sample, plan_epoch
-from collavo.training.batches import ExampleDataset, build_loader
+from collavo.training.batches import ExampleDataset, MicroBatch, build_loader
 from collavo.training.row_index import build_row_index
-from schemas.crayon_row import CrayonRow
+from schemas.crayon_row import CrayonRow, Dialogue
 
 PROCESSOR = tiny_processor()
 
@@ -67,6 +67,25 @@ def test_the_object_list_goes_where_it_is_wanted(tmp_path: Path, object_list: st
     for kind in KINDS:
         text = text_of(examples[Sample(kind, 0, (0,))].input_ids)
         assert ("The image includes (" in text) == (kind in listed)
+
+
+def test_text_alone_and_system_turns_are_trained_beside_pictures(tmp_path: Path) -> None:
+    said = (("system", "Be brief."), ("human", "Who are you?"), ("gpt", "A model."))
+    alone = CrayonRow("talk", None, None, None, None, None, ("llava",), None, "train", None)
+    rows = [scene_rows(1)[0], replace(alone, conversations=(Dialogue("talk", said),))]
+    examples = dataset(tmp_path, rows)
+    assert not examples.index.has_null_images
+    batch = examples.collate_or_error([examples[Sample("dialogue", row, (0,))] for row in (0, 1)])
+    assert isinstance(batch, MicroBatch)
+    assert batch.inputs["input_ids"].shape[0] == 2 and batch.inputs["pixel_values"].shape[0] == 1
+    text, labels = (batch.inputs[name][1] for name in ("input_ids", "labels"))
+    assert PROCESSOR.image_token_id not in text
+    assert "Be brief." in text_of(text) and text_of(labels[labels != -100]) == " A model.</s>"
+    model = tiny_model()
+    loss = model(**batch.inputs, supervised_only=True, num_items_in_batch=1).loss
+    apart = [examples.collate_or_error([examples[Sample("dialogue", row, (0,))]]) for row in (0, 1)]
+    losses = [model(**one.inputs, supervised_only=True, num_items_in_batch=1).loss for one in apart]  # type: ignore
+    torch.testing.assert_close(loss, sum(losses), rtol=1e-4, atol=1e-4)
 
 
 def test_texts_that_no_sequence_could_hold_are_left_out_and_counted(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The build, end to end: what a user gets out of it."""
 
+import hashlib
 import io
 import json
 import subprocess
@@ -10,9 +11,10 @@ from pathlib import Path
 import datasets
 import jsonlines
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from builds import IDS, PICTURE, REPOSITORY, CocoFolder, DataSet, build, scene_sources
+from builds import IDS, PICTURE, REPOSITORY, CocoFolder, DataSet, build, scene_sources, status_of, tiny_mask2former
 from conftest import coco_png, encoded, needs_scenes_model
 from PIL import Image
 
@@ -20,9 +22,11 @@ from collavo.images import decode_rgb
 from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK
 from collavo.panoptic.index_png import decode_index_map
 from collavo.scenes import write_scenes
+from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import CRAYON_SCHEMA, TASKS, file_facts
 
 COUNT = 30
+TWO_SHARDS = ["--num_shards", 2, "--validation_ratio", 0.3]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +38,7 @@ def scenes(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def built(scenes, tmp_path_factory) -> DataSet:
-    return build(tmp_path_factory.mktemp("built") / "out", *scene_sources(scenes), "--num_shards", 2)
+    return build(tmp_path_factory.mktemp("built") / "out", *scene_sources(scenes), *TWO_SHARDS)
 
 
 def check_sums(data: DataSet) -> None:
@@ -63,14 +67,17 @@ def test_one_command_draws_scenes_and_makes_a_data_set_of_them(tmp_path, capsys,
     assert facts.get("checkpoint") == ("scenes" if segmenter == "auto" else None)
     scores = [found.score for row in data.rows.values() for found in row.segments]
     assert scores and all((score is None) == (segmenter == "annotations") for score in scores)
-    assert sorted(data.rows) == [f"images/scene-{i:06d}" for i in range(12)]
+    assert sorted(data.rows) == [f"images/scene-{i:06d}.jpg" for i in range(12)]
     assert data.manifest["instructions"].keys() == set(TASKS)
     assert all(row.sources == ("scenes",) and row.conversations for row in data.rows.values())
     report = (tmp_path / "out" / "report.html").read_text()
     assert "scene-0000" in report and "<img" in report
-    assert [path.name for path in tmp_path.iterdir()] == ["out"] and not list((tmp_path / "out").glob(".*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out_scenes"]
+    assert {path.name for path in data.folder.iterdir()} - {file.name for file in data.files} == {
+        *("README.md", "manifest.json", "rejects.jsonl", "report.html"),
+    }
     shown = capsys.readouterr().out
-    assert "12" in shown and "report.html" in shown and "crayon-*.parquet" in shown
+    assert "12" in shown and "report.html" in shown and "out/*.parquet" in shown
 
 
 def test_the_real_photograph_keeps_what_is_published_of_it(tmp_path, real):
@@ -79,7 +86,9 @@ def test_the_real_photograph_keeps_what_is_published_of_it(tmp_path, real):
         *("--coco_panoptic", real / "coco" / "panoptic.json", "--coco_images", real / "coco" / "images"),
         *("--llava_json", real / "llava_sample.json", "--image_root", real, "--segmenter", "annotations"),
     )
-    (row,) = data.rows.values()
+    rows = data.rows
+    (row,) = (row for row in rows.values() if row.has_image)
+    (talk,) = (row for row in rows.values() if not row.has_image)
     published = json.loads((real / "coco" / "panoptic.json").read_text())["annotations"][0]["segments_info"]
     assert len(row.segments) == len(published) == 18
     by_id = {segment.id: segment for segment in row.segments}
@@ -87,7 +96,7 @@ def test_the_real_photograph_keeps_what_is_published_of_it(tmp_path, real):
         x, y, width, height = info["bbox"]
         assert by_id[info["id"]].box_xyxy == (x, y, x + width, y + height)
         assert by_id[info["id"]].area == info["area"]
-    people = [segment for segment in row.segments if segment.category.name == "person"]
+    people = [segment for segment in row.segments if segment.category == "person"]
     assert sorted(person.numbering for person in people if not person.is_crowd) == list(range(1, 14))
     assert [person.numbering for person in people if person.is_crowd] == [0]
     assert row.image_bytes == (real / "coco" / "images" / "000000142238.jpg").read_bytes()
@@ -97,10 +106,8 @@ def test_the_real_photograph_keeps_what_is_published_of_it(tmp_path, real):
     assert [d.as_record() for d in row.conversations] == [
         {"id": entry["id"], "turns": entry["conversations"]} for entry in entries[:2]
     ]
-    assert {(reject["id"], reject["reason"]) for reject in data.rejects} == {
-        ("text-only-1", "text_only"),
-        ("missing-1", "missing_file"),
-    }
+    assert [dialogue.id for dialogue in talk.conversations] == ["text-only-1"]
+    assert [(reject["id"], reject["reason"]) for reject in data.rejects] == [("missing-1", "missing_file")]
     check_sums(data)
 
 
@@ -111,16 +118,17 @@ def test_rows_carry_what_the_sources_hold(built, scenes):
     rows = built.rows
     assert len(rows) == COUNT
     for annotation in annotations:
-        row = rows[annotation["file_name"].removesuffix(".png")]
+        row = rows[f"images/{annotation['file_name'].removesuffix('.png')}.jpg"]
         found = {segment.id: (segment.area, segment.box_xyxy, segment.is_crowd) for segment in row.segments}
         assert found == {
             info["id"]: (info["area"], (x, y, x + width, y + height), bool(info["iscrowd"]))
             for info in annotation["segments_info"]
             for x, y, width, height in [info["bbox"]]
         }
-        assert row.image_bytes == (scenes / "images" / row.image_path).read_bytes()
+        assert row.image_bytes == (scenes / row.image_path).read_bytes()
+        assert row.image_sha256 == hashlib.sha256(row.image_bytes).hexdigest()
         assert {dialogue.id for dialogue in row.conversations} == {
-            entry["id"] for entry in dialogues if entry["image"] == f"images/{row.image_path}"
+            entry["id"] for entry in dialogues if entry["image"] == row.image_path
         }
         assert row.license_id == 1 and row.sources == ("coco", "llava")
 
@@ -141,20 +149,26 @@ def test_files_are_those_that_the_contract_states(built):
         for column in CRAYON_SCHEMA:
             assert parquet.schema_arrow.field(column.name) == column
         facts = file_facts(parquet.metadata.metadata)
-        assert facts["schema_version"] == 1 and facts["instructions"]["seed"] == 0 and facts["code_version"]
+        assert facts["schema_version"] == 2 and facts["categories"]["name"] == COCO_PANOPTIC.name
+        assert facts["instructions"]["seed"] == 0 and facts["code_version"]
         assert [json.loads(segmenter) for segmenter in facts["segmenters"]] == built.manifest["segmenters"]
         assert len(facts["templates_sha256"]) == 64
     assert built.manifest["segmenters"] == [{"name": "annotations"}]
     assert sorted(path.name for path in built.folder.iterdir()) == [
-        *("crayon-00000-of-00002.parquet", "crayon-00001-of-00002.parquet"),
-        *("manifest.json", "rejects.jsonl", "report.html"),
+        *("README.md", "manifest.json", "rejects.jsonl", "report.html"),
+        *("train-00000-of-00002.parquet", "train-00001-of-00002.parquet"),
+        *("validation-00000-of-00002.parquet", "validation-00001-of-00002.parquet"),
     ]
+    for file in built.files:
+        assert set(pq.read_table(file, columns=["split"])["split"].to_pylist()) == {file.name.partition("-")[0]}
 
 
-def test_datasets_shows_both_pictures_decoded(built):
-    loaded = datasets.load_dataset("parquet", data_files=str(built.folder / "*.parquet"), split="train")
+def test_datasets_finds_both_splits_and_shows_both_pictures_decoded(built, tmp_path):
+    splits = datasets.load_dataset(str(built.folder), cache_dir=str(tmp_path))
     rows = built.rows
-    assert len(loaded) == COUNT
+    assert {name: len(split) for name, split in splits.items()} == built.manifest["rows_by_split"]
+    assert set(splits) == {"train", "validation"}
+    loaded = splits["train"]
     for record in loaded.select(range(5)):
         row = rows[record["image_id"]]
         assert record["image"].size == record["panoptic_map"].size == (row.width, row.height)
@@ -163,10 +177,10 @@ def test_datasets_shows_both_pictures_decoded(built):
 
 
 def test_a_reference_data_set_holds_paths_instead_of_bytes(scenes, built, tmp_path):
-    references = build(tmp_path / "out", *scene_sources(scenes), "--image_storage", "reference", "--num_shards", 2)
+    references = build(tmp_path / "out", *scene_sources(scenes), "--image_storage", "reference", *TWO_SHARDS)
     for image_id, row in references.rows.items():
         assert row.image_bytes is None
-        assert (scenes / "images" / row.image_path).read_bytes() == built.rows[image_id].image_bytes
+        assert (scenes / row.image_path).read_bytes() == built.rows[image_id].image_bytes
     without_images = [name for name in CRAYON_SCHEMA.names if name != "image"]
     assert references.table.select(without_images) == built.table.select(without_images)
 
@@ -217,7 +231,7 @@ def test_only_instructions_change_when_finished_rows_get_new_ones(built, phraseb
 
 def test_new_instructions_are_those_of_a_build_with_the_same_flags(scenes, built, phrasebook, tmp_path):
     flags = ["--seed", 5, "--negative_ratio", 0.5, "--templates", phrasebook, "--num_shards", 1]
-    direct = build(tmp_path / "direct", *scene_sources(scenes), *flags)
+    direct = build(tmp_path / "direct", *scene_sources(scenes), *flags, "--validation_ratio", 0.3)
     renewed = build(tmp_path / "renewed", "--from_crayon", built.folder, *flags)
     assert {i.question for row in renewed.rows.values() for i in row.instructions} <= {
         i.question for row in direct.rows.values() for i in row.instructions
@@ -274,6 +288,7 @@ IMAGE_CASES = {
     "moving.gif": (gif(frames=3), {}, "row"),
     "disguised.jpg": (gif(), {}, "row"),
     "dots/and spaces/ünï.v2.jpg": (PICTURE, {}, "row"),
+    "lying_mask.jpg": (lying(), {"mask": coco_png(IDS.T)}, "row"),
     "crowded.jpg": (PICTURE, listed((7, 1), (300, 3), is_crowd=1), "row"),
     # Is refused.
     "absent.jpg": (None, {}, ("read", "missing_file")),
@@ -281,12 +296,11 @@ IMAGE_CASES = {
     "text.jpg": (b"<html>404</html>", {}, ("decode", "not_an_image")),
     "empty.jpg": (b"", {}, ("decode", "not_an_image")),
     "huge.png": (encoded(Image.new("1", (100, 101))), {}, ("decode", "oversized_image")),
-    "unknown_class.jpg": (PICTURE, listed((7, 12), (300, 3)), ("segment", "unknown_category")),
+    "unknown_class.jpg": (PICTURE, listed((7, 12), (300, 3)), ("list", "unknown_category")),
     "unlisted.jpg": (PICTURE, listed((7, 1)), ("segment", "unlisted_segment")),
     "empty_segment.jpg": (PICTURE, listed((7, 1), (300, 1), (9, 1)), ("segment", "empty_segment")),
     "twice_listed.jpg": (PICTURE, listed((7, 1), (300, 1), (7, 1)), ("segment", "repeated_segment")),
     "narrow_mask.jpg": (PICTURE, {"mask": coco_png(IDS[:, :-1])}, ("segment", "mask_size_mismatch")),
-    "lying_mask.jpg": (lying(), {"mask": coco_png(IDS.T)}, ("segment", "mask_size_mismatch")),
     "broken_mask.jpg": (PICTURE, {"mask": b"\x89PNG\r\n"}, ("segment", "broken_mask")),
     "no_mask.jpg": (PICTURE, {"mask": None}, ("segment", "missing_file")),
     "mask_outside.jpg": (PICTURE, {"file_name": "../images/x.png", "mask": None}, ("list", "path_escapes_root")),
@@ -296,17 +310,22 @@ IMAGE_CASES = {
 }
 
 
+def own(name: str, data: bytes | None) -> bytes | None:
+    """The bytes of a case's file, which no other file has: what follows the end of a picture is ignored."""
+    return data + name.encode() if data and name not in ("cut.jpg", "text.jpg") else data
+
+
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory) -> tuple[CocoFolder, DataSet]:
     folder = tmp_path_factory.mktemp("cases")
     coco = CocoFolder(folder / "coco")
     for name, (data, changes, _) in IMAGE_CASES.items():
-        coco.add(name, data, **changes)
+        coco.add(name, own(name, data), **changes)
     coco.json["images"] += [
         {"id": 900, "file_name": "unannotated.jpg"},
         {"id": 1, "file_name": "second_of_id_1.jpg"},
     ]
-    (folder / "coco" / "images" / "unannotated.jpg").write_bytes(PICTURE)
+    (folder / "coco" / "images" / "unannotated.jpg").write_bytes(own("unannotated.jpg", PICTURE))
     coco.json["annotations"] += [
         coco.json["annotations"][0],
         {"image_id": 999, "file_name": "999.png", "segments_info": []},
@@ -347,8 +366,8 @@ def test_every_annotated_image_becomes_a_row_or_a_reject_with_its_reason(traced,
     ]
     if outcome == "row":
         assert rejects == []
-        row = data.rows[name.rpartition(".")[0]]
-        assert (row.width, row.height, row.image_path, row.image_bytes) == (8, 6, name, data_of_file)
+        row = data.rows[name]
+        assert (row.width, row.height, row.image_path, row.image_bytes) == (8, 6, name, own(name, data_of_file))
         assert decode_rgb(row.image_bytes).shape == (6, 8, 3)
         assert [(segment.id, segment.area) for segment in row.segments] == [(7, 24), (300, 24)]
     else:
@@ -369,8 +388,8 @@ def test_every_dialogue_ends_in_a_row_or_a_reject(traced):
     assert found == Counter(
         [
             ("plain", "merge", "duplicate_entry"),
-            ("text", "list", "text_only"),
             ("several", "list", "several_images"),
+            ("other", "list", "turns_do_not_alternate"),
             ("robot", "list", "malformed_entry"),
             ("no turns", "list", "malformed_entry"),
             ("number", "list", "malformed_entry"),
@@ -382,13 +401,16 @@ def test_every_dialogue_ends_in_a_row_or_a_reject(traced):
         ]
     )
     rows = data.rows
-    assert [dialogue.id for dialogue in rows["plain"].conversations] == ["again", "other", "plain"]
-    assert rows["plain"].conversations[0].turns == (
+    assert [dialogue.id for dialogue in rows["plain.jpg"].conversations] == ["again", "plain"]
+    assert rows["plain.jpg"].conversations[0].turns == (
         ("human", "<image>\nWho?"),
         ("gpt", "Nobody. \U0001f600 <b>"),
     )
-    assert [dialogue.id for dialogue in rows["deep"].conversations] == ["other extension"]
-    assert [dialogue.id for dialogue in rows["turned"].conversations] == ["listed"]
+    assert [dialogue.id for dialogue in rows["deep.png"].conversations] == ["other extension"]
+    assert [dialogue.id for dialogue in rows["turned.jpg"].conversations] == ["listed"]
+    (talk,) = (row for row in rows.values() if not row.has_image)
+    assert talk.image_id == "llava.json#6" and [dialogue.id for dialogue in talk.conversations] == ["text"]
+    assert talk.as_record()["image"] is None and talk.instructions == () and talk.sources == ("llava",)
 
 
 def test_inputs_are_rows_and_rejects_by_source(traced):
@@ -397,3 +419,93 @@ def test_inputs_are_rows_and_rejects_by_source(traced):
     assert data.manifest["inputs"] == {"coco": len(IMAGE_CASES) + 4, "llava": 16}
     with jsonlines.open(data.folder / "rejects.jsonl") as lines:
         assert sum(1 for _ in lines) == sum(data.manifest["rejects"].values())
+
+
+# --- one picture, one row, one split
+
+
+def numbered(number: int) -> bytes:
+    """A picture of its own for each number."""
+    return encoded(Image.new("RGB", (8, 6), (number, 90, 7)))
+
+
+def coco_of(folder: Path, names: dict[str, int]) -> CocoFolder:
+    """Annotated pictures by name and number."""
+    coco = CocoFolder(folder)
+    for name, number in names.items():
+        coco.add(name, numbered(number))
+    return coco
+
+
+ANNOTATED = ["--segmenter", "annotations"]
+
+
+def by_tiny_model(folder: Path) -> list[object]:
+    """Flags for a model of random weights, where no annotation is found."""
+    checkpoint = tiny_mask2former(folder / "model")
+    return ["--segmenter_checkpoint", checkpoint, "--segmenter_input_size", 64, "--device", "cpu"]
+
+
+def test_the_same_picture_under_several_names_is_one_row(tmp_path):
+    coco = coco_of(tmp_path / "coco", {"a.png": 1, "copy/b.png": 1, "c.png": 2})
+    (tmp_path / "talks").mkdir()
+    (tmp_path / "talks" / "renamed.png").write_bytes(numbered(2))
+    turns = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "Nobody."}]
+    (tmp_path / "l.json").write_text(json.dumps([{"id": "d", "image": "renamed.png", "conversations": turns}]))
+    llava = ["--llava_json", tmp_path / "l.json", "--image_root", tmp_path / "talks"]
+    data = build(tmp_path / "out", *coco.flags(), *ANNOTATED)
+    assert {row.image_id: row.other_paths for row in data.rows.values()} == {"a.png": ("copy/b.png",), "c.png": ()}
+    assert data.manifest["merged"] == 1 and data.manifest["inputs_in_rows"] == {"coco": 3}
+    with_talk = build(tmp_path / "with_talk", *coco.flags(), *llava, *by_tiny_model(tmp_path))
+    row = with_talk.rows["coco/images/c.png"]
+    assert row.other_paths == ("talks/renamed.png",) and row.sources == ("coco", "llava")
+    assert [dialogue.id for dialogue in row.conversations] == ["d"] and row.segments[0].score is None
+    check_sums(with_talk)
+
+
+def test_the_split_follows_the_picture_and_stays_when_others_come(tmp_path):
+    splits = []
+    for name, names in [
+        ("few", {f"{i}.png": i for i in range(20)}),
+        ("more", {f"moved/x{i}.png": i for i in range(60)}),
+    ]:
+        coco = coco_of(tmp_path / name, names)
+        data = build(tmp_path / f"{name}_out", *coco.flags(), *ANNOTATED, "--validation_ratio", 0.4)
+        splits.append({row.image_sha256: row.split for row in data.rows.values()})
+    few, more = splits
+    assert len(few) == 20 and set(few.values()) == {"train", "validation"}
+    assert few.items() <= more.items() and len(more) == 60
+
+
+def test_a_sources_split_wins_and_a_picture_that_one_source_holds_out_is_in_no_other_split(tmp_path):
+    train = coco_of(tmp_path / "train", {f"t{i}.png": i for i in range(12)})
+    held_out = coco_of(tmp_path / "held_out", {f"v{i}.png": i for i in range(10, 16)})
+    (train_json, train_images), (json_, images) = (c.flags()[1::2] for c in (train, held_out))
+    sources = ["--coco_panoptic", train_json, json_, "--coco_images", train_images, images]
+    for split in ("train", "validation"):
+        ratio = ["--validation_ratio", 1 if split == "train" else 0]
+        data = build(tmp_path / f"{split}_out", *sources, *ANNOTATED, "--coco_split", "train", "validation", *ratio)
+        splits = {row.image_id.rpartition("/")[2]: row.split for row in data.rows.values()}
+        assert splits == {f"t{i}.png": "train" if i < 10 else "validation" for i in range(12)} | {
+            f"v{i}.png": "validation" for i in range(12, 16)
+        }
+        check_sums(data)
+
+
+def test_finished_data_sets_become_one_with_each_picture_once(tmp_path):
+    first = build(tmp_path / "a", *coco_of(tmp_path / "1", {"a.png": 1, "b.png": 2}).flags(), *ANNOTATED)
+    second = build(tmp_path / "b", *coco_of(tmp_path / "2", {"c.png": 2, "d.png": 3}).flags(), *ANNOTATED)
+    both = build(tmp_path / "both", "--from_crayon", first.folder, second.folder)
+    assert sorted(both.rows) == ["a.png", "b.png", "d.png"] and both.rows["b.png"].other_paths == ("c.png",)
+    check_sums(both)
+
+
+def test_images_of_a_data_set_that_no_model_sees_are_rejected(tmp_path):
+    coco = coco_of(tmp_path / "coco", {"a.png": 1})
+    pq.write_table(pa.Table.from_pylist([{"image": numbered(2)}]), tmp_path / "d.parquet")
+    flags = [*coco.flags(), *ANNOTATED, "--dataset", tmp_path / "d.parquet"]
+    assert status_of(*flags, "--output", tmp_path / "out") == 1  # nothing is left of it
+    model = [*by_tiny_model(tmp_path), "--dataset", tmp_path / "d.parquet"]
+    data = build(tmp_path / "out", *coco.flags(), *model)  # what a failed build says of itself is in nobody's way
+    assert data.manifest["inputs_in_rows"] == {"coco": 1, "dataset": 1}
+    check_sums(data)

@@ -47,11 +47,11 @@ def test_a_store_gets_the_files_that_a_disk_gets_and_they_are_replaced_when_aske
 
     assert main(flags) == 2 and "--output s3://bucket/out holds a data set" in capsys.readouterr().err
     assert store.objects("out/") == made
-    assert main([*flags, "--num_shards", "1", "--overwrite"]) == 0
-    files = ["crayon-00000-of-00001.parquet", "manifest.json", "rejects.jsonl", "report.html"]
+    assert main([*flags, "--num_shards", "1", "--validation_ratio", "0", "--overwrite"]) == 0
+    files = ["README.md", "manifest.json", "rejects.jsonl", "report.html", "train-00000-of-00001.parquet"]
     assert sorted(store.objects("out/")) == files
     again = build(tmp_path / "again", "--from_crayon", "s3://bucket/out/*.parquet")
-    assert [file.read_bytes() for file in again.files] == [store.objects("out/")[files[0]]]
+    assert [file.read_bytes() for file in again.files] == [store.objects("out/")[files[-1]]]
 
 
 def test_images_are_listed_in_a_store(store, tmp_path):

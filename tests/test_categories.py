@@ -3,38 +3,38 @@ import json
 import inflect
 import pytest
 
-from schemas.categories import BY_CATEGORY_ID, BY_DISPLAY_NAME, CATEGORIES, SEMANTIC_INDICES, THINGS
+from schemas.categories import COCO_PANOPTIC
 
 # COCO's detection classes are 1..90 without these, which were announced but never annotated.
 NEVER_ANNOTATED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 
 
 def test_eighty_things_come_before_fifty_three_stuff_classes():
-    assert [category.is_thing for category in CATEGORIES] == [True] * 80 + [False] * 53
-    assert SEMANTIC_INDICES == 134
+    assert [category.is_thing for category in COCO_PANOPTIC] == [True] * 80 + [False] * 53
+    assert COCO_PANOPTIC.semantic_indices == 134
 
 
 def test_category_ids_are_those_of_coco_with_its_gaps():
-    ids = [category.category_id for category in CATEGORIES]
+    ids = [category.category_id for category in COCO_PANOPTIC]
     assert ids[:80] == [id_ for id_ in range(1, 91) if id_ not in NEVER_ANNOTATED]
     assert ids == sorted(set(ids))
     assert ids[80] == 92 and ids[-1] == 200
 
 
 def test_labels_count_the_categories_without_gaps():
-    assert [category.label for category in CATEGORIES] == list(range(133))
-    assert all(BY_CATEGORY_ID[category.category_id] is category for category in CATEGORIES)
+    assert [category.label for category in COCO_PANOPTIC] == list(range(133))
+    assert all(COCO_PANOPTIC.by_category_id[category.category_id] is category for category in COCO_PANOPTIC)
 
 
 def test_every_fact_agrees_with_a_published_annotation_file(real):
     published = json.loads((real / "coco" / "panoptic.json").read_text())["categories"]
-    assert [(c.category_id, c.name, c.is_thing, list(c.color_rgb)) for c in CATEGORIES] == [
+    assert [(c.category_id, c.name, c.is_thing, list(c.color_rgb)) for c in COCO_PANOPTIC] == [
         (c["id"], c["name"], bool(c["isthing"]), c["color"]) for c in published
     ]
 
 
 def test_display_names_and_colours_tell_the_classes_apart():
-    assert len(BY_DISPLAY_NAME) == len({category.color_rgb for category in CATEGORIES}) == 133
+    assert len(COCO_PANOPTIC.by_display_name) == len({category.color_rgb for category in COCO_PANOPTIC}) == 133
 
 
 @pytest.mark.parametrize(
@@ -49,13 +49,13 @@ def test_display_names_and_colours_tell_the_classes_apart():
     ],
 )
 def test_display_names_drop_what_only_coco_needs(name: str, display_name: str):
-    assert BY_DISPLAY_NAME[display_name].name == name
+    assert COCO_PANOPTIC.by_display_name[display_name].name == name
 
 
 def test_counted_forms_are_english():
     english = inflect.engine()
     exceptions = {"TV": "TVs"}  # inflect says TVS
-    for thing in THINGS:
+    for thing in COCO_PANOPTIC.things:
         assert thing.plural == exceptions.get(thing.singular, english.plural_noun(thing.singular))
         assert thing.with_article == english.a(thing.singular)
 
@@ -73,4 +73,4 @@ def test_counted_forms_are_english():
     ],
 )
 def test_counts_read_as_people_say_them(category_id: int, count: int, phrase: str):
-    assert BY_CATEGORY_ID[category_id].counted(count) == phrase
+    assert COCO_PANOPTIC.by_category_id[category_id].counted(count) == phrase

@@ -20,6 +20,7 @@ from collavo.panoptic.colors import crayon_color, crayon_overlay
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.runs import base_of
 from collavo.segmenters import NoSegmenter, load_segmenter, open_segmenter
+from schemas.categories import COCO_PANOPTIC
 
 ROW = scene_rows(1)[0]
 PICTURE = picture_of_row(ROW, None)
@@ -60,7 +61,7 @@ def test_a_question_about_a_row_is_answered_with_the_rows_own_map(world, tmp_pat
     out = said(capsys)
     assert answer(world[0], [("human", QUESTION)]) in out
     for segment in ROW.segments:
-        assert f"(#{segment.numbering} {segment.category.display_name})" in out
+        assert f"(#{segment.numbering} {segment.category})" in out
     with Image.open(tmp_path / "map.png") as saved:
         assert np.array_equal(np.asarray(saved), crayon_overlay(PICTURE.image, PICTURE.panoptic))
 
@@ -131,7 +132,7 @@ def test_the_map_lies_over_the_image_in_crayon_colours():
     index_map = PICTURE.panoptic.index_map
     assert np.array_equal(shown[index_map == 0], PICTURE.image[index_map == 0])
     for position, segment in enumerate(ROW.segments, start=1):
-        color = crayon_color(segment.label, segment.numbering)
+        color = crayon_color(COCO_PANOPTIC[segment.label], segment.numbering)
         assert (shown[index_map == position] == color).all()
 
 
@@ -144,7 +145,10 @@ def test_the_map_lies_over_the_image_in_crayon_colours():
         (["--data", "crayon.parquet", "--image_id", "nobody"], "--data: there is no row of --image_id nobody"),
         (["--image", "nowhere.jpg"], "--image: nowhere.jpg: No such file"),
         (["--image", "crayon.parquet"], "--image: crayon.parquet: not an image: it is a Parquet file; take"),
-        (["--image", "scene.jpg", "--segmenter_checkpoint", "./none"], "--segmenter: checkpoint ./none: "),
+        (
+            ["--image", "scene.jpg", "--segmenter_checkpoint", "./none"],
+            "collavo.chat: error: --segmenter: ./none: there is no such folder",
+        ),
         (["--image", "scene.jpg", "--max_new_tokens", "0"], "--max_new_tokens is 0, but must be at least 1"),
         (
             ["--image", "scene.jpg", "--segmenter", "none", "--save_map", "none/map.png"],

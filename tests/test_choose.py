@@ -9,17 +9,18 @@ from hypothesis import strategies as st
 from collavo.instructions.choose import (
     NEGATIVE_KINDS,
     ClassStatistics,
-    draw_absent_labels,
+    draw_absent_things,
     stable_hash,
     stable_uniforms,
 )
+from schemas.categories import COCO_PANOPTIC
 
 THING_LABELS = range(80)
 IMAGES = st.lists(st.sets(st.sampled_from(THING_LABELS), max_size=6), max_size=12)
 
 
 def statistics_of(images: list[set[int]]) -> ClassStatistics:
-    statistics = ClassStatistics()
+    statistics = ClassStatistics.of(len(COCO_PANOPTIC.things))
     for labels in images:
         statistics.add_image(sorted(labels))
     return statistics
@@ -54,17 +55,17 @@ def test_statistics_add_up_in_any_grouping(first: list[set[int]], second: list[s
 
 @given(IMAGES, st.sets(st.sampled_from(THING_LABELS)), st.integers(0, 90), st.text(max_size=3))
 def test_absent_classes_are_absent_and_drawn_once(images: list[set[int]], present: set[int], count: int, key: str):
-    drawn = draw_absent_labels(sorted(present), count, statistics_of(images), 0, key)
+    drawn = draw_absent_things(sorted(present), count, statistics_of(images), 0, key)
     assert len(drawn) == min(count, 80 - len(present))
     assert len(set(drawn)) == len(drawn) and not set(drawn) & present
-    assert drawn == draw_absent_labels(sorted(present), count, statistics_of(images), 0, key)
+    assert drawn == draw_absent_things(sorted(present), count, statistics_of(images), 0, key)
 
 
 @given(st.integers(0, 80), st.text(max_size=3))
 def test_a_longer_draw_begins_with_the_shorter_one(count: int, key: str):
     statistics = statistics_of([{0, 1}, {1, 2}, {5}])
-    longer = draw_absent_labels([PERSON], count + 1, statistics, key)
-    assert longer[: min(count, 79)] == draw_absent_labels([PERSON], count, statistics, key)
+    longer = draw_absent_things([PERSON], count + 1, statistics, key)
+    assert longer[: min(count, 79)] == draw_absent_things([PERSON], count, statistics, key)
 
 
 def test_draws_follow_the_weights_of_the_three_kinds():
@@ -72,7 +73,7 @@ def test_draws_follow_the_weights_of_the_three_kinds():
     dog, chair = 16, 56
     images = [{PERSON, CAR}] * 60 + [{PERSON, dog}] * 20 + [{CAR}] * 20 + [{chair}] * 100
     statistics = statistics_of(images)
-    drawn = Counter(draw_absent_labels([PERSON], 1, statistics, image)[0] for image in range(6000))
+    drawn = Counter(draw_absent_things([PERSON], 1, statistics, image)[0] for image in range(6000))
     expected = {CAR: 1 / 3 + 80 / 200 + 60 / 80, dog: 1 / 3 + 20 / 200 + 20 / 80, chair: 1 / 3 + 100 / 200 + 0}
     assert len(NEGATIVE_KINDS) == 3 and set(drawn) == set(expected)
     for label, summed in expected.items():
@@ -82,11 +83,11 @@ def test_draws_follow_the_weights_of_the_three_kinds():
 def test_the_kinds_take_turns_within_an_image():
     images = [{PERSON, 2}] * 50 + [{1}] * 5000 + [{label} for label in range(3, 80)]
     statistics = statistics_of(images)
-    draws = [draw_absent_labels([PERSON], 3, statistics, image) for image in range(300)]
+    draws = [draw_absent_things([PERSON], 3, statistics, image) for image in range(300)]
     assert all(2 in labels for labels in draws)  # the co-occurring kind: nothing else goes with people
     assert sum(1 in labels for labels in draws) > 270  # the popular kind
 
 
 def test_a_data_set_that_knows_no_other_class_asks_for_any():
-    drawn = {draw_absent_labels([PERSON], 1, statistics_of([{PERSON}]), image)[0] for image in range(1500)}
+    drawn = {draw_absent_things([PERSON], 1, statistics_of([{PERSON}]), image)[0] for image in range(1500)}
     assert drawn == set(range(1, 80))

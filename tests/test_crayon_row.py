@@ -13,6 +13,7 @@ from PIL import Image
 from collavo.dataset import check_schema
 from collavo.errors import UserError
 from collavo.panoptic.index_png import encode_index_map
+from collavo.panoptic.maps import PanopticMap
 from schemas.crayon_row import (
     CRAYON_SCHEMA,
     SPLITS,
@@ -31,7 +32,10 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 SEGMENTS = st.builds(
     Segment,
     id=INT32,
-    label=st.integers(0, 132),
+    category_id=INT32,
+    label=INT32,
+    category=TEXT,
+    is_thing=st.booleans(),
     box_xyxy=st.tuples(FLOAT32, FLOAT32, FLOAT32, FLOAT32),
     area=INT32,
     numbering=st.integers(0, 20),
@@ -52,6 +56,8 @@ DIALOGUES = st.builds(Dialogue, id=TEXT, turns=st.lists(st.tuples(TEXT, TEXT), m
 ROWS = st.builds(
     CrayonRow,
     image_id=TEXT,
+    image_sha256=TEXT,
+    other_paths=st.lists(TEXT, max_size=2).map(tuple),
     image_bytes=st.none() | st.binary(max_size=8),
     image_path=TEXT,
     width=INT32,
@@ -66,6 +72,22 @@ ROWS = st.builds(
 )
 
 
+TEXT_ONLY = CrayonRow(
+    image_id="talk/7",
+    image_sha256=None,
+    image_bytes=None,
+    image_path=None,
+    width=None,
+    height=None,
+    sources=("llava",),
+    license_id=None,
+    split="train",
+    panoptic_png=None,
+    conversations=(Dialogue("7", (("human", "Hi"), ("gpt", "Hello."))),),
+)
+"""A dialogue about no image."""
+
+
 def parquet_of(rows: list[CrayonRow]) -> bytes:
     file = io.BytesIO()
     pq.write_table(pa.Table.from_pylist([row.as_record() for row in rows], schema=CRAYON_SCHEMA), file)
@@ -75,6 +97,7 @@ def parquet_of(rows: list[CrayonRow]) -> bytes:
 @settings(max_examples=50)
 @given(st.lists(ROWS, max_size=3))
 def test_rows_come_back_from_parquet_as_they_went_in(rows: list[CrayonRow]):
+    rows = [*rows, TEXT_ONLY]
     table = pq.read_table(io.BytesIO(parquet_of(rows)))
     assert [CrayonRow.from_record(record) for record in table.to_pylist()] == rows
     check_schema(table.schema, "rows.parquet")
@@ -92,9 +115,11 @@ def test_the_columns_are_those_of_the_contract():
     )
     assert [(column.name, str(column.type).replace("<item: ", "<")) for column in CRAYON_SCHEMA] == [
         ("image_id", "string"),
+        ("image_sha256", "string"),
         ("image", image),
         ("width", "int32"),
         ("height", "int32"),
+        ("other_paths", "list<string>"),
         ("sources", "list<string>"),
         ("license_id", "int32"),
         ("split", "string"),
@@ -111,7 +136,11 @@ def test_datasets_decodes_both_images_by_itself(tmp_path, monkeypatch):
     photo = Image.new("RGB", (6, 4), (200, 30, 40))
     segments = (segment(id=7, box_xyxy=(0, 0, 3, 4), area=12),)
     index_map = np.repeat([[1, 1, 1, 0, 0, 0]], 4, axis=0).astype(np.uint8)
-    row = crayon_row(image_bytes=encoded(photo), panoptic_png=encode_index_map(index_map, segments), segments=segments)
+    row = crayon_row(
+        image_bytes=encoded(photo),
+        panoptic_png=encode_index_map(PanopticMap(index_map, tuple(segments))),
+        segments=segments,
+    )
     (tmp_path / "rows.parquet").write_bytes(parquet_of([row]))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
     loaded = datasets.load_dataset(
@@ -122,29 +151,29 @@ def test_datasets_decodes_both_images_by_itself(tmp_path, monkeypatch):
     assert loaded[0]["segments"][0]["category"] == "person"
 
 
-def test_the_derived_columns_of_a_segment_name_its_class():
+def test_a_segment_names_its_class():
     record = segment(label=132).as_record()
     assert (record["category_id"], record["category"], record["is_thing"]) == (200, "rug", False)
 
 
-def with_version(version: str) -> pa.Schema:
-    return CRAYON_SCHEMA.with_metadata({b"collavo.schema_version": version.encode()})
+def without(*columns: str) -> pa.Schema:
+    return pa.schema([column for column in CRAYON_SCHEMA if column.name not in columns])
+
+
+def changed(name: str, type_: pa.DataType) -> pa.Schema:
+    return CRAYON_SCHEMA.set(CRAYON_SCHEMA.get_field_index(name), pa.field(name, type_))
 
 
 @pytest.mark.parametrize(
     ("schema", "found"),
     [
         (pa.schema([("a", pa.int32())]), "not crayon data"),  # any other Parquet file
-        (with_version("2"), "version 2, but this code reads version 1"),
-        (CRAYON_SCHEMA.remove(CRAYON_SCHEMA.get_field_index("split")), "'split' is missing"),
-        (
-            CRAYON_SCHEMA.set(2, pa.field("width", pa.int64())).remove(3),  # a wrong type, and a missing column
-            "'width', 'height' is missing or not of the type",
-        ),
-        (
-            CRAYON_SCHEMA.set(1, pa.field("image", pa.struct([("bytes", pa.large_binary()), ("path", pa.string())]))),
-            "'image'",  # which `datasets` would not decode
-        ),
+        (CRAYON_SCHEMA.with_metadata({b"collavo.schema_version": b"3"}), "version 3, but this code reads version 2"),
+        (without("split", "height"), "no column 'height', 'split'"),
+        (without("other_paths"), "no column 'other_paths'"),  # which only version 1 may lack
+        (changed("width", pa.string()), "column 'width' is string, but crayon data has int32"),
+        (changed("image", pa.struct([("bytes", pa.binary())])), "column 'image'"),
+        (changed("sources", pa.string()), "column 'sources'"),
     ],
 )
 def test_other_files_are_refused_in_one_line_that_names_them(schema: pa.Schema, found: str):
@@ -161,7 +190,7 @@ def test_a_column_of_somebody_elses_does_no_harm():
 def test_facts_of_a_run_come_back_from_the_metadata():
     facts = {"seed": 3, "segmenters": [{"name": "mask2former", "revision": None}], "code_version": "0.1 \u00e9"}
     schema = CRAYON_SCHEMA.with_metadata({**CRAYON_SCHEMA.metadata, **metadata_of(facts)})
-    assert file_facts(schema.metadata) == {**facts, "schema_version": 1}
+    assert file_facts(schema.metadata) == {**facts, "schema_version": 2}
 
 
 def test_a_row_that_refers_to_its_image_holds_no_bytes_of_it():

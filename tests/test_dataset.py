@@ -1,13 +1,17 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import crayon_row
+from conftest import crayon_row, segment
+from tiny_model import OWN_CLASSES, own_rows, scene_rows, write_crayon_file
 
-from collavo.dataset import count_rows, find_files, read_rows
+from collavo.dataset import category_set, check_splits, count_rows, find_files, notes, read_rows
 from collavo.errors import UserError
-from schemas.crayon_row import CRAYON_SCHEMA
+from collavo.training.row_index import build_row_index
+from schemas.categories import COCO_PANOPTIC
+from schemas.crayon_row import CRAYON_SCHEMA, CrayonRow
 
 
 def shard(path: Path, *ids: str, schema: pa.Schema = CRAYON_SCHEMA) -> Path:
@@ -44,9 +48,9 @@ def test_rows_are_read_in_order_and_counted_by_split(two_shards: list[Path]):
 
 
 def test_an_incomplete_set_of_shards_is_refused(two_shards: list[Path]):
-    assert "1 of 2 shards" in refusal(two_shards[1])
+    assert "1 of 2 files" in refusal(two_shards[1])
     two_shards[0].unlink()
-    assert "1 of 2 shards" in refusal(two_shards[0].parent)
+    assert "1 of 2 files" in refusal(two_shards[0].parent)
 
 
 def test_complete_sets_in_two_folders_go_together(two_shards: list[Path], tmp_path):
@@ -68,3 +72,96 @@ def test_a_file_that_is_no_parquet_is_refused_by_name(tmp_path, content: bytes):
 def test_paths_without_data_are_refused(tmp_path):
     assert "nowhere" in refusal(tmp_path / "nowhere")
     assert "no .parquet file" in refusal(tmp_path)
+
+
+def test_files_of_version_1_are_read_and_told_of(tmp_path):
+    new = {"image_sha256", "other_paths"}
+    schema = pa.schema([column for column in CRAYON_SCHEMA if column.name not in new], {"collavo.schema_version": "1"})
+    record = {k: v for k, v in crayon_row(segments=(segment(),)).as_record().items() if k not in new}
+    pq.write_table(pa.Table.from_pylist([record], schema=schema), tmp_path / "old.parquet")
+    files = find_files([str(tmp_path)])
+    (row,) = read_rows(files)
+    assert row == crayon_row(segments=(segment(),), image_sha256=None)
+    assert category_set(files) is COCO_PANOPTIC
+    assert notes(files) == [f"1 files, {files[0]} first, are of schema version 1: their rows have no image_sha256"]
+
+
+def by_pandas(source: Path, target: Path) -> None:
+    pd = pytest.importorskip("pandas")
+    pd.read_parquet(source).to_parquet(target)
+
+
+def by_datasets(source: Path, target: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_parquet(str(source), cache_dir=str(target.parent / "cache")).to_parquet(str(target))
+
+
+def by_polars(source: Path, target: Path) -> None:
+    pl = pytest.importorskip("polars")
+    pl.read_parquet(source).write_parquet(target)
+
+
+def by_duckdb(source: Path, target: Path) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    duckdb.sql(f"COPY (SELECT * FROM '{source}') TO '{target}' (FORMAT parquet)")
+
+
+def widened(type_: pa.DataType) -> pa.DataType:
+    """What Polars makes of a type."""
+    if pa.types.is_struct(type_):
+        return pa.struct([(field.name, widened(field.type)) for field in type_])
+    if pa.types.is_list(type_):
+        return pa.large_list(widened(type_.value_type))
+    wide = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary(), pa.int32(): pa.int64()}
+    return {**wide, pa.float32(): pa.float64()}.get(type_, type_)
+
+
+def by_wider_types(source: Path, target: Path) -> None:
+    """As Polars writes it, which need not be installed; without statistics, too."""
+    table = pq.read_table(source)
+    schema = pa.schema([(column.name, widened(column.type)) for column in table.schema])
+    rewritten = pa.Table.from_pylist(table.to_pylist(), schema=schema)
+    pq.write_table(rewritten, target, write_statistics=False, store_schema=False)
+
+
+@pytest.mark.parametrize("rewrite", [by_pandas, by_datasets, by_polars, by_duckdb, by_wider_types])
+@pytest.mark.parametrize("kind", ["coco", "own"])
+def test_files_that_other_tools_wrote_again_hold_the_same_rows(
+    tmp_path, monkeypatch, rewrite: Callable[[Path, Path], None], kind: str
+):
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    rows, categories = (scene_rows(4), COCO_PANOPTIC) if kind == "coco" else (own_rows(4), OWN_CLASSES)
+    (tmp_path / "again").mkdir()
+    rewrite(write_crayon_file(tmp_path / "rows.parquet", rows, categories), target := tmp_path / "again/rows.parquet")
+    files = find_files([str(target)])
+    assert list(read_rows(files)) == rows
+    assert count_rows(files, "train") == 3
+    # Names and kinds of classes that have a segment; another tool may have dropped the metadata.
+    found = category_set(files)
+    for s in (s for row in rows for s in row.segments):
+        assert (found[s.label].display_name, found[s.label].is_thing) == (s.category, s.is_thing)
+    assert len(build_row_index(files, "train", len, 600).texts["crayon"])
+
+
+def test_a_file_states_its_set_and_sets_are_not_mixed(tmp_path):
+    own = write_crayon_file(tmp_path / "own.parquet", own_rows(1), OWN_CLASSES)
+    coco = write_crayon_file(tmp_path / "coco.parquet", scene_rows(1))
+    assert category_set([own]) == OWN_CLASSES and category_set([coco]) == COCO_PANOPTIC
+    with pytest.raises(UserError, match=r"own.parquet has the classes of five of our own.* those of COCO panoptic"):
+        category_set([coco, own])
+
+
+def test_a_picture_in_both_splits_is_refused(tmp_path):
+    def saved(folder: str, *rows: CrayonRow) -> Path:
+        (tmp_path / folder).mkdir()
+        return write_crayon_file(tmp_path / folder / "rows.parquet", list(rows))
+
+    one, other = crayon_row(), crayon_row(image_id="b", image_sha256="1" * 64, split="validation")
+    again = crayon_row(image_id="elsewhere/a", split="validation")
+    text_only = crayon_row(image_sha256=None, panoptic_png=None, image_bytes=None, image_path=None)
+    first = saved("first", one, other, text_only)
+    check_splits([first, saved("same", one, other, text_only)])
+    with pytest.raises(
+        UserError, match=r"^1 pictures are in one split of .*first and in the other of .*second; [^\n]*$"
+    ):
+        check_splits([first, saved("second", again)])

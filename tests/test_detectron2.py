@@ -20,9 +20,9 @@ from detectron2.structures import Instances
 
 from collavo.segmenters import load_segmenter
 from collavo.segmenters.detectron2 import DEFAULT_CONFIG, Detectron2Segmenter, as_panoptic_map, label_tables
-from schemas.categories import CATEGORIES
+from schemas.categories import COCO_PANOPTIC
 
-LABEL = {category.name: category.label for category in CATEGORIES}
+LABEL = {category.name: category.label for category in COCO_PANOPTIC}
 
 
 def tiny_config() -> CfgNode:
@@ -62,8 +62,8 @@ def test_labels_follow_detectron2s_own_metadata(data_set):
     assert sorted([*tables[True].values(), *tables[False].values()]) == list(range(133))
     for is_thing, names in ((True, metadata.thing_classes), (False, metadata.stuff_classes)):
         for class_id, label in tables[is_thing].items():
-            assert CATEGORIES[label].is_thing == is_thing
-            ours = {CATEGORIES[label].name, CATEGORIES[label].name.replace("-other", "").replace("-merged", "")}
+            assert COCO_PANOPTIC[label].is_thing == is_thing
+            ours = {COCO_PANOPTIC[label].name, COCO_PANOPTIC[label].name.replace("-other", "").replace("-merged", "")}
             assert names[class_id] in ours
     if data_set.endswith("_separated"):
         assert metadata.stuff_classes[0] == "things"

@@ -17,18 +17,16 @@ from safetensors.torch import load_file
 from collavo import embedded
 from collavo.embedded import CHECKSUMS, find_embedded
 from collavo.errors import UserError
-from collavo.instructions.text import find_boxes
+from collavo.images import decode_rgb
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.runs import load_base
 from collavo.scenes import draw_scene, scene_seed
-from collavo.scenes.drawing import COLORS
 from collavo.segmenters import load_segmenter
 from collavo.training.batches import IGNORED, collate
 from pretraining import base, segmenter, word_lists
-from pretraining.box_loss import PlaceHead, cover
 from pretraining.positions import show_positions
 from pretraining.word_grids import WordPrompt, chart_example, draw_chart
-from schemas.categories import CATEGORIES
+from schemas.categories import COCO_PANOPTIC
 
 PQ_TOLERANCE = 0.01
 """On another CPU a near-tie may fall the other way."""
@@ -128,6 +126,14 @@ def test_the_segmenter_in_the_package_sees_what_is_in_a_scene():
     assert np.mean(right) > 0.9
 
 
+@needs_scenes_model
+def test_the_segmenter_in_the_package_tells_what_is_no_scene(real):
+    segmenter = load_segmenter("mask2former", checkpoint="scenes", device="cpu")
+    photograph = next((real / "coco").rglob("*.jpg"))
+    pictures = [decode_rgb(photograph.read_bytes()), draw_scene(scene_seed(4_000_037, 0), (320, 240)).image]
+    assert [found.unfamiliar for found in segmenter.segment(pictures)] == [True, False]
+
+
 def words_of(listing: str) -> list[str]:
     """The words of a list, however it is written, each as often as it is in it."""
     if "#" in listing:
@@ -138,8 +144,8 @@ def words_of(listing: str) -> list[str]:
 
 
 def test_questions_about_lists_have_the_answers_that_their_lists_give():
-    names = {c.with_article if c.is_thing else c.display_name: c.display_name for c in CATEGORIES}
-    plurals = {c.plural or c.display_name: c.display_name for c in CATEGORIES}
+    names = {c.with_article if c.is_thing else c.display_name: c.display_name for c in COCO_PANOPTIC}
+    plurals = {c.plural or c.display_name: c.display_name for c in COCO_PANOPTIC}
     kinds = set()
     about = (word_lists.list_dialogues, word_lists.short_list_dialogues)
     for turns in (turns for index in range(100) for dialogues in about for turns in dialogues(index)):
@@ -161,21 +167,6 @@ def test_questions_about_lists_have_the_answers_that_their_lists_give():
                 assert answer == ("Yes." if (match[2] or names[match[1]]) in words else "No.")
             kinds.add((" ".join(question.split()[:2]) if " " in question else "", answer in ("Yes.", "0.", "None.")))
     assert len(kinds) >= 9
-
-
-def test_a_box_is_named_after_the_colour_that_fills_it():
-    red, blue = COLORS["red"], COLORS["blue"]
-    picture = np.full((90, 120, 3), red, np.uint8)
-    picture[:, 60:] = blue
-    asked = [turns for index in range(50) for turns in word_lists.color_dialogues(picture, index)]
-    for (_, question), (_, answer) in asked:
-        if boxes := find_boxes(question):
-            (x_min, _, x_max, _) = boxes[0]
-            if abs(x_min + x_max - 1) > 0.05:
-                assert answer == ("red." if x_min + x_max < 1 else "blue.")
-        else:
-            assert answer == ("Yes." if "red" in question or "blue" in question else "No.")
-    assert {answer for (_, _), (_, answer) in asked} == {"red.", "blue.", "Yes.", "No."}
 
 
 def test_what_is_in_the_package_is_small():
@@ -258,46 +249,6 @@ def test_pretraining_can_go_on_from_a_base(tmp_path, monkeypatch, frozen):
         {"language_model"} if frozen else {"language_model", *vision}
     )
     assert not any("crayon_prompt.linear_2" in name for name in moved)  # it waits, closed, for its own tuning
-
-
-@needs_tiny_base
-def test_the_batches_of_a_bases_course_are_what_its_rotation_names():
-    _, processor = load_base("tiny", torch.float32)
-    simple_steps = base.SHORT_LISTS_FIRST + sum(steps for _, steps in base.SIMPLE_CHARTS_NEXT)
-    examples = base.PretrainingExamples(processor, batch_size=1, first_step=simple_steps)
-    for index, kind in enumerate(base.ROTATION):
-        example = examples[index]
-        if kind in ("scene", "list"):
-            assert example.image_id == str(index)
-            assert (example.input_ids == processor.image_token_id).any() == (kind == "scene")
-        else:
-            chart = draw_chart(index, processor.grid_hw, kind)
-            assert torch.equal(example.semantic_ids, chart.semantic_ids)
-            expected = chart_example(chart, np.zeros((9, 12, 3), np.uint8), processor)
-            assert torch.equal(example.input_ids, expected.input_ids)
-
-
-@needs_tiny_base
-def test_where_an_answer_begins_hidden_states_are_asked_for_the_box_of_its_own_question():
-    """States that tell the cells there, and in the question the opposite, will do; those of another not."""
-    _, processor = load_base("tiny", torch.float32)
-    chart = draw_chart(0, processor.grid_hw, "tiles")
-    example = chart_example(chart, np.zeros((9, 12, 3), np.uint8), processor)
-    batch = collate([example], processor.tokenizer.pad_token_id)
-    head = PlaceHead(144, processor.grid_hw)
-    torch.nn.init.eye_(head.cells.weight)
-    torch.nn.init.zeros_(head.cells.bias)
-    cells = [2 * cover(find_boxes(question)[0], processor.grid_hw) - 1 for (_, question), _ in chart.dialogues]
-
-    def loss(told: list[torch.Tensor]) -> float:
-        states = torch.zeros(1, len(example.input_ids), 144)
-        for number, code in enumerate(told, start=1):
-            own = (example.sequence_ids == number).nonzero().squeeze(1)
-            begins = int((example.labels[own] != IGNORED).nonzero()[0]) - 1
-            states[0, own[:begins]], states[0, own[begins:]] = -code, code
-        return float(head([states] * 4, batch, processor.tokenizer).detach())
-
-    assert loss(cells) < 0.35 < 0.45 < loss([cells[-1], *cells[:-1]])
 
 
 def told_column(model, pixel_values) -> float:

@@ -9,10 +9,13 @@ from tiny_model import scene_rows, write_crayon_file
 from tiny_run import save_tiny_run
 
 from collavo.evaluate import main
+from collavo.evaluation.judge import Judge
 from collavo.evaluation.questions import EVALUATED_TASKS, Question, questions_of
 from collavo.evaluation.scores import judged, summarise
-from schemas.categories import THINGS
+from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import Dialogue, Instruction
+
+JUDGE = Judge(COCO_PANOPTIC)
 
 ROWS = scene_rows(12)
 VALIDATION = [row for row in ROWS if row.split == "validation"]
@@ -34,7 +37,7 @@ def evaluated(world, *flags: str) -> dict:
 
 def binary(category: str, truth: str, answer: str):
     polarity = "present" if truth == "yes" else "absent"
-    return judged(Question("a", "class_to_binary", (("human", "?"),), truth, category, polarity), answer)
+    return judged(Question("a", "class_to_binary", (("human", "?"),), truth, category, polarity), answer, JUDGE)
 
 
 def test_every_question_of_the_split_is_asked_and_accounted_for(world, capsys):
@@ -42,7 +45,7 @@ def test_every_question_of_the_split_is_asked_and_accounted_for(world, capsys):
     assert set(report["results"]) == {"none", "with"}
     for tasks in report["results"].values():
         for task, figures in tasks.items():
-            asked = [question for row in VALIDATION for question in questions_of(row, [task])]
+            asked = [question for row in VALIDATION for question in questions_of(row, [task], JUDGE)]
             assert figures["questions"] == len(asked) > 0
             counted = sum(of_class["questions"] for of_class in figures.get("classes", {}).values())
             assert counted == (0 if task == "dialogue" else len(asked))
@@ -81,7 +84,7 @@ def test_fewer_images_and_images_by_reference_are_asked_about(world, tmp_path):
     flags = ["--data", str(data), "--image_root", str(tmp_path), "--max_images", "1", "--output", str(tmp_path / "o")]
     assert main(["--model", str(run), *flags, "--tasks", "counting"]) == 0
     report = json.loads((tmp_path / "o" / "evaluation.json").read_text())
-    asked = len(questions_of(VALIDATION[0], ["counting"]))
+    asked = len(questions_of(VALIDATION[0], ["counting"], JUDGE))
     assert report["results"]["trained"]["counting"]["questions"] == asked
 
 
@@ -126,7 +129,7 @@ def test_questions_carry_their_truth_their_class_and_their_history():
         instructions=asked,
         conversations=(Dialogue("d", turns), Dialogue("broken", turns[:1] + turns[2:])),
     )
-    questions = {question.task: question for question in questions_of(row, EVALUATED_TASKS)}
+    questions = {question.task: question for question in questions_of(row, EVALUATED_TASKS, JUDGE)}
     assert {task: (q.truth, q.category) for task, q in questions.items()} == {
         "class_to_binary": ("no", "hot dog"),
         "box_to_class": ("(#2 dog)", "dog"),
@@ -136,23 +139,23 @@ def test_questions_carry_their_truth_their_class_and_their_history():
     }
     assert questions["dialogue"].turns == turns[:1]
     later = replace(row, conversations=(Dialogue("d", (*turns, ("human", "Sure?"), ("gpt", "Yes."))),))
-    assert questions_of(later, ["dialogue"])[-1].turns == (*turns, ("human", "Sure?"))
+    assert questions_of(later, ["dialogue"], JUDGE)[-1].turns == (*turns, ("human", "Sure?"))
 
 
 def test_every_default_phrasing_shows_the_class_it_asks_for():
     for row in ROWS:
         by_id = {segment.id: segment for segment in row.segments}
         for question, instruction in zip(
-            questions_of(row, EVALUATED_TASKS[:4]),
+            questions_of(row, EVALUATED_TASKS[:4], JUDGE),
             [i for i in row.instructions if not i.task.startswith("list")],
             strict=True,
         ):
             unsaid = replace(row, instructions=(replace(instruction, segment_ids=(), task="counting"),))
             if instruction.task != "box_to_class":
-                (from_text,) = questions_of(unsaid, ["counting"])
+                (from_text,) = questions_of(unsaid, ["counting"], JUDGE)
                 assert from_text.category == question.category
             if instruction.segment_ids:
-                assert question.category == by_id[instruction.segment_ids[0]].category.display_name
+                assert question.category == by_id[instruction.segment_ids[0]].category
 
 
 def test_binary_figures_follow_their_definitions():
@@ -186,7 +189,7 @@ def test_binary_figures_follow_their_definitions():
 def test_classes_count_alike_and_the_twenty_best_and_worst_make_top_and_bottom():
     random = np.random.default_rng(0)
     answers, accuracies = [], []
-    for category in THINGS:
+    for category in COCO_PANOPTIC.things:
         right, wrong = random.integers(0, 9, 2) + 1
         accuracies.append(right / (right + wrong))
         answers += [binary(category.display_name, "yes", "yes")] * right
@@ -203,7 +206,7 @@ def test_classes_count_alike_and_the_twenty_best_and_worst_make_top_and_bottom()
 def test_overlap_is_measured_where_there_is_something_and_absence_judged_where_there_is_nothing():
     def located(category: str, truth: str, answer: str):
         polarity = "present" if truth else "absent"
-        return judged(Question("a", "class_to_box", (("human", "?"),), truth, category, polarity), answer)
+        return judged(Question("a", "class_to_box", (("human", "?"),), truth, category, polarity), answer, JUDGE)
 
     left, right = "[0.00, 0.00, 0.50, 1.00]", "[0.50, 0.00, 1.00, 1.00]"
     figures = summarise(

@@ -22,6 +22,7 @@ from collavo.instructions.phrasebook import load_phrasebook
 from collavo.instructions.write import InstructionOptions, write_instructions
 from collavo.panoptic.index_png import encode_index_map
 from collavo.panoptic.maps import SegmentInfo, build_panoptic_map
+from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import SPLITS, TASKS, CrayonRow, Dialogue
 
 PERSON, CAR, SKY = 0, 2, 119
@@ -56,10 +57,11 @@ def a_row(image_id: str, image: bytes | None = None, path: str = "", split: str 
     ids[:8], ids[10:30, 5:20], ids[10:20, 25:40], ids[22:30, 22:46] = 1, 2, 3, 4
     infos = [SegmentInfo(1, SKY), SegmentInfo(2, PERSON), SegmentInfo(3, PERSON), SegmentInfo(4, CAR)]
     panoptic = build_panoptic_map(ids, infos)
-    statistics = ClassStatistics()
+    statistics = ClassStatistics.of(len(COCO_PANOPTIC.things))
     statistics.add_image(range(12))
     row = CrayonRow(
         image_id=image_id,
+        image_sha256="0" * 64,
         image_bytes=image,
         image_path=path or f"{image_id}.jpg",
         width=48,
@@ -67,10 +69,10 @@ def a_row(image_id: str, image: bytes | None = None, path: str = "", split: str 
         sources=("coco", "llava"),
         license_id=None,
         split=split,
-        panoptic_png=encode_index_map(panoptic.index_map, panoptic.segments),
+        panoptic_png=encode_index_map(panoptic),
         segments=panoptic.segments,
         instructions=write_instructions(
-            image_id, (48, 32), panoptic.segments, load_phrasebook(), statistics, InstructionOptions()
+            image_id, (48, 32), panoptic.segments, COCO_PANOPTIC, load_phrasebook(), statistics, InstructionOptions()
         ),
     )
     return replace(row, **columns)
@@ -88,7 +90,7 @@ def some_rows() -> list[CrayonRow]:
 def stored(tmp_path: Path, rows: list[CrayonRow]) -> str:
     folder = tmp_path / "data"
     folder.mkdir()
-    writer = CrayonFileWriter((folder / "crayon-00000-of-00001.parquet").open("wb"), {})
+    writer = CrayonFileWriter((folder / "crayon-00000-of-00001.parquet").open("wb"), {}, COCO_PANOPTIC)
     for row in rows:
         writer.write(row)
     writer.close({})

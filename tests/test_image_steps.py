@@ -1,8 +1,12 @@
+import dataclasses
+import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from builds import planned
 from conftest import CAR, PERSON, coco_png, encoded
 from PIL import Image
 
@@ -10,13 +14,15 @@ from collavo.images import MAX_PIXELS, decode_rgb
 from collavo.panoptic.index_png import decode_index_map
 from collavo.panoptic.maps import build_panoptic_map
 from collavo.sources.coco_panoptic import Annotation
-from pipelines.image_steps import draft_row, read_image, segment_by_annotation, split_of
-from pipelines.records import ImageTask, Input, LoadedImage, Mention, Reject, SegmentedImage
-from schemas.crayon_row import CrayonRow, Dialogue
+from pipelines.image_steps import draft_dialogue, draft_row, merge_drafts, read_images, segment_by_annotation, split_of
+from pipelines.job import CrayonJob
+from pipelines.records import Draft, ImageTask, Input, LoadedImage, Mention, SegmentedImage
+from schemas.crayon_row import Dialogue
 
 IDS = np.array([[5, 5, 5, 0], [5, 300, 300, 0], [5, 300, 300, 0]], dtype=np.uint32)
 PHOTO = Image.fromarray(np.arange(36, dtype=np.uint8).reshape(3, 4, 3))
-SEGMENTS = ((5, 1, 0), (300, 3, 0))
+JOB = planned("--segmenter", "annotations", "--output", "/nowhere/out").job
+SEGMENTS = ((5, PERSON, 0), (300, CAR, 0))
 
 
 def mention(folder: Path, path: str, source: str = "folder", **more) -> Mention:
@@ -34,28 +40,31 @@ def annotated(folder: Path, segments=SEGMENTS, mask: bytes | None = None) -> Ima
     )
 
 
+def job(**changes: Any) -> CrayonJob:
+    return dataclasses.replace(JOB, **changes)
+
+
 def read(task: ImageTask, with_rgb: bool = False) -> LoadedImage:
-    image, rejects = read_image(task, MAX_PIXELS, with_rgb)
+    (image,), rejects = read_images(task, MAX_PIXELS, with_rgb)
     assert rejects == []
     return image
 
 
-def row_of(image: LoadedImage) -> CrayonRow:
-    """The row of an image that shows nothing."""
+def draft_of(image: LoadedImage, **changes: Any) -> Draft:
+    """The draft of an image that shows nothing."""
     empty = build_panoptic_map(np.zeros(image.size_wh[::-1], dtype=np.uint32), [])
-    return draft_row(SegmentedImage(image, empty, "{}"), True, 0.05).row
+    return draft_row(SegmentedImage(image, empty, "{}"), job(**changes))
 
 
-def read_rejects(task: ImageTask, bound: int = MAX_PIXELS, with_rgb: bool = False) -> list[Reject]:
-    """The rejects of an image that cannot be used."""
-    image, rejects = read_image(task, bound, with_rgb)
-    assert image is None
-    return rejects
+def draft_annotated(image: LoadedImage, **changes: Any) -> Draft:
+    segmented = segment_by_annotation(image, job(**changes))
+    assert isinstance(segmented, SegmentedImage)
+    return draft_row(segmented, job(**changes))
 
 
-def mask_reasons(image: LoadedImage) -> list[tuple[str, str, str]]:
+def mask_reasons(image: LoadedImage, mask_frame: str = "auto") -> list[tuple[str, str, str]]:
     """The rejects of an image whose annotation cannot be used."""
-    outcome = segment_by_annotation(image)
+    outcome = segment_by_annotation(image, job(mask_frame=mask_frame))
     assert isinstance(outcome, list)
     return [(reject.id, reject.stage, reject.reason) for reject in outcome]
 
@@ -83,35 +92,30 @@ def test_an_image_with_another_extension_is_found_and_its_row_says_where(tmp_pat
     (tmp_path / on_disk).parent.mkdir()
     (tmp_path / on_disk).write_bytes(encoded(PHOTO))
     image = read(ImageTask((mention(tmp_path, named, "llava"),)))
-    assert image.uri == str(tmp_path / on_disk)
-    assert row_of(image).image_path == on_disk
-    assert row_of(image).image_id == image.task.image_id == on_disk.rpartition(".")[0]
+    row = draft_of(image).row
+    assert row.image_id == row.image_path == on_disk and row.image_bytes == (tmp_path / on_disk).read_bytes()
 
 
-def test_a_gif_that_is_called_jpg_is_an_image_like_any_other(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(encoded(PHOTO, "GIF"))
-    image = read(ImageTask((mention(tmp_path, "a.jpg"),)))
-    assert image.size_wh == (4, 3) and row_of(image).image_path == "a.jpg"
-
-
-def test_of_two_files_with_one_id_the_first_is_kept_and_the_other_rejected(tmp_path):
+def test_files_that_differ_only_in_their_extension_are_images_of_their_own(tmp_path):
     for name in ("cat.jpg", "cat.png"):
-        (tmp_path / name).write_bytes(encoded(PHOTO))
+        (tmp_path / name).write_bytes(encoded(PHOTO, "JPEG" if name == "cat.jpg" else "PNG"))
     talk = Dialogue("d", (("human", "Hi"),))
     mentions = (
         mention(tmp_path, "cat.gif", "llava", dialogue=talk),  # not there: means the one that is
         mention(tmp_path, "cat.jpg"),
         mention(tmp_path, "cat.png"),
     )
-    image, rejects = read_image(ImageTask(mentions), MAX_PIXELS, with_rgb=False)
-    assert image.uri == str(tmp_path / "cat.jpg") and image.task.mentions == mentions[:2]
-    assert [(r.id, r.stage, r.reason) for r in rejects] == [("folder:cat.png", "read", "duplicate_id")]
-    assert "cat.jpg" in rejects[0].detail
+    images, rejects = read_images(ImageTask(mentions), MAX_PIXELS, with_rgb=False)
+    assert rejects == []
+    assert [(image.path, image.task.mentions) for image in images] == [
+        ("cat.jpg", mentions[:2]),
+        ("cat.png", mentions[2:]),
+    ]
 
     (tmp_path / "cat.jpg").write_bytes(b"no picture")
-    both = read_rejects(ImageTask(mentions))
-    assert {(r.id, r.stage, r.reason) for r in both} == {
-        ("folder:cat.png", "read", "duplicate_id"),
+    (image,), rejects = read_images(ImageTask(mentions), MAX_PIXELS, with_rgb=False)
+    assert image.path == "cat.png"
+    assert {(r.id, r.stage, r.reason) for r in rejects} == {
         ("folder:cat.jpg", "decode", "not_an_image"),
         ("llava:cat.gif", "decode", "not_an_image"),
     }
@@ -132,7 +136,8 @@ def test_an_unusable_image_rejects_all_that_name_it(tmp_path, content: bytes | N
         (tmp_path / "a.jpg").write_bytes(content)
     task = ImageTask((mention(tmp_path, "a.jpg"), mention(tmp_path, "a.jpg", "llava")))
     bound = 3599 if reason == "oversized_image" else MAX_PIXELS
-    rejects = read_rejects(task, bound, with_rgb)
+    images, rejects = read_images(task, bound, with_rgb)
+    assert images == []
     assert [(r.id, r.source, r.stage, r.reason) for r in rejects] == [
         ("folder:a.jpg", "folder", stage, reason),
         ("llava:a.jpg", "llava", stage, reason),
@@ -140,27 +145,12 @@ def test_an_unusable_image_rejects_all_that_name_it(tmp_path, content: bytes | N
 
 
 def test_an_annotation_becomes_segments(tmp_path):
-    segmented = segment_by_annotation(read(annotated(tmp_path)))
+    segmented = segment_by_annotation(read(annotated(tmp_path)), job())
+    assert isinstance(segmented, SegmentedImage)
     person, car = segmented.panoptic.segments
     assert (person.id, person.label, person.box_xyxy, person.area) == (5, PERSON, (0, 0, 3, 3), 5)
     assert (car.id, car.label, car.box_xyxy, car.area) == (300, CAR, (1, 1, 3, 3), 4)
     assert json.loads(segmented.segmenter) == {"name": "annotations"}
-
-
-@pytest.mark.parametrize(
-    ("segments", "mask", "reason"),
-    [
-        (SEGMENTS, coco_png(IDS.T), "mask_size_mismatch"),
-        (SEGMENTS, b"not a mask", "broken_mask"),
-        (((5, 1, 0), (300, 12, 0)), None, "unknown_category"),
-        (((5, 1, 0),), None, "unlisted_segment"),
-        ((*SEGMENTS, (301, 1, 0)), None, "empty_segment"),
-        ((*SEGMENTS, (300, 3, 0)), None, "repeated_segment"),
-    ],
-)
-def test_an_annotation_that_does_not_fit_rejects_the_image(tmp_path, segments, mask: bytes | None, reason: str):
-    image = read(annotated(tmp_path, segments, mask))
-    assert mask_reasons(image) == [("coco:a.jpg", "segment", reason)]
 
 
 def test_a_missing_mask_and_a_missing_annotation_reject_the_image(tmp_path):
@@ -171,19 +161,30 @@ def test_a_missing_mask_and_a_missing_annotation_reject_the_image(tmp_path):
     assert mask_reasons(read(plain)) == [("folder:a.jpg", "segment", "no_annotation")]
 
 
-@pytest.mark.parametrize("with_rgb", [False, True])
-def test_a_turned_photo_is_annotated_in_its_upright_frame(tmp_path, with_rgb: bool):
+def test_a_turned_photo_is_annotated_in_its_upright_frame(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying, four pixels high and three wide
     lying = PHOTO.transpose(Image.Transpose.ROTATE_90)
     (tmp_path / "a.jpg").write_bytes(encoded(lying, exif=exif))
-    image = read(annotated(tmp_path), with_rgb)
+    image = read(annotated(tmp_path))
     assert image.size_wh == (4, 3)
     assert np.array_equal(decode_rgb(image.image_bytes), np.asarray(PHOTO))
-    row = draft_row(segment_by_annotation(image), True, 0).row
-    assert (row.width, row.height) == (4, 3) and decode_index_map(row.panoptic_png).shape == (3, 4)
-    lying_mask = annotated(tmp_path, mask=coco_png(np.rot90(IDS)))
-    assert mask_reasons(read(lying_mask)) == [("coco:a.jpg", "segment", "mask_size_mismatch")]
+    upright_map = draft_annotated(image).row.panoptic_png
+    assert decode_index_map(upright_map).shape == (3, 4)
+    lying_mask = read(annotated(tmp_path, mask=coco_png(np.rot90(IDS))))
+    assert draft_annotated(lying_mask).row.size_wh == (4, 3)
+    assert draft_annotated(lying_mask).row.panoptic_png == upright_map
+    assert mask_reasons(lying_mask, "upright") == [("coco:a.jpg", "segment", "mask_size_mismatch")]
+
+
+def test_a_mask_that_fits_a_turned_photo_either_way_is_not_guessed_at(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    (tmp_path / "a.jpg").write_bytes(encoded(PHOTO.rotate(180), exif=exif))
+    image = read(annotated(tmp_path))
+    assert mask_reasons(image) == [("coco:a.jpg", "segment", "ambiguous_orientation")]
+    upright, stored = (draft_annotated(image, mask_frame=frame).row.segments for frame in ("upright", "stored"))
+    assert upright[1].box_xyxy == (1, 1, 3, 3) and stored[1].box_xyxy == (1, 0, 3, 2)
 
 
 def test_a_draft_says_all_but_the_instructions(tmp_path):
@@ -191,40 +192,69 @@ def test_a_draft_says_all_but_the_instructions(tmp_path):
     talks = [Dialogue(name, (("human", f"Hi {name}"), ("gpt", "Hello"))) for name in "xy"]
     others = [Mention(Input("llava", talk.id), "coco/a.jpg", coco.uri, dialogue=talk) for talk in talks]
     task = ImageTask((coco, *others))
-    draft = draft_row(segment_by_annotation(read(task)), embed_image=True, validation_ratio=0.05)
+    draft = draft_annotated(read(task), validation_ratio=0.5)
     row = draft.row
-    assert (row.image_id, row.image_path, row.width, row.height) == ("a", "a.jpg", 4, 3)
+    assert (row.image_id, row.image_path, row.width, row.height) == ("a.jpg", "a.jpg", 4, 3)
     assert row.image_bytes == (tmp_path / "a.jpg").read_bytes()
-    assert (row.sources, row.license_id, row.split) == (("coco", "llava"), 3, split_of("a", 0.05))
+    assert row.image_sha256 == hashlib.sha256(row.image_bytes).hexdigest()
+    assert (row.sources, row.license_id, row.split) == (("coco", "llava"), 3, split_of(row.image_sha256, 0.5))
     assert np.array_equal(decode_index_map(row.panoptic_png), [[1, 1, 1, 0], [1, 2, 2, 0], [1, 2, 2, 0]])
     assert row.conversations == tuple(talks) and row.instructions == ()
-    assert draft.inputs == tuple(m.input for m in task.mentions) and draft.uri == coco.uri
+    assert draft.inputs == tuple(m.input for m in task.mentions) and not draft.split_stated
     assert set(draft.seconds) == {"read", "decode", "segment", "encode"}
 
 
 def test_a_reference_holds_the_path_and_no_bytes(tmp_path):
-    row = draft_row(segment_by_annotation(read(annotated(tmp_path))), embed_image=False, validation_ratio=0).row
+    row = draft_annotated(read(annotated(tmp_path)), embed_images=False).row
     assert row.image_bytes is None and row.image_path == "a.jpg"
 
 
-def test_the_split_hangs_on_the_image_id_alone_and_keeps_to_its_ratio():
-    ids = [f"train2017/{i:012}" for i in range(4000)]
+def test_the_split_is_decided_by_a_digest_alone_and_keeps_to_its_ratio():
+    ids = [hashlib.sha256(f"{i}".encode()).hexdigest() for i in range(4000)]
     chosen = {ratio: {i for i in ids if split_of(i, ratio) == "validation"} for ratio in (0, 0.05, 0.2, 1)}
     assert chosen[0] == set() and chosen[1] == set(ids)
     assert len(chosen[0.05]) / 4000 == pytest.approx(0.05, abs=0.01)
     assert chosen[0.05] < chosen[0.2]  # a larger share takes nothing out of the smaller one
-    assert split_of("000000142238", 0.83) == "validation" and split_of("000000142238", 0.82) == "train"
+    assert split_of("80" + "0" * 62, 0.51) == "validation" and split_of("80" + "0" * 62, 0.5) == "train"
 
 
-def test_the_real_photograph_goes_through_all_steps(real):
-    annotation = json.loads((real / "coco" / "panoptic.json").read_text())["annotations"][0]
-    segments = tuple((s["id"], s["category_id"], s["iscrowd"]) for s in annotation["segments_info"])
-    photo = mention(
-        real / "coco" / "images",
-        "000000142238.jpg",
-        "coco",
-        annotation=Annotation(annotation["file_name"], segments),
-        mask_uri=str(real / "coco" / "panoptic" / annotation["file_name"]),
-    )
-    row = draft_row(segment_by_annotation(read(ImageTask((photo,)))), True, 0.05).row
-    assert (row.image_id, row.width, row.height, len(row.segments)) == ("000000142238", 640, 427, 18)
+def test_a_source_that_names_its_split_is_followed_and_validation_wins_where_two_disagree(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(encoded(PHOTO))
+    plain, train, held_out = (mention(tmp_path, "a.jpg", split=split) for split in ("", "train", "validation"))
+    for mentions, split in [((plain, train), "train"), ((train, held_out, plain), "validation")]:
+        for ratio in (0.0, 1.0):
+            draft = draft_of(read(ImageTask(mentions)), validation_ratio=ratio)
+            assert draft.row.split == split and draft.split_stated
+
+
+def test_a_dialogue_about_no_image_makes_a_row_without_one_whose_split_follows_its_text():
+    talk = Dialogue("d", (("human", "Hi"), ("gpt", "Hello")))
+    tasks = [ImageTask((Mention(Input("llava", "d"), f"x.json#{i}", "", dialogue=talk),)) for i in (3, 4)]
+    first, moved = (draft_dialogue(task, job(validation_ratio=0.5)) for task in tasks)
+    row = first.row
+    assert (row.image_id, row.conversations, row.has_image) == ("x.json#3", (talk,), False)
+    assert (row.image_sha256, row.image_path, row.width, row.panoptic_png) == (None,) * 4
+    assert row.split == moved.row.split and first.inputs == (Input("llava", "d"),)
+
+
+def test_the_same_bytes_at_two_paths_are_one_draft_with_what_both_bring(tmp_path):
+    (tmp_path / "b.jpg").write_bytes(encoded(PHOTO))
+    talk = Dialogue("d", (("human", "Hi"), ("gpt", "Hello")))
+    first = draft_annotated(read(annotated(tmp_path)))
+    second = draft_of(read(ImageTask((mention(tmp_path, "b.jpg", "llava", dialogue=talk),))))
+    merged, rejects = merge_drafts(first, second)
+    assert rejects == []
+    assert (merged.row.image_id, merged.row.other_paths) == ("a.jpg", ("b.jpg",))
+    assert merged.row.sources == ("coco", "llava") and merged.row.conversations == (talk,)
+    assert merged.row.segments == first.row.segments and merged.inputs == first.inputs + second.inputs
+    again, _ = merge_drafts(merged, second)
+    assert again.row == merged.row
+
+
+def test_of_the_same_bytes_with_two_annotations_the_second_is_rejected_and_both_are_named(tmp_path):
+    first = draft_annotated(read(annotated(tmp_path)))
+    second = draft_annotated(read(annotated(tmp_path, segments=((5, CAR, 0), (300, PERSON, 0)))))
+    second = dataclasses.replace(second, row=dataclasses.replace(second.row, image_path="b.jpg"))
+    merged, (reject,) = merge_drafts(first, second)
+    assert merged is first and (reject.stage, reject.reason) == ("write", "other_annotation")
+    assert "a.jpg" in reject.detail and "b.jpg" in reject.detail

@@ -7,8 +7,10 @@ from tiny_model import scene_rows
 from tiny_run import save_tiny_run
 
 from collavo.errors import UserError
+from collavo.evaluation.judge import Judge
 from collavo.evaluation.questions import EVALUATED_TASKS, questions_of
 from collavo.inference import Answerer, Picture, Request, load_answerer, picture_of_row
+from schemas.categories import COCO_PANOPTIC
 
 CPU = torch.device("cpu")
 ROWS = scene_rows(3)
@@ -16,7 +18,7 @@ PICTURES = [picture_of_row(row, None) for row in ROWS]
 REQUESTS = [
     Request(number, question.turns, PICTURES[number].objects if question.task == "dialogue" else None, limit)
     for number, row in enumerate(ROWS)
-    for question, limit in zip(questions_of(row, EVALUATED_TASKS), [4, 9] * 50, strict=False)
+    for question, limit in zip(questions_of(row, EVALUATED_TASKS, Judge(COCO_PANOPTIC)), [4, 9] * 50, strict=False)
 ]
 
 

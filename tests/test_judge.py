@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_model import scene_rows
+from tiny_model import OWN_CLASSES, own_rows, scene_rows
 
-from collavo.evaluation.judge import box_iou, judge, matched_ious, named_category
+from collavo.evaluation.judge import Judge, box_iou, matched_ious
 from collavo.evaluation.questions import EVALUATED_TASKS, questions_of
-from schemas.categories import THINGS
+from schemas.categories import COCO_PANOPTIC
+
+JUDGE = Judge(COCO_PANOPTIC)
 
 HUNDREDTHS = st.integers(0, 100).map(lambda n: n / 100)
 BOXES = st.tuples(HUNDREDTHS, HUNDREDTHS, HUNDREDTHS, HUNDREDTHS).map(
@@ -19,8 +21,8 @@ BOXES = st.tuples(HUNDREDTHS, HUNDREDTHS, HUNDREDTHS, HUNDREDTHS).map(
 def test_the_true_answers_of_a_data_set_are_judged_right():
     for row in scene_rows(6):
         by_question = {(i.task, i.question): i.answer for i in row.instructions}
-        for question in questions_of(row, [task for task in EVALUATED_TASKS if task != "dialogue"]):
-            judgement = judge(question.task, by_question[question.task, question.turns[-1][1]], question.truth)
+        for question in questions_of(row, [task for task in EVALUATED_TASKS if task != "dialogue"], JUDGE):
+            judgement = JUDGE.judge(question.task, by_question[question.task, question.turns[-1][1]], question.truth)
             assert (judgement.score, judgement.correct) == (1.0, True), question
 
 
@@ -60,7 +62,7 @@ def test_the_true_answers_of_a_data_set_are_judged_right():
     ],
 )
 def test_answers_are_read_strictly_and_compared_by_what_they_say(task, answer, truth, correct, read):
-    judgement = judge(task, answer, truth)
+    judgement = JUDGE.judge(task, answer, truth)
     assert (judgement.correct, judgement.read) == (correct, read)
 
 
@@ -77,7 +79,7 @@ def test_answers_are_read_strictly_and_compared_by_what_they_say(task, answer, t
 )
 def test_boxes_are_scored_by_overlap_with_missing_and_superfluous_ones_as_zero(answer, score, correct):
     truth = "[0.00, 0.00, 0.50, 1.00], [0.50, 0.00, 1.00, 1.00]"
-    judgement = judge("class_to_box", answer, truth)
+    judgement = JUDGE.judge("class_to_box", answer, truth)
     assert judgement.score == pytest.approx(score)
     assert judgement.correct == correct
 
@@ -107,7 +109,19 @@ def test_the_overlap_of_boxes_is_that_of_their_cells(first, second):
     assert box_iou(first, second) == pytest.approx(expected)
 
 
+def test_answers_about_other_classes_are_judged_by_their_names():
+    judge = Judge(OWN_CLASSES)
+    for row in own_rows(6):
+        by_question = {(i.task, i.question): i.answer for i in row.instructions}
+        for question in questions_of(row, [task for task in EVALUATED_TASKS if task != "dialogue"], judge):
+            answer = by_question[question.task, question.turns[-1][1]]
+            assert judge.judge(question.task, answer, question.truth).correct, question
+            assert question.category in {category.display_name for category in OWN_CLASSES.things}
+    assert judge.judge("box_to_class", "two traffic cones", "(#1 traffic cone)").correct
+    assert judge.judge("box_to_class", "a person", "(#1 car)").read is None  # which this set has not
+
+
 def test_every_thing_is_known_by_its_name_its_singular_and_its_plural():
-    for category in THINGS:
+    for category in COCO_PANOPTIC.things:
         for form in (category.display_name, category.with_article, category.counted(3)):
-            assert named_category(f"I can see {form} there.") == category, form
+            assert JUDGE.named_category(f"I can see {form} there.") == category, form

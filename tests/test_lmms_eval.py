@@ -18,12 +18,14 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.models.registry_v2 import ModelRegistryV2
 
 from collavo.evaluation import harness
-from collavo.evaluation.judge import judge
+from collavo.evaluation.judge import Judge
 from collavo.evaluation.questions import questions_of
 from collavo.images import decode_rgb
 from collavo.inference import Picture, Request, load_answerer
 from collavo.segmenters import NoSegmenter
+from schemas.categories import COCO_PANOPTIC
 
+JUDGE = Judge(COCO_PANOPTIC)
 TASKS = Path(harness.__file__).with_name("harness_tasks")
 ROWS = scene_rows(12)
 
@@ -56,13 +58,13 @@ def test_the_local_task_runs_in_lmms_eval_and_agrees_with_our_own_judge(run, tmp
     answerer = load_answerer(str(run), torch.device("cpu"))
     texts, verdicts = [], []
     for row in ROWS:
-        asked = questions_of(row, ["class_to_binary"]) if row.split == "validation" else []
+        asked = questions_of(row, ["class_to_binary"], JUDGE) if row.split == "validation" else []
         if asked:
             image = decode_rgb(row.image_bytes)
             picture = Picture(image, NoSegmenter().segment([image])[0])
             answers = answerer.answer([picture], [Request(0, question.turns, "", 32) for question in asked])
             texts += answers
-            verdicts += [judge(q.task, text, q.truth).correct for q, text in zip(asked, answers, strict=True)]
+            verdicts += [JUDGE.judge(q.task, text, q.truth).correct for q, text in zip(asked, answers, strict=True)]
     figures = json.loads(results.read_text())["results"]["crayon_c2b"]
     assert figures["accuracy,none"] == pytest.approx(sum(verdicts) / len(verdicts))
     (samples,) = (tmp_path / "results").rglob("*samples_crayon_c2b.jsonl")

@@ -10,6 +10,7 @@ from collavo.errors import Rejected
 from collavo.panoptic.coco_png import decode_segment_runs
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
 from collavo.sources.coco_panoptic import segment_infos
+from schemas.categories import COCO_PANOPTIC
 
 
 def same(one: PanopticMap, other: PanopticMap) -> bool:
@@ -86,15 +87,16 @@ def test_the_real_annotation_is_measured_as_its_authors_did(real):
     annotation = json.loads((real / "coco" / "panoptic.json").read_text())["annotations"][0]
     runs = decode_segment_runs((real / "coco" / "panoptic" / annotation["file_name"]).read_bytes(), (640, 427))
     stated = {s["id"]: s for s in annotation["segments_info"]}
+    labels = {category.category_id: category.label for category in COCO_PANOPTIC}
     panoptic = build_panoptic_map(
-        runs, segment_infos([(s["id"], s["category_id"], s["iscrowd"]) for s in stated.values()])
+        runs, segment_infos([(s["id"], labels[s["category_id"]], s["iscrowd"]) for s in stated.values()])
     )
     assert len(panoptic.segments) == 18
     for segment in panoptic.segments:
         x, y, width, height = stated[segment.id]["bbox"]
         assert segment.box_xyxy == (x, y, x + width, y + height)
         assert segment.area == stated[segment.id]["area"]
-        assert segment.category.category_id == stated[segment.id]["category_id"]
+        assert segment.category_id == stated[segment.id]["category_id"]
     people = [s for s in panoptic.segments if s.label == PERSON]
     assert [s.numbering for s in people] == [*range(1, 14), 0]
     assert [s.is_crowd for s in people] == [False] * 13 + [True]

@@ -49,7 +49,7 @@ def test_two_sources_of_one_image_make_one_row_that_coco_names():
     task, rejects = merge_mentions([says("a", "Is it one?"), FOLDER, COCO])
     assert rejects == []
     assert [mention.input.source for mention in task.mentions] == ["coco", "llava", "folder"]
-    assert task.image_id == "1" and task.annotated == COCO
+    assert task.mentions[0].image_path == "1.jpg" and task.annotated == COCO
 
 
 def test_dialogues_of_one_image_are_kept_unless_they_repeat_each_other():
@@ -63,7 +63,7 @@ def test_a_second_annotation_is_rejected_by_its_own_id():
     task, rejects = merge_mentions([second, COCO])
     assert task.annotated == COCO
     assert rejects == [
-        Reject("2", "coco", "merge", "duplicate_entry", "says again what another entry says of /data/train/1.jpg")
+        Reject("2", "coco", "merge", "duplicate_entry", "repeats what another entry says of /data/train/1.jpg")
     ]
 
 

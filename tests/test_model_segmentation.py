@@ -53,7 +53,7 @@ def _forget() -> None:
 def loaded(name: str, size_wh: tuple[int, int] = (4, 2), value: int = 0) -> LoadedImage:
     mentions = tuple(Mention(Input(source, name), f"{name}.jpg", f"/d/{name}.jpg") for source in ("llava", "folder"))
     rgb = np.full((size_wh[1], size_wh[0], 3), value, dtype=np.uint8)
-    return LoadedImage(ImageTask(mentions), f"/d/{name}.jpg", b"", size_wh, rgb, {})
+    return LoadedImage(ImageTask(mentions), f"/d/{name}.jpg", b"", size_wh, 1, rgb, {})
 
 
 def run(handler: SegmenterHandler, images: Sequence[LoadedImage]) -> list:
@@ -62,7 +62,7 @@ def run(handler: SegmenterHandler, images: Sequence[LoadedImage]) -> list:
 
 def test_every_image_of_a_batch_gets_its_map_and_the_segmenters_facts():
     outcomes = run(SegmenterHandler(Painter, 8, 1 << 40), [loaded("a", (4, 2)), loaded("b", (3, 5))])
-    assert [outcome.image.uri for outcome in outcomes] == ["/d/a.jpg", "/d/b.jpg"]
+    assert [outcome.image.path for outcome in outcomes] == ["/d/a.jpg", "/d/b.jpg"]
     assert [outcome.panoptic.index_map.shape for outcome in outcomes] == [(2, 4), (5, 3)]
     assert all(json.loads(outcome.segmenter) == Painter().facts for outcome in outcomes)
     assert all(outcome.image.seconds["segment"] > 0 for outcome in outcomes)

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from builds import planned, status_of
 
+from collavo.dataset import CrayonFileWriter
 from pipelines.options import build_parser
+from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import TASKS
 
 
@@ -17,8 +19,13 @@ def workspace(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for folder in ("pictures", "masks", "p"):
         (tmp_path / folder).mkdir()
-    for name in ("p.json", "q.json", "l.json", "pictures/a.jpg", "rows.parquet", "a_file"):
+    for name in ("l.json", "pictures/a.jpg", "a_file"):
         (tmp_path / name).touch()
+    for name in ("p.json", "q.json"):
+        (tmp_path / name).write_text('{"images": [], "annotations": []}')
+    other = [{"id": 1, "name": "dragon", "isthing": 1}, {"id": 2, "name": "lava", "isthing": 0}]
+    (tmp_path / "other.json").write_text(json.dumps({"images": [], "annotations": [], "categories": other}))
+    CrayonFileWriter((tmp_path / "rows.parquet").open("wb"), {}, COCO_PANOPTIC).close({})
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "manifest.json").touch()
     (tmp_path / "p" / "b.txt").touch()
@@ -79,16 +86,25 @@ WRONG = [
     ("--images full/x --output full --overwrite", "--images full/x: lies in --output full, which is replaced"),
     ("--images nope://x/*.jpg", "--images: nope://x: Protocol not known: nope"),
     # contradictions
-    ("--coco_panoptic p.json", "--coco_images names 0 folders for 1 --coco_panoptic files"),
-    ("--coco_panoptic p.json p.json --coco_images p", "--coco_images names 1 folders for 2 --coco_panoptic files"),
+    ("--coco_panoptic p.json", "--coco_images names 0 folders for 1 COCO files"),
+    ("--coco_panoptic p.json p.json --coco_images p", "--coco_images names 1 folders for 2 COCO files"),
     (f"{COCO} --coco_masks p masks", "--coco_masks names 2 folders for 1 --coco_panoptic files"),
     ("--llava_json l.json", "--llava_json needs --image_root"),
-    ("--coco_images pictures", "--coco_images acts only with --coco_panoptic"),
+    ("--coco_images pictures", "--coco_images acts only with COCO files"),
     ("--images pictures --coco_masks p", "--coco_masks acts only with --coco_panoptic"),
     ("--image_root pictures", "--image_root acts only with --llava_json or --images"),
     ("--images pictures --scenes 5", "--scenes acts only where no source is named"),
     (f"{COCO} --scene_size 64x64", "--scene_size acts only where no source is named"),
-    ("--from_crayon rows.parquet --images pictures", "--from_crayon starts from finished rows"),
+    ("--images pictures --coco_split train", "--coco_split acts only with COCO files"),
+    (f"{COCO} --coco_split train train", "--coco_split names 2 splits for 1 sources"),
+    (f"{COCO} --coco_split test", "--coco_split: invalid choice: 'test'"),
+    ("--images pictures --llava_split train", "--llava_split acts only with --llava_json"),
+    ("--images pictures --image_column x", "--image_column acts only with --dataset"),
+    ("--dataset pictures", "--dataset pictures: names no .parquet or .tar file"),
+    ("--coco_panoptic p.json other.json --coco_images p p --coco_masks p p", "dragon"),
+    (f"{COCO} --categories l.json", "--categories: l.json"),
+    (f"{COCO} --category_map l.json", "--category_map: l.json: not JSON"),
+    (f"{COCO} --category_map p.json", "--category_map: p.json: expected an object of names"),
     ("--from_crayon rows.parquet --device cuda", "--device acts only on images; --from_crayon reads finished rows"),
     ("--from_crayon rows.parquet --validation_ratio 0.2", "--validation_ratio acts only on images"),
     ("--images pictures --segmenter annotations", "--segmenter annotations needs --coco_panoptic"),
@@ -129,10 +145,10 @@ def test_help_tells_of_every_flag_and_exits_well(capsys):
     assert max(map(len, text.splitlines())) <= 120
 
 
-def test_without_flags_scenes_are_drawn_below_the_output(workspace):
+def test_without_flags_scenes_are_drawn_beside_the_output(workspace):
     command = planned()
     assert command.scenes is not None
-    assert (command.scenes.count, command.scenes.size_wh) == (600, (320, 240))
+    assert (command.scenes.folder, command.scenes.count, command.scenes.size_wh) == ("out_scenes", 600, (320, 240))
     job = command.job
     assert job.model is not None and not job.use_annotations and job.embed_images
     assert [source.name for source in (*job.sources.coco, *job.sources.llava)] == ["scenes", "scenes"]
@@ -140,7 +156,30 @@ def test_without_flags_scenes_are_drawn_below_the_output(workspace):
 
 def test_masks_are_looked_for_beside_their_json(workspace):
     (source,) = planned(*COCO.split()).job.sources.coco
-    assert source == ("coco", "p.json", "pictures", "p")
+    assert source[:4] == ("coco", "p.json", "pictures", "p") and source.split == ""
+
+
+def test_ids_count_from_the_folder_that_all_images_lie_in_however_it_is_written(workspace):
+    line = [*"--coco_panoptic p.json --coco_images".split(), "{}/pictures", "--images", "{}/pictures/*.jpg"]
+    roots = {planned(*(word.format(folder) for word in line)).job.sources.root for folder in (".", workspace, "p/..")}
+    assert roots == {str(workspace / "pictures")}
+    assert planned(*COCO.split(), "--llava_json", "l.json", "--image_root", "masks").job.sources.root == str(workspace)
+
+
+def test_splits_are_those_of_the_sources_where_they_are_named_and_a_line_says_where_they_are_not(workspace):
+    line = "--coco_panoptic p.json q.json --coco_images p p --coco_masks p p --coco_split train validation"
+    assert [source.split for source in planned(*line.split()).job.sources.coco] == ["train", "validation"]
+    (workspace / "val.json").write_text('{"images": [], "annotations": []}')
+    unsaid = planned(*"--coco_panoptic val.json --coco_images p --coco_masks p".split())
+    assert [source.split for source in unsaid.job.sources.coco] == [""]
+    (note,) = [note for note in unsaid.notes if "--coco_split" in note]
+    assert "val.json says 'val' in its name" in note
+
+
+def test_classes_are_those_of_the_sources(workspace):
+    line = "--coco_panoptic other.json --coco_images p --coco_masks p"
+    assert [category.name for category in planned(*line.split()).job.categories] == ["dragon", "lava"]
+    assert planned(*COCO.split()).job.categories == COCO_PANOPTIC
 
 
 @pytest.mark.parametrize(
@@ -189,14 +228,15 @@ def test_flags_reach_the_segmenter_that_they_are_for(workspace):
     assert model.load.args == ("mask2former",)
     options = model.load.keywords
     assert options.pop("thresholds").like_transformers
-    assert options == {"checkpoint": "x", "input_size": 96, "device": "cpu", "batch_size": 3}
+    classes = {"categories": COCO_PANOPTIC, "category_map": None}
+    assert options == {"checkpoint": "x", "input_size": 96, "device": "cpu", "batch_size": 3, **classes}
     assert (model.batch_size, model.max_batch_pixels, model.model_copies) == (3, 9, 2)
     line = "--images pictures --segmenter detectron2 --segmenter_config c.yaml --segmenter_checkpoint w.pkl"
     model = planned(*line.split()).job.model
     assert model is not None
     assert (model.load.args, model.load.keywords) == (
         ("detectron2",),
-        {"checkpoint": "w.pkl", "config": "c.yaml", "device": "auto"},
+        {"checkpoint": "w.pkl", "config": "c.yaml", "device": "auto", **classes},
     )
 
 

@@ -14,7 +14,7 @@ from collavo.panoptic import postprocess
 from collavo.panoptic.maps import PanopticMap
 from collavo.panoptic.postprocess import panoptic_from_logits
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS, MaskThresholds
-from schemas.categories import CATEGORIES
+from schemas.categories import COCO_PANOPTIC
 
 DEFAULT, PAPER = THRESHOLD_PRESETS["default"], THRESHOLD_PRESETS["paper"]
 LENIENT = replace(DEFAULT, min_class_score=0.5, min_area=0)
@@ -164,7 +164,7 @@ def literal_reading(
             won &= (bids[q] > bids[rival]) | ((bids[q] == bids[rival]) & (q <= rival))
         if won.any() and won.sum() / own[q].sum() > thresholds.overlap:
             label = int(labels[q])
-            key = q if CATEGORIES[label].is_thing or not thresholds.fuse_stuff else f"stuff {label}"
+            key = q if COCO_PANOPTIC[label].is_thing or not thresholds.fuse_stuff else f"stuff {label}"
             before = segments.get(key, (label, np.zeros(size_hw, dtype=bool)))[1]
             segments[key] = (label, before | won)
     return [(label, mask) for label, mask in segments.values() if mask.sum() >= thresholds.min_area]

@@ -17,11 +17,12 @@ from PIL import ExifTags, Image
 from collavo.dataset import CrayonFileWriter
 from collavo.images import decode_rgb
 from collavo.panoptic.index_png import encode_index_map
-from collavo.panoptic.maps import SegmentInfo, build_panoptic_map
+from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
 from pipelines.accounts import Counts
 from pipelines.records import Draft, Reject
 from pipelines.report import histogram, quantile, write_report
 from pipelines.report_sample import make_sample
+from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import CrayonRow, Dialogue, Instruction
 
 HOSTILE = "</script><script>alert('é & \"')</script>"
@@ -58,6 +59,7 @@ def make_row(image_id: str, size_wh: tuple[int, int] = (64, 48), people: int = 2
     rgb = np.random.default_rng(0).integers(0, 255, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
     return CrayonRow(
         image_id=image_id,
+        image_sha256="0" * 64,
         image_bytes=jpeg(Image.fromarray(rgb).resize(size_wh)),
         image_path=f"{image_id}.jpg",
         width=width,
@@ -65,7 +67,7 @@ def make_row(image_id: str, size_wh: tuple[int, int] = (64, 48), people: int = 2
         sources=("coco", "llava"),
         license_id=4,
         split="train",
-        panoptic_png=encode_index_map(panoptic.index_map, panoptic.segments),
+        panoptic_png=encode_index_map(panoptic),
         segments=panoptic.segments,
         instructions=(
             Instruction("counting", "How many people?", "2 people", "2", "present", (1, 2), "c1"),
@@ -87,11 +89,11 @@ def publish(folder: Path, shards: list[list[CrayonRow]], rejects: list[Reject] =
     counts = Counts()
     files = []
     for position, rows in enumerate(shards):
-        name = f"crayon-{position:05d}-of-{len(shards):05d}.parquet"
-        writer = CrayonFileWriter((folder / name).open("wb"), {})
+        name = f"train-{position:05d}-of-{len(shards):05d}.parquet"
+        writer = CrayonFileWriter((folder / name).open("wb"), {}, COCO_PANOPTIC)
         for row in rows:
             writer.write(row)
-            counts.add_row(row, Draft(row, "", (), (), {"read": 0.25}))
+            counts.add_row(row, Draft(row, (), (), {"read": 0.25}))
         size, sha256 = writer.close({"segmenters": ['{"name": "annotations"}']})
         files.append({"name": name, "rows": len(rows), "bytes": size, "sha256": sha256})
     for reject in rejects:
@@ -99,12 +101,13 @@ def publish(folder: Path, shards: list[list[CrayonRow]], rejects: list[Reject] =
     lines = [json.dumps(reject._asdict()) + "\n" for reject in rejects]
     (folder / "rejects.jsonl").write_text("".join(lines))
     manifest = {
-        "schema_version": 1,
+        "schema_version": 2,
         "started": "2026-01-02T03:04:05+00:00",
         "finished": "2026-01-02T03:05:07+00:00",
         "inputs": {"coco": counts.rows + len(rejects)},
         **counts.as_json(),
         "files": files,
+        "categories": {"name": COCO_PANOPTIC.name, "categories": COCO_PANOPTIC.as_records()},
         "segmenters": [{"name": "annotations"}],
         "configuration": {"output": str(folder), "seed": 17},
         "versions": {"collavo": "0.1.0", "python": "3.11"},
@@ -130,7 +133,7 @@ def test_every_section_is_there(html: str) -> None:
     assert page.count("img") == 4  # image and map of each
     for text in (
         "2026-01-02 03:05:07 UTC in 0:01:02",
-        "48 px, train, from coco and llava, licence 4; crayon-00000-of-00002.parquet, row 0",
+        "48 px, train, from coco and llava, licence 4; train-00000-of-00002.parquet, row 0",
         "How many toasters?",
         "Two people.",
         "0.88",  # a score
@@ -140,7 +143,7 @@ def test_every_section_is_there(html: str) -> None:
         "missing_file",
         "lost.jpg",
         "annotations",
-        "crayon-00001-of-00002.parquet",
+        "train-00001-of-00002.parquet",
     ):
         assert text in page.text, text
 
@@ -199,7 +202,7 @@ def test_size_is_bounded_whatever_the_data_set_holds(tmp_path: Path) -> None:
     assert page.count("article") == 16
     for left_out in ("31 objects", "176 instructions", "90 turns", "7 conversations"):
         assert f"and {left_out} more" in page.text, left_out
-    shown_shards = set(re.findall(r"(crayon-\d+-of-\d+.parquet), row", page.text))
+    shown_shards = set(re.findall(r"(train-\d+-of-\d+.parquet), row", page.text))
     assert len(shown_shards) == 4
 
 
@@ -223,7 +226,7 @@ def test_images_are_upright_and_maps_keep_their_colours() -> None:
     top_red = Image.new("RGB", (64, 48), "blue")
     top_red.paste("red", (0, 0, 64, 24))
     turned = jpeg(top_red.rotate(90, expand=True), orientation=6)  # 6: to be turned clockwise
-    sample = make_sample("", replace(make_row("x"), image_bytes=turned))
+    sample = make_sample("", replace(make_row("x"), image_bytes=turned), COCO_PANOPTIC)
     assert decode(sample.image)[2, 32, 0] > 200
     crayon_map = decode(sample.crayon_map)
     for shown in sample.segments:
@@ -233,7 +236,7 @@ def test_images_are_upright_and_maps_keep_their_colours() -> None:
 
 def test_a_map_of_more_than_255_segments_is_shown() -> None:
     row = make_row("x", (1200, 32), people=300)
-    assert decode(make_sample("", row).crayon_map).shape == (14, 512, 3)
+    assert decode(make_sample("", row, COCO_PANOPTIC).crayon_map).shape == (14, 512, 3)
 
 
 def decode(data_uri: str | None) -> np.ndarray:
@@ -243,10 +246,22 @@ def decode(data_uri: str | None) -> np.ndarray:
 
 def test_rows_without_objects_or_instructions_make_a_report(tmp_path: Path) -> None:
     empty = np.zeros((48, 64), np.uint8)
-    row = replace(make_row("x"), panoptic_png=encode_index_map(empty, ()), segments=(), instructions=())
+    row = replace(make_row("x"), panoptic_png=encode_index_map(PanopticMap(empty, ())), segments=(), instructions=())
     page = Page(publish(tmp_path, [[row]]))
     assert page.count("img") == 2
     assert "None: every input is in a row." in page.text
+
+
+def test_a_dialogue_about_no_image_is_shown_without_pictures(tmp_path: Path) -> None:
+    row = replace(
+        make_row("x"),
+        **dict.fromkeys(("image_sha256", "image_bytes", "image_path", "width", "height", "panoptic_png")),
+        segments=(),
+        instructions=(),
+    )
+    page = Page(publish(tmp_path, [[row]]))
+    assert page.count("img") == 0 and page.count("article") == 1
+    assert "Two people." in page.text and "None" not in page.text.split("Two people.")[0].rpartition("samples")[2]
 
 
 @given(st.dictionaries(st.integers(0, 400), st.integers(1, 1000), min_size=1), st.sampled_from([None, (0, 1, 3, 9)]))

@@ -23,9 +23,9 @@ from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.segmenters import Segmenter, load_segmenter
 from collavo.segmenters.mask2former import Mask2FormerSegmenter, normalise, resize
 from pretraining.segmenter import segmenter_config
-from schemas.categories import CATEGORIES
+from schemas.categories import COCO_PANOPTIC
 
-COCO_NAMES = {category.label: category.name for category in CATEGORIES}
+COCO_NAMES = {category.label: category.name for category in COCO_PANOPTIC}
 INPUT_HW = (96, 128)
 THRESHOLDS = replace(THRESHOLD_PRESETS["default"], min_class_score=0.02, overlap=0.1, min_area=0)
 
@@ -173,7 +173,8 @@ image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
 results = []
 for threads in (1, 2, 4):
     torch.set_num_threads(threads)
-    results.append(segmenter._logits([image]))
+    outputs = segmenter.outputs([image])
+    results.append((outputs.class_queries_logits, outputs.masks_queries_logits))
 assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
 """
     environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
@@ -213,12 +214,22 @@ def refusal(checkpoint: str | Path, **options) -> str:
     return message
 
 
-def test_other_classes_are_refused(tmp_path):
-    swapped = {**COCO_NAMES, 3: "airplane", 4: "motorcycle"}
-    tiny_model(swapped).save_pretrained(tmp_path / "swapped")
-    assert "class 3 of 133 is 'airplane'" in refusal(tmp_path / "swapped")
-    tiny_model({label: name for label, name in COCO_NAMES.items() if label < 80}).save_pretrained(tmp_path / "things")
-    assert "class 80 of 80 is None" in refusal(tmp_path / "things")
+def test_the_names_of_a_checkpoint_say_what_its_numbers_mean(checkpoint, tmp_path, images):
+    tiny_model({**COCO_NAMES, 3: "airplane", 4: "motorcycle"}).save_pretrained(tmp_path / "swapped")
+    plain, swapped = (
+        Mask2FormerSegmenter(str(path), input_size=INPUT_HW, thresholds=THRESHOLDS, device="cpu")
+        for path in (checkpoint, tmp_path / "swapped")
+    )
+    assert swapped.categories is COCO_PANOPTIC
+    renamed = {3: 4, 4: 3}
+    for one, other in zip(plain.segment(images), swapped.segment(images), strict=True):
+        expected = sorted(renamed.get(segment.label, segment.label) for segment in one.segments)
+        assert sorted(segment.label for segment in other.segments) == expected
+
+
+def test_classes_of_which_nobody_knows_the_things_are_refused(tmp_path):
+    tiny_model({0: "cat", 1: "unicorn"}).save_pretrained(tmp_path)
+    assert "does not say which of them are things; --categories" in refusal(tmp_path)
 
 
 def test_other_architectures_are_refused(tmp_path):
@@ -253,7 +264,7 @@ def test_missing_checkpoint_names_the_flag_and_what_would_work(tmp_path, monkeyp
     assert "there is no such folder" in refusal(tmp_path / "absent")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     message = refusal("facebook/mask2former-swin-large-coco-panoptic")
-    assert message.startswith("checkpoint facebook/mask2former-swin-large-coco-panoptic: ")
+    assert message.startswith("facebook/mask2former-swin-large-coco-panoptic: ")
     assert "a folder that holds config.json and model.safetensors" in message
     assert "scenes, the embedded one, knows drawn scenes only" in message
 

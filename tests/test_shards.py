@@ -7,6 +7,7 @@ from conftest import crayon_row, segment
 
 from collavo import dataset
 from collavo.dataset import CrayonFileWriter, check_schema
+from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import CRAYON_SCHEMA, CrayonRow, Dialogue, Instruction, file_facts
 
 FULL = {
@@ -23,7 +24,7 @@ def rows(count: int, image_bytes: int = 4) -> list[CrayonRow]:
 
 
 def write(path: Path, some_rows: list[CrayonRow], facts: dict, late_facts: dict) -> tuple[int, str]:
-    writer = CrayonFileWriter(path.open("wb"), facts)
+    writer = CrayonFileWriter(path.open("wb"), facts, COCO_PANOPTIC)
     for row in some_rows:
         writer.write(row)
     return writer.close(late_facts)
@@ -78,7 +79,7 @@ def test_columns_of_few_values_are_dictionaries_and_no_others(tmp_path):
 
 @pytest.mark.parametrize("count", [0, 1, 130])
 def test_size_and_hash_are_those_of_the_file(tmp_path, count: int):
-    path = tmp_path / "folder" / "shard.parquet"
+    path = tmp_path / "shard.parquet"
     size, sha256 = write(path, rows(count), {}, {})
     assert size == path.stat().st_size
     assert sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -87,7 +88,9 @@ def test_size_and_hash_are_those_of_the_file(tmp_path, count: int):
 def test_facts_known_before_and_after_the_rows_stand_in_the_file(tmp_path):
     write(tmp_path / "shard.parquet", rows(1), {"seed": 3}, {"segmenters": ['{"name": "annotations"}']})
     metadata = pq.read_metadata(tmp_path / "shard.parquet").metadata
-    assert file_facts(metadata) == {"schema_version": 1, "seed": 3, "segmenters": ['{"name": "annotations"}']}
+    facts = file_facts(metadata)
+    assert facts.pop("categories")["name"] == COCO_PANOPTIC.name
+    assert facts == {"schema_version": 2, "seed": 3, "segmenters": ['{"name": "annotations"}']}
     assert metadata[b"huggingface"] == CRAYON_SCHEMA.metadata[b"huggingface"]
 
 

@@ -1,5 +1,6 @@
 import os
 import random
+from dataclasses import replace
 
 import pytest
 from conftest import CAR, PERSON, SKY, crayon_row, segment
@@ -7,16 +8,17 @@ from conftest import CAR, PERSON, SKY, crayon_row, segment
 from pipelines.merge import image_key
 from pipelines.records import Draft, Input, Mention, unpacked
 from pipelines.spill import Block, MentionSpillWriter, SpilledDraft, SpillWriter, read_drafts, read_mentions
+from schemas.categories import COCO_PANOPTIC
 
 
 def draft(name: str, *labels: int) -> Draft:
     segments = tuple(segment(id=i, label=label, is_crowd=i == 2) for i, label in enumerate(labels))
     row = crayon_row(image_id=name, image_bytes=name.encode() * 50, segments=segments)
-    return Draft(row, f"/data/{name}.jpg", (Input("folder", name),), ("{}",), {"read": 0.5})
+    return Draft(row, (Input("folder", name),), ("{}",), {"read": 0.5})
 
 
 def spill(folder: str, drafts: list[Draft]) -> list[SpilledDraft]:
-    writer = SpillWriter(folder)
+    writer = SpillWriter(folder, COCO_PANOPTIC)
     for one in drafts:
         writer.append(one)
     return [place for batch in writer.close() for place in unpacked(batch)]
@@ -44,8 +46,11 @@ def test_a_shard_out_of_very_many_files_keeps_few_of_them_open(tmp_path):
 
 def test_a_place_tells_what_the_steps_before_the_reading_need(tmp_path):
     (place,) = spill(str(tmp_path), [draft("a/b", SKY, CAR, PERSON, CAR)])
-    assert (place.image_id, place.image_uri) == ("a/b", "/data/a/b.jpg")
-    assert place.present_labels == (PERSON, CAR)  # things, each once, crowds among them
+    assert (place.key, place.split, place.split_stated) == ("0" * 64, "train", False)
+    assert place.present == (PERSON, CAR)  # things, each once, crowds among them
+    without_image = replace(draft("x.json#1"), row=crayon_row(image_id="x.json#1", image_sha256=None))
+    (place,) = spill(str(tmp_path), [without_image])
+    assert len(place.key) == 64 and int(place.key, 16) > 0
 
 
 def test_only_the_drafts_asked_for_are_read(tmp_path):

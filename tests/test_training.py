@@ -13,15 +13,16 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_packing import QUESTIONS, example
-from tiny_model import save_tiny_base, scene_rows, write_crayon_file
+from tiny_model import OWN_CLASSES, own_rows, save_tiny_base, scene_rows, write_crayon_file
 
-from collavo import train
+from collavo import evaluate, train
 from collavo.errors import UserError
 from collavo.runs import load_base, load_run
 from collavo.training import run as run_module
 from collavo.training.batches import MicroBatch, collate
 from collavo.training.display import RunDisplay
 from collavo.training.loop import Trainer, learning_rate_at
+from schemas.categories import COCO_PANOPTIC
 
 COMMON = (
     "--device cpu --precision fp32 --batch_size 4 --micro_batch_size 2 --lora_rank 4 --max_length 700 --max_steps 6 "
@@ -310,12 +311,33 @@ def test_a_run_is_not_mixed_with_another(world: Path, finished: Path, capsys: py
 def test_data_without_the_wanted_kind_are_refused(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [replace(row, conversations=()) for row in scene_rows(6)]
+    rows = [replace(row, instructions=()) for row in scene_rows(6)]
     data = write_crayon_file(tmp_path / "rows.parquet", rows)
     assert train.main([*command(world, tmp_path / "run"), "--data", str(data)]) == 2
-    assert "0 dialogues of the split 'train' make no batch" in capsys.readouterr().err
-    flags = ("--phase", "cpt", "--max_steps", "1", "--data", str(data))
-    assert train.main(command(world, tmp_path / "run", *flags)) == 0
+    assert "0 instructions of the split 'train' make no batch" in capsys.readouterr().err
+
+
+def test_other_classes_are_trained_on_a_base_that_knows_some_of_them_and_judged_by_name(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, run = write_crayon_file(tmp_path / "own.parquet", own_rows(12), OWN_CLASSES), tmp_path / "run"
+    flags = ("--data", str(data), "--max_steps", "1", "--batch_size", "2")
+    assert train.main(command(world, run, *flags)) == 0  # crayon data alone
+    printed = capsys.readouterr().out
+    assert "5, five of our own" in printed and "so only image_cit learns" in printed
+    model, processor = load_run(run, torch.device("cpu"), torch.float32, quantize=False)
+    assert processor.categories.as_records() == OWN_CLASSES.as_records()
+    base, _ = load_base(str(world / "base"), torch.float32)
+    queries = model.base_model.model.model.crayon_prompt.semantic_queries.weight
+    before = base.model.crayon_prompt.semantic_queries.weight
+    assert queries.shape[0] == 6
+    for name in ("sky", "car"):  # kept, but for the one step that was trained
+        old = COCO_PANOPTIC.by_display_name[name].label + 1
+        new = OWN_CLASSES.by_display_name[name].label + 1
+        assert torch.cosine_similarity(queries[new], before[old], dim=0) > 0.9
+    assert evaluate.main(["--model", str(run), "--data", str(data), "--device", "cpu", "--max_images", "1"]) == 0
+    results = json.loads((run / "evaluation" / "evaluation.json").read_text())["results"]["trained"]
+    assert set(results["class_to_binary"]["classes"]) <= {c.display_name for c in OWN_CLASSES.things}
 
 
 def test_the_learning_rate_is_a_cosine_between_its_ends() -> None:

@@ -14,7 +14,7 @@ from collavo.model.crayon_prompt import CrayonPrompt
 from collavo.model.query_init import ClassWords, begin_with_names
 from pretraining.box_loss import cover
 from pretraining.word_grids import WordPrompt, draw_chart
-from schemas.categories import BY_DISPLAY_NAME, THINGS
+from schemas.categories import COCO_PANOPTIC
 
 GRID_HW = (12, 12)
 COUNTED = re.compile(
@@ -31,7 +31,7 @@ def boxes_of(chart) -> dict[tuple[str, int], tuple[int, int, int, int]]:
     """What stands on a chart, read out of its maps: the box in cells of every word and number."""
     semantic, numbering = chart.semantic_ids.numpy(), chart.numbering_ids.numpy()
     found = {}
-    for word in THINGS:
+    for word in COCO_PANOPTIC.things:
         for number in np.unique(numbering[semantic == word.label + 1]):
             y, x = np.nonzero((semantic == word.label + 1) & (numbering == number))
             found[word.display_name, int(number)] = (x.min(), y.min(), x.max() + 1, y.max() + 1)
@@ -44,8 +44,8 @@ def is_near(text: str, box: tuple[int, int, int, int], cells: float = 0.25) -> b
 
 
 def test_questions_about_charts_have_the_answers_that_their_maps_give() -> None:
-    singular = {form: c.display_name for c in THINGS for form in (c.with_article, c.singular)}
-    plural = {c.plural: c.display_name for c in THINGS}
+    singular = {form: c.display_name for c in COCO_PANOPTIC.things for form in (c.with_article, c.singular)}
+    plural = {c.plural: c.display_name for c in COCO_PANOPTIC.things}
     kinds = set()
     fits = []
     for index in range(240):
@@ -77,17 +77,6 @@ def test_questions_about_charts_have_the_answers_that_their_maps_give() -> None:
     assert kinds == {("whether", True), ("whether", False), ("count", True), ("count", False), ("what", False)}
     # A thin word, or one behind others, has fewer cells than its box: the grid gives each cell to one only.
     assert np.mean(fits) > 0.9
-
-
-def test_the_words_of_a_chart_are_numbered_as_objects_are_the_largest_first() -> None:
-    first, second = 0, 0
-    for index in range(60):
-        chart = draw_chart(index, GRID_HW)
-        things = chart.semantic_ids[..., None] == torch.tensor([word.label + 1 for word in THINGS])
-        ones, twos = ((things & (chart.numbering_ids == number)[..., None]).sum((0, 1)) for number in (1, 2))
-        assert (ones + 2 >= twos).all()
-        first, second = first + int(ones[twos > 0].sum()), second + int(twos.sum())
-    assert first > 1.5 * second > 0
 
 
 def test_tiles_cover_a_chart_and_a_box_lies_in_the_tile_that_answers() -> None:
@@ -125,7 +114,7 @@ def test_a_word_on_a_chart_is_what_the_first_layer_reads_where_it_stands_in_a_te
     torch.nn.init.normal_(layer_norm.weight)
     tokens = tokenizer(" cat", add_special_tokens=False).input_ids
     read = layer_norm(model.model.language_model.embed_tokens.weight[tokens].sum(0))
-    semantic = torch.tensor([[[BY_DISPLAY_NAME["cat"].label + 1, 0]]])
+    semantic = torch.tensor([[[COCO_PANOPTIC.by_display_name["cat"].label + 1, 0]]])
     cells = WordPrompt(model, tokenizer)(semantic, torch.zeros_like(semantic))
     torch.testing.assert_close(cells[0, 0], read, rtol=1e-3, atol=1e-3)
     assert not cells[0, 1].any()
@@ -136,7 +125,7 @@ def test_a_word_on_a_chart_is_what_the_first_layer_reads_where_it_stands_in_a_te
 @given(st.integers(1, 40), st.booleans(), st.booleans())
 def test_a_crayon_prompt_can_begin_with_any_vectors_that_fit_its_width(rank: int, semantic: bool, more: bool) -> None:
     width, hidden = 40, 80 if more else 96
-    prompt = CrayonPrompt(width, hidden, semantic=semantic, numbering=True)
+    prompt = CrayonPrompt(width, hidden, 133, semantic=semantic, numbering=True)
     some = torch.randn(rank, hidden)
     names, numbers = torch.randn(134, rank) @ some, torch.randn(21, rank) @ some
     prompt.begin_with(names, numbers)
@@ -148,7 +137,7 @@ def test_a_crayon_prompt_can_begin_with_any_vectors_that_fit_its_width(rank: int
 def test_queries_too_narrow_for_all_names_keep_what_is_largest_in_them() -> None:
     model, tokenizer = tiny_model(open_prompt=False), tiny_tokenizer()
     begin_with_names(model, tokenizer)
-    names, _ = ClassWords(tokenizer).vectors(model)
+    names, _ = ClassWords(tokenizer, COCO_PANOPTIC).vectors(model)
     ids = torch.arange(134)[None, None]
     said = model.model.crayon_prompt(ids, torch.zeros_like(ids))[0]
     assert model.model.crayon_prompt.linear_1.in_features < 64

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from collavo.instructions.choose import ClassStatistics
 from collavo.instructions.phrasebook import load_phrasebook
-from collavo.instructions.text import ObjectMention, find_boxes, format_box, parse_objects
-from collavo.instructions.write import InstructionOptions, present_thing_labels, write_instructions
+from collavo.instructions.text import ObjectMention, find_boxes, format_box, has_extent, parse_objects
+from collavo.instructions.write import InstructionOptions, present_things, write_instructions
 from collavo.panoptic.maps import PanopticMap
-from schemas.categories import BY_DISPLAY_NAME, CATEGORIES
+from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import TASKS, Instruction, Segment
 
 BOOK = load_phrasebook()
@@ -48,7 +48,15 @@ def people_and(*others: Segment, count: int = 2) -> list[Segment]:
 
 
 def write(segments, options: InstructionOptions = EVERYTHING, image_id: str = "a", book=BOOK, statistics=None):
-    return write_instructions(image_id, SIZE_WH, segments, book, statistics or ClassStatistics(), options)
+    return write_instructions(
+        image_id,
+        SIZE_WH,
+        segments,
+        COCO_PANOPTIC,
+        book,
+        statistics or ClassStatistics.of(len(COCO_PANOPTIC.things)),
+        options,
+    )
 
 
 def of_task(instructions: tuple[Instruction, ...], task: str) -> list[Instruction]:
@@ -59,12 +67,20 @@ def of_task(instructions: tuple[Instruction, ...], task: str) -> list[Instructio
 @given(panoptic=MAPS, seed=st.integers(0, 9))
 def test_every_answer_about_a_class_is_true(terse, panoptic: PanopticMap, seed: int):
     options = replace(EVERYTHING, seed=seed)
-    instructions = write_instructions("a", size_of(panoptic), panoptic.segments, terse, ClassStatistics(), options)
+    instructions = write_instructions(
+        "a",
+        size_of(panoptic),
+        panoptic.segments,
+        COCO_PANOPTIC,
+        terse,
+        ClassStatistics.of(len(COCO_PANOPTIC.things)),
+        options,
+    )
     by_id = {s.id: s for s in panoptic.segments}
     for instruction in instructions:
         if instruction.task not in ("counting", "class_to_box", "class_to_binary"):
             continue
-        category = BY_DISPLAY_NAME[instruction.question]
+        category = COCO_PANOPTIC.by_display_name[instruction.question]
         members = [s for s in panoptic.segments if s.label == category.label]
         assert category.is_thing
         assert instruction.polarity == ("present" if members else "absent")
@@ -83,10 +99,19 @@ def test_every_answer_about_a_class_is_true(terse, panoptic: PanopticMap, seed: 
 @settings(max_examples=200)
 @given(panoptic=MAPS)
 def test_all_that_can_be_asked_of_the_present_is_asked(terse, panoptic: PanopticMap):
-    instructions = write_instructions("a", size_of(panoptic), panoptic.segments, terse, ClassStatistics(), EVERYTHING)
+    instructions = write_instructions(
+        "a",
+        size_of(panoptic),
+        panoptic.segments,
+        COCO_PANOPTIC,
+        terse,
+        ClassStatistics.of(len(COCO_PANOPTIC.things)),
+        EVERYTHING,
+    )
     asked = {task: [i.question for i in of_task(instructions, task) if i.polarity == "present"] for task in TASKS}
-    present = {CATEGORIES[label].display_name for label in present_thing_labels(panoptic.segments)}
-    crowded = {s.category.display_name for s in panoptic.segments if not s.numbering}
+    present = {COCO_PANOPTIC[label].display_name for label in present_things(panoptic.segments, COCO_PANOPTIC)}
+    crowded = {s.category for s in panoptic.segments if not s.numbering}
+    assert all(has_extent(s.box_xyxy, size_of(panoptic)) for s in panoptic.segments)  # at most six pixels a side
     assert sorted(asked["class_to_binary"]) == sorted(present)
     assert sorted(asked["counting"]) == sorted(asked["class_to_box"]) == sorted(present - crowded)
 
@@ -95,23 +120,37 @@ def test_all_that_can_be_asked_of_the_present_is_asked(terse, panoptic: Panoptic
 @given(MAPS)
 def test_a_box_that_is_asked_about_holds_one_thing(panoptic: PanopticMap):
     size_wh = size_of(panoptic)
-    written = write_instructions("a", size_wh, panoptic.segments, BOOK, ClassStatistics(), EVERYTHING)
+    written = write_instructions(
+        "a", size_wh, panoptic.segments, COCO_PANOPTIC, BOOK, ClassStatistics.of(len(COCO_PANOPTIC.things)), EVERYTHING
+    )
     at_box: dict[tuple, list[Segment]] = {}
     for s in panoptic.segments:
-        if s.category.is_thing:
+        if s.is_thing:
             at_box.setdefault(find_boxes(format_box(s.box_xyxy, size_wh))[0], []).append(s)
     asked = []
     for instruction in of_task(written, "box_to_class"):
         (box,) = find_boxes(instruction.question)
         (thing,) = at_box[box]
         asked.append(thing.id)
-        assert (instruction.label, instruction.polarity) == (thing.category.display_name, "present")
+        assert (instruction.label, instruction.polarity) == (thing.category, "present")
         assert instruction.segment_ids == (thing.id,)
         answer = instruction.answer.removeprefix("Sure, it is ").removesuffix(".")
-        assert parse_objects(answer) == [ObjectMention(thing.category.display_name, thing.numbering, None)]
+        assert parse_objects(answer, COCO_PANOPTIC.by_display_name) == [
+            ObjectMention(thing.category, thing.numbering, None)
+        ]
     assert sorted(asked) == sorted(
         things[0].id for things in at_box.values() if len(things) == 1 and things[0].numbering
     )
+
+
+@pytest.mark.parametrize("narrow", [(40, 40, 40.4, 60), (40, 40.1, 60, 40.4)])
+def test_what_has_no_extent_as_text_is_counted_and_has_no_box(narrow: tuple[float, ...]):
+    written = write([segment(id=1, box_xyxy=(0, 0, 10, 20)), segment(id=2, box_xyxy=narrow, numbering=2)])
+    (counted,) = (i for i in of_task(written, "counting") if i.polarity == "present")
+    assert counted.segment_ids == (1, 2)
+    assert [i.segment_ids for i in of_task(written, "box_to_class")] == [(1,)]
+    assert not [i for i in of_task(written, "class_to_box") if i.polarity == "present"]
+    assert of_task(written, "list_objects") and not of_task(written, "list_objects_with_boxes")
 
 
 def test_a_box_that_two_things_share_is_not_asked_about():
@@ -128,7 +167,9 @@ def test_a_box_that_two_things_share_is_not_asked_about():
 
 def test_a_box_too_thin_to_be_seen_in_two_decimals_is_not_asked_about():
     segments = [segment(id=1, box_xyxy=(0, 0, 300, 400)), segment(id=2, numbering=2, box_xyxy=(0, 0, 3, 400))]
-    written = write_instructions("a", (1000, 1000), segments, BOOK, ClassStatistics(), EVERYTHING)
+    written = write_instructions(
+        "a", (1000, 1000), segments, COCO_PANOPTIC, BOOK, ClassStatistics.of(len(COCO_PANOPTIC.things)), EVERYTHING
+    )
     assert [i.segment_ids for i in of_task(written, "box_to_class")] == [(1,)]
 
 
@@ -136,15 +177,19 @@ def test_a_box_too_thin_to_be_seen_in_two_decimals_is_not_asked_about():
 @given(MAPS)
 def test_lists_in_answers_are_read_back_as_exactly_the_segments_they_rest_on(panoptic: PanopticMap):
     size_wh = size_of(panoptic)
-    written = write_instructions("a", size_wh, panoptic.segments, BOOK, ClassStatistics(), EVERYTHING)
+    written = write_instructions(
+        "a", size_wh, panoptic.segments, COCO_PANOPTIC, BOOK, ClassStatistics.of(len(COCO_PANOPTIC.things)), EVERYTHING
+    )
     for instruction in written:
         if not instruction.answer.startswith("Sure, it is "):
             continue
         by_id = {s.id: s for s in panoptic.segments}
         with_boxes = instruction.task in ("class_to_box", "list_objects_with_boxes")
-        assert parse_objects(instruction.answer.removeprefix("Sure, it is ").removesuffix(".")) == [
+        assert parse_objects(
+            instruction.answer.removeprefix("Sure, it is ").removesuffix("."), COCO_PANOPTIC.by_display_name
+        ) == [
             ObjectMention(
-                by_id[id_].category.display_name,
+                by_id[id_].category,
                 by_id[id_].numbering,
                 find_boxes(format_box(by_id[id_].box_xyxy, size_wh))[0] if with_boxes else None,
             )
@@ -190,7 +235,7 @@ def test_counts_are_answered_in_english(label: int, count: int, phrase: str, ver
 
 
 def test_questions_about_absent_classes_are_english():
-    umbrella = ClassStatistics()
+    umbrella = ClassStatistics.of(len(COCO_PANOPTIC.things))
     umbrella.add_image([25])
     options = InstructionOptions(tasks=("counting", "class_to_binary", "class_to_box"))
     written = [i for image in range(40) for i in write([], options, str(image), statistics=umbrella)]
@@ -251,13 +296,15 @@ def test_a_seed_changes_phrasings_and_absent_classes():
 @settings(max_examples=50)
 @given(MAPS, MAPS)
 def test_other_images_matter_for_the_choice_of_absent_classes_alone(panoptic: PanopticMap, other: PanopticMap):
-    alone, beside = ClassStatistics(), ClassStatistics()
+    alone, beside = ClassStatistics.of(len(COCO_PANOPTIC.things)), ClassStatistics.of(len(COCO_PANOPTIC.things))
     for statistics in (alone, beside):
-        statistics.add_image(present_thing_labels(panoptic.segments))
-    beside.add_image(present_thing_labels(other.segments))
+        statistics.add_image(present_things(panoptic.segments, COCO_PANOPTIC))
+    beside.add_image(present_things(other.segments, COCO_PANOPTIC))
 
     def present(statistics: ClassStatistics) -> list[Instruction]:
-        written = write_instructions("a", size_of(panoptic), panoptic.segments, BOOK, statistics, EVERYTHING)
+        written = write_instructions(
+            "a", size_of(panoptic), panoptic.segments, COCO_PANOPTIC, BOOK, statistics, EVERYTHING
+        )
         return [instruction for instruction in written if instruction.polarity != "absent"]
 
     assert present(alone) == present(beside)

@@ -1,28 +1,43 @@
 """Tiny parts to train with: a tokenizer, a CoLLaVO base of 60,000 weights, and crayon data of a few drawn scenes."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from conftest import encoded
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from collavo.categories import read_categories
 from collavo.dataset import CrayonFileWriter
 from collavo.instructions.choose import ClassStatistics
 from collavo.instructions.phrasebook import load_phrasebook
-from collavo.instructions.write import InstructionOptions, present_thing_labels, write_instructions
+from collavo.instructions.write import InstructionOptions, present_things, write_instructions
 from collavo.model import CollavoConfig, CollavoForConditionalGeneration
 from collavo.model.processing import CollavoProcessor, build_processor
 from collavo.panoptic.index_png import encode_index_map
 from collavo.panoptic.maps import SegmentInfo, build_panoptic_map
 from collavo.scenes import draw_scene
-from schemas.categories import BY_CATEGORY_ID
+from schemas.categories import COCO_PANOPTIC, CategorySet
 from schemas.crayon_row import CrayonRow, Dialogue
 
 GRID = 6
 """Rows and columns of the crayon map: 84 pixels in patches of 14."""
+
+OWN_CLASSES = read_categories(
+    [
+        {"id": 10, "name": "sky", "isthing": 0},
+        {"id": 30, "name": "lane marking", "isthing": 0},
+        {"id": 1, "name": "traffic cone", "isthing": 1},
+        {"id": 7, "name": "car", "isthing": 1},
+        {"id": 2, "name": "e-scooter", "isthing": 1},
+    ],
+    "five of our own",
+)
+"""A set that shares two names with COCO's, under other numbers and in another order."""
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -94,32 +109,75 @@ def scene_rows(count: int, first_seed: int = 0, embed: bool = True) -> list[Cray
     rows = []
     for seed in range(first_seed, first_seed + count):
         scene = draw_scene(seed, (96, 72))
-        infos = [SegmentInfo(s.id, BY_CATEGORY_ID[s.category_id].label, s.is_crowd) for s in scene.segments]
+        infos = [
+            SegmentInfo(s.id, COCO_PANOPTIC.by_category_id[s.category_id].label, s.is_crowd) for s in scene.segments
+        ]
         panoptic = build_panoptic_map(scene.ids, infos)
-        statistics = ClassStatistics()
-        statistics.add_image(present_thing_labels(panoptic.segments))
+        statistics = ClassStatistics.of(len(COCO_PANOPTIC.things))
+        statistics.add_image(present_things(panoptic.segments, COCO_PANOPTIC))
         name = f"scene-{seed:03d}"
+        image = encoded(Image.fromarray(scene.image), "JPEG")
         rows.append(
             CrayonRow(
                 image_id=name,
-                image_bytes=encoded(Image.fromarray(scene.image), "JPEG") if embed else None,
+                image_sha256=hashlib.sha256(image).hexdigest(),
+                image_bytes=image if embed else None,
                 image_path=f"{name}.jpg",
                 width=96,
                 height=72,
                 sources=("scenes",),
                 license_id=None,
                 split="validation" if seed % 4 == 3 else "train",
-                panoptic_png=encode_index_map(panoptic.index_map, panoptic.segments),
+                panoptic_png=encode_index_map(panoptic),
                 segments=panoptic.segments,
-                instructions=write_instructions(name, (96, 72), panoptic.segments, phrasebook, statistics, options),
+                instructions=write_instructions(
+                    name, (96, 72), panoptic.segments, COCO_PANOPTIC, phrasebook, statistics, options
+                ),
                 conversations=tuple(Dialogue(f"{name}-{i}", tuple(t)) for i, t in enumerate(scene.dialogues)),
             )
         )
     return rows
 
 
-def write_crayon_file(path: Path, rows: list[CrayonRow]) -> Path:
-    writer = CrayonFileWriter(path.open("wb"), {})
+def own_rows(count: int) -> list[CrayonRow]:
+    """Rows of coloured squares, of the classes of `OWN_CLASSES`; every fourth is in the validation split."""
+    phrasebook, options = load_phrasebook(), InstructionOptions(max_instructions=12)
+    statistics = ClassStatistics.of(len(OWN_CLASSES.things))
+    statistics.add_image([0, 1, 2])
+    rows = []
+    for number in range(count):
+        ids = np.zeros((72, 96), dtype=np.int32)
+        ids[:24], ids[24:] = 1, 2
+        squares = [2 + number % 2, 3, 4][: 1 + number % 3]  # labels
+        for place, _ in enumerate(squares):
+            ids[30:60, 10 + 28 * place : 32 + 28 * place] = 3 + place
+        infos = [SegmentInfo(id_, label) for id_, label in enumerate([0, 1, *squares], start=1)]
+        panoptic = build_panoptic_map(ids, infos, OWN_CLASSES)
+        colors = np.array([(0, 0, 0), *(OWN_CLASSES[s.label].color_rgb for s in panoptic.segments)], dtype=np.uint8)
+        image, name = encoded(Image.fromarray(colors[panoptic.index_map])), f"square-{number:03d}"
+        rows.append(
+            CrayonRow(
+                image_id=name,
+                image_sha256=hashlib.sha256(image + name.encode()).hexdigest(),
+                image_bytes=image,
+                image_path=f"{name}.png",
+                width=96,
+                height=72,
+                sources=("coco",),
+                license_id=None,
+                split="validation" if number % 4 == 3 else "train",
+                panoptic_png=encode_index_map(panoptic),
+                segments=panoptic.segments,
+                instructions=write_instructions(
+                    name, (96, 72), panoptic.segments, OWN_CLASSES, phrasebook, statistics, options
+                ),
+            )
+        )
+    return rows
+
+
+def write_crayon_file(path: Path, rows: list[CrayonRow], categories: CategorySet = COCO_PANOPTIC) -> Path:
+    writer = CrayonFileWriter(path.open("wb"), {}, categories)
     for row in rows:
         writer.write(row)
     writer.close({})

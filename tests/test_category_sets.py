@@ -1,0 +1,174 @@
+"""Sets of classes: what a number means is what its own file says, and names decide which sets are the same."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from collavo.categories import (
+    categories_of_annotations,
+    categories_of_file,
+    categories_of_labels,
+    common_set,
+    joined,
+    labels_by_id,
+    read_categories,
+)
+from collavo.errors import UserError
+from schemas.categories import COCO_PANOPTIC, CategorySet, name_key
+
+ROAD = [
+    {"id": 0, "name": "sky", "isthing": 0},
+    {"id": 7, "name": "traffic sign", "isthing": 1},
+    {"id": 3, "name": "pedestrian", "isthing": 1},
+    {"id": 4, "name": "bus", "isthing": 1},
+]
+
+
+def annotations(categories: object, where: str = "last") -> io.BytesIO:
+    content = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": []}
+    if categories is not None:
+        content = {**content, "categories": categories} if where == "last" else {"categories": categories, **content}
+    return io.BytesIO(json.dumps(content).encode())
+
+
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_a_file_with_classes_of_its_own_keeps_its_numbers(where: str) -> None:
+    found = categories_of_annotations(annotations(ROAD, where), "road.json")
+    assert found
+    assert [(c.category_id, c.label, c.name) for c in found] == [
+        (0, 0, "sky"), (7, 1, "traffic sign"), (3, 2, "pedestrian"), (4, 3, "bus"),
+    ]  # fmt: skip
+    assert [c.name for c in found.things] == ["traffic sign", "pedestrian", "bus"]
+    assert found.semantic_indices == 5
+
+
+def test_a_subset_of_coco_joins_it_whatever_its_numbers() -> None:
+    some = [{"id": 1, "name": "Wall", "isthing": 0}, {"id": 2, "name": "person", "isthing": 1}]
+    few = categories_of_annotations(annotations(some), "few.json")
+    assert few and joined(few) is COCO_PANOPTIC
+    labels = labels_by_id(few, COCO_PANOPTIC)
+    assert [COCO_PANOPTIC[labels[i]].name for i in (1, 2)] == ["wall-other-merged", "person"]
+
+
+def test_a_class_of_another_kind_does_not_join() -> None:
+    door = [{"id": 1, "name": "door", "isthing": 1}]  # COCO's door is stuff
+    assert joined(read_categories(door, "doors.json")) is not COCO_PANOPTIC
+
+
+@pytest.mark.parametrize("categories", [None, []])
+def test_a_file_may_state_no_classes(categories: object) -> None:
+    assert categories_of_annotations(annotations(categories), "bare.json") is None
+
+
+@pytest.mark.parametrize(
+    "name, singular, plural, article",
+    [
+        ("person", "person", "people", "a"),  # COCO's own forms
+        ("bus", "bus", "buses", "a"),  # also under a set of one's own; inflect takes it for a plural
+        ("pedestrian", "pedestrian", "pedestrians", "a"),
+        ("sneakers", "sneaker", "sneakers", "a"),  # named in the plural
+        ("goggles", "pair of goggles", "pairs of goggles", "a"),
+        ("escalator", "escalator", "escalators", "an"),
+        ("traffic_sign", "traffic sign", "traffic signs", "a"),  # underscores
+        ("chest of drawers, chest", "chest of drawers", "chests of drawers", "a"),  # ADE20K's synonyms
+        ("Delivery Van", "delivery van", "delivery vans", "a"),  # Objects365's capitals
+        ("ox", "ox", "oxen", "an"),
+        ("mouse (animal)", "mouse animal", "mouse animals", "a"),  # a parenthesis would end `(#1 name)`
+    ],
+)
+def test_english_forms_come_by_rule(name: str, singular: str, plural: str, article: str) -> None:
+    (found,) = read_categories([{"id": 1, "name": name, "isthing": 1}], "x")
+    assert (found.singular, found.plural, found.article) == (singular, plural, article)
+
+
+def test_forms_and_colours_of_the_file_come_first() -> None:
+    given = {"id": 1, "name": "die", "isthing": 1, "singular": "die", "plural": "dice", "color": [1, 2, 3]}
+    (found,) = read_categories([given], "x")
+    assert found.counted(2) == "2 dice" and found.with_article == "a die" and found.color_rgb == (1, 2, 3)
+
+
+def test_colours_are_distinct_and_stable() -> None:
+    many = [{"id": i, "name": f"class {i}", "isthing": 1} for i in range(1203)]  # as many as LVIS has
+    colors = [c.color_rgb for c in read_categories(many, "x")]
+    assert len(set(colors)) == 1203
+    assert [c.color_rgb for c in read_categories(many[:40], "x")] == colors[:40]
+
+
+def test_a_set_travels_as_plain_values() -> None:
+    for found in (read_categories(ROAD, "road"), COCO_PANOPTIC):
+        records = json.loads(json.dumps(found.as_records()))
+        assert CategorySet.from_records(found.name, records) == found
+        assert [(c.name, c.is_thing) for c in read_categories(records, "again")] == [
+            (c.name, c.is_thing) for c in found
+        ]
+
+
+@pytest.mark.parametrize(
+    "categories, complaint",
+    [
+        ([{"id": 1, "name": "car"}], "does not say 'isthing'"),
+        ([{"id": "one", "name": "car", "isthing": 1}], "whole number 'id'"),
+        ([*ROAD, {"id": 9, "name": "Bus", "isthing": 1}], "have the same name"),
+        ([*ROAD, {"id": 0, "name": "van", "isthing": 1}], "have the same id, 0"),
+    ],
+)
+def test_what_is_no_set_is_refused_in_one_line(categories: object, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint) as refused:
+        categories_of_annotations(annotations(categories), "bad.json")
+    assert "\n" not in str(refused.value) and str(refused.value).startswith("bad.json")
+
+
+def test_checkpoints_of_known_sets_say_which_classes_are_things() -> None:
+    cityscapes = (
+        "road|sidewalk|building|wall|fence|pole|traffic light|traffic sign|vegetation|terrain|sky|person|rider|car|"
+        "truck|bus|train|motorcycle|bicycle"
+    ).split("|")
+    found = categories_of_labels(dict(enumerate(cityscapes)), "some/checkpoint")
+    assert [c.name for c in found.things] == cityscapes[11:]
+    coco = {c.label: c.name for c in COCO_PANOPTIC}
+    assert joined(categories_of_labels(coco, "some/checkpoint")) is COCO_PANOPTIC
+    with pytest.raises(UserError, match="which of them are things; --categories"):
+        categories_of_labels({0: "cat", 1: "unicorn"}, "some/checkpoint")
+
+
+def test_sources_share_a_set_or_are_refused() -> None:
+    road, some = read_categories(ROAD, "train.json"), read_categories(ROAD[:2], "val.json")
+    assert common_set([some, road]) is road
+    assert labels_by_id(some, road) == {0: 0, 7: 1}
+    with pytest.raises(UserError, match=r"only the first has the thing class 'traffic sign'.*--category_map"):
+        common_set([COCO_PANOPTIC, road])
+
+
+def test_a_map_brings_a_source_into_another_set() -> None:
+    road = read_categories(ROAD, "road.json")
+    renamed = {"traffic sign": "stop sign", "pedestrian": "person"}
+    labels = labels_by_id(road, COCO_PANOPTIC, renamed)
+    assert [COCO_PANOPTIC[labels[i]].display_name for i in (0, 7, 3, 4)] == ["sky", "stop sign", "person", "bus"]
+    assert 7 not in labels_by_id(road, COCO_PANOPTIC, {**renamed, "traffic sign": ""})
+    with pytest.raises(UserError, match="class 'traffic sign' is not one of COCO panoptic"):
+        labels_by_id(road, COCO_PANOPTIC)
+
+
+def test_a_file_of_the_users_is_a_list_or_an_annotation_file() -> None:
+    for content in (ROAD, {"categories": ROAD}):
+        found = categories_of_file("mine.json", b"\xef\xbb\xbf" + json.dumps(content).encode())
+        assert [c.name for c in found] == [r["name"] for r in ROAD]
+    with pytest.raises(UserError, match=r"mine.json: not JSON"):
+        categories_of_file("mine.json", b"classes")
+
+
+def test_names_are_compared_without_case_hyphens_and_suffixes() -> None:
+    assert name_key("Wall-other-merged") == name_key("wall") == name_key(" WALL ")
+    assert name_key("floor-wood") == name_key("floor wood") != name_key("floor-other-merged")
+    assert name_key("road, route") == name_key("road")
+
+
+def test_real_road_photographs_have_eleven_classes(real: Path) -> None:
+    file = real.parent / "camvid" / "panoptic_train.json"
+    if not file.exists():
+        pytest.skip(f"needs {file}")
+    with file.open("rb") as stream:
+        found = categories_of_annotations(stream, "camvid")
+    assert found and [c.plural for c in found.things] == ["poles", "traffic signs", "cars", "pedestrians", "cyclists"]

@@ -1,0 +1,105 @@
+"""Instance annotations: scattered over the file, overlapping in the picture."""
+
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+
+from collavo.errors import Rejected, UserError
+from collavo.panoptic.instances import Instance, instances_map
+from collavo.panoptic.maps import SegmentInfo
+from collavo.sources.coco_instances import stream_image_instances
+
+SIZE_WH = (20, 10)
+
+
+def rectangle(x_min: int, y_min: int, x_max: int, y_max: int) -> list[list[int]]:
+    return [[x_min, y_min, x_max, y_min, x_max, y_max, x_min, y_max]]
+
+
+def encoded(*rectangles: tuple[int, int, int, int]) -> dict[str, Any]:
+    mask = np.zeros((SIZE_WH[1], SIZE_WH[0]), dtype=np.uint8, order="F")
+    for x_min, y_min, x_max, y_max in rectangles:
+        mask[y_min:y_max, x_min:x_max] = 1
+    found = coco_mask.encode(mask)
+    return {"size": found["size"], "counts": found["counts"].decode()}
+
+
+def instance(id_: int, segmentation: Any, label: int = 0, is_crowd: bool = False) -> Instance:
+    return Instance(SegmentInfo(id_, label, is_crowd), segmentation)
+
+
+def test_overlaps_go_to_the_smaller_and_boxes_are_each_ones_own() -> None:
+    large, small = instance(1, rectangle(0, 0, 10, 10)), instance(2, encoded((6, 4, 16, 8)))
+    for given in ([large, small], [small, large]):
+        found = instances_map(given, SIZE_WH)
+        first, second = found.segments
+        assert (first.id, first.box_xyxy, first.area, first.numbering) == (1, (0, 0, 10, 10), 100, 1)
+        assert (second.id, second.box_xyxy, second.area, second.numbering) == (2, (6, 4, 16, 8), 40, 2)
+        assert found.index_map[5, 7] == 2 and found.index_map[0, 0] == 1 and found.index_map[9, 19] == 0
+
+
+def test_an_instance_under_others_keeps_a_pixel() -> None:
+    same = [instance(1, encoded((2, 2, 8, 8))), instance(2, encoded((2, 2, 8, 8)))]
+    found = instances_map(same, SIZE_WH)
+    assert [(s.id, s.area, s.box_xyxy) for s in found.segments] == [(1, 36, (2, 2, 8, 8)), (2, 36, (2, 2, 8, 8))]
+    assert sorted(np.unique(found.index_map).tolist()) == [0, 1, 2]
+
+
+def test_crowds_are_not_numbered() -> None:
+    crowd = {"size": [10, 20], "counts": [0, 30, 170]}  # uncompressed, as COCO stores them
+    found = instances_map([instance(1, crowd, is_crowd=True), instance(2, rectangle(12, 0, 15, 5))], SIZE_WH)
+    assert {s.id: s.numbering for s in found.segments} == {1: 0, 2: 1}
+
+
+@pytest.mark.parametrize(
+    "segmentation, reason",
+    [
+        ([[1, 2]], "broken_mask"),
+        ({"size": [10, 20], "counts": 7}, "broken_mask"),
+        ({"counts": "abc"}, "broken_mask"),
+        ({"size": [20, 10], "counts": [0, 200]}, "mask_size_mismatch"),
+        (encoded(), "empty_segment"),
+    ],
+)
+def test_a_mask_that_cannot_be_used_is_told(segmentation: Any, reason: str) -> None:
+    with pytest.raises(Rejected) as refused:
+        instances_map([instance(1, segmentation)], SIZE_WH)
+    assert refused.value.reason == reason
+
+
+def stream(content: Any) -> list[Any]:
+    return list(stream_image_instances(io.BytesIO(json.dumps(content).encode()), "instances.json", {1: 0, 3: 2}))
+
+
+def annotation(id_: Any, image_id: Any, **changes: Any) -> dict[str, Any]:
+    plain = {"id": id_, "image_id": image_id, "category_id": 1, "segmentation": [[0, 0, 1, 0, 1, 1]], "iscrowd": 0}
+    return {**plain, **changes}
+
+
+def test_scattered_annotations_come_together() -> None:
+    images = [{"id": 1, "file_name": "a.jpg", "width": 4, "height": 3, "license": 2}, {"id": 2, "file_name": "b.jpg"}]
+    annotations = [annotation(10, 1), annotation(11, "1", iscrowd=None), annotation(12.0, 1, category_id=3)]
+    first, second = stream({"images": images, "annotations": annotations})
+    assert (first.entry_id, first.file_name, first.license_id, first.size_wh) == ("1", "a.jpg", 2, (4, 3))
+    assert [i[:3] for i in json.loads(first.instances)] == [[10, 0, 0], [11, 0, 0], [12, 2, 0]]
+    assert second.instances is None and second.size_wh is None
+
+
+def test_one_bad_annotation_leaves_the_others() -> None:
+    images = [{"id": 1, "file_name": "a.jpg"}]
+    bad = [annotation("x", 1), annotation(2, 9), annotation(3, 1, segmentation=[]), annotation(5, 1, category_id=2)]
+    bad.append(annotation(4, 1))
+    *rejects, image = stream({"images": images, "annotations": bad})
+    assert [r.reason for r in rejects] == ["malformed_entry", "unknown_image", "malformed_entry", "unknown_category"]
+    assert [i[0] for i in json.loads(image.instances)] == [4]
+
+
+@pytest.mark.parametrize("content", [{}, {"images": []}, []])
+def test_another_file_is_refused_in_one_line(content: Any) -> None:
+    with pytest.raises(UserError, match=r"instances\.json: ") as refused:
+        stream(content)
+    assert "\n" not in str(refused.value)

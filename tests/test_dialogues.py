@@ -1,0 +1,105 @@
+"""Dialogues in the shapes of LLaVA, ShareGPT4V, Cambrian, ms-swift and TRL."""
+
+import io
+import json
+from typing import Any
+
+import pytest
+
+from collavo.errors import Rejected, UserError
+from collavo.sources.dialogues import DialogueEntry, stream_dialogues
+from schemas.crayon_row import Dialogue
+
+TURNS = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "A person."}]
+MESSAGES = [{"role": "user", "content": "<image>\nWho?"}, {"role": "assistant", "content": "A person."}]
+OTHER_NAMES = [{"from": "User", "value": "<image>\nWho?"}, {"from": "model", "value": "A person."}]
+PARTS = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWho?"}]}, MESSAGES[1]]
+SAID = (("human", "<image>\nWho?"), ("gpt", "A person."))
+
+
+def stream(content: Any) -> list[DialogueEntry | Rejected]:
+    text = content if isinstance(content, str) else json.dumps(content)
+    return list(stream_dialogues(io.BytesIO(text.encode()), "talk.json"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [{"id": "q", "image": "a.jpg", "conversations": TURNS}],
+        {"type": "sft", "data": [{"id": "q", "image": "a.jpg", "conversations": TURNS}]},  # nested
+        json.dumps({"id": "q", "image": "a.jpg", "conversations": TURNS}) + "\n\n",  # JSON lines
+        [{"id": "q", "image": ["a.jpg"], "conversations": TURNS}],
+        [{"id": "q", "images": [{"path": "a.jpg"}], "conversations": TURNS}],
+        [{"id": "q", "images": ["a.jpg"], "messages": MESSAGES}],
+        [{"id": "q", "image": "a.jpg", "conversations": OTHER_NAMES}],
+        [{"id": "q", "image": "a.jpg", "messages": PARTS}],
+    ],
+)
+def test_every_shape_says_the_same(content: Any) -> None:
+    assert stream(content) == [DialogueEntry("a.jpg", Dialogue("q", SAID))]
+
+
+def test_lines_are_read_one_by_one() -> None:
+    lines = "".join(json.dumps({"id": i, "image": "a.jpg", "conversations": TURNS}) + "\n" for i in range(3))
+    assert [entry.dialogue.id for entry in stream(lines)] == ["0", "1", "2"]  # type: ignore[union-attr]
+
+
+def test_text_alone_is_an_entry_without_an_image() -> None:
+    assert stream([{"id": "q", "conversations": TURNS}]) == [DialogueEntry(None, Dialogue("q", SAID))]
+
+
+@pytest.mark.parametrize(
+    "said, kept",
+    [
+        ([("system", "Be brief."), *SAID], [("system", "Be brief."), *SAID]),  # kept as it is
+        ([("gpt", "Hello!"), *SAID], list(SAID)),  # what comes before the first question is dropped
+        ([("system", "S"), ("gpt", "Hello!"), *SAID], [("system", "S"), *SAID]),
+        ([("gpt", "A person."), ("human", "Who?")], None),
+        ([("human", "Who?")], None),
+        ([*SAID, ("human", "And?")], None),
+        ([("human", "Who?"), ("human", "Who?"), ("gpt", "A person.")], None),
+        ([("system", "S")], None),
+    ],
+)
+def test_turns_alternate_or_the_entry_is_one_reject(
+    said: list[tuple[str, str]], kept: list[tuple[str, str]] | None
+) -> None:
+    (entry,) = stream([{"image": "a.jpg", "conversations": [{"from": s, "value": v} for s, v in said]}])
+    if kept is None:
+        assert isinstance(entry, Rejected) and (entry.reason, entry.entry_id) == ("turns_do_not_alternate", "#0")
+    else:
+        assert isinstance(entry, DialogueEntry) and entry.dialogue.turns == tuple(kept)
+
+
+@pytest.mark.parametrize(
+    "record, reason",
+    [
+        ({"conversations": "Hi"}, "malformed_entry"),
+        ({"image": 7, "conversations": TURNS}, "malformed_entry"),
+        ({"image": "a.jpg", "conversations": [{"from": "narrator", "value": "Once"}]}, "malformed_entry"),
+        ({"image": "a.jpg", "conversations": [{"from": "human", "value": None}]}, "malformed_entry"),
+        ({"video": "a.mp4", "conversations": TURNS}, "malformed_entry"),
+        ({"image": ["a.jpg", "b.jpg"], "conversations": TURNS}, "several_images"),
+        ("text", "malformed_entry"),
+    ],
+)
+def test_an_unusable_entry_does_not_stop_the_others(record: Any, reason: str) -> None:
+    first, second = stream([record, {"id": "q", "image": "a.jpg", "conversations": TURNS}])
+    assert isinstance(first, Rejected) and first.reason == reason
+    assert isinstance(second, DialogueEntry)
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        ("[]", "no entries"),
+        ('{"images": []}', "no entries"),
+        ("", "no entries"),
+        ('[{"id": 1, "conversations": []}, {"id', "not JSON to its end, after 1 entries"),
+        ('{"id": 1, "conversations": []}\nnonsense\n', "line 2: not a JSON object"),
+    ],
+)
+def test_what_is_no_file_of_dialogues_is_refused_in_one_line(content: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint) as refused:
+        stream(content)
+    assert str(refused.value).startswith("talk.json") and "\n" not in str(refused.value)
