@@ -39,7 +39,7 @@ from measure import circumstances, source_flags
 
 from collavo import train
 from collavo.dataset import find_files, read_rows
-from collavo.evaluation.judge import box_iou
+from collavo.evaluation.judge import Judge, box_iou
 from collavo.evaluation.questions import DIALOGUE, EVALUATED_TASKS, Question, questions_of
 from collavo.evaluation.scores import Answered, judged, summarise
 from collavo.inference import Request, load_answerer, picture_of_row
@@ -48,7 +48,7 @@ from collavo.runs import CARD
 from collavo.scenes import write_scenes
 from collavo.training.checkpoint import list_checkpoints
 from pipelines import command as build_command
-from schemas.categories import BY_DISPLAY_NAME
+from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import CrayonRow, Segment
 
 TRAIN_SEED, EVALUATION_SEED = 20_001, 30_001
@@ -101,6 +101,7 @@ TABLES = {
 }
 """Arms by table, with the names that they have there; the full model is the last of both."""
 
+JUDGE = Judge(COCO_PANOPTIC)
 MEASURES = {
     "class_to_binary": ("C2B", "correct"),
     "box_to_class": ("B2C", "correct"),
@@ -236,7 +237,7 @@ class Study:
         """Yield rows with predicted maps, each with the questions that come from its image's annotation."""
         truth = {row.image_id: row for row in self._rows("truth")}
         for row in self._rows("maps"):
-            if questions := questions_of(truth[row.image_id], tuple(MEASURES)):
+            if questions := questions_of(truth[row.image_id], tuple(MEASURES), JUDGE):
                 yield row, questions
 
     def _rows(self, name: str) -> Iterator[CrayonRow]:
@@ -318,7 +319,7 @@ def answers_of_model(run: Path, pairs: Sequence[tuple[CrayonRow, Sequence[Questi
         asked = [(number, question) for number, (_, questions) in enumerate(some) for question in questions]
         requests = [Request(number, q.turns, None, MAX_NEW_TOKENS[q.task]) for number, q in asked]
         texts = answerer.answer(pictures, requests, QUESTIONS_AT_ONCE)
-        answers += [judged(question, text) for (_, question), text in zip(asked, texts, strict=True)]
+        answers += [judged(question, text, JUDGE) for (_, question), text in zip(asked, texts, strict=True)]
     return answers
 
 
@@ -328,7 +329,7 @@ def answers_of_map(row: CrayonRow, questions: Sequence[Question]) -> Iterator[An
     for question in questions:
         if question.task == DIALOGUE or (question.category is None and question.task != "box_to_class"):
             continue
-        label = BY_DISPLAY_NAME[question.category].label if question.category else None
+        label = COCO_PANOPTIC.by_display_name[question.category].label if question.category else None
         same = [segment for segment in row.segments if segment.label == label]
         match question.task:
             case "class_to_binary":
@@ -340,13 +341,13 @@ def answers_of_map(row: CrayonRow, questions: Sequence[Question]) -> Iterator[An
             case _:
                 (box,) = find_boxes(question.turns[0][1])
                 text = _object_at(box, row.segments, size_wh)
-        yield judged(question, text)
+        yield judged(question, text, JUDGE)
 
 
 def _object_at(box: tuple[float, float, float, float], segments: Sequence[Segment], size_wh: tuple[int, int]) -> str:
     """Return the thing whose box overlaps a box most."""
     scale = np.array([*size_wh, *size_wh])
-    things = [segment for segment in segments if segment.category.is_thing]
+    things = [segment for segment in segments if segment.is_thing]
     overlaps = [box_iou(box, tuple(np.array(segment.box_xyxy) / scale)) for segment in things]
     return format_object(things[int(np.argmax(overlaps))]) if overlaps else ""
 

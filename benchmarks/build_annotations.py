@@ -41,10 +41,10 @@ from PIL import Image
 from collavo.cli import size_wh
 from collavo.instructions.choose import ClassStatistics
 from collavo.instructions.phrasebook import load_phrasebook
-from collavo.instructions.write import InstructionOptions, present_thing_labels, write_instructions
+from collavo.instructions.write import InstructionOptions, present_things, write_instructions
 from collavo.panoptic.colors import segment_palette
 from collavo.panoptic.index_png import decode_index_map
-from schemas.categories import BY_CATEGORY_ID, MAX_NUMBERING
+from schemas.categories import COCO_PANOPTIC, MAX_NUMBERING
 from schemas.crayon_row import CRAYON_SCHEMA, CrayonRow, Dialogue, Segment
 
 
@@ -118,11 +118,11 @@ def plain_script(scenes: Path, output: Path) -> None:
         turns = tuple((turn["from"], turn["value"]) for turn in entry["conversations"])
         dialogues.setdefault(entry["image"], []).append(Dialogue(entry["id"], turns))
     annotations = {annotation["image_id"]: annotation for annotation in coco["annotations"]}
-    statistics_ = ClassStatistics()
+    statistics_ = ClassStatistics.of(len(COCO_PANOPTIC.things))
     rows = []
     for image in coco["images"]:
         row = plain_row(scenes, image, annotations[image["id"]], dialogues.get(f"images/{image['file_name']}", []))
-        statistics_.add_image(present_thing_labels(row.segments))
+        statistics_.add_image(present_things(row.segments, COCO_PANOPTIC))
         rows.append(row)
 
     phrasebook, options = load_phrasebook(), InstructionOptions()
@@ -130,7 +130,9 @@ def plain_script(scenes: Path, output: Path) -> None:
     for row in rows:
         record = row.as_record()
         size_wh = (row.width, row.height)
-        instructions = write_instructions(row.image_id, size_wh, row.segments, phrasebook, statistics_, options)
+        instructions = write_instructions(
+            row.image_id, size_wh, row.segments, COCO_PANOPTIC, phrasebook, statistics_, options
+        )
         records.append({**record, "instructions": [instruction.as_record() for instruction in instructions]})
     pq.write_table(pa.Table.from_pylist(records, schema=CRAYON_SCHEMA), output, compression="zstd")
 
@@ -147,7 +149,7 @@ def plain_row(scenes: Path, image: dict[str, Any], annotation: dict[str, Any], d
         mask = ids == info["id"]
         ys, xs = np.where(mask)
         box = (float(xs.min()), float(ys.min()), float(xs.max() + 1), float(ys.max() + 1))
-        category = BY_CATEGORY_ID[info["category_id"]]
+        category = COCO_PANOPTIC.by_category_id[info["category_id"]]
         found.append((category.label, bool(info["iscrowd"]), -int(mask.sum()), box[1], box[0], box, info["id"], mask))
     found.sort(key=lambda item: item[:5])
 
@@ -161,7 +163,7 @@ def plain_row(scenes: Path, image: dict[str, Any], annotation: dict[str, Any], d
         segments.append(Segment(id_, label, box, -negative_area, numbering, is_crowd))
 
     png = Image.fromarray(index_map)
-    png.putpalette([channel for color in segment_palette(segments) for channel in color])
+    png.putpalette([channel for color in segment_palette(segments, COCO_PANOPTIC) for channel in color])
     encoded = io.BytesIO()
     png.save(encoded, "PNG")
     return CrayonRow(

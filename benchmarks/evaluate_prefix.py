@@ -17,12 +17,16 @@ from datetime import date
 from itertools import islice
 
 import torch
+from collavo.pictures import Picture, picture_of_row
 
 from collavo.dataset import find_files, read_rows
 from collavo.device import device_name, resolve_device
+from collavo.evaluation.judge import Judge
 from collavo.evaluation.questions import questions_of
-from collavo.inference import Answerer, Picture, Request, load_answerer, picture_of_row
+from collavo.inference import Answerer, Request, load_answerer
+from schemas.categories import COCO_PANOPTIC
 
+JUDGE = Judge(COCO_PANOPTIC)
 TASKS = ("class_to_binary", "box_to_class", "counting", "class_to_box")
 
 
@@ -47,7 +51,7 @@ def main() -> None:
     requests = [
         Request(number, question.turns, None, args.new_tokens)
         for number, row in enumerate(rows)
-        for question in questions_of(row, TASKS)
+        for question in questions_of(row, TASKS, JUDGE)
     ]
 
     def once() -> list[str]:

@@ -26,7 +26,7 @@ from transformers.models.mask2former.image_processing_pil_mask2former import Mas
 from collavo.panoptic.maps import PanopticMap
 from collavo.panoptic.postprocess import panoptic_from_logits
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS, MaskThresholds
-from schemas.categories import CATEGORIES
+from schemas.categories import COCO_PANOPTIC
 
 SIZE_HW = (480, 640)
 MASK_HW = (96, 96)
@@ -92,7 +92,7 @@ def made_up_logits(seed: int, device: str) -> Logits:
 
 def run_transformers(logits: Logits, thresholds: MaskThresholds) -> np.ndarray:
     outputs = SimpleNamespace(class_queries_logits=logits[0][None], masks_queries_logits=logits[1][None])
-    stuff = {category.label for category in CATEGORIES if not category.is_thing}
+    stuff = {category.label for category in COCO_PANOPTIC if not category.is_thing}
     (result,) = Mask2FormerImageProcessorPil().post_process_panoptic_segmentation(
         outputs,
         threshold=thresholds.min_class_score,

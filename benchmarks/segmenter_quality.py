@@ -33,7 +33,7 @@ from collavo.images import decode_rgb
 from collavo.panoptic.maps import PanopticMap
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.segmenters import Segmenter, load_segmenter
-from schemas.categories import BY_CATEGORY_ID
+from schemas.categories import COCO_PANOPTIC
 
 HELD_OUT_SEED = 4_000_037
 """Seed of the scenes to report on; training uses `pretraining.loop.TRAIN_SCENES_SEED`, the build 0."""
@@ -107,7 +107,7 @@ def predict(
 def segments_info(panoptic: PanopticMap) -> list[dict[str, Any]]:
     """Return the segments in COCO's format; their ids are their positions in the index map."""
     return [
-        {"id": position, "category_id": segment.category.category_id, "area": segment.area, "iscrowd": 0}
+        {"id": position, "category_id": segment.category_id, "area": segment.area, "iscrowd": 0}
         for position, segment in enumerate(panoptic.segments, start=1)
     ]
 
@@ -130,7 +130,7 @@ def quality(
         for group in ("All", "Things", "Stuff")
     }
     classes = {
-        BY_CATEGORY_ID[int(category_id)].name: {
+        COCO_PANOPTIC.by_category_id[int(category_id)].name: {
             "pq": round(figures["pq"], 4), "truth": figures["tp"] + figures["fn"], "found": figures["tp"],
             "wrong": figures["fp"],
         }

@@ -23,20 +23,23 @@ from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, PLACEHOLDERS, TA
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS, MaskThresholds
 from pipelines.console import COMMANDS as CONSOLE
 from pipelines.records import REJECT_REASONS
-from schemas.categories import CATEGORIES
+from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import CRAYON_SCHEMA
 
 COMMANDS = {name: command.module for name, command in CONSOLE.items()}
 """The module behind each command of `collavo`; its `main` takes the command line."""
 
 COLUMN_MEANINGS = {
-    "image_id": "path below the source's root, without extension; unique in the data set",
-    "image": "the encoded image as it came, never encoded again; no bytes with `--image_storage reference`",
-    "width": "pixels, EXIF orientation applied; all boxes are in this frame",
+    "image_id": "path below the folder that all sources share; unique in the data set",
+    "image_sha256": "SHA-256 of the encoded image: the same picture has the same one in every data set",
+    "image": "the encoded image as it came, never encoded again; no bytes with `--image_storage reference`; "
+    "null in a row of a dialogue about no image",
+    "width": "pixels, EXIF orientation applied; all boxes are in this frame; null without an image",
     "height": "as `width`",
-    "sources": "which inputs named the image: coco, scenes, llava, folder",
+    "other_paths": "other files that hold the same picture",
+    "sources": "which inputs named the image",
     "license_id": "COCO's licence of the image; null where the source states none",
-    "split": "train or validation, chosen by a hash of `image_id`",
+    "split": "train or validation, as the source says, else chosen by `image_sha256`",
     "panoptic_map": "indexed PNG of the image's size: a pixel is the position of its segment in `segments`, counted "
     "from 1; 0 is unknown. The palette holds the crayon colours. 16-bit grey above 255 segments",
     "segments": "what is in the picture, see below",
@@ -46,8 +49,8 @@ COLUMN_MEANINGS = {
 
 SEGMENT_MEANINGS = {
     "id": "unique in the image",
-    "category_id": "COCO's number, 1 to 200 with gaps",
-    "label": "0 to 132 without gaps; things are below 80",
+    "category_id": "the number in the data set's own list of classes; COCO's go from 1 to 200 with gaps",
+    "label": "position among the classes of the data set, from 0, without gaps; things come first",
     "category": "display name: `tree`, not `tree-merged`",
     "is_thing": "true for a thing, which can be counted; false for stuff, which never is",
     "is_crowd": "a region of many; its class is neither counted nor located",
@@ -118,7 +121,7 @@ def categories() -> str:
         [
             (str(c.category_id), str(c.label), c.name, c.display_name, "thing" if c.is_thing else "stuff",
              f"{c.singular}, {c.plural}" if c.is_thing else "")
-            for c in CATEGORIES
+            for c in COCO_PANOPTIC
         ],
     )  # fmt: skip
 

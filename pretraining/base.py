@@ -40,7 +40,7 @@ from pretraining.loop import TRAIN_SCENES_SEED, LoopOptions, train_from_scratch
 from pretraining.positions import show_positions
 from pretraining.word_grids import CHART, Lesson, WordPrompt, chart_example, draw_chart
 from pretraining.word_lists import color_dialogues, list_dialogues, short_list_dialogues, word_dialogue
-from schemas.categories import CATEGORIES
+from schemas.categories import COCO_PANOPTIC
 
 VOCABULARY = 1408
 TOKENIZER_SCENES = 2000
@@ -305,7 +305,7 @@ def _tokenizer_texts() -> Iterator[str]:
             yield from (f" {value}" if speaker == "gpt" else value for speaker, value in turns)
     for phrasings in load_phrasebook().phrasings.values():
         yield from (f"{phrasing.question} {phrasing.present} {phrasing.absent or ''}" for phrasing in phrasings)
-    yield from (f"{c.display_name} {c.display_name} {c.singular} {c.plural}" for c in CATEGORIES)
+    yield from (f"{c.display_name} {c.display_name} {c.singular} {c.plural}" for c in COCO_PANOPTIC)
     yield "User: \n Assistant:"
 
 

@@ -29,7 +29,7 @@ from collavo.errors import UserError
 from collavo.scenes import draw_scene, scene_seed
 from collavo.segmenters.mask2former import normalise, resize, without_backbone_warnings
 from pretraining.loop import TRAIN_SCENES_SEED, LoopOptions, train_from_scratch
-from schemas.categories import BY_CATEGORY_ID, CATEGORIES
+from schemas.categories import COCO_PANOPTIC
 
 INPUT_HW = (256, 320)
 """Rows and columns that the model sees. Sample scenes have 240 x 320 pixels; both sides have to be multiples of 32."""
@@ -105,7 +105,7 @@ class SegmentedScenes(Dataset[SegmentedScene]):
         positions = np.zeros((height, width), np.uint8)
         for position, segment in enumerate(segments, start=1):
             positions[ids == segment.id] = position
-        labels = [BY_CATEGORY_ID[segment.category_id].label for segment in segments]
+        labels = [COCO_PANOPTIC.by_category_id[segment.category_id].label for segment in segments]
         return resize(_through_jpeg(scene.image), (height, width)), positions, labels
 
 
@@ -116,7 +116,7 @@ def _cells(masks: np.ndarray, labels: list[int]) -> tuple[np.ndarray, np.ndarray
     cell_middles = cell_labels.copy()
     for mask, label in zip(masks[:, 2::4, 2::4], labels, strict=True):
         cell_labels[mask] = label
-        if mask.any() and CATEGORIES[label].is_thing:
+        if mask.any() and COCO_PANOPTIC[label].is_thing:
             y, x = (
                 int(axis.mean() * places / cells)
                 for axis, places, cells in zip(np.nonzero(mask), MIDDLES_HW, mask.shape, strict=True)
@@ -137,7 +137,7 @@ class SupervisedSegmenter(nn.Module):
         super().__init__()
         self.model = model
         config: Any = model.config
-        self.dense_head = nn.Conv2d(config.mask_feature_size, len(CATEGORIES) + math.prod(MIDDLES_HW), 1)
+        self.dense_head = nn.Conv2d(config.mask_feature_size, len(COCO_PANOPTIC) + math.prod(MIDDLES_HW), 1)
         self._dense_weight = dense_weight
 
     def forward(self, batch: Sequence[SegmentedScene]) -> torch.Tensor:
@@ -148,12 +148,12 @@ class SupervisedSegmenter(nn.Module):
             class_labels=[example.labels for example in batch],
         )
         dense = self.dense_head(outputs.pixel_decoder_last_hidden_state)
-        of_class, of_middle = dense.split((len(CATEGORIES), math.prod(MIDDLES_HW)), dim=1)
+        of_class, of_middle = dense.split((len(COCO_PANOPTIC), math.prod(MIDDLES_HW)), dim=1)
         class_loss = functional.cross_entropy(
             of_class,
             torch.stack([example.cell_labels for example in batch]),
             # Things cover a tenth of the cells, but most of what there is to learn is about them.
-            weight=torch.tensor([4.0 if category.is_thing else 1.0 for category in CATEGORIES]),
+            weight=torch.tensor([4.0 if category.is_thing else 1.0 for category in COCO_PANOPTIC]),
             ignore_index=UNLABELLED,
         )
         middle_loss = functional.cross_entropy(
@@ -175,7 +175,7 @@ def segmenter_config() -> Mask2FormerConfig:
         layer_type="basic",
         out_features=["stage1", "stage2", "stage3", "stage4"],  # type: ignore[call-arg]  # a backbone's own argument
     )
-    names = {category.label: category.name for category in CATEGORIES}
+    names = {category.label: category.name for category in COCO_PANOPTIC}
     return Mask2FormerConfig(
         backbone_config=backbone,
         feature_size=96,

@@ -25,7 +25,7 @@ from collavo.model.query_init import ClassWords
 from collavo.panoptic.grid import crayon_grid
 from collavo.panoptic.maps import SegmentInfo, build_panoptic_map
 from collavo.training.batches import Example, pack_prompts
-from schemas.categories import CATEGORIES, THINGS, Category
+from schemas.categories import COCO_PANOPTIC, Category
 
 CHART = "chart"
 """The image id of every chart."""
@@ -45,7 +45,7 @@ _ASKED = {
     "all": ("whether", "count", "count", "what", "what", "what"),
 }
 
-_STUFF = [category for category in CATEGORIES if not category.is_thing]
+_STUFF = [category for category in COCO_PANOPTIC if not category.is_thing]
 _SEED = 7_000_051
 
 _POINTS = 8
@@ -80,7 +80,7 @@ class WordPrompt(nn.Module):
 
     def __init__(self, model: CollavoForConditionalGeneration, tokenizer: Any) -> None:
         super().__init__()
-        self._words = ClassWords(tokenizer)
+        self._words = ClassWords(tokenizer, model.config.category_set)
         self._model = [model]  # in a list, or torch would make the model a part of its own part
 
     def forward(self, semantic_ids: torch.Tensor, numbering_ids: torch.Tensor) -> torch.Tensor:
@@ -133,7 +133,9 @@ def _ground(rng: np.random.Generator, grid_hw: tuple[int, int]) -> tuple[np.ndar
 def _lay_words(rng: np.random.Generator, semantic: np.ndarray, numbering: np.ndarray) -> list[_Place]:
     """Write words into both maps, in place, as `crayon_grid` writes objects of the same shapes."""
     rows, columns = semantic.shape
-    words = [THINGS[i] for i in rng.permutation(len(THINGS))[: rng.integers(1, MAX_WORDS + 1)]]
+    words = [
+        COCO_PANOPTIC.things[i] for i in rng.permutation(len(COCO_PANOPTIC.things))[: rng.integers(1, MAX_WORDS + 1)]
+    ]
     y, x = (np.arange(side * _POINTS) / _POINTS for side in (rows, columns))
     smallest, largest = _SIDES
     ids = np.zeros((len(y), len(x)), int)
@@ -165,7 +167,9 @@ def _lay_tiles(rng: np.random.Generator, semantic: np.ndarray, numbering: np.nda
     ids = np.zeros(semantic.shape, int)
     for number, ((top, bottom), (left, right)) in enumerate(product(*map(pairwise, splits)), start=1):
         ids[top:bottom, left:right] = number
-    tiles = _write(ids, [THINGS[i] for i in rng.permutation(len(THINGS))[:4]], semantic, numbering)
+    tiles = _write(
+        ids, [COCO_PANOPTIC.things[i] for i in rng.permutation(len(COCO_PANOPTIC.things))[:4]], semantic, numbering
+    )
     return [*tiles, *(tile._replace(box_xyxy=_part(rng, tile.box_xyxy)) for tile in tiles)]
 
 
@@ -190,7 +194,7 @@ def _write(ids: np.ndarray, laid: list[Category], semantic: np.ndarray, numberin
     places: list[_Place] = []
     for segment in drawn.segments:
         x_min, y_min, x_max, y_max = (side / points for side in segment.box_xyxy)
-        places.append(_Place(segment.category, segment.numbering, (x_min, y_min, x_max, y_max)))
+        places.append(_Place(COCO_PANOPTIC[segment.label], segment.numbering, (x_min, y_min, x_max, y_max)))
     return places
 
 
@@ -208,7 +212,7 @@ def _question(rng: np.random.Generator, kind: str, places: list[_Place], grid_hw
             rng, _WHAT, written, _said(rng, ("It is {}.", "Sure, it is {}.", "That is {}.", "I read {}."), name)
         )
     present = {place.word for place in places}
-    absent = [word for word in THINGS if word not in present]
+    absent = [word for word in COCO_PANOPTIC.things if word not in present]
     # Counts above 0 are harder to learn, so they come more often.
     word = place.word if rng.random() < (0.7 if kind == "count" else 0.5) else absent[int(rng.integers(len(absent)))]
     if kind == "count":

@@ -12,7 +12,7 @@ import numpy as np
 from collavo.instructions.text import format_box
 from collavo.model.prompt import Turns
 from collavo.scenes.drawing import COLORS
-from schemas.categories import CATEGORIES, THINGS, Category
+from schemas.categories import COCO_PANOPTIC, Category
 
 QUESTIONS_PER_LIST = 6
 """Questions about single words, beside those that ask for many words in turn."""
@@ -42,14 +42,14 @@ def word_dialogue(index: int) -> Turns:
             ("human", f"Go on: {', '.join(str(start + i) for i in range(4))}"),
             ("gpt", ", ".join(str(start + i) for i in range(4, 10))),
         ]
-    thing = THINGS[int(rng.integers(len(THINGS)))]
+    thing = COCO_PANOPTIC.things[int(rng.integers(len(COCO_PANOPTIC.things)))]
     return [("human", f"What is the plural of {thing.singular}?"), ("gpt", f"{thing.plural}.")]
 
 
 def list_dialogues(index: int) -> list[Turns]:
     """Ask several questions about one list of words; each is a conversation that begins with the list."""
     rng = _generator(_WORDS_SEED, index)
-    some = [CATEGORIES[i] for i in rng.permutation(len(CATEGORIES))[: rng.integers(4, 12)]]
+    some = [COCO_PANOPTIC[i] for i in rng.permutation(len(COCO_PANOPTIC))[: rng.integers(4, 12)]]
     absent, present = some[: len(some) // 2], some[len(some) // 2 :]
     words = [present[i] for i in rng.integers(len(present), size=rng.integers(2, 11))]
     if rng.random() < 0.5:
@@ -68,7 +68,7 @@ def short_list_dialogues(index: int) -> list[Turns]:
     rng = _generator(_SHORT_SEED, index)
     dialogues: list[Turns] = []
     for _ in range(SHORT_LISTS):
-        some = [CATEGORIES[i] for i in rng.permutation(len(CATEGORIES))[:8]]
+        some = [COCO_PANOPTIC[i] for i in rng.permutation(len(COCO_PANOPTIC))[:8]]
         words = some[: rng.integers(1, 6)]
         # A coin toss for each word: if always half of them were listed, the first answers would give away the last.
         absent = some[len(words) :]
