@@ -341,14 +341,9 @@ def _common_root(roots: Sequence[str], images: Sequence[ImagesSource]) -> str:
         with naming("images"):
             paths = _list_for_root(source)
         folders += {posixpath.dirname(canonical(path)) for path in paths}
-    if not folders or not all(map(is_local, folders)):
-        remote = [folder for folder in folders if not is_local(folder)]
-        return (
-            posixpath.commonprefix(remote).rpartition("/")[0]
-            if len(remote) == len(folders) > 1
-            else "".join(folders[:1])
-        )
-    return posixpath.commonpath(folders)
+    # By parts, not by characters; `s3:` is one of them, and two kinds of storage share none.
+    shared = posixpath.commonprefix([folder.split("/") for folder in folders])
+    return "/".join(shared) or ("/" if shared else "".join(folders[:1]))
 
 
 def _list_for_root(source: ImagesSource) -> list[str]:

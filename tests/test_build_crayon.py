@@ -486,9 +486,7 @@ def test_a_sources_split_wins_and_a_picture_that_one_source_holds_out_is_in_no_o
         ratio = ["--validation_ratio", 1 if split == "train" else 0]
         data = build(tmp_path / f"{split}_out", *sources, *ANNOTATED, "--coco_split", "train", "validation", *ratio)
         splits = {row.image_id.rpartition("/")[2]: row.split for row in data.rows.values()}
-        assert splits == {f"t{i}.png": "train" if i < 10 else "validation" for i in range(12)} | {
-            f"v{i}.png": "validation" for i in range(12, 16)
-        }
+        assert splits == {f"t{i}.png": "train" for i in range(10)} | {f"v{i}.png": "validation" for i in range(10, 16)}
         check_sums(data)
 
 

@@ -66,4 +66,4 @@ def test_a_bucket_that_is_not_there_is_said_in_one_line(store, tmp_path, capsys)
     flags = ["--images", "s3://nowhere/*.jpg", "--segmenter_checkpoint", "scenes"]
     assert main([*flags, "--output", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "--images s3://nowhere/*.jpg: " in line
+    assert "--images: s3://nowhere/*.jpg: " in line
