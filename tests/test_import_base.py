@@ -380,7 +380,7 @@ def places(clip: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory) ->
             ["--vision", "CLIP", "--language", "LLAMA", "--chat_format", "llama3"],
             "--chat_format llama3: the tokenizer has no token <.eot_id.>",
         ),
-        (["--vision", "CLIP", "--language", "LLAMA", "--output", "FULL"], "--output FULL: holds something that is no"),
+        (["--vision", "CLIP", "--language", "LLAMA", "--output", "FULL"], "--output FULL: is no CoLLaVO model"),
         (["--vision", "CLIP", "--language", "LLAMA", "--seed", "1"], "unknown flag --seed"),
     ],
 )
