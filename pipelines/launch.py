@@ -75,7 +75,7 @@ def _local_runner(options: DirectOptions, logs: Path) -> FnApiRunner:
     threads = max(1, cores // (options.direct_num_workers or cores))  # in each worker torch would start one per core
     # -P, and the worker by its path: a folder `pipelines` in the current directory is another's. The shell stays, so
     # that a worker leaves word however it ends.
-    worker = shlex.join([sys.executable, "-P", local_worker.__file__])
+    worker = shlex.join([sys.executable, "-P", local_worker.__file__, str(logs)])
     packages, folder = (shlex.quote(str(path)) for path in (Path(local_worker.__file__).parents[1], logs))
     paths = f"PYTHONPATH={packages}${{PYTHONPATH:+:$PYTHONPATH}}"
     # Ctrl-C reaches all processes of a terminal, and is the launcher's to handle.
@@ -83,7 +83,29 @@ def _local_runner(options: DirectOptions, logs: Path) -> FnApiRunner:
         f"trap '' INT; export OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{threads}}} {paths}; "
         f"{worker} 2>{folder}/$$ || mv {folder}/$$ {folder}/failed"
     )
-    return FnApiRunner(default_environment=SubprocessSDKEnvironment.from_command_string(command))
+    return _Launcher(logs, SubprocessSDKEnvironment.from_command_string(command))
+
+
+class _Launcher(FnApiRunner):
+    """Beam's runner with worker processes, which it tells to end when the job fails or is interrupted.
+
+    Beam closes its connections and then waits for the workers. One that still imports at that time would connect after
+    all and wait for work, and each would wait for the other.
+    """
+
+    def __init__(self, logs: Path, environment: SubprocessSDKEnvironment) -> None:
+        super().__init__(default_environment=environment)
+        self._stop = logs / local_worker.STOP
+
+    @contextmanager
+    def maybe_profile(self) -> Iterator[None]:
+        """Surround the whole run, as Beam does with its profiler, before it closes the workers."""
+        with super().maybe_profile():
+            try:
+                yield
+            except BaseException:
+                self._stop.touch()
+                raise
 
 
 @contextmanager

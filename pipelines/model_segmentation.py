@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from apache_beam.ml.inference.base import ModelHandler
 
+from collavo.cli import naming
 from collavo.errors import Rejected
 from collavo.panoptic.maps import PanopticMap
 from collavo.segmenters import Segmenter
@@ -78,7 +79,8 @@ class SegmenterHandler(ModelHandler[LoadedImage, Segmented, BatchSegmenter]):
 
     def load_model(self) -> BatchSegmenter:
         """Load the segmenter, once per process or copy."""
-        return BatchSegmenter(self._load())
+        with naming("segmenter"):
+            return BatchSegmenter(self._load())
 
     def run_inference(
         self, batch: Sequence[LoadedImage], model: BatchSegmenter, inference_args: dict[str, Any] | None = None

@@ -191,11 +191,16 @@ def test_a_killed_replacement_does_not_touch_the_old_data_before_it_has_new_ones
     assert DataSet(old.folder).manifest["rows"] == 10
 
 
-@pytest.mark.parametrize("mode", ["in_memory", "multi_processing"])
-def test_an_interrupted_run_says_so_in_one_line_and_cleans_up(long_build, tmp_path, mode):
+@pytest.mark.parametrize(
+    "mode, moment", [("in_memory", "busy"), ("multi_processing", "busy"), ("multi_processing", "workers are starting")]
+)
+def test_an_interrupted_run_says_so_in_one_line_and_cleans_up(long_build, tmp_path, mode, moment):
     output = tmp_path / "out"
     process = start(*long_build, "--output", output, "--direct_running_mode", mode)
-    wait_until(lambda: list(tmp_path.glob(f"{WORK}/drafts/*")), process)
+    if moment == "busy":
+        wait_until(lambda: list(tmp_path.glob(f"{WORK}/drafts/*")), process)
+    else:
+        wait_until(lambda: psutil.Process(process.pid).children(recursive=True), process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
