@@ -3,7 +3,7 @@
 Reads:    a run directory and the base it was trained on
 Writes:   a whole model without adapters, or a run directory with one adapter; and export.json
 Checks:   that the export has the logits of the run, before it takes its place
-Not here: the arithmetic, see collavo/merge.py
+Not here: the arithmetic, see collavo/merge_adapters.py
 """
 
 import json
@@ -55,7 +55,7 @@ def _export(flags: Flags) -> None:
     import torch
 
     from collavo.device import resolve_device
-    from collavo.merge import TOLERANCES, export_adapter, export_merged
+    from collavo.merge_adapters import TOLERANCES, export_adapter, export_merged
     from collavo.runs import EXPORT, read_train_args
 
     with naming("device"):

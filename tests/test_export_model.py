@@ -12,7 +12,7 @@ from tiny_run import ADAPTERS, save_tiny_run
 
 from collavo.export_model import main
 from collavo.inference import Request, load_answerer, picture_of_row
-from collavo.merge import TOLERANCES
+from collavo.merge_adapters import TOLERANCES
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.adapters import LINEAR_LAYERS
 
