@@ -1,5 +1,6 @@
 """What the tests share: a hypothesis profile, the real photograph, and builders of tiny images, maps and rows."""
 
+import gc
 import io
 import os
 from pathlib import Path
@@ -39,6 +40,12 @@ needs_tiny_base = pytest.mark.skipif(
 
 PERSON, CAR, SCISSORS, SKY, GRASS = 0, 2, 76, 119, 125
 """Labels: two things with ordinary plurals, one counted in pairs, two stuff classes."""
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector what torch, transformers and Beam made on import; it would walk it in every build."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

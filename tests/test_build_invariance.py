@@ -127,7 +127,7 @@ def test_the_number_of_shards_changes_files_and_not_rows(scenes, annotated, tmp_
         ["--batch_size", 1],
         ["--batch_size", 4],
         ["--max_batch_pixels", 96 * 72 * 3],
-        IN_TWO_PROCESSES,
+        pytest.param(IN_TWO_PROCESSES, marks=pytest.mark.slow),
         IN_TWO_THREADS,
         pytest.param([*IN_TWO_PROCESSES, "--model_copies", 1, "--batch_size", 3], marks=pytest.mark.slow),
     ],
@@ -140,10 +140,11 @@ def test_segmented_rows_do_not_depend_on_batches_and_workers(scenes, checkpoint,
     assert any(row.segments for row in data.rows.values())
 
 
+@pytest.mark.slow
 @needs_scenes_model
 @pytest.mark.parametrize(
     "flags",
-    [["--batch_size", 1], pytest.param(IN_TWO_PROCESSES, marks=pytest.mark.slow), IN_TWO_THREADS],
+    [["--batch_size", 1], IN_TWO_PROCESSES, IN_TWO_THREADS],
     ids=["one by one", "processes", "threads"],
 )
 def test_rows_of_the_embedded_segmenter_do_not_depend_on_batches_and_workers(scenes, seen, tmp_path, flags):
