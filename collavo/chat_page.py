@@ -66,4 +66,4 @@ def serve(about_file: Callable[[str], Any], port: int) -> None:
     try:
         build_page(about_file).launch(server_name="127.0.0.1", server_port=port, share=False)
     except OSError as error:  # gradio tells of a port that it cannot have by its message only
-        raise UserError(f"{port}: {str(error).strip().splitlines()[0]}; name a free port") from error
+        raise UserError(f"{port}: {str(error).strip().split('. ')[0]}; name a free port") from error
