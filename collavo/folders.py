@@ -28,7 +28,7 @@ INTERNAL = (_STAGING, _COMPLETE, _ARRIVING, LOST_AND_FOUND)
 
 
 @contextmanager
-def whole_folder(folder: Path, inside: bool = False) -> Iterator[Path]:
+def whole_folder(folder: Path, inside: bool = False, kept: str = "") -> Iterator[Path]:
     """Make a staging folder to write in, which takes the place of `folder` if the block ends well, or else vanishes.
 
     What lies in `folder` then is gone; the caller makes sure that it may be. Two commands cannot write to one folder
@@ -36,6 +36,8 @@ def whole_folder(folder: Path, inside: bool = False) -> Iterator[Path]:
 
     Args:
         inside: whether staging has to lie in `folder`, as where others who write in it see nothing else.
+        kept: a name in the staging folder that outlives a block that fails, and is there again for the next one. The
+            block removes it in the end.
 
     Raises:
         UserError: if nothing can be written there, or another command is writing there.
@@ -50,13 +52,15 @@ def whole_folder(folder: Path, inside: bool = False) -> Iterator[Path]:
         raise UserError(f"{folder}: {error.strerror}; name a folder that can be written to") from error
     try:
         recover(folder)
-        _remove(list(staging.iterdir()))
+        _remove([entry for entry in staging.iterdir() if entry.name != kept])
         if folder.exists():
             shutil.copymode(folder, staging)
         yield staging
         swap(staging, folder)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        with suppress(OSError):  # the disk may be what failed; and what is kept stays
+            _remove([entry for entry in staging.iterdir() if entry.name != kept])
+            staging.rmdir()
         os.close(lock)
 
 

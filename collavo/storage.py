@@ -95,6 +95,20 @@ def read_bytes(uri: str) -> bytes:
     return data
 
 
+def size_of(uri: str) -> int:
+    """The bytes of a file."""
+    if is_local(uri):
+        return os.stat(local_path(uri)).st_size
+    files, path = _remote(uri)
+    return files.get_file_info(path).size or 0
+
+
+def size_text(size: float) -> str:
+    """A number of bytes for people."""
+    unit, factor = next((u, f) for u, f in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if size >= f or u == "kB")
+    return f"{size / factor:,.1f} {unit}"
+
+
 def exists(uri: str) -> bool:
     """Whether there is a file or folder of that name."""
     if is_local(uri):

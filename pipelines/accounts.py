@@ -33,7 +33,7 @@ class Counts:
     """Pictures unlike all that their segmenter knows."""
 
     merged: int = 0
-    """Files whose bytes another file had too; they share its row."""
+    """Times that a picture came again, from another path or data set; it has one row."""
 
     instructions: Counter[str] = field(default_factory=Counter)
     """By task."""
@@ -55,15 +55,15 @@ class Counts:
     seconds: dict[str, float] = field(default_factory=dict)
     """By step, summed over images and workers."""
 
-    def add_row(self, row: CrayonRow, draft: Draft) -> None:
-        """Count a finished row, and the inputs and seconds of its draft."""
+    def add_row(self, row: CrayonRow, draft: Draft, merged: int) -> None:
+        """Count a finished row, the inputs and seconds of its draft, and how many other drafts it was merged with."""
         self.rows += 1
         self.inputs_in_rows.update(entry.source for entry in draft.inputs)
         self.rows_by_source.update(row.sources)
         self.rows_by_split[row.split] += 1
         self.conversations += len(row.conversations)
         self.unfamiliar += draft.unfamiliar
-        self.merged += len(row.other_paths)
+        self.merged += merged
         self.segments.update(segment.category for segment in row.segments)
         if row.has_image:
             self.objects_per_image[len(row.segments)] += 1

@@ -2,22 +2,26 @@
 
 import json
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from posixpath import join
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from collavo import cli
+from collavo.errors import UserError
 from collavo.folders import whole_folder
-from collavo.storage import MANIFEST, REJECTS, REPORT, delete, is_local, open_read
+from collavo.storage import FAULTS, MANIFEST, REJECTS, REPORT, delete, is_local, open_read, size_text
 from pipelines.options import PROGRAM, parse_flags
 from schemas.crayon_row import TASKS
+
+if TYPE_CHECKING:
+    from pipelines.plan import SceneRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +39,8 @@ def _main(argv: Sequence[str]) -> None:
     # Only now, since Beam takes seconds to import. It then warns that Google's client libraries are missing, which only
     # a job on Google Cloud needs.
     logging.getLogger().addFilter(lambda record: "apitools not found" not in record.getMessage())
+    from pipelines.earlier import prepare, what_is_left
+    from pipelines.job import SEGMENTED
     from pipelines.launch import run_job
     from pipelines.plan import make_plan
 
@@ -45,21 +51,35 @@ def _main(argv: Sequence[str]) -> None:
     with ExitStack() as stack:
         if is_local(publication.output):
             with cli.naming("output"):
-                stack.enter_context(whole_folder(Path(publication.output), publication.stage_inside))
+                stack.enter_context(whole_folder(Path(publication.output), publication.stage_inside, SEGMENTED))
         else:
             stack.callback(delete, [publication.work])
+        try:
+            prepare(publication, flags.output.resume, flags.output.discard)
+        except FAULTS as error:
+            what_is_left(publication)
+            why = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"--output {publication.output}: {why}", exit_status=1) from error
         for note in plan.notes:
             console.print(note, highlight=False, soft_wrap=True)
-        if plan.scenes:
-            from collavo.scenes import write_scenes
-
-            folder, count = plan.scenes.folder, plan.scenes.count
-            console.print(f"No source named: drawing {count} sample scenes into {folder}", highlight=False)
-            write_scenes(folder, count, size_wh=plan.scenes.size_wh, overwrite=True)
-        run_job(plan, console)
+        try:
+            if plan.scenes:
+                _draw_scenes(plan.scenes, console)
+            run_job(plan, console)
+        except BaseException:
+            if left := what_is_left(publication):
+                print(left, file=sys.stderr)
+            raise
         if is_local(publication.output):
-            shutil.rmtree(publication.work)
+            delete([publication.work, publication.segmented])
     _print_summary(publication.output, time.perf_counter() - start, console)
+
+
+def _draw_scenes(scenes: "SceneRequest", console: Console) -> None:
+    from collavo.scenes import write_scenes
+
+    console.print(f"No source named: drawing {scenes.count} sample scenes into {scenes.folder}", highlight=False)
+    write_scenes(scenes.folder, scenes.count, size_wh=scenes.size_wh, overwrite=True)
 
 
 def _print_summary(output: str, seconds: float, console: Console) -> None:
@@ -69,6 +89,8 @@ def _print_summary(output: str, seconds: float, console: Console) -> None:
     inputs, rejects = sum(manifest["inputs"].values()), sum(manifest["rejects"].values())
     table.add_row("inputs", f"{inputs:,}", _tally(manifest["inputs"]))
     table.add_row("rows", f"{manifest['rows']:,}", _tally(manifest["rows_by_split"]))
+    if manifest["merged"]:
+        table.add_row("repeats", f"{manifest['merged']:,}", "pictures that came again, and share a row")
     table.add_row("conversations", f"{manifest['conversations']:,}", "")
     instructions = manifest["instructions"]
     by_task = {task: instructions[task] for task in TASKS if task in instructions}
@@ -79,10 +101,24 @@ def _print_summary(output: str, seconds: float, console: Console) -> None:
     if manifest["unfamiliar"]:
         found = f"{manifest['unfamiliar']:,} of {manifest['rows']:,} pictures"
         console.print(f"{found} are unlike all that the segmenter knows; look at them before you trust their segments.")
+    if images := manifest.get("trial_of_images"):
+        console.print(_estimate(manifest, images, seconds), soft_wrap=True)
     lines = {"Data": "*.parquet", "Rejects, with reasons": REJECTS, "Look at it": REPORT}
     for name, file_name in lines.items():
         if rejects or file_name != REJECTS:
             console.print(f"{name}: {join(output, file_name)}", highlight=False, soft_wrap=True)
+
+
+def _estimate(manifest: dict[str, Any], images: int, seconds: float) -> str:
+    """Say what all images would take, from what some took."""
+    share = manifest["rows"] / images
+    minutes = seconds / share / 60
+    took = f"{minutes / 60:,.1f} hours" if minutes > 90 else f"{minutes:,.0f} minutes" if minutes > 1 else "a minute"
+    size = size_text(sum(file["bytes"] for file in manifest["files"]) / share)
+    return (
+        f"A trial of {share:.2%} of {images:,} images. At its pace, start-up included, all of them would take about "
+        f"{took} here, and {size}; twice that while the build runs."
+    )
 
 
 def _tally(counts: dict[str, float]) -> str:

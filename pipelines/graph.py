@@ -11,23 +11,44 @@ Instructions are written in the shards, because the choice of absent classes res
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
+from posixpath import join
 from typing import Any, Final, Literal
 
 import apache_beam as beam
 from apache_beam.pvalue import AsDict, AsList, AsSingleton, TaggedOutput
+from apache_beam.transforms.combiners import Top
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
 from collavo.instructions.choose import ClassStatistics, stable_hash
 from collavo.sources.records import ImageRecord
-from pipelines.image_steps import draft_dialogue, draft_row, load_record, read_images, segment_by_annotation, split_of
+from pipelines.image_steps import (
+    draft_dialogue,
+    draft_known,
+    draft_row,
+    load_record,
+    read_images,
+    segment_by_annotation,
+    split_of,
+)
 from pipelines.job import CrayonJob, ModelConfig
-from pipelines.merge import merge_mentions
+from pipelines.merge import image_key, merge_mentions
 from pipelines.progress import REJECTED, SEGMENTED, announce_total, tick
 from pipelines.publish import publish
-from pipelines.records import Draft, LoadedImage, Mention, Packed, Reject, Segmented, SegmentedImage, packed, unpacked
+from pipelines.records import (
+    Draft,
+    ImageTask,
+    LoadedImage,
+    Mention,
+    Packed,
+    Reject,
+    Segmented,
+    SegmentedImage,
+    packed,
+    unpacked,
+)
 from pipelines.shards import WrittenShard, write_shard
 from pipelines.sources import (
     REJECT_TAG,
@@ -59,6 +80,7 @@ ToModel = TaggedOutput[Literal["to_model"], LoadedImage]
 def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
     """Add the whole build to a pipeline."""
     inputs: list[beam.PCollection] = []
+    images = [pipeline | "ImagesInDataSets" >> beam.Create([job.record_count])]
     rejects: list[beam.PCollection] = []
     spilled: list[beam.PCollection] = []
     if job.sources.crayon_files:
@@ -77,7 +99,7 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
             pipeline
             | "RecordFiles" >> beam.Create(job.sources.records)
             | "SpreadRecordFiles" >> beam.Reshuffle()
-            | "ReadRecords" >> beam.FlatMap(read_records).with_outputs(REJECT_TAG, main="records")
+            | "ReadRecords" >> beam.FlatMap(read_records, job.records_per_file).with_outputs(REJECT_TAG, main="records")
         )
         loaded = read.records | "DecodeRecords" >> beam.FlatMap(_load_record, job).with_outputs(
             REJECT_TAG, _TO_MODEL, main="annotated"
@@ -93,6 +115,13 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
             | "GroupByPartition" >> beam.GroupByKey()
             | "MergeMentions" >> beam.FlatMap(_merge).with_outputs(REJECT_TAG, main="tasks")
         )
+        if job.max_images:
+            images.append(tasks | "ImagesListed" >> beam.Map(lambda pack: pack[0]))
+            tasks = _first_by_hash(tasks, job.max_images)
+            mention_counts = [
+                tasks | "OneInputPerMention" >> beam.FlatMap(_mentions_by_source),
+                merge_rejects | "OneInputPerRepeat" >> beam.Map(lambda reject: (reject.source, 1)),
+            ]
         _announce("Images", tasks, job)
         loaded = (
             tasks
@@ -102,7 +131,21 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
         inputs += [*mention_counts, list_rejects | "SourceOfReject" >> beam.Map(lambda reject: (reject.source, 1))]
         rejects += [list_rejects, merge_rejects]
         _segment("OfImages", loaded, job, spilled, rejects)
-    _write(pipeline, job, spilled, rejects, inputs)
+    _write(pipeline, job, spilled, rejects, inputs, images)
+
+
+def _first_by_hash(tasks: beam.PCollection, number: int) -> beam.PCollection:
+    """Take some images, the same ones in every run, from all over the sources."""
+    return (
+        tasks
+        | "OneByOne" >> beam.FlatMap(unpacked)
+        | "FirstByHash" >> Top.Of(number, key=lambda task: image_key(task.mentions[0]), reverse=True)
+        | "PackAgain" >> beam.FlatMap(_in_packs)
+    )
+
+
+def _mentions_by_source(tasks: Packed) -> list[tuple[str, int]]:
+    return list(Counter(mention.input.source for task in unpacked(tasks) for mention in task.mentions).items())
 
 
 def _announce(name: str, packs: beam.PCollection, job: CrayonJob) -> None:
@@ -155,7 +198,8 @@ def _segment(
     rejects.append(loaded[REJECT_TAG])
     # Each branch spills for itself: merged before, their images would be buffered whole between two stages.
     for kind, branch in branches.items():
-        outputs = branch | f"Draft{kind}{name}" >> beam.ParDo(SpillDrafts(job)).with_outputs(REJECT_TAG, main="spilled")
+        spill = beam.ParDo(SpillDrafts(job, by_model=kind == "ByModel")).with_outputs(REJECT_TAG, main="spilled")
+        outputs = branch | f"Draft{kind}{name}" >> spill
         spilled.append(outputs.spilled)
         rejects.append(outputs[REJECT_TAG])
 
@@ -175,6 +219,7 @@ def _write(
     spilled: Iterable[beam.PCollection],
     rejects: Iterable[beam.PCollection],
     inputs: Iterable[beam.PCollection],
+    images: Iterable[beam.PCollection],
 ) -> None:
     """Phrase and write the shards, and publish them."""
     drafts = spilled | "AllDrafts" >> beam.Flatten(pipeline=pipeline)
@@ -203,14 +248,39 @@ def _write(
     shards = (
         by_shard
         | "GroupByShard" >> beam.CoGroupByKey()
-        | "WriteShards" >> beam.Map(_write_shard, job, AsSingleton(statistics))
+        | "WriteShards"
+        >> beam.Map(_write_shard, job, AsSingleton(statistics), AsDict(_id_owners(pipeline, drafts, job)))
     )
+    image_count = images | "AllImages" >> beam.Flatten(pipeline=pipeline) | "SumImages" >> beam.CombineGlobally(sum)
     input_counts = inputs | "AllInputs" >> beam.Flatten(pipeline=pipeline) | "CountInputs" >> beam.CombinePerKey(sum)
     _ = (
         pipeline
         | "Once" >> beam.Create([job.publication])
-        | "Publish" >> beam.Map(publish, AsList(shards), AsDict(input_counts), job.categories)
+        | "Publish" >> beam.Map(publish, AsList(shards), AsDict(input_counts), job.categories, AsSingleton(image_count))
     )
+
+
+def _id_owners(pipeline: beam.Pipeline, drafts: beam.PCollection, job: CrayonJob) -> beam.PCollection:
+    """Find the ids that several pictures have, with the key of the one that keeps it, of a finished row if any has it.
+
+    A path below one root is unique; data sets that were made apart, and files within them, may use the same names.
+    """
+    if not (job.sources.crayon_files or job.sources.records):
+        return pipeline | "NoSharedIds" >> beam.Create([])
+    return (
+        drafts
+        | "IdsOfDrafts" >> beam.FlatMap(lambda pack: [(p.image_id, (not p.finished, p.key, 0)) for p in unpacked(pack)])
+        | "OwnersOfIds" >> beam.CombinePerKey(_owner)
+        | "SharedIds" >> beam.Filter(lambda owned: owned[1][2])
+        | "KeysOfOwners" >> beam.MapTuple(lambda image_id, owner: (image_id, owner[1]))
+    )
+
+
+def _owner(candidates: Iterable[tuple[bool, str, int]]) -> tuple[bool, str, int]:
+    """Choose the first of some (not finished, key, whether there are other keys)."""
+    known = sorted(candidates)
+    unfinished, key, _ = known[0]
+    return unfinished, key, int(any(shared or other != key for _, other, shared in known))
 
 
 def _merge(partition: tuple[int, Iterable[Block]]) -> Iterator[Packed | RejectOutput]:
@@ -220,6 +290,10 @@ def _merge(partition: tuple[int, Iterable[Block]]) -> Iterator[Packed | RejectOu
         task, rejects = merge_mentions(mentions)
         yield from map(reject_output, rejects)
         tasks.append(task)
+    yield from _in_packs(tasks)
+
+
+def _in_packs(tasks: Sequence[ImageTask]) -> Iterator[Packed]:
     for first in range(0, len(tasks), _IMAGES_PER_PACK):
         yield packed(tasks[first : first + _IMAGES_PER_PACK])
 
@@ -233,20 +307,22 @@ def _read(tasks: Packed, job: CrayonJob) -> Iterator[LoadedImage | Draft | Rejec
         to_model = job.model is not None and not (job.use_annotations and task.annotated)
         images, rejects = read_images(task, job.max_pixels, with_rgb=to_model)
         for image in images:
-            for_model: ToModel = TaggedOutput(_TO_MODEL, image)
-            yield for_model if to_model else image
+            yield _for_model(image, job) if to_model else image
         if not images:
             tick(job.work, SEGMENTED)
             tick(job.work, REJECTED)
         yield from map(reject_output, rejects)
 
 
-def _load_record(record: ImageRecord, job: CrayonJob) -> Iterator[LoadedImage | RejectOutput | ToModel]:
+def _for_model(image: LoadedImage, job: CrayonJob) -> Draft | ToModel:
+    return draft_known(image, job) or TaggedOutput(_TO_MODEL, image)
+
+
+def _load_record(record: ImageRecord, job: CrayonJob) -> Iterator[LoadedImage | Draft | RejectOutput | ToModel]:
     """Decode an image of a data set that holds its images, for the model where there is one."""
     outcome = load_record(record, job.max_pixels)
     if isinstance(outcome, LoadedImage):
-        for_model: ToModel = TaggedOutput(_TO_MODEL, outcome)
-        yield for_model if job.model else outcome
+        yield _for_model(outcome, job) if job.model else outcome
     else:
         tick(job.work, SEGMENTED)
         tick(job.work, REJECTED)
@@ -254,7 +330,7 @@ def _load_record(record: ImageRecord, job: CrayonJob) -> Iterator[LoadedImage | 
 
 
 def _segment_annotated(image: LoadedImage | Draft, job: CrayonJob) -> Segmented | Draft:
-    """Segment an image by its annotation; a draft, of a dialogue about no image, passes."""
+    """Segment an image by its annotation; a draft, of a known picture or of a dialogue about none, passes."""
     return image if isinstance(image, Draft) else segment_by_annotation(image, job)
 
 
@@ -286,11 +362,14 @@ def _reject_by_shard(reject: Reject, shard_counts: dict[str, int]) -> tuple[tupl
 
 
 def _write_shard(
-    element: tuple[tuple[str, int], dict[str, Iterable[Packed]]], job: CrayonJob, statistics: ClassStatistics
+    element: tuple[tuple[str, int], dict[str, Iterable[Packed]]],
+    job: CrayonJob,
+    statistics: ClassStatistics,
+    owners: dict[str, str],
 ) -> WrittenShard:
     shard, groups = element
     drafts, rejects = (chain.from_iterable(map(unpacked, groups[name])) for name in ("drafts", "rejects"))
-    return write_shard(shard, drafts, rejects, statistics, job)
+    return write_shard(shard, drafts, rejects, statistics, owners, job)
 
 
 def _late(value: Any) -> WindowedValue:
@@ -322,10 +401,14 @@ class SpillMentions(beam.DoFn):
 
 
 class SpillDrafts(beam.DoFn):
-    """Drafts rows and appends them to a file per bundle; their places follow when the file is closed."""
+    """Drafts rows and appends them to files of its own; their places follow when the bundle is finished.
 
-    def __init__(self, job: CrayonJob) -> None:
+    What a network has segmented goes to a folder that outlives a build that is stopped.
+    """
+
+    def __init__(self, job: CrayonJob, by_model: bool = False) -> None:
         self._job = job
+        self._folder = job.publication.segmented if by_model else join(job.work, "drafts")
 
     def start_bundle(self) -> None:
         self._writer: SpillWriter | None = None
@@ -338,7 +421,7 @@ class SpillDrafts(beam.DoFn):
             return
         if isinstance(outcome, SegmentedImage):
             outcome = draft_row(outcome, self._job)
-        self._writer = self._writer or SpillWriter(self._job.work, self._job.categories)
+        self._writer = self._writer or SpillWriter(self._folder, self._job.categories)
         self._writer.append(outcome)
 
     def finish_bundle(self) -> Iterator[WindowedValue]:

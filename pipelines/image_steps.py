@@ -24,6 +24,8 @@ from collavo.sources.records import ImageRecord
 from collavo.storage import exists, read_bytes
 from pipelines.job import CrayonJob
 from pipelines.records import Draft, ImageTask, Input, LoadedImage, Mention, Reject, Segmented, SegmentedImage
+from pipelines.sources import finished_pictures
+from pipelines.spill import read_drafts, spilled_pictures
 from schemas.crayon_row import CrayonRow
 
 _ANNOTATIONS = {kind: json.dumps({"name": kind}) for kind in ("annotations", "instance annotations")}
@@ -80,24 +82,33 @@ def segment_by_annotation(image: LoadedImage, job: CrayonJob) -> Segmented:
 def draft_row(segmented: SegmentedImage, job: CrayonJob) -> Draft:
     """Make the row of an image, without its instructions."""
     image, task = segmented.image, segmented.image.task
-    digest = hashlib.sha256(image.image_bytes).hexdigest()
     with _timed(image.seconds, "encode"):
-        row = CrayonRow(
-            image_id=image.path,
-            image_sha256=digest,
-            image_bytes=image.image_bytes if job.embed_images else None,
-            image_path=image.path,
-            width=image.size_wh[0],
-            height=image.size_wh[1],
-            sources=tuple(sorted({mention.input.source for mention in task.mentions})),
-            license_id=next((m.license_id for m in task.mentions if m.license_id is not None), None),
-            split=task.split or split_of(digest, job.validation_ratio),
-            panoptic_png=encode_index_map(segmented.panoptic),
-            segments=segmented.panoptic.segments,
-            conversations=tuple(mention.dialogue for mention in task.mentions if mention.dialogue),
-        )
+        png = encode_index_map(segmented.panoptic)
+        row = replace(_row(image, job), panoptic_png=png, segments=segmented.panoptic.segments)
     inputs = tuple(mention.input for mention in task.mentions)
     return Draft(row, inputs, (segmented.segmenter,), image.seconds, segmented.panoptic.unfamiliar, bool(task.split))
+
+
+def draft_known(image: LoadedImage, job: CrayonJob) -> Draft | None:
+    """Make the draft of a picture that no network has to see again, None where it is not known.
+
+    The rows of a finished data set are among the drafts already: what is said here of one of its pictures is merged
+    with its row. For one that a stopped build had segmented, its map is taken from there.
+    """
+    if not (job.resumed or job.sources.crayon_files):
+        return None
+    digest = hashlib.sha256(image.image_bytes).digest()
+    block = spilled_pictures(job.publication.segmented).get(digest) if job.resumed else None
+    if block is None and digest not in finished_pictures(job.sources.crayon_files):
+        return None
+    task = image.task
+    row = _row(image, job)
+    inputs = tuple(mention.input for mention in task.mentions)
+    if block is None:
+        return Draft(row, inputs, (), image.seconds, split_stated=bool(task.split))
+    (segmented,) = read_drafts([block])
+    row = replace(row, panoptic_png=segmented.row.panoptic_png, segments=segmented.row.segments)
+    return replace(segmented, row=row, inputs=inputs, seconds=image.seconds, split_stated=bool(task.split))
 
 
 def draft_dialogue(task: ImageTask, job: CrayonJob) -> Draft:
@@ -148,6 +159,25 @@ def split_of(digest: str, validation_ratio: float) -> str:
     """Choose `train` or `validation` by a SHA-256 in hexadecimal digits, the picture's: the same picture is in the same
     split in every data set."""
     return "validation" if int(digest[:16], 16) < validation_ratio * 2**64 else "train"
+
+
+def _row(image: LoadedImage, job: CrayonJob) -> CrayonRow:
+    """All of an image's row but its map."""
+    mentions = image.task.mentions
+    digest = hashlib.sha256(image.image_bytes).hexdigest()
+    return CrayonRow(
+        image_id=image.path,
+        image_sha256=digest,
+        image_bytes=image.image_bytes if job.embed_images else None,
+        image_path=image.path,
+        width=image.size_wh[0],
+        height=image.size_wh[1],
+        sources=tuple(sorted({mention.input.source for mention in mentions})),
+        license_id=next((m.license_id for m in mentions if m.license_id is not None), None),
+        split=image.task.split or split_of(digest, job.validation_ratio),
+        panoptic_png=None,
+        conversations=tuple(mention.dialogue for mention in mentions if mention.dialogue),
+    )
 
 
 def _existing_files(task: ImageTask) -> list[tuple[ImageTask, str]]:

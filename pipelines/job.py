@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from posixpath import join
 from typing import Any, NamedTuple
 
 from collavo.instructions.phrasebook import Phrasebook
@@ -9,6 +10,8 @@ from collavo.instructions.write import InstructionOptions
 from collavo.segmenters import Segmenter
 from pipelines.sources import Sources
 from schemas.categories import CategorySet
+
+SEGMENTED = ".segmented"
 
 
 class Publication(NamedTuple):
@@ -29,6 +32,11 @@ class Publication(NamedTuple):
     configuration: Mapping[str, Any]
     max_reject_ratio: float
     started: str
+
+    @property
+    def segmented(self) -> str:
+        """A folder in `folder` for what a network has segmented. It outlives a build that stops, for `--resume`."""
+        return join(self.folder, SEGMENTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +76,19 @@ class CrayonJob:
     validation_ratio: float
     max_pixels: int
     num_shards: int | None
+    resumed: bool
+    """Whether the maps that a stopped build made are used."""
+
+    max_images: int | None
+    """Bound of a trial, for the images that sources list and for those that data sets hold."""
+
+    record_count: int = 0
+    """Images that the data sets hold, where a trial needs to know."""
+
+    @property
+    def records_per_file(self) -> int | None:
+        """How many records a trial reads from each file of a data set; None for all."""
+        return -(-self.max_images // max(1, len(self.sources.records))) if self.max_images else None
 
     @property
     def work(self) -> str:

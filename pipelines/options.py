@@ -198,6 +198,12 @@ class InstructionFlags:
 class OutputFlags:
     output: str = flag("out", "where the data set goes", kind=local_path, metavar="DIR", group="output")
     overwrite: bool = flag(False, "replace the data set that is there")
+    extend: bool = flag(False, "add to the data set that is there; pictures that it has are not segmented again")
+    resume: bool = flag(False, "go on with a build that was stopped: what its network has segmented is used")
+    discard: bool = flag(False, "remove what a stopped build has left, and start anew")
+    max_images: int | None = flag(
+        None, "build a trial from so many images, and say what all would take", kind=int, least=1
+    )
     image_storage: str = flag(
         "embed",
         "embed image bytes in the rows, or reference them by path",

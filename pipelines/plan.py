@@ -8,7 +8,7 @@ import posixpath
 import re
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -33,10 +33,21 @@ from collavo.errors import Rejected, UserError
 from collavo.folders import staging_of
 from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, Phrasebook, load_phrasebook
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
-from collavo.segmenters import Segmenter, checkpoint_categories, load_segmenter
+from collavo.segmenters import checkpoint_categories, load_segmenter
 from collavo.sources.json_files import open_json
-from collavo.sources.records import is_record_file
-from collavo.storage import FAULTS, canonical, exists, is_local, list_files, open_read, read_bytes
+from collavo.sources.records import count_records, is_record_file
+from collavo.storage import (
+    FAULTS,
+    MANIFEST,
+    canonical,
+    exists,
+    is_local,
+    list_files,
+    open_random,
+    open_read,
+    read_bytes,
+)
+from pipelines.earlier import check_extension
 from pipelines.job import CrayonJob, ModelConfig, Publication
 from pipelines.options import Flags, SegmentationFlags, SourceFlags, build_parser
 from pipelines.publish import FAILED_REJECTS, published_files, strangers
@@ -109,6 +120,8 @@ def make_plan(flags: Flags, rest: Sequence[str]) -> Plan:
     runner = beam_options.view_as(StandardOptions).runner
     publication = _publication(flags, runner)
     scenes = None if flags.sources.named else _scene_request(flags.sources, publication)
+    if flags.output.extend:
+        flags = flags._replace(sources=_with_rows_of(flags.sources, publication.output))
     notes: list[str] = []
     sets = _Sets(flags, notes)
     sources = _scene_sources(scenes.folder) if scenes else _named_sources(flags.sources, sets, notes)
@@ -117,6 +130,8 @@ def make_plan(flags: Flags, rest: Sequence[str]) -> Plan:
         raise UserError(
             f"--{min(unused)}: no model runs, annotations are all there is; --segmenter mask2former runs one"
         )
+    if flags.output.extend:
+        check_extension(publication.output, publication.configuration, job.phrasebook.sha256, job.model is not None)
     check_workers(beam_options, flags.segmentation.device if job.model else None, flags.segmentation.model_copies)
     return Plan(job, beam_options, scenes, tuple(notes))
 
@@ -124,6 +139,10 @@ def make_plan(flags: Flags, rest: Sequence[str]) -> Plan:
 def _check_unused(flags: Flags) -> None:
     """Refuse flags that the others leave without effect: whoever sets one expects it to act."""
     sources, segmenter = flags.sources, flags.segmentation.segmenter
+    output = flags.output
+    for one, other in (("extend", "overwrite"), ("resume", "discard")):
+        if getattr(output, one) and getattr(output, other):
+            raise UserError(f"--{one} and --{other} contradict each other")
     only_rows = sources.from_crayon and not (sources.coco or sources.llava_json or sources.images or sources.dataset)
     rules = [
         *((name, sources.coco, "with COCO files") for name in ("coco_images", "coco_split")),
@@ -135,6 +154,8 @@ def _check_unused(flags: Flags) -> None:
         *((name, not sources.named, "where no source is named") for name in ("scenes", "scene_size")),
         ("segmenter_config", segmenter == "detectron2", "with --segmenter detectron2"),
         *((name, segmenter != "detectron2", "with mask2former") for name in _MASK2FORMER_FLAGS),
+        ("extend", sources.named, "with sources to add"),
+        ("max_images", not sources.from_crayon and not output.extend, "on images that no finished row holds"),
         *((name, not only_rows, "on images; --from_crayon reads finished rows") for name in _IMAGE_FLAGS),
     ]
     for name, acts, where in rules:
@@ -156,8 +177,13 @@ def _check_output(flags: Flags, paths: Sequence[tuple[str, str]]) -> None:
             f"--output {output} holds {foreign[0]}, which is not part of a data set, and would be replaced as a whole; "
             "move that away or name another folder"
         )
-    if present and not flags.output.overwrite:
-        raise UserError(f"--output {output} holds a data set already ({present[0]}); --overwrite would replace it")
+    if flags.output.extend and not (present and basename(present[0]) == MANIFEST):
+        raise UserError(f"--extend: --output {output} holds no data set")
+    if present and not (flags.output.overwrite or flags.output.extend):
+        raise UserError(
+            f"--output {output} holds a data set already ({present[0]}); --overwrite would replace it, --extend would "
+            "add to it"
+        )
     for name, path in paths:  # finished rows are safe to replace: they are read before
         if name not in ("output", "from_crayon") and present and canonical(path).startswith(f"{canonical(output)}/"):
             raise UserError(f"--{name} {path}: lies in --output {output}, which is replaced; name another output")
@@ -171,6 +197,8 @@ def _publication(flags: Flags, runner: str) -> Publication:
     folder = str(staging_of(Path(output), stage_inside)) if is_local(output) else output
     unused = ("scenes", "scene_size") if flags.sources.named else ()
     given = {k: v for k, v in sorted(flags.values.items()) if v not in (None, (), "") and k not in unused}
+    if not flags.sources.named and flags.segmentation.segmenter in ("auto", "mask2former"):
+        given.setdefault("segmenter_checkpoint", SCENES)
     return Publication(
         output=output,
         folder=folder,
@@ -180,6 +208,11 @@ def _publication(flags: Flags, runner: str) -> Publication:
         max_reject_ratio=flags.output.max_reject_ratio,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _with_rows_of(sources: SourceFlags, output: str) -> SourceFlags:
+    files = [uri for uri in published_files(output) if uri.endswith(".parquet")]
+    return replace(sources, from_crayon=(*sources.from_crayon, *files))
 
 
 def _scene_request(flags: SourceFlags, publication: Publication) -> SceneRequest:
@@ -196,7 +229,7 @@ def _scene_sources(folder: str) -> Sources:
     return Sources(
         root=root,
         coco=(CocoSource("scenes", json_uri, images, masks, labels),),
-        llava=(LlavaSource("scenes", join(root, "dialogues.json"), root),),
+        llava=(LlavaSource("scenes", join(root, "dialogues.json"), root, "dialogues.json"),),
     )
 
 
@@ -206,6 +239,7 @@ class _Sets:
     def __init__(self, flags: Flags, notes: list[str]) -> None:
         self._notes = notes
         self._found: list[CategorySet] = []
+        self._finished: CategorySet | None = None
         self.stated = self.renamed = None
         if path := flags.segmentation.categories:
             with naming("categories"):
@@ -227,6 +261,11 @@ class _Sets:
         """Take note of a set that the rows are to have."""
         self._found.append(joined(found))
 
+    def add_finished(self, found: CategorySet) -> None:
+        """Take note of the set of finished rows, which have to keep it: they name classes by their place in it."""
+        self._finished = found
+        self._found.insert(0, found)
+
     @property
     def target(self) -> CategorySet:
         """The set that the rows have.
@@ -235,10 +274,17 @@ class _Sets:
             UserError: if sources have different sets, and nothing says which class is which.
         """
         if self.stated:
-            return self.stated
-        if self.renamed and self._found:
-            return self._found[0]
-        return common_set(self._found) if self._found else COCO_PANOPTIC
+            target = self.stated
+        elif self.renamed and self._found:
+            target = self._found[0]
+        else:
+            target = common_set(self._found) if self._found else COCO_PANOPTIC
+        if self._finished and [c.name for c in self._finished] != [c.name for c in target]:
+            raise UserError(
+                f"the finished rows have the classes of {self._finished.name}, which are not those of {target.name}; "
+                "build the others apart, or say with --category_map which of the first is which"
+            )
+        return target
 
 
 def _read_map(path: str) -> dict[str, str]:
@@ -281,7 +327,7 @@ def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources
         with naming("from_crayon"):
             local = [Path(uri) for uri in crayon_files if is_local(uri)]
             if local:
-                sets.add(category_set(local))
+                sets.add_finished(category_set(local))
                 notes.extend(file_notes(local))
     tables = [labels_by_id(source, sets.target, sets.renamed) for source in own]
     splits = _parallel("coco_split", flags.coco_split, flags.coco, notes)
@@ -299,11 +345,14 @@ def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources
     )
     root = flags.image_root or ""
     llava_splits = _parallel("llava_split", flags.llava_split, flags.llava_json, notes)
-    llava = tuple(LlavaSource("llava", uri, root, s) for uri, s in zip(flags.llava_json, llava_splits, strict=True))
+    llava = tuple(
+        LlavaSource("llava", uri, root, short, split)
+        for uri, short, split in zip(flags.llava_json, _short_paths(flags.llava_json), llava_splits, strict=True)
+    )
     image_splits = _parallel("images_split", flags.images_split, flags.images, notes)
     images = tuple(ImagesSource(pattern, root, s) for pattern, s in zip(flags.images, image_splits, strict=True))
     return Sources(
-        root=_common_root([*(source.images_root for source in coco), *([root] if llava else [])], images),
+        root=_common_root([*(source.images_root for source in coco), *([root] if llava else [])], images, notes),
         coco=coco,
         llava=llava,
         images=images,
@@ -334,25 +383,39 @@ def _parallel(flag: str, given: tuple[str, ...], sources: Sequence[str], notes: 
     return given
 
 
-def _common_root(roots: Sequence[str], images: Sequence[ImagesSource]) -> str:
+def _short_paths(uris: Sequence[str]) -> list[str]:
+    """Name files by their paths below the folder that all of them lie in."""
+    paths = [canonical(uri) for uri in uris]
+    root = _shared_folder([posixpath.dirname(path) for path in paths])
+    return [path.removeprefix(root).lstrip("/") for path in paths]
+
+
+def _common_root(roots: Sequence[str], images: Sequence[ImagesSource], notes: list[str]) -> str:
     """The folder that all images lie in, from which their ids count: the same however the command was typed."""
     folders = [canonical(join(root, "x")).removesuffix("/x") for root in roots]
     for source in images:
         with naming("images"):
-            paths = _list_for_root(source)
+            paths = _list_for_root(source, notes)
         folders += {posixpath.dirname(canonical(path)) for path in paths}
+    return _shared_folder(folders)
+
+
+def _shared_folder(folders: Sequence[str]) -> str:
     # By parts, not by characters; `s3:` is one of them, and two kinds of storage share none.
     shared = posixpath.commonprefix([folder.split("/") for folder in folders])
     return "/".join(shared) or ("/" if shared else "".join(folders[:1]))
 
 
-def _list_for_root(source: ImagesSource) -> list[str]:
+def _list_for_root(source: ImagesSource, notes: list[str]) -> list[str]:
     try:
-        paths = listed_paths(source.pattern)
+        paths, hidden = listed_paths(source.pattern)
     except UserError as error:
         raise UserError(f"{source.pattern}: {error}") from error
     except FAULTS as error:
         raise UserError(f"{source.pattern}: {error}") from error
+    if hidden:
+        files = "hidden file is" if hidden == 1 else "hidden files are"
+        notes.append(f"{source.pattern}: {hidden:,} {files} left out")
     if not is_list(source.pattern):
         return paths
     relative = any(not is_absolute(path) for path in paths)
@@ -367,6 +430,17 @@ def _record_files(path: str) -> list[str]:
     if not found:
         raise UserError(f"--dataset {path}: names no .parquet or .tar file")
     return found
+
+
+def _count_records(sources: Sequence[RecordSource]) -> int:
+    total = 0
+    for source in sources:
+        try:
+            with naming("dataset"), open_random(source.uri) as file:
+                total += count_records(file, source.uri)
+        except FAULTS as error:
+            raise UserError(f"--dataset {source.uri}: {error}") from error
+    return total
 
 
 def _crayon_files(pattern: str) -> list[str]:
@@ -404,6 +478,9 @@ def _job(flags: Flags, sources: Sources, sets: _Sets, publication: Publication) 
         validation_ratio=flags.output.validation_ratio,
         max_pixels=flags.output.max_pixels,
         num_shards=flags.output.num_shards,
+        resumed=flags.output.resume,
+        max_images=flags.output.max_images,
+        record_count=_count_records(sources.records) if flags.output.max_images else 0,
     )
 
 
@@ -442,17 +519,11 @@ def _model(flags: SegmentationFlags, sources: Sources, sets: _Sets) -> ModelConf
         sets.add(checkpoint_categories(name, options.get("checkpoint"), sets.stated))
     options |= {"categories": sets.target, "category_map": sets.renamed}
     return ModelConfig(
-        load=partial(_load_segmenter, name, **options),
+        load=partial(load_segmenter, name, **options),
         batch_size=flags.batch_size,
         max_batch_pixels=flags.max_batch_pixels,
         model_copies=flags.model_copies,
     )
-
-
-def _load_segmenter(name: str, **options: Any) -> Segmenter:
-    """Load the network in a worker, where an error about it is still one about a flag."""
-    with naming("segmenter"):
-        return load_segmenter(name, **options)
 
 
 def _as_tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:

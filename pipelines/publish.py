@@ -53,12 +53,14 @@ def publish(
     shards: Sequence[WrittenShard],
     inputs: Mapping[str, int],
     categories: CategorySet,
+    image_count: int,
 ) -> None:
     """Make a data set of written shards.
 
     Args:
         shards: all of them, in any order.
         inputs: number of inputs by source, counted where the sources were read.
+        image_count: of all sources, where the data set is a trial with some of them; else 0.
 
     Raises:
         UserError: if there are no rows, or more rejects than allowed; RuntimeError if the accounts do not add up.
@@ -84,6 +86,8 @@ def publish(
         rename(shard.data_uri, join(folder, name))
     _gather_rejects(join(folder, REJECTS), ordered)
     manifest = _manifest(publication, counts, inputs, categories, dict(zip(names, written, strict=True)))
+    if image_count:
+        manifest["trial_of_images"] = image_count
     write_report(folder, manifest)
     with open_write(join(folder, CARD)) as file:
         name = basename(publication.output.rstrip("/")) or "crayon"
@@ -91,7 +95,7 @@ def publish(
     with open_write(manifest_uri) as file:
         file.write(json.dumps(manifest, indent=2).encode() + b"\n")
     if not is_local(publication.work):  # a local launcher still watches the progress in it, and removes it then
-        delete([publication.work])
+        delete([publication.work, publication.segmented])
 
 
 def published_files(output: str) -> list[str]:

@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import posixpath
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 from posixpath import join
 from typing import NamedTuple
@@ -41,11 +42,15 @@ def write_shard(
     spilled: Iterable[SpilledDraft],
     rejects: Iterable[Reject],
     statistics: ClassStatistics,
+    owners: Mapping[str, str],
     job: CrayonJob,
 ) -> WrittenShard:
     """Write the rows of one shard of a split, shuffled by a hash of their pictures, and its rejects in order.
 
     Drafts of the same picture meet here, whatever their paths and sources, and become one row.
+
+    Args:
+        owners: for every id that several pictures would have, the key of the one that keeps it.
     """
     counts = Counts()
     all_rejects = list(rejects)
@@ -56,11 +61,12 @@ def write_shard(
     segmenters: set[str] = set()
     if ordered:
         writer = CrayonFileWriter(open_write(data_uri), job.facts, job.categories)
-        keyed = zip((place.key for place in ordered), read_drafts(ordered), strict=True)
-        for _, same in groupby(keyed, key=lambda pair: pair[0]):
+        keyed = zip((place.key for place in ordered), read_drafts(place.block for place in ordered), strict=True)
+        for key, same in groupby(keyed, key=lambda pair: pair[0]):
             start = time.perf_counter()
-            draft = _one_draft([draft for _, draft in same], all_rejects)
-            row = dataclasses.replace(draft.row, split=shard[0])
+            drafts = [draft for _, draft in same]
+            draft = _one_draft(drafts, all_rejects)
+            row = dataclasses.replace(draft.row, split=shard[0], image_id=_unique_id(draft.row.image_id, key, owners))
             if row.has_image:
                 instructions = write_instructions(
                     row.image_sha256 or row.image_id,
@@ -77,7 +83,7 @@ def write_shard(
             draft.seconds["phrase"] = phrased - start
             draft.seconds["write"] = time.perf_counter() - phrased
             segmenters.update(draft.segmenters)
-            counts.add_row(row, draft)
+            counts.add_row(row, draft, merged=len(drafts) - 1)
             tick(job.work, WRITTEN)
         start = time.perf_counter()
         size, sha256 = writer.close({"segmenters": sorted(segmenters)})
@@ -95,11 +101,20 @@ def _one_draft(drafts: list[Draft], rejects: list[Reject]) -> Draft:
     return first
 
 
+def _unique_id(image_id: str, key: str, owners: Mapping[str, str]) -> str:
+    """Tell pictures of several data sets apart that have the same id: all but one get the beginning of their key."""
+    if owners.get(image_id, key) == key:
+        return image_id
+    stem, extension = posixpath.splitext(image_id)
+    return f"{stem}-{key[:8]}{extension}"
+
+
 def _rank(draft: Draft) -> tuple[object, ...]:
-    """Annotated pictures first, since their maps are exact; then by kind of source and by path."""
+    """Pictures with a map first, and annotated ones before the others, since their maps are exact; then by kind of
+    source and by path."""
     source = min(SOURCES.index(entry.source) for entry in draft.inputs)
     scored = any(segment.score is not None for segment in draft.row.segments)
-    return scored, source, draft.row.image_path or "", draft.inputs
+    return draft.row.panoptic_png is None, scored, source, draft.row.image_path or "", draft.inputs
 
 
 def _write_rejects(uri: str, rejects: list[Reject], counts: Counts) -> str:

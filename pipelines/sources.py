@@ -5,8 +5,9 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from posixpath import basename, join
+from functools import lru_cache, partial
+from itertools import islice
+from posixpath import join
 from typing import BinaryIO, Final, Literal, NamedTuple, TypeVar
 
 import pyarrow.parquet as pq
@@ -53,11 +54,15 @@ class CocoSource(NamedTuple):
 
 
 class LlavaSource(NamedTuple):
-    """A file of dialogues with the root of its images; `name` is `llava` or `scenes`."""
+    """A file of dialogues with the root of its images; `name` is `llava` or `scenes`.
+
+    `short_path` begins the ids of its dialogues about no image; no two sources share one.
+    """
 
     name: str
     json_uri: str
     image_root: str
+    short_path: str
     split: str = ""
 
 
@@ -119,19 +124,32 @@ def read_llava(source: LlavaSource, root: str) -> Iterator[Mention | RejectOutpu
 def read_images(source: ImagesSource, root: str) -> Iterator[Mention | RejectOutput]:
     """Turn a glob, folder or list file into mentions of images."""
     with _naming("images", source.pattern):
-        paths = listed_paths(source.pattern)
+        paths, _ = listed_paths(source.pattern)
     for path in paths:
         yield _mention_or_reject("folder", path, lambda path: _file_mention(source, root, path))
 
 
-def read_records(source: RecordSource) -> Iterator[ImageRecord | RejectOutput]:
-    """Stream a data set that holds its images."""
+def read_records(source: RecordSource, most: int | None) -> Iterator[ImageRecord | RejectOutput]:
+    """Stream a data set that holds its images, or no more than the first ones."""
     with _naming("dataset", source.uri), open_random(source.uri) as file:
-        for record in stream_records(file, source.uri, source.image_column):
+        for record in islice(stream_records(file, source.uri, source.image_column), most):
             if isinstance(record, Rejected):
                 yield reject_output(Reject(record.entry_id, "dataset", "list", record.reason, str(record)))
             else:
                 yield record
+
+
+@lru_cache(maxsize=1)
+def finished_pictures(crayon_files: tuple[str, ...]) -> frozenset[bytes]:
+    """The SHA-256 of all pictures of some data sets; of those of schema version 1, which lack it, none."""
+    found: set[bytes] = set()
+    for uri in crayon_files:
+        with open_random(uri) as file:
+            parquet = pq.ParquetFile(file)
+            if "image_sha256" in parquet.schema_arrow.names:
+                digests = parquet.read(columns=["image_sha256"])["image_sha256"].to_pylist()
+                found.update(bytes.fromhex(digest) for digest in digests if digest)
+    return frozenset(found)
 
 
 def read_crayon_rows(uri: str, keep_image_bytes: bool) -> Iterator[Draft]:
@@ -206,7 +224,7 @@ def _instances_mention(source: CocoSource, image: ImageInstances, root: str) -> 
 def _dialogue_mention(source: LlavaSource, root: str, number: int, entry: DialogueEntry) -> Mention:
     named = Input(source.name, entry.dialogue.id)
     if entry.image is None:
-        return Mention(named, f"{basename(source.json_uri)}#{number}", "", dialogue=entry.dialogue, split=source.split)
+        return Mention(named, f"{source.short_path}#{number}", "", dialogue=entry.dialogue, split=source.split)
     uri = canonical(join(source.image_root, _inside(entry.dialogue.id, entry.image)))
     return Mention(named, path_below(root, uri), uri, dialogue=entry.dialogue, split=source.split)
 
@@ -234,8 +252,8 @@ def path_below(root: str, uri: str) -> str:
     return uri.removeprefix(f"{root.rstrip('/')}/").split("://")[-1].lstrip("/")
 
 
-def listed_paths(pattern: str) -> list[str]:
-    """The files that a glob, folder or list file names, hidden ones left out.
+def listed_paths(pattern: str) -> tuple[list[str], int]:
+    """The files that a glob, folder or list file names, and the number of hidden ones, which are left out.
 
     Raises:
         UserError: if there are none.
@@ -243,9 +261,10 @@ def listed_paths(pattern: str) -> list[str]:
     if is_list(pattern):
         with open_read(pattern) as file:
             lines = file.read().removeprefix(codecs.BOM_UTF8).splitlines()
-        return [path for line in lines if (path := line.decode(errors="surrogateescape").strip())]
-    if paths := [path for path in list_files(pattern) if not is_hidden(path, pattern)]:
-        return paths
+        return [path for line in lines if (path := line.decode(errors="surrogateescape").strip())], 0
+    found = list_files(pattern)
+    if paths := [path for path in found if not is_hidden(path, pattern)]:
+        return paths, len(found) - len(paths)
     raise UserError("names no file; a folder, a glob in quotes, or a .txt list would work")
 
 

@@ -13,7 +13,7 @@ def counted(*rows: CrayonRow, rejects: tuple[Reject, ...] = ()) -> Counts:
     counts = Counts()
     for row in rows:
         inputs = tuple(Input(source, row.image_id) for source in row.sources)
-        counts.add_row(row, Draft(row, inputs, (), {"read": 0.25, "decode": 0.5}))
+        counts.add_row(row, Draft(row, inputs, (), {"read": 0.25, "decode": 0.5}), merged=0)
     for reject in rejects:
         counts.add_reject(reject)
     return counts

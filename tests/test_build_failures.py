@@ -11,6 +11,7 @@ import psutil
 import pytest
 from builds import PICTURE, CocoFolder, DataSet, build, scene_sources, start
 
+from collavo import storage
 from collavo.scenes import write_scenes
 from pipelines import launch
 from pipelines.command import main
@@ -236,6 +237,35 @@ def test_workers_do_not_import_what_lies_in_the_current_folder(scenes, tmp_path,
     monkeypatch.chdir(tmp_path)
     data = build(tmp_path / "out", *scene_sources(scenes), "--direct_running_mode", "multi_processing")
     assert len(data.rows) == 10
+
+
+@pytest.mark.slow
+def test_a_full_disk_at_any_file_is_said_in_one_line_and_leaves_the_old_data_alone(tmp_path, capfd, monkeypatch):
+    """The kernel's own full device stands in for each file in turn."""
+    coco = CocoFolder(tmp_path / "coco")
+    coco.add("a.jpg", PICTURE)
+    coco.add("b.jpg", b"no picture")
+    flags = [*coco.flags(), "--segmenter", "annotations", "--output", tmp_path / "out", "--overwrite"]
+    assert main([*map(str, flags)]) == 0
+    before = listing(tmp_path / "out")
+    opened: list[str] = []
+    fails_at = 0
+
+    def open_(path: str, mode: str) -> object:
+        if mode == "wb":
+            opened.append(Path(path).name)
+            path = "/dev/full" if len(opened) - 1 == fails_at else path
+        return open(path, mode)
+
+    monkeypatch.setattr(storage, "open", open_, raising=False)
+    while main([*map(str, flags)]):
+        line = capfd.readouterr().err.splitlines()[-1]
+        assert line == f"build_crayon.py: error: --output {tmp_path / 'out'}: No space left on device", opened[fails_at]
+        assert listing(tmp_path / "out") == before
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["coco", "out"]
+        fails_at += 1
+        opened.clear()
+    assert {"README.md", "manifest.json", "rejects.jsonl", "report.html"} <= set(opened) and fails_at > 6
 
 
 def test_a_full_disk_is_said_in_one_line_and_leaves_the_old_data_alone(scenes, long_build, tmp_path):

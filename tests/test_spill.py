@@ -7,7 +7,15 @@ from conftest import CAR, PERSON, SKY, crayon_row, segment
 
 from pipelines.merge import image_key
 from pipelines.records import Draft, Input, Mention, unpacked
-from pipelines.spill import Block, MentionSpillWriter, SpilledDraft, SpillWriter, read_drafts, read_mentions
+from pipelines.spill import (
+    Block,
+    MentionSpillWriter,
+    SpilledDraft,
+    SpillWriter,
+    read_drafts,
+    read_mentions,
+    spilled_pictures,
+)
 from schemas.categories import COCO_PANOPTIC
 
 
@@ -28,7 +36,7 @@ def test_drafts_are_read_back_in_any_order_and_from_many_files(tmp_path):
     drafts = [draft(str(i) * (i + 1)) for i in range(9)]
     places = [place for i in range(3) for place in spill(str(tmp_path), drafts[3 * i : 3 * i + 3])]
     order = random.Random(0).sample(range(9), 9)
-    assert list(read_drafts([places[i] for i in order])) == [drafts[i] for i in order]
+    assert list(read_drafts([places[i].block for i in order])) == [drafts[i] for i in order]
     assert len({place.block.uri for place in places}) == 3
 
 
@@ -38,7 +46,7 @@ def test_a_shard_out_of_very_many_files_keeps_few_of_them_open(tmp_path):
     places = [place for one in drafts for place in spill(str(tmp_path), [one])]
     before = len(os.listdir("/proc/self/fd"))
     most = 0
-    for i, read in enumerate(read_drafts(places + places)):
+    for i, read in enumerate(read_drafts(place.block for place in places + places)):
         assert read == drafts[i % 300]
         most = max(most, len(os.listdir("/proc/self/fd")) - before)
     assert 1 < most < 100 and len(os.listdir("/proc/self/fd")) == before
@@ -55,8 +63,20 @@ def test_a_place_tells_what_the_steps_before_the_reading_need(tmp_path):
 
 def test_only_the_drafts_asked_for_are_read(tmp_path):
     places = spill(str(tmp_path), [draft("a"), draft("b"), draft("c")])
-    assert [one.row.image_id for one in read_drafts([places[2], places[0]])] == ["c", "a"]
+    assert [one.row.image_id for one in read_drafts([places[2].block, places[0].block])] == ["c", "a"]
     assert list(read_drafts([])) == []
+
+
+def test_pictures_are_found_again_in_what_a_killed_writer_left(tmp_path):
+    digests = [f"{i:064x}" for i in range(4)]
+    drafts = [Draft(crayon_row(image_sha256=d), (Input("folder", d),), (), {}) for d in digests]
+    spill(str(tmp_path), drafts[:2])
+    spill(str(tmp_path), drafts[2:])
+    last = max(tmp_path.iterdir(), key=lambda file: digests[3].encode() in file.read_bytes())
+    last.write_bytes(last.read_bytes()[:-1])
+    found = spilled_pictures(str(tmp_path))
+    assert set(found) == {bytes.fromhex(digest) for digest in digests[:3]}
+    assert list(read_drafts([found[bytes.fromhex(digests[1])]])) == [drafts[1]]
 
 
 def test_mentions_of_an_image_meet_whatever_files_they_lie_in(tmp_path):

@@ -5,11 +5,13 @@ has the same name but for its extension belongs to it. Dialogues are taken from 
 shape that `collavo.sources.dialogues` reads. All other columns and members are left alone.
 """
 
+import io
 import json
 import posixpath
 import tarfile
 from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from itertools import islice
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -56,6 +58,16 @@ def stream_records(file: BinaryIO, name: str, image_column: str | None = None) -
             yield from _parquet_records(file, name, stem, image_column or "image")
     except (pa.ArrowException, tarfile.TarError, EOFError) as error:
         raise UserError(f"{name}: cannot be read ({str(error).strip().splitlines()[0]})") from error
+
+
+def count_records(file: BinaryIO, name: str) -> int:
+    """The number of records: of a Parquet file exactly, of a tar shard by its size and its first ones."""
+    if not name.lower().endswith(_TAR):
+        return cast(int, pq.ParquetFile(file).metadata.num_rows)
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    first = sum(1 for _ in islice(stream_records(file, name), _ROWS_IN_MEMORY))
+    return round(first * size / file.tell()) if first == _ROWS_IN_MEMORY else first
 
 
 def ignored_columns(file: BinaryIO, image_column: str | None = None) -> list[str]:

@@ -1,0 +1,112 @@
+"""What an earlier build leaves for the next one: a data set to extend, or the pictures that a stopped one got to.
+
+The pictures that a network had segmented lie in a folder of the staging folder, each with its map, beside a note of the
+flags that the maps hang on. `pipelines.image_steps` finds them there by their content, so that the sources of the next
+build may be others.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from posixpath import basename, join
+from typing import Any
+
+import pyarrow.parquet as pq
+
+import collavo
+from collavo.errors import UserError
+from collavo.storage import MANIFEST, delete, list_files, open_random, open_read, open_write, size_of, size_text
+from pipelines.job import Publication
+from pipelines.options import InstructionFlags
+from schemas.crayon_row import file_facts
+
+MAP_FLAGS = (
+    *("segmenter", "segmenter_checkpoint", "segmenter_config", "segmenter_preset", "segmenter_input_size"),
+    *("categories", "category_map", "image_storage"),
+)
+"""Flags that decide what a network makes of a picture, and what is kept of it."""
+
+EXTENSION_FLAGS = (*(field.name for field in fields(InstructionFlags)), "validation_ratio", "image_storage")
+"""Flags that decide what a row says beside its map."""
+
+_NOTE = "made_by.json"
+
+
+def prepare(publication: Publication, resume: bool, discard: bool) -> None:
+    """Make ready the folder for what the network will segment.
+
+    Raises:
+        UserError: if a stopped build has left something and nothing says what to do with it; or if this build is to go
+            on with it, and there is nothing or the flags do not fit.
+    """
+    folder, made_by = publication.segmented, _made_by(publication.configuration)
+    left = list_files(join(folder, ""))
+    if not resume:
+        if len(left) > 1 and not discard:
+            raise UserError(
+                f"--output {publication.output}: a stopped build left {_size_of(left)} of segmented pictures there; "
+                "--resume uses them, --discard removes them"
+            )
+        delete([folder])
+    elif join(folder, _NOTE) not in left:
+        raise UserError(f"--resume: no stopped build has left anything for --output {publication.output}")
+    else:
+        with open_read(join(folder, _NOTE)) as file:
+            earlier = json.load(file)
+        if other := _difference(earlier, made_by, made_by):
+            raise UserError(f"--resume: the stopped build had {other}; --discard starts anew")
+    with open_write(join(folder, _NOTE)) as file:
+        file.write(json.dumps(made_by).encode())
+
+
+def what_is_left(publication: Publication) -> str | None:
+    """Say what a build that stopped has left, in one line; None where that is nothing. Remove an empty folder."""
+    left = list_files(join(publication.segmented, ""))
+    if [basename(uri) for uri in left] in ([], [_NOTE]):
+        delete([publication.segmented])
+        return None
+    kept = f"{_size_of(left)} of segmented pictures are kept in {publication.segmented}"
+    return f"{kept}: --resume uses them, --discard removes them"
+
+
+def check_extension(output: str, configuration: Mapping[str, Any], templates_sha256: str, by_model: bool) -> None:
+    """Make sure that new rows will be made as those of a data set were.
+
+    Args:
+        configuration: of the build that extends it.
+        by_model: whether a network will segment.
+
+    Raises:
+        UserError: naming the flags that differ.
+    """
+    with open_read(join(output, MANIFEST)) as file:
+        manifest = json.load(file)
+    names = [*EXTENSION_FLAGS]
+    if by_model and any("segmenter" in made_by for made_by in manifest["segmenters"]):
+        names += [name for name in MAP_FLAGS if name not in ("categories", "category_map")]  # sets are compared as such
+    difference = _difference(manifest["configuration"], configuration, names)
+    with open_random(join(output, manifest["files"][0]["name"])) as file:
+        facts = file_facts(pq.read_schema(file).metadata)
+    if not difference and facts["templates_sha256"] != templates_sha256:
+        difference = "other --templates"
+    if difference:
+        raise UserError(f"--extend: {output} was built with {difference}; give the same, or merge with --from_crayon")
+
+
+def _difference(earlier: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Say in which flags two builds differ; nothing where they do not."""
+    now = json.loads(json.dumps(now))
+    differing = [name for name in names if earlier.get(name) != now.get(name)]
+    return ", ".join(f"--{name} {_shown(earlier.get(name))} (now {_shown(now.get(name))})" for name in differing)
+
+
+def _made_by(configuration: Mapping[str, Any]) -> dict[str, Any]:
+    return {**{name: configuration.get(name) for name in MAP_FLAGS}, "collavo": collavo.__version__}
+
+
+def _size_of(uris: Iterable[str]) -> str:
+    return size_text(sum(map(size_of, uris)))
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)

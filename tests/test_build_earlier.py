@@ -1,0 +1,162 @@
+"""Builds that go on from earlier ones: data sets that are extended or merged, stopped builds, trials."""
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from builds import PICTURE, CocoFolder, DataSet, build, start, status_of, tiny_mask2former
+from conftest import encoded
+from PIL import Image
+
+from collavo.sources.records import count_records
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory) -> list[object]:
+    """Flags for a network that is quick."""
+    checkpoint = tiny_mask2former(tmp_path_factory.mktemp("checkpoint"))
+    return ["--segmenter_checkpoint", checkpoint, "--segmenter_input_size", 64, "--device", "cpu"]
+
+
+def pictures(folder: Path, names: range) -> Path:
+    """Pictures of stripes, each another."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in names:
+        picture = Image.linear_gradient("L").rotate(9 * i).resize((40, 30)).convert("RGB")
+        (folder / f"{i}.png").write_bytes(encoded(picture))
+    return folder
+
+
+def refusal(capfd, *arguments: object) -> str:
+    capfd.readouterr()
+    assert status_of(*arguments) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    return line
+
+
+def test_an_extended_data_set_is_what_one_build_of_all_would_be(network, tmp_path):
+    first, both = pictures(tmp_path / "p", range(3)), pictures(tmp_path / "all", range(5))
+    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
+    (tmp_path / "l.json").write_text(json.dumps([{"id": "d", "image": "1.png", "conversations": turns}]))
+    dialogues = ["--llava_json", tmp_path / "l.json", "--image_root", both]
+    whole = build(tmp_path / "whole", "--images", both, *dialogues, *network)
+
+    build(tmp_path / "out", "--images", first, *network)
+    extended = build(tmp_path / "out", "--images", both, *dialogues, *network, "--extend")
+    assert extended.manifest["inputs"] == {"crayon": 3, "folder": 5, "llava": 1}
+    assert extended.manifest["merged"] == 3
+    for name, row in whole.rows.items():
+        of_extended = extended.rows[name]
+        assert of_extended == row, name
+    assert len(extended.rows) == 5
+
+    again = build(tmp_path / "out", "--images", both, *network, "--extend")
+    assert again.manifest["seconds"]["segment"] == 0  # the network saw nothing
+    assert again.rows == extended.rows
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--seed", 1], "--seed 0 (now 1)"),
+        (["--negative_ratio", 0.5], "--negative_ratio 1.0 (now 0.5)"),
+        (["--segmenter_preset", "paper"], "--segmenter_preset unset (now paper)"),
+        (["--overwrite"], "--extend and --overwrite contradict"),
+    ],
+)
+def test_rows_made_otherwise_are_not_added(network, tmp_path_factory, capfd, flags, said):
+    folder = tmp_path_factory.getbasetemp() / "to_extend"
+    if not folder.exists():
+        build(folder / "out", "--images", pictures(folder / "p", range(1)), *network)
+    line = refusal(capfd, "--images", folder / "p", *network, "--output", folder / "out", "--extend", *flags)
+    assert said in line
+
+
+def test_only_a_data_set_can_be_extended(network, tmp_path, capfd):
+    line = refusal(capfd, "--images", pictures(tmp_path, range(1)), "--output", tmp_path / "out", "--extend")
+    assert "--extend" in line and "holds no data set" in line
+
+
+def test_a_killed_build_goes_on_where_it_was(network, tmp_path, capfd):
+    flags = ["--images", pictures(tmp_path / "p", range(60)), *network]
+    whole = build(tmp_path / "whole", *flags)
+    kept = tmp_path / ".out.unfinished" / ".segmented"
+    process = start(*flags, "--output", tmp_path / "out")
+    while not any(file.stat().st_size > 10_000 for file in kept.glob("*.pickle")):
+        assert process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+    output = ["--output", tmp_path / "out"]
+    assert "--resume uses them, --discard removes them" in refusal(capfd, *flags, *output)
+    line = refusal(capfd, *flags, *output, "--resume", "--segmenter_preset", "paper")
+    assert "the stopped build had --segmenter_preset unset (now paper)" in line
+    resumed = build(tmp_path / "out", *flags, "--resume")
+    assert resumed.rows == whole.rows
+    assert resumed.hashes == whole.hashes
+    assert not kept.parent.exists()
+    assert "no stopped build has left anything" in refusal(capfd, *flags, *output, "--overwrite", "--resume")
+
+
+def test_a_build_that_fails_keeps_what_its_network_did(network, tmp_path, capfd):
+    folder = pictures(tmp_path / "p", range(3))
+    (folder / "broken.png").write_bytes(b"no picture")
+    flags = ["--images", folder, *network, "--output", tmp_path / "out"]
+    assert status_of(*flags, "--max_reject_ratio", 0) == 1
+    kept, line = capfd.readouterr().err.splitlines()
+    assert "of segmented pictures are kept in" in kept and "--max_reject_ratio 0" in line
+    resumed = build(tmp_path / "out", *flags[:-2], "--resume")
+    assert len(resumed.rows) == 3 and resumed.manifest["seconds"]["segment"] == 0
+
+    assert status_of(*flags, "--overwrite", "--max_reject_ratio", 0) == 1
+    assert build(tmp_path / "out", *flags[:-2], "--overwrite", "--discard").manifest["seconds"]["segment"] > 0
+
+
+def test_data_sets_that_use_the_same_names_are_merged_without_a_loss(tmp_path):
+    for name, first in (("a", 0), ("b", 1)):
+        coco = CocoFolder(tmp_path / name)
+        for i in range(2):
+            coco.add(f"{i}.jpg", PICTURE + bytes([first + i]))  # 1.jpg of a is 0.jpg of b
+        build(tmp_path / f"out_{name}", *coco.flags())
+    merged = build(tmp_path / "out", "--from_crayon", tmp_path / "out_a", tmp_path / "out_b")
+    assert merged.manifest["inputs"] == {"crayon": 4} and merged.manifest["merged"] == 1
+    assert len(merged.rows) == 3
+    assert all(re.fullmatch(r"[01](-[0-9a-f]{8})?\.jpg", name) for name in merged.rows)  # and no two are the same
+    assert len({row.image_sha256 for row in merged.rows.values()}) == 3
+
+
+def test_dialogues_about_nothing_do_not_meet_by_the_names_of_their_files(tmp_path):
+    files = [tmp_path / folder / "l.json" for folder in ("x", "y")]
+    for file in files:
+        file.parent.mkdir()
+        turns = [{"from": "human", "value": f"In {file.parent.name}?"}, {"from": "gpt", "value": "Yes"}]
+        file.write_text(json.dumps([{"id": "0", "conversations": turns}]))
+    flags = ["--image_root", tmp_path, "--segmenter_checkpoint", "scenes"]
+    both = build(tmp_path / "both", "--llava_json", *files, *flags)
+    assert set(both.rows) == {"x/l.json#0", "y/l.json#0"}
+    build(tmp_path / "out", "--llava_json", files[0], *flags)
+    extended = build(tmp_path / "out", "--llava_json", files[1], *flags, "--extend")
+    assert len(extended.rows) == 2
+    assert {row.conversations for row in extended.rows.values()} == {row.conversations for row in both.rows.values()}
+
+
+def test_a_trial_takes_some_images_and_tells_of_all(tmp_path, capfd):
+    coco = CocoFolder(tmp_path / "coco")
+    for i in range(12):
+        coco.add(f"{i}.jpg", PICTURE + bytes([i]))
+    trial = build(tmp_path / "out", *coco.flags(), "--max_images", 3)
+    assert len(trial.rows) == 3 and trial.manifest["trial_of_images"] == 12
+    assert trial.manifest["inputs"] == {"coco": 3}
+    assert "A trial of 25.00% of 12 images" in " ".join(capfd.readouterr().out.split())
+    assert build(tmp_path / "again", *coco.flags(), "--max_images", 3).rows == trial.rows
+
+
+def test_a_trial_reads_the_head_of_a_data_set(tmp_path, network):
+    data = DataSet(tmp_path / "first")
+    build(data.folder, "--images", pictures(tmp_path / "p", range(4)), *network, "--validation_ratio", 0)
+    trial = build(tmp_path / "out", "--dataset", data.folder, *network, "--max_images", 2)
+    assert len(trial.rows) == 2 and trial.manifest["trial_of_images"] == 4
+    with data.files[0].open("rb") as file:
+        assert count_records(file, data.files[0].name) == 4
