@@ -25,7 +25,7 @@ from collavo.sources.records import ImageRecord
 from pipelines.image_steps import draft_dialogue, draft_row, load_record, read_images, segment_by_annotation, split_of
 from pipelines.job import CrayonJob, ModelConfig
 from pipelines.merge import merge_mentions
-from pipelines.progress import REJECTED, SEGMENTED, announce_total, tick
+from pipelines.progress import FOUND, REJECTED, SEGMENTED, tick
 from pipelines.publish import publish
 from pipelines.records import Draft, LoadedImage, Mention, Packed, Reject, Segmented, SegmentedImage, packed, unpacked
 from pipelines.shards import WrittenShard, write_shard
@@ -65,7 +65,6 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
         finished = (
             pipeline
             | "CrayonFiles" >> beam.Create(job.sources.crayon_files)
-            | "SpreadFiles" >> beam.Reshuffle()
             | "ReadRows" >> beam.FlatMap(read_crayon_rows, job.embed_images)
             | "SpillFinished" >> beam.ParDo(SpillDrafts(job))
         )
@@ -76,7 +75,6 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
         read = (
             pipeline
             | "RecordFiles" >> beam.Create(job.sources.records)
-            | "SpreadRecordFiles" >> beam.Reshuffle()
             | "ReadRecords" >> beam.FlatMap(read_records).with_outputs(REJECT_TAG, main="records")
         )
         loaded = read.records | "DecodeRecords" >> beam.FlatMap(_load_record, job).with_outputs(
@@ -107,12 +105,7 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
 
 def _announce(name: str, packs: beam.PCollection, job: CrayonJob) -> None:
     """Tell the progress display how many images are in some packs."""
-    _ = (
-        packs
-        | f"{name}InPack" >> beam.Map(lambda pack: pack[0])
-        | f"Count{name}" >> beam.CombineGlobally(sum)
-        | f"Announce{name}" >> beam.Map(lambda total: announce_total(job.work, name, total))
-    )
+    _ = packs | f"Announce{name}" >> beam.Map(lambda pack: tick(job.work, FOUND, pack[0]))
 
 
 def _read_sources(
@@ -134,7 +127,6 @@ def _read_sources(
             read = (
                 pipeline
                 | f"{name}Sources" >> beam.Create(sources)
-                | f"Spread{name}Sources" >> beam.Reshuffle()
                 | f"Read{name}" >> beam.FlatMap(reader, job.sources.root).with_outputs(REJECT_TAG, main="mentions")
             )
             spill = beam.ParDo(SpillMentions(job.work)).with_outputs(_COUNTS, main="blocks")
