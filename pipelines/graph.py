@@ -35,7 +35,7 @@ from pipelines.image_steps import (
 )
 from pipelines.job import CrayonJob, ModelConfig
 from pipelines.merge import image_key, merge_mentions
-from pipelines.progress import REJECTED, SEGMENTED, announce_total, tick
+from pipelines.progress import FOUND, REJECTED, SEGMENTED, tick
 from pipelines.publish import publish
 from pipelines.records import (
     Draft,
@@ -80,14 +80,13 @@ ToModel = TaggedOutput[Literal["to_model"], LoadedImage]
 def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
     """Add the whole build to a pipeline."""
     inputs: list[beam.PCollection] = []
-    images = [pipeline | "ImagesInDataSets" >> beam.Create([job.record_count])]
+    listed: beam.PCollection | None = None
     rejects: list[beam.PCollection] = []
     spilled: list[beam.PCollection] = []
     if job.sources.crayon_files:
         finished = (
             pipeline
             | "CrayonFiles" >> beam.Create(job.sources.crayon_files)
-            | "SpreadFiles" >> beam.Reshuffle()
             | "ReadRows" >> beam.FlatMap(read_crayon_rows, job.embed_images)
             | "SpillFinished" >> beam.ParDo(SpillDrafts(job))
         )
@@ -98,7 +97,6 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
         read = (
             pipeline
             | "RecordFiles" >> beam.Create(job.sources.records)
-            | "SpreadRecordFiles" >> beam.Reshuffle()
             | "ReadRecords" >> beam.FlatMap(read_records, job.records_per_file).with_outputs(REJECT_TAG, main="records")
         )
         loaded = read.records | "DecodeRecords" >> beam.FlatMap(_load_record, job).with_outputs(
@@ -116,7 +114,7 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
             | "MergeMentions" >> beam.FlatMap(_merge).with_outputs(REJECT_TAG, main="tasks")
         )
         if job.max_images:
-            images.append(tasks | "ImagesListed" >> beam.Map(lambda pack: pack[0]))
+            listed = tasks | "ImagesListed" >> beam.Map(lambda pack: pack[0]) | "SumListed" >> beam.CombineGlobally(sum)
             tasks = _first_by_hash(tasks, job.max_images)
             mention_counts = [
                 tasks | "OneInputPerMention" >> beam.FlatMap(_mentions_by_source),
@@ -131,7 +129,7 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
         inputs += [*mention_counts, list_rejects | "SourceOfReject" >> beam.Map(lambda reject: (reject.source, 1))]
         rejects += [list_rejects, merge_rejects]
         _segment("OfImages", loaded, job, spilled, rejects)
-    _write(pipeline, job, spilled, rejects, inputs, images)
+    _write(pipeline, job, spilled, rejects, inputs, listed)
 
 
 def _first_by_hash(tasks: beam.PCollection, number: int) -> beam.PCollection:
@@ -150,12 +148,7 @@ def _mentions_by_source(tasks: Packed) -> list[tuple[str, int]]:
 
 def _announce(name: str, packs: beam.PCollection, job: CrayonJob) -> None:
     """Tell the progress display how many images are in some packs."""
-    _ = (
-        packs
-        | f"{name}InPack" >> beam.Map(lambda pack: pack[0])
-        | f"Count{name}" >> beam.CombineGlobally(sum)
-        | f"Announce{name}" >> beam.Map(lambda total: announce_total(job.work, name, total))
-    )
+    _ = packs | f"Announce{name}" >> beam.Map(lambda pack: tick(job.work, FOUND, pack[0]))
 
 
 def _read_sources(
@@ -177,7 +170,6 @@ def _read_sources(
             read = (
                 pipeline
                 | f"{name}Sources" >> beam.Create(sources)
-                | f"Spread{name}Sources" >> beam.Reshuffle()
                 | f"Read{name}" >> beam.FlatMap(reader, job.sources.root).with_outputs(REJECT_TAG, main="mentions")
             )
             spill = beam.ParDo(SpillMentions(job.work)).with_outputs(_COUNTS, main="blocks")
@@ -219,7 +211,7 @@ def _write(
     spilled: Iterable[beam.PCollection],
     rejects: Iterable[beam.PCollection],
     inputs: Iterable[beam.PCollection],
-    images: Iterable[beam.PCollection],
+    listed: beam.PCollection | None,
 ) -> None:
     """Phrase and write the shards, and publish them."""
     drafts = spilled | "AllDrafts" >> beam.Flatten(pipeline=pipeline)
@@ -248,26 +240,32 @@ def _write(
     shards = (
         by_shard
         | "GroupByShard" >> beam.CoGroupByKey()
-        | "WriteShards"
-        >> beam.Map(_write_shard, job, AsSingleton(statistics), AsDict(_id_owners(pipeline, drafts, job)))
+        | "WriteShards" >> beam.Map(_write_shard, job, AsSingleton(statistics), _id_owners(drafts, job))
     )
-    image_count = images | "AllImages" >> beam.Flatten(pipeline=pipeline) | "SumImages" >> beam.CombineGlobally(sum)
     input_counts = inputs | "AllInputs" >> beam.Flatten(pipeline=pipeline) | "CountInputs" >> beam.CombinePerKey(sum)
     _ = (
         pipeline
         | "Once" >> beam.Create([job.publication])
-        | "Publish" >> beam.Map(publish, AsList(shards), AsDict(input_counts), job.categories, AsSingleton(image_count))
+        | "Publish"
+        >> beam.Map(
+            publish,
+            AsList(shards),
+            AsDict(input_counts),
+            job.categories,
+            AsSingleton(listed) if listed else 0,
+            job.record_count,
+        )
     )
 
 
-def _id_owners(pipeline: beam.Pipeline, drafts: beam.PCollection, job: CrayonJob) -> beam.PCollection:
+def _id_owners(drafts: beam.PCollection, job: CrayonJob) -> AsDict | dict[str, str]:
     """Find the ids that several pictures have, with the key of the one that keeps it, of a finished row if any has it.
 
     A path below one root is unique; data sets that were made apart, and files within them, may use the same names.
     """
     if not (job.sources.crayon_files or job.sources.records):
-        return pipeline | "NoSharedIds" >> beam.Create([])
-    return (
+        return {}
+    return AsDict(
         drafts
         | "IdsOfDrafts" >> beam.FlatMap(lambda pack: [(p.image_id, (not p.finished, p.key, 0)) for p in unpacked(pack)])
         | "OwnersOfIds" >> beam.CombinePerKey(_owner)

@@ -15,13 +15,13 @@ from rich.console import Console
 from collavo.progress import Progress
 from collavo.storage import is_local
 
-SEGMENTED, REJECTED, WRITTEN = "segmented", "rejected", "written"
+FOUND, SEGMENTED, REJECTED, WRITTEN = "found", "segmented", "rejected", "written"
 
 
-def tick(work: str, step: str) -> None:
-    """Count an image of a step; nothing happens where the work folder is not local."""
+def tick(work: str, step: str, images: int = 1) -> None:
+    """Count images of a step; nothing happens where the work folder is not local."""
     if is_local(work):
-        _own_file(work, step).write(b".")
+        _own_file(work, step).write(b"." * images)
 
 
 @lru_cache(maxsize=16)
@@ -29,14 +29,6 @@ def _own_file(work: str, step: str) -> Any:
     folder = Path(work) / "progress" / step
     folder.mkdir(parents=True, exist_ok=True)
     return (folder / uuid.uuid4().hex).open("wb", buffering=0)
-
-
-def announce_total(work: str, name: str, images: int) -> None:
-    """Tell the launcher how many images of some sources there are to do."""
-    if is_local(work):
-        folder = Path(work) / "progress" / "totals"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(str(images))
 
 
 class ProgressDisplay:
@@ -55,7 +47,7 @@ class ProgressDisplay:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        if self._total() is None:  # bars that never began would only hide why
+        if not self._ticks(FOUND):  # bars that never began would only hide why
             self._progress.hide()
         self._progress.__exit__()
 
@@ -65,7 +57,7 @@ class ProgressDisplay:
         finishing = False
         while not finishing:
             finishing = self._stop.wait(0.2)
-            images, rejected = self._total(), self._ticks(REJECTED)
+            images, rejected = self._ticks(FOUND) or None, self._ticks(REJECTED)
             note = f"{rejected:,} rejected" if rejected else ""
             for bar, done, total, said in (
                 (segmenting, self._ticks(SEGMENTED), images, note),
@@ -77,7 +69,3 @@ class ProgressDisplay:
 
     def _ticks(self, step: str) -> int:
         return sum(file.stat().st_size for file in (self._folder / step).glob("*"))
-
-    def _total(self) -> int | None:
-        files = list((self._folder / "totals").glob("*"))
-        return sum(int(file.read_text() or 0) for file in files) if files else None

@@ -53,14 +53,16 @@ def publish(
     shards: Sequence[WrittenShard],
     inputs: Mapping[str, int],
     categories: CategorySet,
-    image_count: int,
+    listed_count: int,
+    record_count: int,
 ) -> None:
     """Make a data set of written shards.
 
     Args:
         shards: all of them, in any order.
         inputs: number of inputs by source, counted where the sources were read.
-        image_count: of all sources, where the data set is a trial with some of them; else 0.
+        listed_count, record_count: how many images all sources list and all data sets hold, where this is a trial with
+            some of them; else 0.
 
     Raises:
         UserError: if there are no rows, or more rejects than allowed; RuntimeError if the accounts do not add up.
@@ -86,8 +88,8 @@ def publish(
         rename(shard.data_uri, join(folder, name))
     _gather_rejects(join(folder, REJECTS), ordered)
     manifest = _manifest(publication, counts, inputs, categories, dict(zip(names, written, strict=True)))
-    if image_count:
-        manifest["trial_of_images"] = image_count
+    if images := listed_count + record_count:
+        manifest["trial_of_images"] = images
     write_report(folder, manifest)
     with open_write(join(folder, CARD)) as file:
         name = basename(publication.output.rstrip("/")) or "crayon"

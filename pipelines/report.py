@@ -9,12 +9,13 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from posixpath import join
 from typing import Any
 
 import pyarrow.parquet as pq
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from collavo.storage import REJECTS, REPORT, open_random, open_read, open_write
 from pipelines.report_sample import Sample, css_color, make_sample
@@ -47,9 +48,7 @@ def write_report(output: str, manifest: Mapping[str, Any]) -> None:
         examples = _reject_examples(file.read(_REJECTS_HEAD_BYTES))
     stated = manifest["categories"]
     categories = CategorySet.from_records(stated["name"], stated["categories"])
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["json"] = json.dumps
-    html = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+    html = _template().render(
         manifest=manifest,
         elapsed=_elapsed(manifest),
         samples=_read_samples(output, [file["name"] for file in manifest["files"]], categories),
@@ -65,6 +64,13 @@ def write_report(output: str, manifest: Mapping[str, Any]) -> None:
     with open_write(join(output, REPORT)) as file:
         # A JSON escape can bring in a lone surrogate, which UTF-8 cannot hold.
         file.write(html.encode(errors="backslashreplace"))
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["json"] = json.dumps
+    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
 def histogram(counts: Mapping[int, int], starts: Sequence[int] | None = None) -> Tally:

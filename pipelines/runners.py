@@ -4,6 +4,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 from apache_beam.options.pipeline_options import (
     DebugOptions,
@@ -41,7 +42,7 @@ def parse_beam_options(rest: Sequence[str], own: Parser) -> PipelineOptions:
     _, unknown = parser.parse_known_args(list(rest))
     if unknown:
         raise UserError(unknown_flag(unknown[0], [*own._option_string_actions, *parser._option_string_actions]))
-    options = PipelineOptions(list(rest))
+    options = _Options(list(rest))
     standard = options.view_as(StandardOptions)
     standard.runner = standard.runner or "DirectRunner"
     try:
@@ -51,6 +52,22 @@ def parse_beam_options(rest: Sequence[str], own: Parser) -> PipelineOptions:
     if faults:
         raise UserError(f"--runner {standard.runner}: {' '.join(faults)}")
     return options
+
+
+class _Options(PipelineOptions):
+    """Beam's options that keep their views: Beam asks for one hundreds of times as it makes a graph, and would
+    parse the command line each time."""
+
+    def __init__(self, flags: Sequence[str]) -> None:
+        self.__dict__["_views"] = {}  # Beam's __setattr__ takes options only
+        super().__init__(flags)
+
+    def view_as(self, cls: type[PipelineOptions]) -> Any:
+        """Return the options as those of a kind; all views share their values."""
+        views = self.__dict__["_views"]
+        if cls not in views:
+            views[cls] = super().view_as(cls)
+        return views[cls]
 
 
 def check_file_systems(options: PipelineOptions, paths: Sequence[tuple[str, str]]) -> None:
