@@ -92,7 +92,7 @@ def test_fewer_images_and_images_by_reference_are_asked_about(world, tmp_path):
     "flags, complaint",
     [
         (["--model", "nowhere"], "--model nowhere is no folder here; --output must name one for the report"),
-        (["--model", "nowhere", "--output", "o"], "nowhere: not a folder or hub id"),
+        (["--model", "nowhere", "--output", "o"], "nowhere: neither a folder nor a whole model in the cache"),
         (["--data", "nowhere.parquet"], "--data: nowhere.parquet: there is no such file"),
         (["--batch_size", "0"], "--batch_size is 0, but must be at least 1"),
         (["--device", "cuda:99"], "--device: cuda:99"),
