@@ -5,8 +5,6 @@ Writes:   evaluation.json and evaluation.png
 Not here: what is asked and how answers are judged, see collavo/evaluation; how they are made, see collavo/inference.py
 """
 
-import errno
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +14,7 @@ from pathlib import Path
 from collavo.cli import REQUIRED, flag, naming, parse, run
 from collavo.errors import UserError
 from collavo.evaluation.questions import EVALUATED_TASKS
+from collavo.folders import make_folder
 from schemas.crayon_row import SPLITS
 
 _DESCRIPTION = """\
@@ -133,12 +132,8 @@ def _report_folder(flags: Flags) -> Path:
     if flags.output is None and not Path(flags.model).is_dir():
         raise UserError(f"--model {flags.model} is no folder here; --output must name one for the report")
     folder = flags.output or Path(flags.model) / "evaluation"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise UserError(f"--output {folder}: {error.strerror}; name a folder that can be written to") from error
+    with naming("output"):
+        make_folder(folder)
     return folder
 
 

@@ -141,16 +141,23 @@ def load_crayon_prompt(file: Path, model: CollavoForConditionalGeneration | Peft
     """Put saved queries and connector into a model, in place; a model without queries takes none.
 
     Raises:
-        UserError: if the file is missing or holds other weights.
+        UserError: if the file is missing, damaged, or holds other weights.
     """
     prompt = _crayon_prompt(model)
     if not prompt.state_dict():
         return
     if not file.exists():
         raise UserError(f"{file}: there is no such file; Crayon Prompt Tuning (cpt) writes it")
-    weights = load_file(file)
+    try:
+        weights = load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"{file}: damaged weights ({first_line(error)})") from error
     if differing := set(weights) ^ set(prompt.state_dict()):
         raise UserError(f"{file}: {len(differing)} weights do not match the model's, such as {min(differing)}")
+    for name, own in prompt.state_dict().items():
+        if weights[name].shape != own.shape:
+            found, expected = (" x ".join(map(str, tensor.shape)) for tensor in (weights[name], own))
+            raise UserError(f"{file}: {name} is {found}, but {expected} in a model of these classes and this base")
     prompt.load_state_dict(weights)
 
 

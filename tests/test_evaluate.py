@@ -96,7 +96,7 @@ def test_fewer_images_and_images_by_reference_are_asked_about(world, tmp_path):
         (["--data", "nowhere.parquet"], "--data: nowhere.parquet: there is no such file"),
         (["--batch_size", "0"], "--batch_size is 0, but must be at least 1"),
         (["--device", "cuda:99"], "--device: cuda:99"),
-        (["--output", "TRAIN"], "--output TRAIN: File exists; name a folder that can be written to"),
+        (["--output", "TRAIN"], "--output: TRAIN: this is a file; name a folder"),
         (["--data", "TRAIN"], "--split validation: none of the 1 rows of --data is in it"),
         (["--data", "UNASKED"], "--tasks class_to_binary box_to_class counting class_to_box dialogue: the rows"),
         (["--data", "REFERENCE"], "image_root must name their folder"),
