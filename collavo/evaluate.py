@@ -81,7 +81,7 @@ def _evaluate(flags: Flags) -> None:
 
     from collavo.dataset import category_set, count_rows, find_files, read_rows
     from collavo.device import device_name, resolve_device
-    from collavo.evaluation.asking import ask_questions, untrained_lists
+    from collavo.evaluation.asking import ask_questions, unknown_classes, untrained_lists
     from collavo.evaluation.judge import Judge
     from collavo.evaluation.report import REPORT, save_report, terminal_report
     from collavo.evaluation.scores import summarise
@@ -101,6 +101,8 @@ def _evaluate(flags: Flags) -> None:
     with naming("model"):
         answerer = load_answerer(flags.model, device, flags.quantize, flags.beams)
     object_lists = _OBJECT_LISTS[flags.object_list]
+    if line := unknown_classes(answerer, judge.categories):
+        console.print(f"--data: {line}", soft_wrap=True)
     for line in untrained_lists(answerer, flags.tasks, object_lists):
         console.print(f"--object_list {flags.object_list}: {line}", soft_wrap=True)
 

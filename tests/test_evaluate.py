@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import crayon_row, segment
 from PIL import Image
-from tiny_model import scene_rows, write_crayon_file
+from tiny_model import OWN_CLASSES, own_rows, scene_rows, write_crayon_file
 from tiny_run import save_tiny_run
 
 from collavo.evaluate import main
@@ -86,6 +86,14 @@ def test_fewer_images_and_images_by_reference_are_asked_about(world, tmp_path):
     report = json.loads((tmp_path / "o" / "evaluation.json").read_text())
     asked = len(questions_of(VALIDATION[0], ["counting"], JUDGE))
     assert report["results"]["trained"]["counting"]["questions"] == asked
+
+
+def test_classes_that_the_model_has_no_query_for_are_named_and_asked_about_all_the_same(world, tmp_path, capsys):
+    data = write_crayon_file(tmp_path / "own.parquet", own_rows(4), OWN_CLASSES)
+    report = evaluated((world[0], data), "--tasks", "class_to_binary")
+    line = "--data: the model has no query for 3 of 5 classes (lane marking, traffic cone, e-scooter); "
+    assert line in capsys.readouterr().out
+    assert report["results"]["trained"]["class_to_binary"]["questions"] > 0
 
 
 @pytest.mark.parametrize(
