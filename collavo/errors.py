@@ -34,3 +34,8 @@ class Rejected(ValueError):
 
     def __str__(self) -> str:
         return str(self.args[1])
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -5,8 +5,6 @@ Writes:   evaluation.json and evaluation.png
 Not here: what is asked and how answers are judged, see collavo/evaluation; how they are made, see collavo/inference.py
 """
 
-import errno
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +14,7 @@ from pathlib import Path
 from collavo.cli import REQUIRED, flag, naming, parse, run
 from collavo.errors import UserError
 from collavo.evaluation.questions import EVALUATED_TASKS
+from collavo.folders import make_folder
 from schemas.crayon_row import SPLITS
 
 _DESCRIPTION = """\
@@ -82,7 +81,7 @@ def _evaluate(flags: Flags) -> None:
 
     from collavo.dataset import category_set, count_rows, find_files, read_rows
     from collavo.device import device_name, resolve_device
-    from collavo.evaluation.asking import ask_questions, untrained_lists
+    from collavo.evaluation.asking import ask_questions, unknown_classes, untrained_lists
     from collavo.evaluation.judge import Judge
     from collavo.evaluation.report import REPORT, save_report, terminal_report
     from collavo.evaluation.scores import summarise
@@ -102,6 +101,8 @@ def _evaluate(flags: Flags) -> None:
     with naming("model"):
         answerer = load_answerer(flags.model, device, flags.quantize, flags.beams)
     object_lists = _OBJECT_LISTS[flags.object_list]
+    if line := unknown_classes(answerer, judge.categories):
+        console.print(f"--data: {line}", soft_wrap=True)
     for line in untrained_lists(answerer, flags.tasks, object_lists):
         console.print(f"--object_list {flags.object_list}: {line}", soft_wrap=True)
 
@@ -133,12 +134,8 @@ def _report_folder(flags: Flags) -> Path:
     if flags.output is None and not Path(flags.model).is_dir():
         raise UserError(f"--model {flags.model} is no folder here; --output must name one for the report")
     folder = flags.output or Path(flags.model) / "evaluation"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise UserError(f"--output {folder}: {error.strerror}; name a folder that can be written to") from error
+    with naming("output"):
+        make_folder(folder)
     return folder
 
 

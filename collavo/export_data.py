@@ -105,8 +105,6 @@ def _check_output(output: Path, read: Sequence[Path], overwrite: bool) -> None:
     for source in read:
         if source.resolve().is_relative_to(output.resolve()):
             raise UserError(f"{output}: holds {source}, which is to be read; name another folder")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: not a folder")
     present = list(output.glob("*"))
     foreign = [path.name for path in present if not _EXPORTED.fullmatch(path.name)]
     if foreign or (present and not any(path.is_file() for path in present)):

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _export(flags: Flags) -> None:
-    if flags.output.exists() and (not flags.output.is_dir() or any(flags.output.iterdir())):
+    if flags.output.is_dir() and any(flags.output.iterdir()):
         raise UserError(f"--output {flags.output} is there already; name a new or empty folder")
     from importlib.metadata import version
 

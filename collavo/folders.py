@@ -8,6 +8,7 @@ started in it), staging lies inside and its files move up one by one. A command 
 Object stores have no renames; `pipelines.publish` says what is done there.
 """
 
+import errno
 import fcntl
 import os
 import shutil
@@ -43,13 +44,14 @@ def whole_folder(folder: Path, inside: bool = False, kept: str = "") -> Iterator
         UserError: if nothing can be written there, or another command is writing there.
     """
     folder = folder.resolve()
+    _refuse_files(folder)
     staging = staging_of(folder, inside)
     try:
         lock = _make_and_lock(staging)
     except BlockingIOError as error:
         raise UserError(f"{folder}: another command is writing there; let it end, or name another folder") from error
     except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; name a folder that can be written to") from error
+        raise _unwritable(folder, error) from error
     try:
         recover(folder)
         _remove([entry for entry in staging.iterdir() if entry.name != kept])
@@ -62,6 +64,21 @@ def whole_folder(folder: Path, inside: bool = False, kept: str = "") -> Iterator
             _remove([entry for entry in staging.iterdir() if entry.name != kept])
             staging.rmdir()
         os.close(lock)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder to write in, where it is not there yet.
+
+    Raises:
+        UserError: if nothing can be written there.
+    """
+    _refuse_files(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
 def staging_of(folder: Path, inside: bool = False) -> Path:
@@ -99,6 +116,16 @@ def recover(folder: Path) -> None:
         for entry in _by_age(arriving):
             entry.rename(folder / entry.name)
         arriving.rmdir()
+
+
+def _refuse_files(folder: Path) -> None:
+    for path in (folder, *folder.parents):
+        if os.path.exists(path) and not os.path.isdir(path):
+            raise UserError(f"{folder}: {'this' if path == folder else path} is a file; name a folder")
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder}: {error.strerror}; name a folder that can be written to")
 
 
 def _is_fixed(folder: Path) -> bool:

@@ -24,7 +24,8 @@ from transformers import AutoConfig, AutoProcessor
 
 from collavo.device import move_to_device
 from collavo.embedded import find_embedded
-from collavo.errors import UserError
+from collavo.errors import UserError, first_line
+from collavo.hub import find_checkpoint
 from collavo.import_base.assemble import NEW, assemble_from_llava
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.adapters import quantize_language_model, without_peft_warnings
@@ -46,7 +47,7 @@ def save_run(run: Path, model: PeftModel, adapters: Sequence[str], processor: Co
     prompt = _crayon_prompt(model).state_dict()
     save_file({name: tensor.cpu().contiguous() for name, tensor in prompt.items()}, run / CRAYON)
     if adapters:
-        model.save_pretrained(str(run / ADAPTERS), selected_adapters=list(adapters))
+        model.save_pretrained(str(run / ADAPTERS), selected_adapters=list(adapters), save_embedding_layers=False)
         (run / ADAPTERS / CARD).unlink(missing_ok=True)  # peft's own card; the run's says more
     model.config.save_pretrained(run)
     processor.save_pretrained(run)
@@ -102,56 +103,61 @@ def load_base(
         UserError: if it cannot be reached, is incomplete or damaged, or has another architecture.
     """
     embedded = find_embedded(base)
-    source = str(embedded.folder) if embedded else base
     switches = {f"{kind}_queries": queries in ("both", kind) for kind in ("semantic", "numbering")}
     try:
-        try:
-            architecture = AutoConfig.from_pretrained(source).model_type
-        except (OSError, ValueError) as error:
-            raise ValueError(f"not a folder or hub id of a model that can be reached ({_first_line(error)})") from error
+        folder = embedded.folder if embedded else find_checkpoint(base)
+        architecture = AutoConfig.from_pretrained(folder).model_type
         if architecture == "llava":
-            model, processor = assemble_from_llava(source, dtype=dtype, attention=attention, **switches)
+            model, processor = assemble_from_llava(folder, dtype=dtype, attention=attention, **switches)
         elif architecture == "collavo":
-            model, processor = _load_whole(source, dtype=dtype, attn_implementation=attention, **switches)
+            model, processor = _load_whole(folder, dtype=dtype, attn_implementation=attention, **switches)
         else:
             raise ValueError(f"a {architecture} model; python -m collavo.import_base makes a base out of one")
         if categories is not None and categories.as_records() != model.config.category_set.as_records():
             adopt_categories(model, processor, categories)
+        model.name_or_path = base  # which adapters record; the folder may be one of this machine only
         return model, processor
     except UserError:
         raise
     except SafetensorError as error:
-        raise UserError(f"{base}: damaged weights ({_first_line(error)})") from error
+        raise UserError(f"{base}: damaged weights ({first_line(error)})") from error
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        raise UserError(f"{base}: {_first_line(error)}") from error
+        raise UserError(f"{base}: {first_line(error)}") from error
 
 
-def _load_whole(base: str, **options: Any) -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
+def _load_whole(folder: Path, **options: Any) -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
     with without_loading_report():
-        loaded: Any = CollavoForConditionalGeneration.from_pretrained(base, output_loading_info=True, **options)
+        loaded: Any = CollavoForConditionalGeneration.from_pretrained(folder, output_loading_info=True, **options)
     model, found = loaded
     # The queries asked for may differ from those that the base was saved with. Otherwise transformers must not have
     # initialised a weight at random, nor ignored one.
     wrong = [key for key in (*found["missing_keys"], *found["unexpected_keys"]) if not key.startswith(NEW)]
     if wrong:
         raise ValueError(f"{len(wrong)} weights are missing or unknown, such as {min(wrong)}")
-    return model, AutoProcessor.from_pretrained(base)
+    return model, AutoProcessor.from_pretrained(folder)
 
 
 def load_crayon_prompt(file: Path, model: CollavoForConditionalGeneration | PeftModel) -> None:
     """Put saved queries and connector into a model, in place; a model without queries takes none.
 
     Raises:
-        UserError: if the file is missing or holds other weights.
+        UserError: if the file is missing, damaged, or holds other weights.
     """
     prompt = _crayon_prompt(model)
     if not prompt.state_dict():
         return
     if not file.exists():
         raise UserError(f"{file}: there is no such file; Crayon Prompt Tuning (cpt) writes it")
-    weights = load_file(file)
+    try:
+        weights = load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"{file}: damaged weights ({first_line(error)})") from error
     if differing := set(weights) ^ set(prompt.state_dict()):
         raise UserError(f"{file}: {len(differing)} weights do not match the model's, such as {min(differing)}")
+    for name, own in prompt.state_dict().items():
+        if weights[name].shape != own.shape:
+            found, expected = (" x ".join(map(str, tensor.shape)) for tensor in (weights[name], own))
+            raise UserError(f"{file}: {name} is {found}, but {expected} in a model of these classes and this base")
     prompt.load_state_dict(weights)
 
 
@@ -205,10 +211,6 @@ def base_of(model: str) -> str | None:
         if file.exists():
             return json.loads(file.read_text()).get("base")
     return model
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _crayon_prompt(model: CollavoForConditionalGeneration | PeftModel) -> nn.Module:

@@ -12,7 +12,8 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from glob import glob
 from pathlib import Path
@@ -22,7 +23,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, PyFileSystem
 
-from collavo.errors import Rejected, UserError
+from collavo.errors import Rejected, UserError, first_line
 
 MANIFEST, REJECTS, REPORT = "manifest.json", "rejects.jsonl", "report.html"
 """Files of a finished data set, beside its shards."""
@@ -35,7 +36,7 @@ FAULTS = (OSError, pa.ArrowException)
 
 _NATIVE_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
 _GCS_OPTIONS = "?retry_limit_seconds=60"
-_INSTALL = "s3, gs and abfs need nothing more, another scheme its package for fsspec (pip install s3fs, adlfs, ...)"
+_SCHEMES = "s3, gs and abfs are read as they are, hf and whatever else fsspec knows through its package"
 _READ_AHEAD_BYTES = 4 << 20
 
 
@@ -62,6 +63,17 @@ def _real_folder(folder: str) -> str:
     return os.path.realpath(folder)
 
 
+@contextmanager
+def _one_kind_of_fault() -> Iterator[None]:
+    """Raise as OSError what the clients behind fsspec raise, each in its own way."""
+    try:
+        yield
+    except (*FAULTS, UserError, Rejected):
+        raise
+    except Exception as error:
+        raise OSError(first_line(error)) from error
+
+
 def check_reachable(uri: str) -> None:
     """Make sure that this installation has a file system for a URI; nothing is asked of the store.
 
@@ -81,7 +93,7 @@ def read_bytes(uri: str) -> bytes:
     try:
         if is_local(uri) and not stat.S_ISREG(os.stat(local_path(uri)).st_mode):
             raise Rejected("not_a_file", uri)  # opening a named pipe would wait for ever
-        with open_random(uri) as file:
+        with open_random(uri) as file, _one_kind_of_fault():
             # A request each for the size and for the bytes; a bounded read would first allocate the bound.
             size = os.fstat(file.fileno()).st_size if is_local(uri) else file.seek(0, io.SEEK_END)
             file.seek(0)
@@ -89,12 +101,13 @@ def read_bytes(uri: str) -> bytes:
     except FileNotFoundError as error:
         raise Rejected("missing_file", uri) from error
     except (*FAULTS, UserError) as error:
-        raise Rejected("unreadable_file", f"{uri}: {error}") from error
+        raise Rejected("unreadable_file", f"{uri}: {first_line(error)}") from error
     if size > MAX_FILE_BYTES:
         raise Rejected("oversized_file", f"{uri}: more than {MAX_FILE_BYTES >> 20} MiB")
     return data
 
 
+@_one_kind_of_fault()
 def size_of(uri: str) -> int:
     """The bytes of a file."""
     if is_local(uri):
@@ -109,6 +122,7 @@ def size_text(size: float) -> str:
     return f"{size / factor:,.1f} {unit}"
 
 
+@_one_kind_of_fault()
 def exists(uri: str) -> bool:
     """Whether there is a file or folder of that name."""
     if is_local(uri):
@@ -123,6 +137,7 @@ def open_read(uri: str) -> BinaryIO:
     return file if is_local(uri) else cast(BinaryIO, io.BufferedReader(file, _READ_AHEAD_BYTES))
 
 
+@_one_kind_of_fault()
 def open_random(uri: str) -> BinaryIO:
     """A file to read here and there; on a store, each read is one request for just these bytes."""
     if is_local(uri):
@@ -131,6 +146,7 @@ def open_random(uri: str) -> BinaryIO:
     return cast(BinaryIO, files.open_input_file(path))
 
 
+@_one_kind_of_fault()
 def open_write(uri: str) -> BinaryIO:
     """A new file, with the folders above it; on a store it exists only once it is closed."""
     if is_local(uri):
@@ -195,6 +211,7 @@ def delete(uris: Sequence[str]) -> None:
             Path(local_path(uri)).unlink(missing_ok=True)
 
 
+@_one_kind_of_fault()
 def _list_remote(pattern: str) -> list[str]:
     """Files in a store, found with a single listing of what lies below the fixed part of the pattern."""
     from fsspec.utils import glob_translate
@@ -231,10 +248,12 @@ def _file_system(root: str) -> tuple[FileSystem, str]:
 
         files, path = url_to_fs(root)
         return PyFileSystem(FSSpecHandler(files)), path
-    except (ImportError, ValueError) as error:  # both say what is missing
-        raise UserError(f"{root}: {error}; {_INSTALL}") from error
+    except ImportError as error:  # it says what to install
+        raise UserError(f"{root}: {first_line(error)}") from error
+    except (ValueError, pa.ArrowNotImplementedError) as error:
+        raise UserError(f"{root}: {first_line(error)}; {_SCHEMES}") from error
     except OSError as error:
-        raise UserError(f"{root}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{root}: {first_line(error)}") from error
 
 
 def _remote(uri: str) -> tuple[FileSystem, str]:

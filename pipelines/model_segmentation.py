@@ -1,11 +1,12 @@
 """Panoptic models under Beam's RunInference.
 
-The handler loads one segmenter per worker process (or `model_copies` per machine, shared), and batches by count and by
-pixels at once. A batch that does not fit the GPU's memory is halved and tried again; one that fails otherwise is taken
-apart, so that a bad image is rejected alone.
+The handler loads one segmenter per worker process (or `model_copies` per machine, shared) when the first image needs
+it, and batches by count and by pixels at once. A batch that does not fit the GPU's memory is halved and tried again;
+one that fails otherwise is taken apart, so that a bad image is rejected alone.
 """
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 from apache_beam.ml.inference.base import ModelHandler
 
-from collavo.cli import naming
 from collavo.errors import Rejected
 from collavo.panoptic.maps import PanopticMap
 from collavo.segmenters import Segmenter
@@ -24,22 +24,29 @@ _FULL_BATCH = 1_000_000
 
 
 class BatchSegmenter:
-    """A loaded segmenter that gives every image of a batch its own outcome.
+    """A segmenter that gives every image of a batch its own outcome.
 
-    Its method takes and returns plain values, so that Beam can share it between the processes of a machine.
+    It is loaded by the first batch: where annotations serve all images, it need not even be there. Its method takes and
+    returns plain values, so that Beam can share it between the processes of a machine.
+
+    Args:
+        load: makes the segmenter.
     """
 
-    def __init__(self, segmenter: Segmenter) -> None:
-        self._segmenter = segmenter
-        self._facts = json.dumps(segmenter.facts, sort_keys=True)
+    def __init__(self, load: Callable[[], Segmenter]) -> None:
+        self._load = load
+        self._segmenter: Segmenter | None = None
+        self._lock = threading.Lock()
 
     def segment_each(self, images: Sequence[np.ndarray]) -> tuple[list[PanopticMap | Rejected], str]:
         """Return a map for each image, or why there is none, and the segmenter's facts as JSON."""
-        return self._outcomes(images), self._facts
+        with self._lock:
+            self._segmenter = self._segmenter or self._load()
+        return self._outcomes(self._segmenter, images), json.dumps(self._segmenter.facts, sort_keys=True)
 
-    def _outcomes(self, images: Sequence[np.ndarray]) -> list[PanopticMap | Rejected]:
+    def _outcomes(self, segmenter: Segmenter, images: Sequence[np.ndarray]) -> list[PanopticMap | Rejected]:
         try:
-            return list(self._segmenter.segment(images))
+            return list(segmenter.segment(images))
         except Exception as error:
             if len(images) == 1:
                 if isinstance(error, Rejected):
@@ -49,14 +56,15 @@ class BatchSegmenter:
             out_of_memory = type(error).__name__ == "OutOfMemoryError"
         # Outside the handler, whose traceback keeps the failed attempt's tensors alive.
         size = -(-len(images) // 2) if out_of_memory else 1
-        return [outcome for i in range(0, len(images), size) for outcome in self._outcomes(images[i : i + size])]
+        parts = (images[i : i + size] for i in range(0, len(images), size))
+        return [outcome for part in parts for outcome in self._outcomes(segmenter, part)]
 
 
 class SegmenterHandler(ModelHandler[LoadedImage, Segmented, BatchSegmenter]):
     """Runs a panoptic segmenter on batches of loaded images.
 
     Args:
-        load: makes the segmenter; called once per worker process, it must pickle.
+        load: makes the segmenter; called once per worker process at most, it must pickle.
         batch_size: images in a batch at most.
         max_batch_pixels: pixels in a batch at most; a single larger image makes a batch of its own.
         model_copies: copies per machine, shared by its processes; None for one per process.
@@ -78,9 +86,8 @@ class SegmenterHandler(ModelHandler[LoadedImage, Segmented, BatchSegmenter]):
         self._load = load
 
     def load_model(self) -> BatchSegmenter:
-        """Load the segmenter, once per process or copy."""
-        with naming("segmenter"):
-            return BatchSegmenter(self._load())
+        """Make what loads the segmenter, once per process or copy."""
+        return BatchSegmenter(self._load)
 
     def run_inference(
         self, batch: Sequence[LoadedImage], model: BatchSegmenter, inference_args: dict[str, Any] | None = None

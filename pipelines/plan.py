@@ -29,7 +29,7 @@ from collavo.cli import naming
 from collavo.dataset import category_set
 from collavo.dataset import notes as file_notes
 from collavo.embedded import SCENES
-from collavo.errors import Rejected, UserError
+from collavo.errors import Rejected, UserError, first_line
 from collavo.folders import staging_of
 from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, Phrasebook, load_phrasebook
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
@@ -171,7 +171,7 @@ def _check_output(flags: Flags, paths: Sequence[tuple[str, str]]) -> None:
     try:
         present = [uri for uri in published_files(output) if basename(uri) != FAILED_REJECTS]
     except FAULTS as error:
-        raise UserError(f"--output {output}: {error}") from error
+        raise UserError(f"--output {output}: {first_line(error)}") from error
     if foreign := strangers(output):
         raise UserError(
             f"--output {output} holds {foreign[0]}, which is not part of a data set, and would be replaced as a whole; "
@@ -412,7 +412,7 @@ def _list_for_root(source: ImagesSource, notes: list[str]) -> list[str]:
     except UserError as error:
         raise UserError(f"{source.pattern}: {error}") from error
     except FAULTS as error:
-        raise UserError(f"{source.pattern}: {error}") from error
+        raise UserError(f"{source.pattern}: {first_line(error)}") from error
     if hidden:
         files = "hidden file is" if hidden == 1 else "hidden files are"
         notes.append(f"{source.pattern}: {hidden:,} {files} left out")
@@ -426,7 +426,7 @@ def _record_files(path: str) -> list[str]:
     try:
         found = [uri for uri in list_files(path) if is_record_file(uri)]
     except FAULTS as error:
-        raise UserError(f"--dataset {path}: {error}") from error
+        raise UserError(f"--dataset {path}: {first_line(error)}") from error
     if not found:
         raise UserError(f"--dataset {path}: names no .parquet or .tar file")
     return found
@@ -439,7 +439,7 @@ def _count_records(sources: Sequence[RecordSource]) -> int:
             with naming("dataset"), open_random(source.uri) as file:
                 total += count_records(file, source.uri)
         except FAULTS as error:
-            raise UserError(f"--dataset {source.uri}: {error}") from error
+            raise UserError(f"--dataset {source.uri}: {first_line(error)}") from error
     return total
 
 
@@ -447,7 +447,7 @@ def _crayon_files(pattern: str) -> list[str]:
     try:
         found = [uri for uri in list_files(pattern) if uri.endswith(".parquet")]
     except FAULTS as error:
-        raise UserError(f"--from_crayon {pattern}: {error}") from error
+        raise UserError(f"--from_crayon {pattern}: {first_line(error)}") from error
     if not found:
         raise UserError(f"--from_crayon {pattern}: names no .parquet file")
     return found

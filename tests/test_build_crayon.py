@@ -197,6 +197,12 @@ def test_an_annotations_build_loads_no_torch(scenes, tmp_path):
     assert run.stdout.splitlines()[-1] == "0 []"
 
 
+def test_a_network_that_no_image_needs_need_not_be_in_reach(scenes, built, tmp_path):
+    by_annotations = [word for word in scene_sources(scenes) if word not in ("--segmenter", "annotations")]
+    data = build(tmp_path / "out", *by_annotations, *TWO_SHARDS, "--segmenter_checkpoint", "org/absent")
+    assert data.rows == built.rows
+
+
 # --- new instructions for finished rows
 
 

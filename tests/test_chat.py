@@ -154,7 +154,7 @@ def test_the_map_lies_over_the_image_in_crayon_colours():
             ["--image", "scene.jpg", "--segmenter", "none", "--save_map", "none/map.png"],
             "--save_map: none/map.png: the map",
         ),
-        (["--image", "scene.jpg", "--model", "nowhere"], "nowhere: not a folder or hub id"),
+        (["--image", "scene.jpg", "--model", "nowhere"], "nowhere: neither a folder nor a whole model in the cache"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(world, monkeypatch, capsys, flags, complaint):

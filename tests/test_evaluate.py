@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import crayon_row, segment
 from PIL import Image
-from tiny_model import scene_rows, write_crayon_file
+from tiny_model import OWN_CLASSES, own_rows, scene_rows, write_crayon_file
 from tiny_run import save_tiny_run
 
 from collavo.evaluate import main
@@ -88,15 +88,23 @@ def test_fewer_images_and_images_by_reference_are_asked_about(world, tmp_path):
     assert report["results"]["trained"]["counting"]["questions"] == asked
 
 
+def test_classes_that_the_model_has_no_query_for_are_named_and_asked_about_all_the_same(world, tmp_path, capsys):
+    data = write_crayon_file(tmp_path / "own.parquet", own_rows(4), OWN_CLASSES)
+    report = evaluated((world[0], data), "--tasks", "class_to_binary")
+    line = "--data: the model has no query for 3 of 5 classes (lane marking, traffic cone, e-scooter); "
+    assert line in capsys.readouterr().out
+    assert report["results"]["trained"]["class_to_binary"]["questions"] > 0
+
+
 @pytest.mark.parametrize(
     "flags, complaint",
     [
         (["--model", "nowhere"], "--model nowhere is no folder here; --output must name one for the report"),
-        (["--model", "nowhere", "--output", "o"], "nowhere: not a folder or hub id"),
+        (["--model", "nowhere", "--output", "o"], "nowhere: neither a folder nor a whole model in the cache"),
         (["--data", "nowhere.parquet"], "--data: nowhere.parquet: there is no such file"),
         (["--batch_size", "0"], "--batch_size is 0, but must be at least 1"),
         (["--device", "cuda:99"], "--device: cuda:99"),
-        (["--output", "TRAIN"], "--output TRAIN: File exists; name a folder that can be written to"),
+        (["--output", "TRAIN"], "--output: TRAIN: this is a file; name a folder"),
         (["--data", "TRAIN"], "--split validation: none of the 1 rows of --data is in it"),
         (["--data", "UNASKED"], "--tasks class_to_binary box_to_class counting class_to_box dialogue: the rows"),
         (["--data", "REFERENCE"], "image_root must name their folder"),

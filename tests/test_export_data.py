@@ -356,7 +356,7 @@ def test_a_failed_export_leaves_nothing_behind(to, tmp_path, capsys):
         (("--to", "trl", "--output", "/proc/out"), "/proc/out: "),
         (("--to", "csv", "--output", "{tmp}/out"), "'csv'"),
         (("--to", "trl", "--output", "{tmp}/data"), "--output: {tmp}/data: holds {tmp}/data/crayon-00000"),
-        (("--to", "trl", "--output", "{tmp}/file"), "--output: {tmp}/file: not a folder"),
+        (("--to", "trl", "--output", "{tmp}/file"), "--output: {tmp}/file: this is a file"),
         (("--to", "trl", "--output", "{tmp}/out", "--data", "{tmp}/nothing"), "{tmp}/nothing: there is no such"),
         (("--to", "trl", "--output", "{tmp}/out", "--splits", "train"), "--splits"),
     ],

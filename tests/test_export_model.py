@@ -124,7 +124,7 @@ def test_an_export_that_answers_otherwise_is_refused_and_leaves_nothing(run, tmp
         (["--output", "full"], "--output full is there already; name a new or empty folder"),
         (["--as", "adapter", "--dtype", "float32"], "--dtype concerns merged weights"),
         (["--as", "adapter", "--model", "bare"], "--as adapter: bare has no adapters; use --as merged"),
-        (["--output", "full/file/export"], "full/file/export: Not a directory; name a folder that can be written to"),
+        (["--output", "full/file/export"], "full/file is a file; name a folder"),
         (["--device", "tpu"], "--device: tpu: not a device"),
     ],
 )

@@ -1,13 +1,14 @@
 """A folder appears whole or not at all, wherever it lies and whenever the command that writes it is killed."""
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from collavo import folders
 from collavo.errors import UserError
-from collavo.folders import recover, whole_folder
+from collavo.folders import make_folder, recover, whole_folder
 
 
 @pytest.fixture(params=["beside", "inside"])
@@ -102,8 +103,16 @@ def test_a_link_stays_a_link_and_the_folder_keeps_its_mode(tmp_path):
     assert os.stat(tmp_path / "disk").st_mode & 0o777 == 0o750
 
 
-def test_a_folder_that_cannot_be_made_is_said_in_one_line(tmp_path):
+@pytest.mark.parametrize("open_folder", [whole_folder, lambda folder: nullcontext(make_folder(folder))])
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("file", "file: this is a file; name a folder"),
+        ("file/out", "file/out: .*/file is a file; name a folder"),
+        ("/proc/x/out", "^/proc/x/out: No such file or directory; name a folder that can be written to$"),
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_said_in_one_line(tmp_path, open_folder, output, message):
     (tmp_path / "file").touch()
-    refusal = pytest.raises(UserError, match="file/out: Not a directory; name a folder")
-    with refusal, whole_folder(tmp_path / "file" / "out"):
+    with pytest.raises(UserError, match=message), open_folder(tmp_path / output):
         pass

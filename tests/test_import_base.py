@@ -361,10 +361,8 @@ def places(clip: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory) ->
             "--language CLIP: architecture 'clip_vision_model' .*llama, mistral",
         ),
         (["--vision", "CLIP", "--language", "EMPTY"], "--language EMPTY: no config.json there"),
-        (
-            ["--vision", "CLIP", "--language", "NOWHERE"],
-            "--language NOWHERE: no such folder, and no hub id within reach",
-        ),
+        (["--vision", "CLIP", "--language", "NOWHERE"], "--language NOWHERE: there is no such folder"),
+        (["--vision", "CLIP", "--language", "a/b"], "--language a/b: neither a folder nor a whole model in the cache"),
         (["--vision", "CLIP", "--language", "QUANTISED"], "--language QUANTISED: its weights are quantised"),
         (["--vision", "CLIP", "--language", "WEIGHTLESS"], "--language WEIGHTLESS: no weights"),
         (

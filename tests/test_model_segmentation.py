@@ -104,7 +104,7 @@ def test_an_interruption_is_not_taken_for_a_bad_image():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        BatchSegmenter(Interrupted()).segment_each([np.zeros((2, 2, 3), np.uint8)])
+        BatchSegmenter(Interrupted).segment_each([np.zeros((2, 2, 3), np.uint8)])
 
 
 def run_pipeline(handler: SegmenterHandler, images: Sequence[LoadedImage], *options: str) -> None:

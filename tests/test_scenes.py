@@ -332,7 +332,7 @@ def test_a_run_that_stops_halfway_leaves_nothing(tmp_path: Path) -> None:
         (["--output", "{}/new", "--count", "2", "--size", "640x20"], "--size: '640x20' is not like 640x480"),
         (["--output", "{}/full", "--count", "2"], "--output: {}/full: the folder holds scenes; name another"),
         (["--output", "{}/full/dialogues.json", "--count", "2"], "is a file"),
-        (["--output", "{}/full/dialogues.json/deeper", "--count", "2"], "name a folder that can be written to"),
+        (["--output", "{}/full/dialogues.json/deeper", "--count", "2"], "dialogues.json is a file; name a folder"),
     ],
 )
 def test_a_wrong_command_line_gets_one_line_and_status_2(

@@ -2,6 +2,7 @@ import os
 import uuid
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from collavo import storage
@@ -206,3 +207,19 @@ def test_a_store_that_needs_something_installed_says_what(uri: str, fault: str):
     assert "\n" not in str(refusal.value)
     with pytest.raises(Rejected, match=fault):
         read_bytes(uri)
+
+
+class Unplugged(fsspec.AbstractFileSystem):
+    """A file system whose client raises errors of its own, as the hub's does."""
+
+    def _refuse(self, *_: object, **__: object) -> None:
+        raise RuntimeError("Name or service not known\nand much more")
+
+    info = ls = find = open = _refuse
+
+
+@pytest.mark.parametrize("call", [list_files, exists])
+def test_whatever_a_client_raises_is_a_fault_of_the_storage_in_one_line(call):
+    fsspec.register_implementation("unplugged", Unplugged, clobber=True)
+    with pytest.raises(OSError, match=r"Name or service not known$"):
+        call("unplugged://bucket/photos/")

@@ -17,12 +17,12 @@ from tiny_model import OWN_CLASSES, own_rows, save_tiny_base, scene_rows, write_
 
 from collavo import evaluate, train
 from collavo.errors import UserError
-from collavo.runs import load_base, load_run
+from collavo.runs import load_base, load_run, save_run
 from collavo.training import run as run_module
 from collavo.training.batches import MicroBatch, collate
 from collavo.training.display import RunDisplay
 from collavo.training.loop import Trainer, learning_rate_at
-from schemas.categories import COCO_PANOPTIC
+from schemas.categories import COCO_PANOPTIC, Category, CategorySet
 
 COMMON = (
     "--device cpu --precision fp32 --batch_size 4 --micro_batch_size 2 --lora_rank 4 --max_length 700 --max_steps 6 "
@@ -254,8 +254,8 @@ def test_a_step_that_cannot_be_taken_stops_the_run_in_one_line(label: int, said:
         (["--phase", "cpt", "--queries", "none"], "--queries none"),
         (["--attention", "flash_attention_2"], "--instructions_per_sequence 1"),
         (["--device", "cuda:9"], "--device: cuda:9"),
-        (["--output_dir", "/proc/x"], "--output_dir /proc/x: "),
-        (["--output_dir", __file__], f"--output_dir {__file__}: "),
+        (["--output_dir", "/proc/x"], "--output_dir: /proc/x: "),
+        (["--output_dir", __file__], f"--output_dir: {__file__}: this is a file"),
         (["--data", "missing.parquet"], "--data: missing.parquet"),
         (["--preset", "no/such-model"], "--preset: no/such-model"),
         (["--batch_size", "4000"], "lower --batch_size"),
@@ -306,6 +306,35 @@ def test_a_run_is_not_mixed_with_another(world: Path, finished: Path, capsys: py
     assert "--resume continues it, --overwrite replaces it" in capsys.readouterr().err
     assert train.main(command(world, finished, "--resume", "--seed", "7")) == 2
     assert "--resume: " in (error := capsys.readouterr().err) and "other arguments" in error
+
+
+@pytest.mark.parametrize(
+    ("of_data", "with_config", "said"),
+    [
+        (OWN_CLASSES[:3], True, "stand for 5 classes, but the data have 3"),
+        (OWN_CLASSES[::-1], True, "stand for 5 classes, but the data have 5 (others) or call them otherwise"),
+        (OWN_CLASSES[:3], False, "semantic_queries.weight is 6 x 16, but 4 x 16 in a model of these classes"),
+    ],
+)
+def test_queries_tuned_for_other_classes_are_refused(
+    world: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    of_data: tuple[Category, ...],
+    with_config: bool,
+    said: str,
+) -> None:
+    run = tmp_path / "run"
+    model, processor = load_base(str(world / "base"), torch.float32, categories=OWN_CLASSES)
+    run.mkdir()
+    save_run(run, model, [], processor)
+    others = CategorySet("others", tuple(replace(c, label=label) for label, c in enumerate(of_data)))
+    data = write_crayon_file(tmp_path / "rows.parquet", [replace(own_rows(1)[0], segments=())], others)
+    if not with_config:
+        (run / "config.json").unlink()
+    assert train.main([*command(world, run, "--phase", "cit"), "--data", str(data)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"collavo.train: error: --phase: {run / 'crayon.safetensors'}: ") and said in error
 
 
 def test_data_without_the_wanted_kind_are_refused(

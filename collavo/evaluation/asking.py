@@ -8,6 +8,7 @@ from collavo.evaluation.questions import DIALOGUE, Question, questions_of
 from collavo.evaluation.scores import Answered, judged
 from collavo.inference import Answerer, Picture, Request, picture_of_row
 from collavo.model.prompt import Kind
+from schemas.categories import CategorySet
 from schemas.crayon_row import CrayonRow
 
 _MAX_NEW_TOKENS = {"class_to_binary": 32, "box_to_class": 32, "counting": 32, "class_to_box": 700, DIALOGUE: 32}
@@ -71,6 +72,16 @@ def untrained_lists(answerer: Answerer, tasks: Sequence[str], object_lists: Sequ
                 f"answers {'with' if listed else 'without'} it may be unreadable"
             )
     return lines
+
+
+def unknown_classes(answerer: Answerer, categories: CategorySet) -> str | None:
+    """Say which classes of a data set the model has no query for; None where it has all of them, or none at all."""
+    known = answerer.processor.categories.by_key
+    unknown = [category.display_name for key, category in categories.by_key.items() if key not in known]
+    if not unknown or not answerer.model.config.semantic_queries:
+        return None
+    names = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+    return f"the model has no query for {len(unknown)} of {len(categories)} classes ({names}); to it they are unknown"
 
 
 def _groups(

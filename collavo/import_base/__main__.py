@@ -91,7 +91,7 @@ def _import(flags: Flags) -> None:
 
 def _check_output(output: Path, overwrite: bool) -> None:
     """Refuse a folder with content, but for an earlier model that may be replaced."""
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if not output.is_dir() or not any(output.iterdir()):
         return
     config = output / "config.json"
     if not config.is_file() or '"collavo"' not in config.read_text(errors="replace"):

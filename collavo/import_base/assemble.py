@@ -17,10 +17,10 @@ from torch import nn
 from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, GenerationConfig, LlavaConfig, PreTrainedModel
 
 from collavo.errors import UserError
+from collavo.hub import find_checkpoint
 from collavo.import_base.internlm import llama_config, llama_weights
 from collavo.import_base.internlm_tokenizer import internlm_tokenizer
 from collavo.import_base.published import (
-    find_checkpoint,
     one_line_errors,
     read_chat_template,
     read_config,

@@ -1,4 +1,4 @@
-"""Find published checkpoints, and read their configuration, tensors and tokenizer.
+"""Read the configuration, tensors and tokenizer of published checkpoints.
 
 No code of a checkpoint is run: configurations are JSON, tensors come from safetensors or, if there are none, from
 `pytorch_model*.bin` through `torch.load(weights_only=True)`. Tensors are mapped from disk, so they take memory only if
@@ -15,15 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
-from collavo.errors import UserError
+from collavo.errors import UserError, first_line
 
 _LOG = logging.getLogger(__name__)
 _BUFFERS = ("position_ids", "rotary_emb.inv_freq")
-_DESCRIPTIONS = ["*.json", "*.txt", "*.jinja", "tokenizer.model"]
 
 
 @contextmanager
@@ -34,29 +32,10 @@ def one_line_errors(argument: str, source: str | Path) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        problem = f"no entry {error} in config.json" if isinstance(error, KeyError) else _first_line(error)
+        problem = f"no entry {error} in config.json" if isinstance(error, KeyError) else first_line(error)
         raise UserError(f"{argument} {source}: {problem}") from error
     except (SafetensorError, pickle.UnpicklingError) as error:
-        raise UserError(f"{argument} {source}: damaged or unsafe weights: {_first_line(error)}") from error
-
-
-def find_checkpoint(source: str | Path) -> Path:
-    """Find the folder of a checkpoint: `source` itself, or the cache of that Hugging Face hub id, which is downloaded.
-
-    Raises:
-        OSError, ValueError: if it is neither, or has no config.json.
-    """
-    folder = Path(source)
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(str(source), allow_patterns=[*_DESCRIPTIONS, "model*.safetensors"]))
-            if not any(folder.glob("model*.safetensors")):
-                folder = Path(snapshot_download(str(source), allow_patterns=[*_DESCRIPTIONS, "pytorch_model*.bin"]))
-        except (OSError, ValueError) as error:
-            raise OSError(f"no such folder, and no hub id within reach: {_first_line(error)}") from error
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError("no config.json there; a checkpoint in transformers' layout has one")
-    return folder
+        raise UserError(f"{argument} {source}: damaged or unsafe weights: {first_line(error)}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -97,7 +76,7 @@ def read_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise ValueError(f"no tokenizer that transformers can read: {_first_line(error)}") from error
+        raise ValueError(f"no tokenizer that transformers can read: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise ValueError("no fast tokenizer; a tokenizer.json is one")
     return tokenizer
@@ -130,7 +109,3 @@ def _weight_files(folder: Path) -> list[Path]:
             _LOG.warning("%s has no safetensors; its pickled weights are read with weights_only=True", folder)
         return files
     raise FileNotFoundError("no weights: neither model.safetensors nor pytorch_model.bin, nor an index of shards")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -77,8 +77,6 @@ def write_scenes(
 
 
 def _check_replaceable(output: Path, overwrite: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise UserError(f"{output}: is a file; name a folder")
     files = sorted(path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir())
     foreign = [file for file in files if not _WRITTEN.fullmatch(file)]
     if foreign:

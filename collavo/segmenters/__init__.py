@@ -8,7 +8,6 @@ imports its framework: `mask2former` (transformers) and `detectron2` (Panoptic-F
 import importlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -91,15 +90,13 @@ def checkpoint_categories(name: str, checkpoint: str | None, known_set: Category
     """
     if name != "mask2former" or checkpoint is None or checkpoint == SCENES:
         return COCO_PANOPTIC
-    file = Path(checkpoint) / "config.json"
-    if not file.is_file():
-        from huggingface_hub import hf_hub_download
+    from collavo.hub import find_checkpoint  # which imports the hub's client
 
-        try:
-            file = Path(hf_hub_download(checkpoint, "config.json"))
-        except (OSError, ValueError):
-            return COCO_PANOPTIC  # loading it says what is wrong
-    id2label = json.loads(file.read_text(encoding="utf-8")).get("id2label") or {}
+    try:
+        folder = find_checkpoint(checkpoint, weights=())
+    except OSError:
+        return COCO_PANOPTIC  # loading it says what is wrong
+    id2label = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
     own = categories_of_labels({int(label): each for label, each in id2label.items()}, checkpoint, known_set)
     return joined(own)
 

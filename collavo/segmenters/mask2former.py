@@ -39,7 +39,8 @@ from transformers import AutoConfig, Mask2FormerForUniversalSegmentation
 from collavo.categories import categories_of_labels, joined, labels_by_id
 from collavo.device import device_name, move_to_device, resolve_device
 from collavo.embedded import SCENES, find_embedded
-from collavo.errors import UserError
+from collavo.errors import UserError, first_line
+from collavo.hub import SAFETENSORS, find_checkpoint
 from collavo.panoptic.maps import PanopticMap
 from collavo.panoptic.postprocess import panoptic_from_logits
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS, MaskThresholds
@@ -103,7 +104,7 @@ class Mask2FormerSegmenter:
         self._dtype = torch.float32 if on_cpu else torch.float16
         self._model, revision, folder = _load_model(checkpoint)
         self.categories, self._labels = _labels_in_set(checkpoint, self._model.config, categories, category_map)
-        self._familiarity = Familiarity.load(folder) if folder else None
+        self._familiarity = Familiarity.load(folder)
         if on_cpu:
             _keep_group_norms_unsplit(self._model)
         self._input_hw = input_hw or _own_size_hw(self._model.config)
@@ -252,16 +253,16 @@ def without_backbone_warnings() -> Iterator[None]:
         log.removeFilter(is_news)
 
 
-def _load_model(checkpoint: str) -> tuple[Mask2FormerForUniversalSegmentation, str | None, Path | None]:
-    """The model, what tells its weights from others of the same name, and its folder where it has one here."""
+def _load_model(checkpoint: str) -> tuple[Mask2FormerForUniversalSegmentation, str | None, Path]:
+    """The model, what tells its weights from others of the same name, and its folder."""
     try:
         embedded = find_embedded(checkpoint)
-        source = str(embedded.folder) if embedded else checkpoint
+        folder = embedded.folder if embedded else find_checkpoint(checkpoint, [SAFETENSORS])
         with without_backbone_warnings(), without_loading_report():
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             _check_architecture(checkpoint, config)
             loaded: Any = Mask2FormerForUniversalSegmentation.from_pretrained(
-                source,
+                folder,
                 config=config,
                 use_safetensors=True,
                 dtype=torch.float32,
@@ -271,12 +272,10 @@ def _load_model(checkpoint: str) -> tuple[Mask2FormerForUniversalSegmentation, s
     except UserError as error:
         raise UserError(f"{checkpoint}: {error}") from error
     except (OSError, ValueError, SafetensorError) as error:
-        is_absent_folder = checkpoint.startswith(("/", ".", "~")) and not Path(checkpoint).is_dir()
-        reason = "there is no such folder." if is_absent_folder else str(error).strip().splitlines()[0]
         raise UserError(
-            f"{checkpoint}: {reason} Use a folder that holds config.json and model.safetensors, "
-            f"or a Hugging Face model id that can be downloaded from here, such as {DEFAULT_CHECKPOINT}; {SCENES}, the "
-            "embedded one, knows drawn scenes only"
+            f"{checkpoint}: {first_line(error).rstrip('.')}. Use a folder that holds config.json and "
+            f"model.safetensors, or a Hugging Face model id that can be downloaded from here, such as "
+            f"{DEFAULT_CHECKPOINT}; {SCENES}, the embedded one, knows drawn scenes only"
         ) from error
     model, info = loaded
     absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
@@ -285,8 +284,9 @@ def _load_model(checkpoint: str) -> tuple[Mask2FormerForUniversalSegmentation, s
             f"{checkpoint}: {len(absent)} weights are missing or have another shape, "
             f"first {absent[0]}; use a complete Mask2Former checkpoint"
         )
-    revision = f"sha256:{embedded.sha256}" if embedded else getattr(model.config, "_commit_hash", None)
-    return model.eval(), revision, Path(source) if Path(source).is_dir() else None
+    in_cache = folder.parent.name == "snapshots"  # the hub's, where a folder is called by its commit
+    revision = f"sha256:{embedded.sha256}" if embedded else folder.name if in_cache else None
+    return model.eval(), revision, folder
 
 
 def _check_architecture(checkpoint: str, config: transformers.PreTrainedConfig) -> None:

@@ -17,6 +17,7 @@ from collavo.cli import naming
 from collavo.dataset import category_set, check_splits, find_files, notes
 from collavo.device import resolve_device
 from collavo.errors import UserError
+from collavo.folders import make_folder
 from collavo.model.prompt import Kind, show_supervision
 from collavo.runs import ADAPTERS, CRAYON, METRICS, TRAIN_ARGS, save_run
 from collavo.training import checkpoint, record
@@ -218,16 +219,11 @@ class TrainingRun:
         # Ranks that delete the same folder trip over one another, so one deletes. The barrier before it lets all look
         # at the old run, the one after it keeps them out until the new folder is there.
         self.accelerator.wait_for_everyone()
-        try:
-            if self.accelerator.is_main_process:
-                if replaces:
-                    shutil.rmtree(folder)
-                folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output_dir {folder}: {error.strerror}; name a folder that can be written to") from error
+        if self.accelerator.is_main_process and replaces:
+            shutil.rmtree(folder)
         self.accelerator.wait_for_everyone()
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"--output_dir {folder}: Permission denied; name a folder that can be written to")
+        with naming("output_dir"):
+            make_folder(folder)
 
 
 def _accelerator(arguments: TrainArguments) -> Accelerator:

@@ -7,10 +7,12 @@ from pathlib import Path
 import torch
 
 from collavo.cli import naming
+from collavo.errors import UserError
 from collavo.model.adapters import add_adapters, enable_checkpointing, quantize_language_model
+from collavo.model.configuration import CollavoConfig
 from collavo.model.processing import CollavoProcessor
 from collavo.model.query_init import begin_with_names
-from collavo.runs import load_base, load_crayon_prompt
+from collavo.runs import CONFIG, load_base, load_crayon_prompt
 from collavo.training.arguments import TrainArguments
 from collavo.training.stages import StagedModel
 from schemas.categories import CategorySet
@@ -41,6 +43,7 @@ def load_trainable(
         model, processor = load_base(arguments.base, base_dtype, arguments.queries, arguments.attention, categories)
     if arguments.phase == "cit":
         with naming("phase"):
+            _check_classes(crayon_file, categories)
             load_crayon_prompt(crayon_file, model)
     elif arguments.query_start == "names":
         with naming("query_start"):
@@ -55,6 +58,18 @@ def load_trainable(
     for parameter in staged.parameters_of(adapters).values():
         parameter.data = parameter.data.float()
     return staged, processor
+
+
+def _check_classes(crayon_file: Path, categories: CategorySet) -> None:
+    """Refuse queries that stand for other classes than the data's; equal numbers of them would fit in silence."""
+    if not (crayon_file.parent / CONFIG).exists():
+        return
+    tuned = CollavoConfig.from_pretrained(crayon_file.parent).category_set
+    if list(tuned.by_key) != list(categories.by_key):
+        raise UserError(
+            f"{crayon_file}: its queries stand for {len(tuned)} classes, but the data have {len(categories)} "
+            f"({categories.name}) or call them otherwise; begin with cpt on these data"
+        )
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:

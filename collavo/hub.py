@@ -1,0 +1,89 @@
+"""Find the files of a checkpoint: in a folder, or in the cache of the Hugging Face hub, which is filled from there.
+
+All loaders come through here, so that a hub out of reach costs seconds and one line. Left to themselves, its clients
+try again for half a minute, or wait for an answer that a firewall swallowed.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
+
+from huggingface_hub import constants, get_session, is_offline_mode, snapshot_download
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from collavo.errors import first_line
+
+SAFETENSORS, PICKLED = "model*.safetensors", "pytorch_model*.bin"
+
+_DESCRIPTIONS = ("*.json", "*.txt", "*.jinja", "tokenizer.model")
+_STEP_SECONDS, _WHOLE_SECONDS = 2.0, 5.0
+"""How long the hub may take to connect or to answer, and for all that, names to look up included."""
+
+
+def find_checkpoint(source: str | Path, weights: Sequence[str] = (SAFETENSORS, PICKLED)) -> Path:
+    """Find the folder of a checkpoint, and download what is not on this machine yet.
+
+    Args:
+        source: a folder, or a model id of the hub.
+        weights: patterns of weight files, of which the first that the hub has is downloaded; none for descriptions
+            only.
+
+    Raises:
+        OSError: in one line, if it is neither, cannot be had from here, or has no config.json.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        folder = _download(str(source), weights)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError("no config.json there; a checkpoint in transformers' layout has one")
+    return folder
+
+
+def _download(model_id: str, weights: Sequence[str]) -> Path:
+    try:
+        validate_repo_id(model_id)
+    except HFValidationError as error:  # as for any path with two slashes
+        raise FileNotFoundError("there is no such folder") from error
+    silence = _silence_of_hub()
+    try:
+        for pattern in weights or ("config.json",):
+            folder = Path(
+                snapshot_download(
+                    model_id, allow_patterns=[*_DESCRIPTIONS, pattern], local_files_only=silence is not None
+                )
+            )
+            if any(folder.glob(pattern)):
+                return folder
+        raise FileNotFoundError(f"the hub has no {' or '.join(weights) or 'config.json'} of it")
+    except GatedRepoError as error:
+        raise OSError(
+            f"gated; accept its terms at {constants.ENDPOINT}/{model_id}, then log in with: hf auth login"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise OSError("neither a folder nor a model of the hub that this account can see") from error
+    except Exception as error:  # the network, proxies and the hub's client raise a dozen types
+        why = f"{constants.ENDPOINT} cannot be reached ({silence})" if silence else first_line(error)
+        raise OSError(f"neither a folder nor a whole model in the cache, and {why}") from error
+
+
+def _silence_of_hub() -> str | None:
+    """Why the hub cannot be asked; None where it answers, whatever that is."""
+    if is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    outcome: Queue[str | None] = Queue()
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=_STEP_SECONDS, follow_redirects=False)
+            outcome.put(None)
+        except Exception as error:  # as above
+            outcome.put(first_line(error))
+
+    # In a thread, because no timeout ends the search for an address.
+    Thread(target=ask, daemon=True).start()
+    try:
+        return outcome.get(timeout=_WHOLE_SECONDS)
+    except Empty:
+        return f"no answer within {_WHOLE_SECONDS:.0f} seconds"
