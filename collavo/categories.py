@@ -26,6 +26,12 @@ _PAIRS = frozenset(
     "binoculars shears tongs".split()
 )
 
+# Words without a plural of their own; a count is put before "piece of", as before COCO's broccoli.
+_MASSES = frozenset(
+    "food clothing apparel furniture luggage baggage jewelry jewellery equipment machinery bread meat cheese rice "
+    "pasta cutlery silverware stationery footwear headgear underwear litter rubbish garbage debris wood".split()
+)
+
 # Classes that are stuff in the published panoptic sets, by the number of all their classes. Checkpoints name their
 # classes and do not say which of them are things; what two sources call otherwise stands here twice. Sources: the
 # category lists that Mask2Former's data sets are registered with, and the label files of transformers.
@@ -251,8 +257,11 @@ def _english(record: Mapping[str, Any]) -> dict[str, str]:
     engine = _inflect()
     if not singular:
         name = record["display_name"]
-        if name.split()[-1] in _PAIRS:
-            singular, plural = f"pair of {name}", plural or f"pairs of {name}"
+        if name == "clothes":  # which is no plural of anything
+            singular, plural = "piece of clothing", plural or "pieces of clothing"
+        elif name.split()[-1] in _PAIRS | _MASSES:
+            what = "pair" if name.split()[-1] in _PAIRS else "piece"
+            singular, plural = f"{what} of {name}", plural or f"{what}s of {name}"
         else:
             one = engine.singular_noun(name)
             # inflect takes `bus` and `tennis` for plurals of `bu` and `tenni`.

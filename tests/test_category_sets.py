@@ -72,6 +72,9 @@ def test_a_file_may_state_no_classes(categories: object) -> None:
         ("pedestrian", "pedestrian", "pedestrians", "a"),
         ("sneakers", "sneaker", "sneakers", "a"),  # named in the plural
         ("goggles", "pair of goggles", "pairs of goggles", "a"),
+        ("food, solid food", "piece of food", "pieces of food", "a"),  # ADE20K counts it
+        ("clothes", "piece of clothing", "pieces of clothing", "a"),
+        ("trash can", "trash can", "trash cans", "a"),
         ("escalator", "escalator", "escalators", "an"),
         ("traffic_sign", "traffic sign", "traffic signs", "a"),  # underscores
         ("chest of drawers, chest", "chest of drawers", "chests of drawers", "a"),  # ADE20K's synonyms
