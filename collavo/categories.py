@@ -26,23 +26,40 @@ _PAIRS = frozenset(
     "binoculars shears tongs".split()
 )
 
-# Classes of the published ADE20K (150) and Cityscapes (19) sets that are stuff. Their checkpoints name their classes
-# and do not say which of them are things. Sources: the panoptic category lists of the two data sets.
+# Words without a plural of their own; a count is put before "piece of", as before COCO's broccoli.
+_MASSES = frozenset(
+    "food clothing apparel furniture luggage baggage jewelry jewellery equipment machinery bread meat cheese rice "
+    "pasta cutlery silverware stationery footwear headgear underwear litter rubbish garbage debris wood".split()
+)
+
+# Classes that are stuff in the published panoptic sets, by the number of all their classes. Checkpoints name their
+# classes and do not say which of them are things; what two sources call otherwise stands here twice. Sources: the
+# category lists that Mask2Former's data sets are registered with, and the label files of transformers.
 _STUFF = {
-    "ADE20K": frozenset(
+    150: (  # ADE20K
         "wall|building|sky|floor|tree|ceiling|road|grass|sidewalk|earth|mountain|plant|water|house|sea|rug|field|rock|"
         "base|sand|skyscraper|grandstand|path|runway|stairway|river|bridge|blind|hill|bar|hovel|tower|dirt track|land|"
-        "escalator|buffet|poster|stage|conveyer belt|canopy|pool|falls|tent|cradle|tank|lake|blanket|pier|crt screen|"
-        "shower".split("|")
+        "escalator|buffet|poster|stage|conveyer belt|canopy|pool|swimming pool|falls|waterfall|tent|cradle|tank|lake|"
+        "blanket|pier|crt screen|shower",
+        50,
     ),
-    "Cityscapes": frozenset(
-        "road|sidewalk|building|wall|fence|pole|traffic light|traffic sign|vegetation|terrain|sky".split("|")
+    65: (  # Mapillary Vistas
+        "curb|fence|guard rail|barrier|wall|bike lane|curb cut|parking|pedestrian area|rail track|road|service lane|"
+        "sidewalk|bridge|building|tunnel|lane marking general|mountain|sand|sky|snow|terrain|vegetation|water|pothole|"
+        "on rails|car mount|ego vehicle",
+        28,
+    ),
+    19: (  # Cityscapes
+        "road|sidewalk|building|wall|fence|pole|traffic light|traffic sign|vegetation|terrain|sky",
+        11,
     ),
 }
+
 _SHADES = ((0.5, 0.75), (0.36, 0.65), (0.66, 0.6))
 """Lightness and saturation, in turn."""
 
-_SIZES = {"ADE20K": 150, "Cityscapes": 19}
+_MOST_NAMED = 20
+"""Classes that a message lists."""
 
 
 def read_categories(records: Any, name: str) -> CategorySet:
@@ -113,11 +130,12 @@ def categories_of_labels(id2label: Mapping[int, str], name: str, known_set: Cate
     names = [id2label[label] for label in sorted(id2label)]
     keys = {name_key(each) for each in names}
     known = [categories for categories in (known_set, COCO_PANOPTIC) if categories and keys <= categories.by_key.keys()]
-    published = [each for each, stuff in _STUFF.items() if len(names) == _SIZES[each] and stuff <= keys]
+    listed, count_of_stuff = _STUFF.get(len(names), ("", -1))
+    stuff = keys & set(listed.split("|"))
     if known:
         things = {key for key in keys if known[0].by_key[key].is_thing}
-    elif published:
-        things = keys - _STUFF[published[0]]
+    elif len(stuff) == count_of_stuff:
+        things = keys - stuff
     else:
         raise UserError(
             f"{name}: the checkpoint names {len(names)} classes ({', '.join(names[:3])}, ...) and does not say "
@@ -149,20 +167,19 @@ def common_set(sets: Sequence[CategorySet]) -> CategorySet:
     """The one set that several sources share: the largest, where it has all classes of the others.
 
     Raises:
-        UserError: naming two sets that differ, and a class that tells them apart.
+        UserError: naming two sets that differ, and the classes that tell them apart.
     """
     largest = max(sets, key=len)
     for other in sets:
         if not other.is_subset_of(largest):
-            foreign = next(
-                c
-                for key, c in other.by_key.items()
-                if key not in largest.by_key or largest.by_key[key].is_thing != c.is_thing
-            )
-            kind = "thing" if foreign.is_thing else "stuff"
+            foreign = [
+                f"{category.name!r} ({'thing' if category.is_thing else 'stuff'})"
+                for key, category in other.by_key.items()
+                if key not in largest.by_key or largest.by_key[key].is_thing != category.is_thing
+            ]
             raise UserError(
-                f"{other.name} and {largest.name} have different classes: only the first has the {kind} class "
-                f"{foreign.name!r}; build them apart, or say with --category_map which class is which"
+                f"{other.name} and {largest.name} have different classes: only the first has {_listed(foreign)}; build "
+                "them apart, or say with --category_map which class is which"
             )
     return largest
 
@@ -174,20 +191,28 @@ def labels_by_id(source: CategorySet, target: CategorySet, renamed: Mapping[str,
         renamed: the target's names by the source's, of a user's category map; an empty text leaves a class out.
 
     Raises:
-        UserError: for a class that the target lacks and the map does not name.
+        UserError: for classes that the target lacks and the map does not name.
     """
     by_key = {name_key(name): other for name, other in (renamed or {}).items()}
-    labels = {}
+    labels, foreign = {}, []
     for key, category in source.by_key.items():
         wanted = by_key.get(key, category.name)
         if not wanted:
             continue
-        if name_key(wanted) not in target.by_key:
-            raise UserError(
-                f"{source.name}: class {category.name!r} is not one of {target.name}; --category_map FILE names one"
-            )
-        labels[category.category_id] = target.by_key[name_key(wanted)].label
+        if found := target.by_key.get(name_key(wanted)):
+            labels[category.category_id] = found.label
+        else:
+            foreign.append(repr(category.name))
+    if foreign:
+        raise UserError(
+            f"{source.name}: {target.name} has no {_listed(foreign)}; --category_map FILE says which class is which"
+        )
     return labels
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
 
 
 def _record(record: Any, position: int, name: str) -> dict[str, Any]:
@@ -232,8 +257,11 @@ def _english(record: Mapping[str, Any]) -> dict[str, str]:
     engine = _inflect()
     if not singular:
         name = record["display_name"]
-        if name.split()[-1] in _PAIRS:
-            singular, plural = f"pair of {name}", plural or f"pairs of {name}"
+        if name == "clothes":  # which is no plural of anything
+            singular, plural = "piece of clothing", plural or "pieces of clothing"
+        elif name.split()[-1] in _PAIRS | _MASSES:
+            what = "pair" if name.split()[-1] in _PAIRS else "piece"
+            singular, plural = f"{what} of {name}", plural or f"{what}s of {name}"
         else:
             one = engine.singular_noun(name)
             # inflect takes `bus` and `tennis` for plurals of `bu` and `tenni`.

@@ -1,57 +1,46 @@
 #!/usr/bin/env bash
-# Your own pictures: build, train, evaluate, ask. Annotations and dialogues are optional.
+# Your own pictures with your own classes: build, train, evaluate, ask, export. Dialogues are optional.
 #
-#   IMAGES=photos bash examples/own_dataset.sh
-#   IMAGES=photos ANNOTATIONS=panoptic.json MASKS=panoptic DIALOGUES=dialogues.json IMAGE_ROOT=. bash examples/own_dataset.sh
+# You need a COCO panoptic JSON for training and one for validation, with a mask PNG per picture in the folder beside
+# each that has its name. The classes are those of the JSON's `categories`:
 #
-# Try it on 40 drawn scenes, which takes some minutes on two cores:
+#   [{"id": 0, "name": "sky", "isthing": 0}, {"id": 8, "name": "car", "isthing": 1}, ...]
 #
-#   python -m collavo.scenes --output scenes --count 40 --size 320x240
-#   IMAGES=scenes/images ANNOTATIONS=scenes/panoptic.json DIALOGUES=scenes/dialogues.json IMAGE_ROOT=scenes \
-#       VALIDATION_RATIO=0.2 TRAIN_FLAGS="--max_steps 10" bash examples/own_dataset.sh
+#   TRAIN=road/panoptic_train.json TRAIN_IMAGES=road/train VAL=road/panoptic_val.json VAL_IMAGES=road/val \
+#       bash examples/own_dataset.sh
 #
-# Run so, with the preset `tiny` on a CPU. Never run on photographs, nor with a GPU.
+# Run so on 468 road photographs of CamVid with eleven classes, with the preset `tiny` on a CPU; docs/own-data.md tells
+# what came out. Never run with a GPU.
 set -euo pipefail
 
-IMAGES=${IMAGES:?name a folder of pictures}
-ANNOTATIONS=${ANNOTATIONS:-}          # COCO panoptic JSON, categories numbered as COCO's 133; without it a network segments
-MASKS=${MASKS:-}                      # its mask PNGs; by default the folder beside it that has its name
-DIALOGUES=${DIALOGUES:-}              # JSON in LLaVA's format
-IMAGE_ROOT=${IMAGE_ROOT:-$IMAGES}     # folder that image paths in DIALOGUES start from
-CHECKPOINT=${CHECKPOINT:-facebook/mask2former-swin-large-coco-panoptic}  # hub id or folder; `scenes` for drawn scenes
-DATA=${DATA:-own/data}
-RUN=${RUN:-own/run}
-PRESET=${PRESET:-}                    # empty for collavo-7b on a GPU, else tiny, which knows drawn scenes only
-VALIDATION_RATIO=${VALIDATION_RATIO:-0.05}  # share of pictures that evaluation asks about
-TRAIN_FLAGS=${TRAIN_FLAGS:-}          # more flags of collavo.train
+TRAIN=${TRAIN:?name a COCO panoptic JSON}
+TRAIN_IMAGES=${TRAIN_IMAGES:?name the folder of its pictures}
+VAL=${VAL:?name a COCO panoptic JSON of the same classes}
+VAL_IMAGES=${VAL_IMAGES:?name the folder of its pictures}
+DIALOGUES=${DIALOGUES:-}              # a file of dialogues about the training pictures, in LLaVA's format or as messages
+OUT=${OUT:-own}
+TRAIN_FLAGS=${TRAIN_FLAGS:-}          # more flags of collavo.train, such as --preset
 
-# 1. Build. With annotations alone no network runs, and a core does hundreds of images a second. Without, a GPU is wise.
-sources=()
-if [ -n "$ANNOTATIONS" ]; then
-    sources+=(--coco_panoptic "$ANNOTATIONS" --coco_images "$IMAGES")
-    if [ -n "$MASKS" ]; then sources+=(--coco_masks "$MASKS"); fi
-    if [ -n "$DIALOGUES" ]; then sources+=(--llava_json "$DIALOGUES" --image_root "$IMAGE_ROOT" --segmenter annotations); fi
-else
-    sources+=(--images "$IMAGES" --segmenter mask2former --segmenter_checkpoint "$CHECKPOINT")
-    if [ -n "$DIALOGUES" ]; then sources+=(--llava_json "$DIALOGUES" --image_root "$IMAGE_ROOT"); fi
+# 1. Build. No network runs, and a core does hundreds of pictures a second.
+sources=(--coco_panoptic "$TRAIN" "$VAL" --coco_images "$TRAIN_IMAGES" "$VAL_IMAGES" --coco_split train validation)
+if [ -n "$DIALOGUES" ]; then
+    sources+=(--llava_json "$DIALOGUES" --image_root "$TRAIN_IMAGES" --llava_split train --segmenter annotations)
 fi
-python pipelines/build_crayon.py "${sources[@]}" --validation_ratio "$VALIDATION_RATIO" --output "$DATA" --overwrite
-echo "Look at $DATA/report.html before you train: are segments, counts and boxes right?"
+python pipelines/build_crayon.py "${sources[@]}" --output "$OUT/data" --overwrite
+echo "Look at $OUT/data/report.html before you train: are segments, counts and boxes right?"
 
-# 2. Train. Instruction tuning needs dialogues; without them the Crayon Prompt alone is trained.
-phase=all
-if [ -z "$DIALOGUES" ]; then phase=cpt; fi
+# 2. Train. Crayon data alone train the image adapter alone. Without a GPU this takes the preset tiny.
 # shellcheck disable=SC2086  # TRAIN_FLAGS is several words
-python -m collavo.train --data "$DATA"/*.parquet --output_dir "$RUN" ${PRESET:+--preset "$PRESET"} --phase "$phase" \
-    --overwrite $TRAIN_FLAGS
+python -m collavo.train --data "$OUT"/data/*.parquet --output_dir "$OUT/run" --overwrite $TRAIN_FLAGS
 
-# 3. Evaluate on the validation rows. What they hold as truth is what the annotations, or the network, found.
-python -m collavo.evaluate --model "$RUN" --data "$DATA"/*.parquet
+# 3. Evaluate on the validation split: questions whose answers follow from your annotations.
+python -m collavo.evaluate --model "$OUT/run" --data "$OUT"/data/*.parquet
 
-# 4. Ask about the first picture of the data, with the map that its row holds.
-image_id=$(python -c 'import sys; from collavo.dataset import find_files, read_rows
-print(next(read_rows(find_files(sys.argv[1:]))).image_id)' "$DATA")
-python -m collavo.chat --model "$RUN" --data "$DATA"/*.parquet --image_id "$image_id" --prompt "What is in this picture?"
+# 4. Ask about the first picture of the validation split, with the map that its row holds.
+image_id=$(python -c 'import sys, pyarrow.parquet as pq
+print(next(pq.ParquetFile(sys.argv[1]).iter_batches(1, columns=["image_id"]))["image_id"][0])' "$OUT"/data/validation-00000-*)
+python -m collavo.chat --model "$OUT/run" --data "$OUT"/data/*.parquet --image_id "$image_id" \
+    --prompt "What is in this picture?"
 
 # 5. For other trainers.
-python -m collavo.export_data --data "$DATA"/*.parquet --to llava --split train --output "$RUN/llava" --overwrite
+python -m collavo.export_data --data "$OUT"/data/*.parquet --to llava --split train --output "$OUT/llava" --overwrite

@@ -4,6 +4,7 @@ Its `configs` are what makes `load_dataset("out")` show two splits of crayon row
 Source: the hub's dataset card metadata, https://huggingface.co/docs/hub/datasets-cards.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -109,7 +110,8 @@ def _body(manifest: Mapping[str, Any], splits: Sequence[str], name: str) -> str:
         segments=sum(segments.values()),
         classes_found=len(segments),
         classes=len(manifest["categories"]["categories"]),
-        set_name=manifest["categories"]["name"],
+        # A file that the set was read from is named without the folders of the machine it lay on.
+        set_name=re.sub(r"^(/|\w+://).*/", "", manifest["categories"]["name"]),
         segmenters="; ".join(map(_segmenter, manifest["segmenters"])) or "nothing",
         rejects=f"{sum(rejects.values()):,}: {reasons}" if rejects else "none",
         frequent=", ".join(f"{category} {count:,}" for category, count in ranked[:_CLASSES_SHOWN]) or "none",

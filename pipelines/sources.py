@@ -18,10 +18,10 @@ from collavo.errors import Rejected, UserError
 from collavo.sources.coco_instances import ImageInstances, stream_image_instances
 from collavo.sources.coco_panoptic import AnnotatedImage, stream_annotated_images
 from collavo.sources.dialogues import DialogueEntry, stream_dialogues
-from collavo.sources.image_paths import checked_relative, is_utf8
+from collavo.sources.image_paths import checked_relative, image_names, is_utf8
 from collavo.sources.json_files import open_json
 from collavo.sources.records import ImageRecord, stream_records
-from collavo.storage import FAULTS, canonical, list_files, open_random, open_read
+from collavo.storage import FAULTS, canonical, exists, list_files, open_random, open_read
 from pipelines.records import Draft, Input, Mention, Reject
 from schemas.crayon_row import CrayonRow, file_facts
 
@@ -105,13 +105,14 @@ class Sources:
 def read_coco(source: CocoSource, root: str) -> Iterator[Mention | RejectOutput]:
     """Stream a COCO file into mentions."""
     flag = "coco_instances" if source.name == "coco_instances" else "coco_panoptic"
+    images = _ImageFolder(source.images_root)
     with _opened_json(flag, source.json_uri) as file:
         if source.name == "coco_instances":
             for found in stream_image_instances(file, source.json_uri, source.labels):
-                yield _mention_or_reject(source.name, found, lambda image: _instances_mention(source, image, root))
+                yield _mention_or_reject(source.name, found, partial(_instances_mention, source, images, root))
         else:
             for entry in stream_annotated_images(file, source.json_uri, source.labels):
-                yield _mention_or_reject(source.name, entry, lambda image: _coco_mention(source, image, root))
+                yield _mention_or_reject(source.name, entry, partial(_coco_mention, source, images, root))
 
 
 def read_llava(source: LlavaSource, root: str) -> Iterator[Mention | RejectOutput]:
@@ -193,11 +194,41 @@ def _mention_or_reject(
         return reject_output(Reject(error.entry_id, source, "list", error.reason, str(error)))
 
 
-def _coco_mention(source: CocoSource, image: AnnotatedImage, root: str) -> Mention:
+class _ImageFolder:
+    """Where the images of a COCO file lie: at the paths that it names, or elsewhere below the folder.
+
+    The first image decides, so that a store is not asked for each. If it is not where the file says, the folder is
+    listed, and an image is found by its name in whatever folder, if there is only one of that name.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self._folder = folder
+        self._by_name: dict[str, str] | None = None
+
+    def uri_of(self, entry_id: str, file_name: str) -> str:
+        """The file of an image; the one that is named, where none is found.
+
+        Raises:
+            Rejected: for a path that leads out of the folder.
+        """
+        named = join(self._folder, _inside(entry_id, file_name))
+        if self._by_name is None:
+            self._by_name = {} if exists(named) else self._listed()
+        found = (self._by_name.get(name) for name in image_names(entry_id, basename(named)))
+        return canonical(next(filter(None, found), named))
+
+    def _listed(self) -> dict[str, str]:
+        paths: dict[str, str] = {}
+        for path in list_files(f"{self._folder.rstrip('/')}/"):
+            paths[basename(path)] = "" if basename(path) in paths else path
+        return paths
+
+
+def _coco_mention(source: CocoSource, images: _ImageFolder, root: str, image: AnnotatedImage) -> Mention:
     mask_uri = ""
     if image.annotation:
         mask_uri = join(source.masks_root, _inside(image.entry_id, image.annotation.mask_name))
-    uri = canonical(join(source.images_root, _inside(image.entry_id, image.file_name)))
+    uri = images.uri_of(image.entry_id, image.file_name)
     return Mention(
         Input(source.name, image.entry_id),
         path_below(root, uri),
@@ -209,8 +240,8 @@ def _coco_mention(source: CocoSource, image: AnnotatedImage, root: str) -> Menti
     )
 
 
-def _instances_mention(source: CocoSource, image: ImageInstances, root: str) -> Mention:
-    uri = canonical(join(source.images_root, _inside(image.entry_id, image.file_name)))
+def _instances_mention(source: CocoSource, images: _ImageFolder, root: str, image: ImageInstances) -> Mention:
+    uri = images.uri_of(image.entry_id, image.file_name)
     return Mention(
         Input(source.name, image.entry_id),
         path_below(root, uri),

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,8 +127,12 @@ def scene_sources(scenes: Path) -> list[object]:
     ]
 
 
-def tiny_mask2former(folder: Path) -> Path:
-    """A Mask2Former checkpoint of 120,000 random weights that finds something in most pictures."""
+def tiny_mask2former(folder: Path, names: Mapping[int, str] | None = None) -> Path:
+    """A Mask2Former checkpoint of 120,000 random weights that finds something in most pictures.
+
+    Args:
+        names: of its classes, by label; COCO panoptic's by default.
+    """
     torch.manual_seed(0)
     backbone = SwinConfig(
         embed_dim=8,
@@ -138,7 +142,7 @@ def tiny_mask2former(folder: Path) -> Path:
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
     sizes = dict.fromkeys(("feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim"), 32)
-    names = {category.label: category.name for category in COCO_PANOPTIC}
+    names = names or {category.label: category.name for category in COCO_PANOPTIC}
     model = Mask2FormerForUniversalSegmentation(
         Mask2FormerConfig(
             backbone_config=backbone,
@@ -147,7 +151,7 @@ def tiny_mask2former(folder: Path) -> Path:
             decoder_layers=2,
             num_attention_heads=2,
             num_queries=12,
-            id2label=names,
+            id2label=dict(names),
             label2id={name: label for label, name in names.items()},
             **sizes,
         )

@@ -3,8 +3,10 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from layouts import ADE20K, ADE20K_LABELS, CITYSCAPES, CITYSCAPES_LABELS
 
 from collavo.categories import (
     categories_of_annotations,
@@ -70,6 +72,9 @@ def test_a_file_may_state_no_classes(categories: object) -> None:
         ("pedestrian", "pedestrian", "pedestrians", "a"),
         ("sneakers", "sneaker", "sneakers", "a"),  # named in the plural
         ("goggles", "pair of goggles", "pairs of goggles", "a"),
+        ("food, solid food", "piece of food", "pieces of food", "a"),  # ADE20K counts it
+        ("clothes", "piece of clothing", "pieces of clothing", "a"),
+        ("trash can", "trash can", "trash cans", "a"),
         ("escalator", "escalator", "escalators", "an"),
         ("traffic_sign", "traffic sign", "traffic signs", "a"),  # underscores
         ("chest of drawers, chest", "chest of drawers", "chests of drawers", "a"),  # ADE20K's synonyms
@@ -120,24 +125,29 @@ def test_what_is_no_set_is_refused_in_one_line(categories: object, complaint: st
     assert "\n" not in str(refused.value) and str(refused.value).startswith("bad.json")
 
 
-def test_checkpoints_of_known_sets_say_which_classes_are_things() -> None:
-    cityscapes = (
-        "road|sidewalk|building|wall|fence|pole|traffic light|traffic sign|vegetation|terrain|sky|person|rider|car|"
-        "truck|bus|train|motorcycle|bicycle"
-    ).split("|")
-    found = categories_of_labels(dict(enumerate(cityscapes)), "some/checkpoint")
-    assert [c.name for c in found.things] == cityscapes[11:]
+@pytest.mark.parametrize("published, labels", [(ADE20K, ADE20K_LABELS), (CITYSCAPES, CITYSCAPES_LABELS)])
+def test_published_checkpoints_say_which_classes_are_things(published: list[dict[str, Any]], labels: dict) -> None:
+    """They name the classes of these data sets, some in other words, and not their kinds."""
+    found = categories_of_labels(labels, "some/checkpoint")
+    assert [c.is_thing for c in found] == [bool(c["isthing"]) for c in published]
+    assert [c.category_id for c in found] == list(range(len(published)))
+
+
+def test_a_checkpoint_of_unknown_kinds_is_refused() -> None:
     coco = {c.label: c.name for c in COCO_PANOPTIC}
     assert joined(categories_of_labels(coco, "some/checkpoint")) is COCO_PANOPTIC
-    with pytest.raises(UserError, match="which of them are things; --categories"):
-        categories_of_labels({0: "cat", 1: "unicorn"}, "some/checkpoint")
+    for labels in ({0: "cat", 1: "unicorn"}, {i: f"LABEL_{i}" for i in range(150)}):
+        with pytest.raises(UserError, match="which of them are things; --categories"):
+            categories_of_labels(labels, "some/checkpoint")
 
 
 def test_sources_share_a_set_or_are_refused() -> None:
     road, some = read_categories(ROAD, "train.json"), read_categories(ROAD[:2], "val.json")
     assert common_set([some, road]) is road
     assert labels_by_id(some, road) == {0: 0, 7: 1}
-    with pytest.raises(UserError, match=r"only the first has the thing class 'traffic sign'.*--category_map"):
+    with pytest.raises(
+        UserError, match=r"only the first has 'traffic sign' \(thing\), 'pedestrian' \(thing\); .*--category_map"
+    ):
         common_set([COCO_PANOPTIC, road])
 
 
@@ -147,7 +157,7 @@ def test_a_map_brings_a_source_into_another_set() -> None:
     labels = labels_by_id(road, COCO_PANOPTIC, renamed)
     assert [COCO_PANOPTIC[labels[i]].display_name for i in (0, 7, 3, 4)] == ["sky", "stop sign", "person", "bus"]
     assert 7 not in labels_by_id(road, COCO_PANOPTIC, {**renamed, "traffic sign": ""})
-    with pytest.raises(UserError, match="class 'traffic sign' is not one of COCO panoptic"):
+    with pytest.raises(UserError, match="COCO panoptic has no 'traffic sign', 'pedestrian'; --category_map"):
         labels_by_id(road, COCO_PANOPTIC)
 
 

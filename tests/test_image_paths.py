@@ -5,7 +5,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from collavo.errors import Rejected
-from collavo.sources.image_paths import IMAGE_EXTENSIONS, checked_relative, other_extensions, without_extension
+from collavo.sources.image_paths import (
+    IMAGE_EXTENSIONS,
+    checked_relative,
+    image_names,
+    other_extensions,
+    without_extension,
+)
 
 
 @pytest.mark.parametrize(
@@ -88,3 +94,12 @@ def test_every_other_extension_is_tried_for_a_missing_file(path: str, stem: str)
     others = other_extensions(path)
     assert path not in others and {*others, path} == {*(stem + extension for extension in IMAGE_EXTENSIONS), path}
     assert others[0] == f"{stem}.jpg"
+
+
+def test_a_file_may_lack_the_words_that_follow_its_id():
+    assert list(image_names("aachen_000000_000019", "aachen_000000_000019_gtFine_leftImg8bit.png")) == [
+        "aachen_000000_000019_gtFine_leftImg8bit.png",
+        "aachen_000000_000019_leftImg8bit.png",
+    ]
+    assert list(image_names("1", "1_left.png")) == ["1_left.png"]  # the last word may not go: 1.png is another picture
+    assert list(image_names("1", "12_a_b.png")) == ["12_a_b.png"]  # begins with the id by chance

@@ -1,6 +1,7 @@
 """Handle image paths of data files: relative, below a root, perhaps with a wrong extension."""
 
 import posixpath
+from collections.abc import Iterator
 
 from collavo.errors import Rejected
 
@@ -24,6 +25,18 @@ def checked_relative(path: str) -> str:
     if normalised == "." or "\0" in path or not is_utf8(path):
         raise Rejected("bad_path", f"{path!r} names no file")
     return normalised
+
+
+def image_names(entry_id: str, file_name: str) -> Iterator[str]:
+    """The names that an image's file may have: the one stated, then those without the words that follow the id.
+
+    Cityscapes' panoptic files call `aachen_000000_000019_leftImg8bit.png`, whose id is `aachen_000000_000019`,
+    `aachen_000000_000019_gtFine_leftImg8bit.png`.
+    """
+    yield file_name
+    words = file_name.removeprefix(f"{entry_id}_").split("_") if file_name.startswith(f"{entry_id}_") else ()
+    for first in range(1, len(words)):
+        yield "_".join((entry_id, *words[first:]))
 
 
 def is_image_name(name: str) -> bool:

@@ -68,8 +68,9 @@ def _plan(arguments: TrainArguments, index: RowIndex, kinds: tuple[Kind, ...], o
     batches = [b for epoch in range(arguments.epochs) for b in plan_epoch(index, kinds, options, epoch)]
     for kind in set(kinds) - {batch.kind for batch in batches}:
         texts = "instructions" if kind == "crayon" else "dialogues"
+        packed = f" of up to {arguments.instructions_per_sequence} instructions each" if kind == "crayon" else ""
         raise UserError(
             f"--data: {len(index.texts[kind])} {texts} of the split 'train' make no batch of {options.batch_size} "
-            "sequences; lower --batch_size, build more data, or leave out the phase"
+            f"sequences{packed}; lower --batch_size, build more data, or leave out the phase"
         )
     return batches[: arguments.max_steps]

@@ -9,8 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from collavo.runs import CARD, METRICS, TRAIN_ARGS, read_train_args
+from collavo.runs import CARD, CONFIG, METRICS, TRAIN_ARGS, read_train_args
 from collavo.training.arguments import TrainArguments
+
+_NAMED = 20
+"""Classes that the card lists."""
 
 # Arguments that change neither what is learned nor in which order, so that a resumed run may change them. The place of
 # the data is one of them: checksums identify the data.
@@ -57,6 +60,7 @@ def write_model_card(folder: Path) -> None:
     lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     phases = {line["phase"]: line["step"] for line in lines}
     losses = [{key[11:-5]: value for key, value in line.items() if key.startswith("validation_")} for line in lines]
+    names = [category["display_name"] for category in json.loads((folder / CONFIG).read_text())["categories"]]
     last: dict[str, float] = next(filter(None, reversed(losses)), {})
     facts = {
         **args,
@@ -64,6 +68,7 @@ def write_model_card(folder: Path) -> None:
         "folder": folder,
         "collavo": args["versions"]["collavo"],
         "files": len(args["files"]),
+        "classes": f"{len(names)}: {', '.join(names[:_NAMED])}" + ", ..." * (len(names) > _NAMED),
         "steps": ", ".join(f"{phase} up to {step}" for phase, step in phases.items()),
         "quantized": "NF4, doubly quantised" if args["quantize"] else args["dtype"],
         "adapters": ", ".join(f"`{name}`" for name in args["adapter_names"]) or "none",
