@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
-from posixpath import join
+from posixpath import basename, join
 from typing import BinaryIO, Final, Literal, NamedTuple, TypeVar
 
 import pyarrow.parquet as pq
