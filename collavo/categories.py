@@ -63,7 +63,7 @@ _MOST_NAMED = 20
 
 
 def read_categories(records: Any, name: str) -> CategorySet:
-    """A set from a list like COCO's `categories`.
+    """Make a set from a list like COCO's `categories`.
 
     Args:
         records: a list of objects with `id`, `name`, `isthing` (or `is_thing`), and optionally `color`, `singular`,
@@ -97,7 +97,8 @@ def read_categories(records: Any, name: str) -> CategorySet:
 
 
 def categories_of_annotations(file: BinaryIO, name: str) -> CategorySet | None:
-    """The set that a COCO annotation file states in its `categories`, as the file has it; None where it states none.
+    """Read the set that a COCO annotation file states in its `categories`, as the file has it; None where it states
+    none.
 
     Args:
         file: open and seekable, see `collavo.sources.json_files`.
@@ -119,7 +120,7 @@ def categories_of_annotations(file: BinaryIO, name: str) -> CategorySet | None:
 
 
 def categories_of_labels(id2label: Mapping[int, str], name: str, known_set: CategorySet | None = None) -> CategorySet:
-    """The set that a checkpoint names in its `id2label`, in the checkpoint's order.
+    """Make the set that a checkpoint names in its `id2label`, in the checkpoint's order.
 
     Args:
         known_set: where it has all of these classes, it says which of them are things.
@@ -146,7 +147,7 @@ def categories_of_labels(id2label: Mapping[int, str], name: str, known_set: Cate
 
 
 def categories_of_file(path: str, data: bytes) -> CategorySet:
-    """The set in a file of the user's: COCO's `categories` list, alone or inside an annotation file.
+    """Read the set in a file of the user's: COCO's `categories` list, alone or inside an annotation file.
 
     Raises:
         UserError: where it is not such a file.
@@ -159,12 +160,12 @@ def categories_of_file(path: str, data: bytes) -> CategorySet:
 
 
 def joined(categories: CategorySet) -> CategorySet:
-    """The built-in set, where it has all of these classes; else these."""
+    """Return the built-in set, where it has all of these classes; else these."""
     return COCO_PANOPTIC if categories.is_subset_of(COCO_PANOPTIC) else categories
 
 
 def common_set(sets: Sequence[CategorySet]) -> CategorySet:
-    """The one set that several sources share: the largest, where it has all classes of the others.
+    """Return the one set that several sources share: the largest, where it has all classes of the others.
 
     Raises:
         UserError: naming two sets that differ, and the classes that tell them apart.
@@ -185,7 +186,7 @@ def common_set(sets: Sequence[CategorySet]) -> CategorySet:
 
 
 def labels_by_id(source: CategorySet, target: CategorySet, renamed: Mapping[str, str] | None = None) -> dict[int, int]:
-    """The target's label of each category id of a source.
+    """Find the target's label of each category id of a source.
 
     Args:
         renamed: the target's names by the source's, of a user's category map; an empty text leaves a class out.
@@ -241,8 +242,8 @@ def _record(record: Any, position: int, name: str) -> dict[str, Any]:
 
 
 def _display_name(name: str) -> str:
-    """A name as questions and object lists hold it: one synonym, no suffix, no underscore, and no parenthesis, which
-    would end the name in `(#1 name)`."""
+    """Write a name as questions and object lists hold it: one synonym, no suffix, no underscore, and no parenthesis,
+    which would end the name in `(#1 name)`."""
     text = without_suffixes(name.partition(",")[0]).replace("_", " ").replace("(", " ").replace(")", " ")
     text = " ".join(text.split())
     return text.lower() if text.istitle() else text
@@ -293,7 +294,8 @@ def _known_color(key: str) -> list[int] | None:
 
 
 def _colors(given: Sequence[list[int] | None]) -> Iterator[list[int]]:
-    """A colour for each class that brings none, by its position: hues a golden section apart, none of them taken."""
+    """Choose a colour for each class that brings none, by its position: hues a golden section apart, none of them
+    taken."""
     taken = {_shade(color) for color in given if color}
     exact = {tuple(color) for color in given if color}
     for position, color in enumerate(given):
@@ -311,12 +313,12 @@ def _colors(given: Sequence[list[int] | None]) -> Iterator[list[int]]:
 
 
 def _shade(color: Sequence[int]) -> tuple[int, ...]:
-    """What a colour shares with those that look like it."""
+    """Reduce a colour to what it shares with those that look like it."""
     return tuple(channel // 20 for channel in color)
 
 
 def _last_categories(tail: bytes) -> Any:
-    """The value of the last key `categories` in the end of a JSON file; None where none is whole in there."""
+    """Find the value of the last key `categories` in the end of a JSON file; None where none is whole in there."""
     place = tail.rfind(b'"categories"')
     if place < 0:
         return None

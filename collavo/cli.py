@@ -49,7 +49,7 @@ def flag(
     most: float | None = None,
     group: str | None = None,
 ) -> Any:
-    """A dataclass field that is a flag of a command; the flag of a field `as_` is `--as`.
+    """Declare a dataclass field that is a flag of a command; the flag of a field `as_` is `--as`.
 
     Args:
         default: the value where the flag is not given; `REQUIRED` for none. Its type is the flag's; a bool makes a
@@ -88,7 +88,7 @@ class Parser(argparse.ArgumentParser):
             group.add_argument(f"--{field.name.rstrip('_')}", dest=field.name, default=None, **_options(field))
 
     def flags_of(self, flags: type[Flags], parsed: argparse.Namespace, defaults: dict[str, Any] | None = None) -> Flags:
-        """The dataclass, filled in from a parsed command line, then from `defaults`, then from its own.
+        """Return the dataclass, filled in from a parsed command line, then from `defaults`, then from its own.
 
         Raises:
             UserError: for a number out of its bounds, or a required flag that is missing.
@@ -105,7 +105,7 @@ class Parser(argparse.ArgumentParser):
         return flags(**{**(defaults or {}), **{name: value for name, value in given.items() if name in names}})
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, but that an unknown flag is answered with the nearest known one."""
+        """Parse as argparse does, but answer an unknown flag with the nearest known one."""
         parsed, rest = self.parse_known_args(args, namespace)
         if rest:
             self.error(unknown_flag(rest[0], self._option_string_actions))
@@ -130,7 +130,7 @@ def parse(flags: type[Flags], argv: Sequence[str] | None, **options: Any) -> Fla
 
 
 def unknown_flag(word: str, known: Iterable[str]) -> str:
-    """What to say of a word that is no flag of a command."""
+    """Say that a word is no flag of a command, and which flag may have been meant."""
     name = word.partition("=")[0]
     if not name.startswith("-"):
         return f"{word!r} belongs to no flag; --help lists them"
@@ -190,8 +190,8 @@ def run(name: str, command: Callable[[], int | None]) -> int:
 
 
 def user_line(error: BaseException | None) -> tuple[str | None, int]:
-    """The line for the user in an exception or in one of those that it was raised from, and the exit status; None for
-    a fault of the program."""
+    """Find the line for the user in an exception or in those that it was raised from, and the exit status;
+    None for a fault of the program."""
     while error is not None:
         if isinstance(error, UserError):
             return str(error), error.exit_status
@@ -212,12 +212,12 @@ def _disk_fault(error: BaseException) -> str | None:
 
 
 def program(prog: str) -> str:
-    """A command as its errors call it: `collavo.train` for `python -m collavo.train`."""
+    """Return a command as its errors call it: `collavo.train` for `python -m collavo.train`."""
     return prog.removeprefix("python -m ")
 
 
 def whole_number(least: int) -> Callable[[str], int]:
-    """The type of a flag that takes whole numbers from `least` on."""
+    """Return the type of a flag that takes whole numbers from `least` on."""
 
     def number(text: str) -> int:
         if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
@@ -228,7 +228,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 
 def size_wh(text: str) -> tuple[int, int]:
-    """The type of a flag that takes a size in pixels, such as `640x480`."""
+    """Return the type of a flag that takes a size in pixels, such as `640x480`."""
     match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", text)
     width, height = (int(match[1]), int(match[2])) if match else (0, 0)
     if not (64 <= width <= 4096 and 64 <= height <= 4096):
@@ -237,7 +237,7 @@ def size_wh(text: str) -> tuple[int, int]:
 
 
 def _options(field: Any) -> dict[str, Any]:
-    """How argparse is told of a flag; its help names the default unless it says so itself."""
+    """Make argparse's options of a flag; its help names the default unless it says so itself."""
     meta, default = field.metadata, field.default
     shown = meta["help"]
     if not (default is REQUIRED or default is None or meta["many"] or "default" in shown):

@@ -42,7 +42,7 @@ _DICTIONARY_COLUMNS = (
 
 
 def find_files(paths: Sequence[str]) -> list[Path]:
-    """The Parquet files of one data set or several, checked to be crayon data, with no shard missing.
+    """Find the Parquet files of one data set or several, checked to be crayon data, with no shard missing.
 
     Files that another tool has written again - `datasets`, pandas, Polars, DuckDB - are as good as our own: columns may
     be of wider types, and metadata may be gone.
@@ -62,7 +62,7 @@ def find_files(paths: Sequence[str]) -> list[Path]:
 
 
 def category_set(files: Sequence[Path]) -> CategorySet:
-    """The set of classes that the rows of some files have.
+    """Read the set of classes that the rows of some files have.
 
     Raises:
         UserError: where files have different sets.
@@ -76,7 +76,7 @@ def category_set(files: Sequence[Path]) -> CategorySet:
 
 
 def notes(files: Sequence[Path]) -> list[str]:
-    """What a user should know of some files, a line each."""
+    """Say what a user should know of some files, a line each."""
     old = [file for file in files if schema_version(_schema_of(file)) == 1]
     if not old:
         return []
@@ -112,7 +112,7 @@ def check_splits(files: Sequence[Path]) -> None:
 
 
 def read_rows(files: Sequence[Path], split: str | None = None) -> Iterator[CrayonRow]:
-    """The rows of some files, in order, a bounded number in memory.
+    """Read the rows of some files, in order, a bounded number in memory.
 
     Args:
         split: `train` or `validation`; None for all rows.
@@ -131,7 +131,7 @@ def count_rows(files: Sequence[Path], split: str | None = None) -> int:
 
 
 def image_bytes(path: str, data: bytes | None, image_root: Path | None) -> bytes:
-    """The encoded image of a row.
+    """Read the encoded image of a row.
 
     Args:
         path, data: the row's `image`; `data` is None where the row refers to its image.
@@ -157,7 +157,7 @@ def image_bytes(path: str, data: bytes | None, image_root: Path | None) -> bytes
 
 
 def decoded_image(path: str, data: bytes | None, image_root: Path | None) -> np.ndarray:
-    """The image of a row as upright RGB, uint8 [height, width, 3].
+    """Decode the image of a row as upright RGB, uint8 [height, width, 3].
 
     Raises:
         UserError, Rejected: as `image_bytes`, and as `collavo.images.decode_rgb`.
@@ -166,7 +166,7 @@ def decoded_image(path: str, data: bytes | None, image_root: Path | None) -> np.
 
 
 def schema_version(schema: pa.Schema) -> int:
-    """The version of the crayon row that a file has; where its metadata are gone, its columns tell."""
+    """Return the version of the crayon row that a file has; where its metadata are gone, its columns tell."""
     stated = (schema.metadata or {}).get(f"{METADATA_PREFIX}schema_version".encode())
     if stated is not None and stated.isdigit():
         return int(stated)
@@ -204,7 +204,7 @@ _NULLABLE_NUMBERS = ("license_id", "width", "height")
 
 
 def _holds(found: pa.DataType, expected: pa.DataType) -> bool:
-    """Whether values of one type are values of another to Python: wider integers, large strings, fields in another
+    """Tell whether values of one type are values of another to Python: wider integers, large strings, fields in another
     order, and columns without any value."""
     types = pa.types
     if types.is_null(found):
@@ -235,7 +235,7 @@ def _schema_of(file: Path) -> pa.Schema:
 
 
 def _category_set_of(file: Path) -> CategorySet:
-    """The set that a file's metadata state; for a file without, the one that its segments show."""
+    """Return the set that a file's metadata state; for a file without, the one that its segments show."""
     schema = _schema_of(file)
     stated = file_facts(schema.metadata or {}).get("categories")
     if stated:
@@ -352,7 +352,7 @@ class _HashingFile:
 
 
 def _leaf_columns(column: pa.Field) -> list[str]:
-    """The Parquet paths below a column, e.g. `sources.list.element`."""
+    """Return the Parquet paths below a column, e.g. `sources.list.element`."""
     if pa.types.is_struct(column.type):
         return [f"{column.name}.{leaf}" for child in column.type for leaf in _leaf_columns(child)]
     if pa.types.is_list(column.type):

@@ -37,5 +37,5 @@ class Rejected(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, in one line."""
+    """Take the first line of another library's error."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

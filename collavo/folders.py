@@ -129,7 +129,7 @@ def _unwritable(folder: Path, error: OSError) -> UserError:
 
 
 def _is_fixed(folder: Path) -> bool:
-    """Whether a folder is there and has to stay where it is."""
+    """Tell whether a folder is there and has to stay where it is."""
     return folder.is_dir() and (
         os.path.ismount(folder) or not os.access(folder.parent, os.W_OK) or Path.cwd().is_relative_to(folder)
     )

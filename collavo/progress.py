@@ -50,7 +50,7 @@ class Progress:
         self._bars.live.transient = True
 
     def add(self, name: str, total: float | None = None, done: int = 0) -> Any:
-        """A new bar; its handle."""
+        """Add a bar, and return its handle."""
         return self._bars.add_task(name, total=total, completed=done, note="")
 
     def update(self, bar: Any, done: float, total: float | None = None, note: str = "") -> None:

@@ -41,17 +41,17 @@ _READ_AHEAD_BYTES = 4 << 20
 
 
 def is_local(uri: str) -> bool:
-    """Whether a path or URI lies on a disk of this machine."""
+    """Tell whether a path or URI lies on a disk of this machine."""
     return "://" not in uri or uri.startswith("file://")
 
 
 def local_path(uri: str) -> str:
-    """The path in a local path or `file://` URI."""
+    """Return the path in a local path or `file://` URI."""
     return unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri
 
 
 def canonical(uri: str) -> str:
-    """One spelling per file: local folders are made absolute, links resolved, so that sources meet."""
+    """Return one spelling per file: local folders are made absolute, links resolved, so that sources meet."""
     if not is_local(uri):
         return uri
     folder, name = os.path.split(local_path(uri))
@@ -85,7 +85,7 @@ def check_reachable(uri: str) -> None:
 
 
 def read_bytes(uri: str) -> bytes:
-    """All bytes of a file.
+    """Read all bytes of a file.
 
     Raises:
         Rejected: `missing_file`, `not_a_file`, `unreadable_file`, or `oversized_file` above `MAX_FILE_BYTES`.
@@ -109,7 +109,7 @@ def read_bytes(uri: str) -> bytes:
 
 @_one_kind_of_fault()
 def size_of(uri: str) -> int:
-    """The bytes of a file."""
+    """Return the bytes of a file."""
     if is_local(uri):
         return os.stat(local_path(uri)).st_size
     files, path = _remote(uri)
@@ -117,14 +117,14 @@ def size_of(uri: str) -> int:
 
 
 def size_text(size: float) -> str:
-    """A number of bytes for people."""
+    """Write a number of bytes for people."""
     unit, factor = next((u, f) for u, f in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if size >= f or u == "kB")
     return f"{size / factor:,.1f} {unit}"
 
 
 @_one_kind_of_fault()
 def exists(uri: str) -> bool:
-    """Whether there is a file or folder of that name."""
+    """Tell whether there is a file or folder of that name."""
     if is_local(uri):
         return os.path.exists(local_path(uri))
     files, path = _remote(uri)
@@ -132,14 +132,14 @@ def exists(uri: str) -> bool:
 
 
 def open_read(uri: str) -> BinaryIO:
-    """A file to read from its start to its end; on a store, 4 MiB are fetched at a time."""
+    """Open a file to read from its start to its end; on a store, 4 MiB are fetched at a time."""
     file = open_random(uri)
     return file if is_local(uri) else cast(BinaryIO, io.BufferedReader(file, _READ_AHEAD_BYTES))
 
 
 @_one_kind_of_fault()
 def open_random(uri: str) -> BinaryIO:
-    """A file to read here and there; on a store, each read is one request for just these bytes."""
+    """Open a file to read here and there; on a store, each read is one request for just these bytes."""
     if is_local(uri):
         return open(local_path(uri), "rb")
     files, path = _remote(uri)
@@ -148,7 +148,7 @@ def open_random(uri: str) -> BinaryIO:
 
 @_one_kind_of_fault()
 def open_write(uri: str) -> BinaryIO:
-    """A new file, with the folders above it; on a store it exists only once it is closed."""
+    """Open a new file, with the folders above it; on a store it exists only once it is closed."""
     if is_local(uri):
         Path(local_path(uri)).parent.mkdir(parents=True, exist_ok=True)
         return open(local_path(uri), "wb")
@@ -159,12 +159,12 @@ def open_write(uri: str) -> BinaryIO:
 
 
 def is_folder(pattern: str) -> bool:
-    """Whether a path means all files below it: a folder, or on a store a path that ends in a slash."""
+    """Tell whether a path means all files below it: a folder, or on a store a path that ends in a slash."""
     return os.path.isdir(local_path(pattern)) if is_local(pattern) else pattern.endswith("/")
 
 
 def list_files(pattern: str) -> list[str]:
-    """The files that a glob pattern, a folder (to its depths) or a single path names, sorted; there may be none.
+    """List the files that a glob pattern, a folder (to its depths) or a single path names, sorted; there may be none.
 
     `*` and `?` stop at slashes; `**` stands for any number of folders, none included.
     """
@@ -213,7 +213,7 @@ def delete(uris: Sequence[str]) -> None:
 
 @_one_kind_of_fault()
 def _list_remote(pattern: str) -> list[str]:
-    """Files in a store, found with a single listing of what lies below the fixed part of the pattern."""
+    """List files in a store, found with a single listing of what lies below the fixed part of the pattern."""
     from fsspec.utils import glob_translate
 
     root, rest = _split_root(pattern)
@@ -235,7 +235,7 @@ def _list_remote(pattern: str) -> list[str]:
 
 @lru_cache(maxsize=64)
 def _file_system(root: str) -> tuple[FileSystem, str]:
-    """The file system of all URIs that begin with `scheme://authority`, and what it calls that root itself.
+    """Return the file system of all URIs that begin with `scheme://authority`, and what it calls that root itself.
 
     One per process and root, since each holds open connections.
     """
@@ -257,7 +257,7 @@ def _file_system(root: str) -> tuple[FileSystem, str]:
 
 
 def _remote(uri: str) -> tuple[FileSystem, str]:
-    """The file system of a URI, and its path there."""
+    """Return the file system of a URI, and its path there."""
     root, path = _split_root(uri)
     files, base = _file_system(root)
     return files, f"{base.rstrip('/')}/{path}"

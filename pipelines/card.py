@@ -57,7 +57,7 @@ COCO's, where an image has one. The instructions were made from templates.
 
 
 def dataset_card(manifest: Mapping[str, Any], files: Sequence[str], name: str) -> str:
-    """The card's text.
+    """Write the card's text.
 
     Args:
         manifest: what `manifest.json` holds.
@@ -84,7 +84,7 @@ def dataset_card(manifest: Mapping[str, Any], files: Sequence[str], name: str) -
 
 
 def size_category(rows: int) -> str:
-    """The hub's word for a number of rows."""
+    """Return the hub's word for a number of rows."""
     place = next((place for place, size in enumerate(_SIZES) if rows < size), len(_SIZES))
     if place == 0:
         return "n<1K"

@@ -162,7 +162,7 @@ def split_of(digest: str, validation_ratio: float) -> str:
 
 
 def _row(image: LoadedImage, job: CrayonJob) -> CrayonRow:
-    """All of an image's row but its map."""
+    """Make an image's row, without its map."""
     mentions = image.task.mentions
     digest = hashlib.sha256(image.image_bytes).hexdigest()
     return CrayonRow(
@@ -181,8 +181,8 @@ def _row(image: LoadedImage, job: CrayonJob) -> CrayonRow:
 
 
 def _existing_files(task: ImageTask) -> list[tuple[ImageTask, str]]:
-    """The files of a task with the mentions of each. Mentions of a file that does not exist go to one that does, of the
-    same name but for the extension."""
+    """Return the files of a task with the mentions of each. Mentions of a file that does not exist go to one that does,
+    of the same name but for the extension."""
     uris = task.uris
     if len(uris) > 1:
         uris = [uri for uri in uris if exists(uri)]
@@ -234,7 +234,7 @@ def _first_existing(uri: str) -> tuple[str, bytes]:
 def _mask_runs(
     annotated: Mention, image: LoadedImage, infos: list[SegmentInfo], mask_frame: str
 ) -> np.ndarray | IdRuns:
-    """The segment ids of a mask in the frame of the upright image.
+    """Read the segment ids of a mask in the frame of the upright image.
 
     Annotation tools differ in whether they apply EXIF. Where it turns an image by 90 degrees, the mask's size tells,
     but for squares; a turn by 180 degrees or a mirroring leaves no trace, and a guess would put boxes into wrong

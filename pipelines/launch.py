@@ -137,7 +137,7 @@ def _worker_watch(logs: Path) -> Iterator[None]:
 
 
 def _dead_worker(logs: Path, error: BaseException) -> UserError | None:
-    """The line for a worker that ended by itself, None where none did."""
+    """Find the last words of a worker that ended by itself; None where none did."""
     log = logs / "failed"
     if str(error) != "Channel closed prematurely." and not log.exists():
         return None
@@ -149,7 +149,7 @@ def _dead_worker(logs: Path, error: BaseException) -> UserError | None:
 
 
 def _explained(error: BaseException | None, publication: Publication) -> BaseException | None:
-    """What is to be raised instead of an exception that Beam has wrapped; None if it is a fault of the program.
+    """Return the error to raise in place of an exception that Beam has wrapped; None if it is a fault of the program.
 
     Found by text, since an exception of another process arrives as the text of its traceback.
     """

@@ -190,7 +190,7 @@ def _check_output(flags: Flags, paths: Sequence[tuple[str, str]]) -> None:
 
 
 def _publication(flags: Flags, runner: str) -> Publication:
-    """Where the job writes, and what the manifest records of the flags."""
+    """Decide where the job writes, and what the manifest records of the flags."""
     output = flags.output.output
     # Workers in containers may see no more of the disk than the output itself.
     stage_inside = runner != "DirectRunner"
@@ -249,7 +249,7 @@ class _Sets:
                 self.renamed = _read_map(path)
 
     def of_annotations(self, flag: str, uri: str) -> CategorySet:
-        """The set of an annotation file; COCO panoptic's where the file states none."""
+        """Read the set of an annotation file; COCO panoptic's where the file states none."""
         with naming(flag), open_read(uri) as raw, open_json(raw, uri) as file:
             found = categories_of_annotations(file, uri)
         if found is None:
@@ -366,7 +366,7 @@ def _mask_folder(json_uri: str) -> str:
 
 
 def _parallel(flag: str, given: tuple[str, ...], sources: Sequence[str], notes: list[str]) -> tuple[str, ...]:
-    """A split for each source; empty for by content."""
+    """Choose a split for each source; an empty one stands for a choice by content."""
     if not given:
         for uri in sources:
             if match := re.search(r"(?<![a-z])(train|val|validation|test)(?![a-z])", basename(uri.rstrip("/")).lower()):
@@ -391,7 +391,7 @@ def _short_paths(uris: Sequence[str]) -> list[str]:
 
 
 def _common_root(roots: Sequence[str], images: Sequence[ImagesSource], notes: list[str]) -> str:
-    """The folder that all images lie in, from which their ids count: the same however the command was typed."""
+    """Return the folder that all images lie in, from which their ids count: the same however the command was typed."""
     folders = [canonical(join(root, "x")).removesuffix("/x") for root in roots]
     for source in images:
         with naming("images"):
@@ -496,7 +496,8 @@ def _phrasebook(flags: Flags) -> Phrasebook:
 
 
 def _model(flags: SegmentationFlags, sources: Sources, sets: _Sets) -> ModelConfig | None:
-    """The model for the images that no annotation segments; None where annotations or finished rows are all there is.
+    """Choose the model for the images that no annotation segments; None where annotations or finished rows are all
+    there is.
 
     Drawn scenes have annotations, but unless these are asked for a network looks at them, as it would at photographs.
     """

@@ -110,8 +110,8 @@ def _unique_id(image_id: str, key: str, owners: Mapping[str, str]) -> str:
 
 
 def _rank(draft: Draft) -> tuple[object, ...]:
-    """Pictures with a map first, and annotated ones before the others, since their maps are exact; then by kind of
-    source and by path."""
+    """Order drafts: pictures with a map first, and annotated ones before the others, since their maps are exact; then
+    by kind of source and by path."""
     source = min(SOURCES.index(entry.source) for entry in draft.inputs)
     scored = any(segment.score is not None for segment in draft.row.segments)
     return draft.row.panoptic_png is None, scored, source, draft.row.image_path or "", draft.inputs

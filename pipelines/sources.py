@@ -142,7 +142,7 @@ def read_records(source: RecordSource, most: int | None) -> Iterator[ImageRecord
 
 @lru_cache(maxsize=1)
 def finished_pictures(crayon_files: tuple[str, ...]) -> frozenset[bytes]:
-    """The SHA-256 of all pictures of some data sets; of those of schema version 1, which lack it, none."""
+    """Read the SHA-256 of all pictures of some data sets; of those of schema version 1, which lack it, none."""
     found: set[bytes] = set()
     for uri in crayon_files:
         with open_random(uri) as file:
@@ -206,7 +206,7 @@ class _ImageFolder:
         self._by_name: dict[str, str] | None = None
 
     def uri_of(self, entry_id: str, file_name: str) -> str:
-        """The file of an image; the one that is named, where none is found.
+        """Return the file of an image; the one that is named, where none is found.
 
         Raises:
             Rejected: for a path that leads out of the folder.
@@ -279,12 +279,12 @@ def _inside(entry_id: str, path: str) -> str:
 
 
 def path_below(root: str, uri: str) -> str:
-    """The path of a file from the root of all sources, or from its own storage's where it lies elsewhere."""
+    """Return the path of a file from the root of all sources, or from its own storage's where it lies elsewhere."""
     return uri.removeprefix(f"{root.rstrip('/')}/").split("://")[-1].lstrip("/")
 
 
 def listed_paths(pattern: str) -> tuple[list[str], int]:
-    """The files that a glob, folder or list file names, and the number of hidden ones, which are left out.
+    """Return the files that a glob, folder or list file names, and the number of hidden ones, which are left out.
 
     Raises:
         UserError: if there are none.
@@ -300,7 +300,7 @@ def listed_paths(pattern: str) -> tuple[list[str], int]:
 
 
 def is_hidden(path: str, pattern: str) -> bool:
-    """Whether a file, or a folder below the one named, begins with a dot, as `.ipynb_checkpoints` does."""
+    """Tell whether a file, or a folder below the one named, begins with a dot, as `.ipynb_checkpoints` does."""
     return any(part.startswith(".") for part in path.removeprefix(pattern).split("/") if part not in ("", ".", ".."))
 
 

@@ -181,7 +181,7 @@ class SpillWriter:
 
 
 def _digest_of_dialogues(row: CrayonRow) -> str:
-    """What a row without a picture is the same by in two data sets: its dialogues."""
+    """Return a SHA-256 of a row's dialogues, by which rows without a picture are compared."""
     return hashlib.sha256(json.dumps([dialogue.as_record() for dialogue in row.conversations]).encode()).hexdigest()
 
 

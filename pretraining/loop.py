@@ -111,7 +111,7 @@ def _decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> l
 
 
 def _rate(step: int, options: LoopOptions) -> float:
-    """The learning rate of a step, as a share of its peak."""
+    """Return the learning rate of a step, as a share of its peak."""
     if step < options.warmup_steps:
         return (step + 1) / options.warmup_steps
     progress = (step - options.warmup_steps) / max(options.steps - options.warmup_steps, 1)

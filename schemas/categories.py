@@ -242,11 +242,11 @@ class CategorySet(Sequence[Category]):
         return {name_key(category.name): category for category in self.categories}
 
     def agrees_with(self, other: "CategorySet") -> bool:
-        """Whether both have the same classes, in whatever order and under whatever numbers."""
+        """Tell whether both have the same classes, in whatever order and under whatever numbers."""
         return self.is_subset_of(other) and len(self) == len(other)
 
     def is_subset_of(self, other: "CategorySet") -> bool:
-        """Whether `other` has every class of this set, under the same name and of the same kind."""
+        """Tell whether `other` has every class of this set, under the same name and of the same kind."""
         return all(
             key in other.by_key and other.by_key[key].is_thing == category.is_thing
             for key, category in self.by_key.items()
@@ -270,7 +270,7 @@ class CategorySet(Sequence[Category]):
 
     @classmethod
     def from_records(cls, name: str, records: Iterable[Mapping[str, Any]]) -> Self:
-        """The set that `as_records` wrote."""
+        """Make the set that `as_records` wrote."""
         return cls(
             name,
             tuple(
@@ -291,7 +291,7 @@ class CategorySet(Sequence[Category]):
 
 
 def name_key(name: str) -> str:
-    """What two spellings of a class's name have in common: case, hyphens, underscores and COCO's suffixes aside.
+    """Reduce a class's name to what its spellings share: case, hyphens, underscores and COCO's suffixes aside.
 
     `Wall-other-merged`, `wall` and `WALL` are one class; `floor-wood` and `floor wood` are one, and not `floor`. Of
     ADE20K's lists of synonyms (`road, route`) the first one counts.
@@ -300,7 +300,7 @@ def name_key(name: str) -> str:
 
 
 def without_suffixes(name: str) -> str:
-    """A name of COCO panoptic without `-merged`, `-other` and `-stuff`."""
+    """Return a name of COCO panoptic without `-merged`, `-other` and `-stuff`."""
     for suffix in _NAME_SUFFIXES:
         name = name.replace(suffix, "")
     return name

@@ -124,7 +124,7 @@ class Segment:
         is_crowd: bool = False,
         score: float | None = None,
     ) -> Self:
-        """A segment of a class."""
+        """Make a segment of a class."""
         return cls(
             id=id,
             category_id=category.category_id,
@@ -221,7 +221,7 @@ class CrayonRow:
         return self.width, self.height
 
     def as_record(self) -> dict[str, Any]:
-        """The row as nested plain values, ready for `pyarrow` with `CRAYON_SCHEMA`."""
+        """Return the row as nested plain values, ready for `pyarrow` with `CRAYON_SCHEMA`."""
         image = {"bytes": self.image_bytes, "path": self.image_path} if self.has_image else None
         panoptic_map = {"bytes": self.panoptic_png, "path": f"{self.image_id}.png"} if self.has_image else None
         return {
@@ -242,7 +242,7 @@ class CrayonRow:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
-        """The row out of one element of `table.to_pylist()`, of version 2 or 1."""
+        """Make the row out of one element of `table.to_pylist()`, of version 2 or 1."""
         image, panoptic_map = record["image"] or {}, record["panoptic_map"] or {}
         return cls(
             image_id=record["image_id"],

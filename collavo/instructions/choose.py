@@ -53,7 +53,7 @@ class ClassStatistics:
 
 
 def draw_absent_things(present: Sequence[int], count: int, statistics: ClassStatistics, *key: object) -> list[int]:
-    """Things that are not in an image, to ask for all the same.
+    """Draw things that are not in an image, to ask for all the same.
 
     The three kinds of POPE (arXiv 2305.10355) take turns: any class of the data set, a frequent class, a class that
     often occurs with the present ones. Each kind is a weighted draw; no label is drawn twice.

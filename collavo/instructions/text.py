@@ -34,14 +34,14 @@ def format_box(box_xyxy: Sequence[float], size_wh: tuple[int, int]) -> str:
 
 
 def has_extent(box_xyxy: Sequence[float], size_wh: tuple[int, int]) -> bool:
-    """Whether a pixel box still has a width and a height as text: one of a few pixels reads `[0.50, 0.50, 0.50, 0.50]`,
-    which tells nobody where anything is."""
+    """Tell whether a pixel box still has a width and a height as text: one of a few pixels reads `[0.50, 0.50, 0.50,
+    0.50]`, which tells nobody where anything is."""
     x_min, y_min, x_max, y_max = format_box(box_xyxy, size_wh).strip("[]").split(", ")
     return x_min != x_max and y_min != y_max
 
 
 def format_object(segment: Segment) -> str:
-    """A segment's number and name, e.g. `(#2 person)`."""
+    """Write a segment's number and name, e.g. `(#2 person)`."""
     return f"(#{segment.numbering} {segment.category})" if segment.numbering else f"({segment.category})"
 
 

@@ -57,7 +57,7 @@ class _Candidate(NamedTuple):
 
 
 def present_things(segments: Sequence[Segment], categories: CategorySet) -> list[int]:
-    """The things that occur in an image, crowds included, as ascending positions among the things of their set."""
+    """List the things that occur in an image, crowds included, as ascending positions among the things of their set."""
     return sorted({categories.thing_positions[segment.label] for segment in segments if segment.is_thing})
 
 
@@ -163,7 +163,7 @@ def _listing(task: str, segments: Sequence[Segment], size_wh: tuple[int, int]) -
 def _boxes_to_name(
     things: Sequence[Segment], size_wh: tuple[int, int], categories: CategorySet
 ) -> Iterator[_Candidate]:
-    """One question per numbered thing whose box, as text, has an extent and belongs to no other thing."""
+    """Ask one question per numbered thing whose box, as text, has an extent and belongs to no other thing."""
     boxes = [format_box(segment.box_xyxy, size_wh) for segment in things]
     for segment, box in zip(things, boxes, strict=True):
         if not segment.numbering or boxes.count(box) > 1 or not has_extent(segment.box_xyxy, size_wh):

@@ -63,7 +63,7 @@ def _check_channels(ids: np.ndarray, colors_rgb: np.ndarray, listed_ids: Collect
 
 
 def _decode(data: bytes, size_wh: tuple[int, int]) -> np.ndarray:
-    """The pixels: uint8 [height, width, 3], or integer [height, width] of a grey mask.
+    """Decode the pixels: uint8 [height, width, 3], or integer [height, width] of a grey mask.
 
     kornia-rs takes a fifth of Pillow's time. It gets files of the kind that COCO's masks are, 8-bit RGB without
     interlacing. Pillow decodes all others, and decides about those that kornia-rs refuses.

@@ -26,7 +26,7 @@ class Instance(NamedTuple):
 def instances_map(
     instances: Sequence[Instance], size_wh: tuple[int, int], categories: CategorySet = COCO_PANOPTIC
 ) -> PanopticMap:
-    """The panoptic map of an image's instances.
+    """Make the panoptic map of an image's instances.
 
     Args:
         instances: in any order; the result does not depend on it.
@@ -77,7 +77,7 @@ def _mask(instance: Instance, size_wh: tuple[int, int]) -> np.ndarray:
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Bounds of a mask in pixels, exclusive at the maximum."""
+    """Return the bounds of a mask in pixels, exclusive at the maximum."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
 

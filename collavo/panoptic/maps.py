@@ -136,7 +136,7 @@ def _assembled(
     boxes_xyxy: np.ndarray,
     categories: CategorySet,
 ) -> PanopticMap:
-    """The map out of runs that hold the position of their segment in `listed`, from 1."""
+    """Assemble the map out of runs that hold the position of their segment in `listed`, from 1."""
     labels = np.array([info.label for info in listed], dtype=np.int64)
     is_crowd = np.array([info.is_crowd for info in listed], dtype=bool)
     order = numbered_order(labels, is_crowd, areas, boxes_xyxy)

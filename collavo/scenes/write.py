@@ -20,7 +20,7 @@ _LICENSE = {"id": 1, "name": "Apache License 2.0", "url": "https://www.apache.or
 
 
 def scene_seed(seed: int, index: int) -> int:
-    """The seed of scene `index` of the data set `seed`; it depends on these two alone."""
+    """Return the seed of scene `index` of the data set `seed`; it depends on these two alone."""
     low, high = np.random.SeedSequence([seed, index]).generate_state(2).tolist()
     return int(low + (high << 32))
 

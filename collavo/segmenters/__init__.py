@@ -78,7 +78,7 @@ def load_segmenter(name: str, **options: Any) -> Segmenter:
 
 
 def checkpoint_categories(name: str, checkpoint: str | None, known_set: CategorySet | None = None) -> CategorySet:
-    """The set of classes that a segmenter's checkpoint has, read from its configuration without loading it.
+    """Return the set of classes that a segmenter's checkpoint has, read from its configuration without loading it.
 
     Args:
         name: one of `SEGMENTERS`.

@@ -69,7 +69,7 @@ class Familiarity:
         save_file(self._tensors, folder / FILE)
 
     def distances(self, features: torch.Tensor) -> torch.Tensor:
-        """How far pictures lie from the known ones, 1 being as far as the farthest that still count as known.
+        """Measure how far pictures lie from the known ones, 1 being as far as the farthest that still count as known.
 
         Args:
             features: float [pictures, features], see `features_of`.
@@ -86,7 +86,7 @@ class Familiarity:
 
 
 def features_of(outputs: Any) -> torch.Tensor:
-    """Means and deviations of a Mask2Former's feature maps over each picture.
+    """Compute means and deviations of a Mask2Former's feature maps over each picture.
 
     Args:
         outputs: of its forward pass with `output_hidden_states=True`.

@@ -140,8 +140,8 @@ class Mask2FormerSegmenter:
 
     @torch.inference_mode()
     def outputs(self, images: Sequence[np.ndarray]) -> Any:
-        """The network's outputs for at most a batch of images: class logits [batch, queries, classes + 1], mask logits
-        [batch, queries, height / 4, width / 4], and its feature maps where they are looked at.
+        """Compute the network's outputs for at most a batch of images: class logits [batch, queries, classes + 1], mask
+        logits [batch, queries, height / 4, width / 4], and its feature maps where they are looked at.
 
         The batch is filled up with black images, whose results come last.
         """
@@ -254,7 +254,7 @@ def without_backbone_warnings() -> Iterator[None]:
 
 
 def _load_model(checkpoint: str) -> tuple[Mask2FormerForUniversalSegmentation, str | None, Path]:
-    """The model, what tells its weights from others of the same name, and its folder."""
+    """Load a model; return it, what tells its weights from others of the same name, and its folder."""
     try:
         embedded = find_embedded(checkpoint)
         folder = embedded.folder if embedded else find_checkpoint(checkpoint, [SAFETENSORS])
@@ -299,7 +299,8 @@ def _check_architecture(checkpoint: str, config: transformers.PreTrainedConfig) 
 def _labels_in_set(
     checkpoint: str, config: Any, categories: CategorySet | None, renamed: Mapping[str, str] | None
 ) -> tuple[CategorySet, np.ndarray | None]:
-    """The set that maps are made in, and the label in it of each class of the model; None where these are the same."""
+    """Return the set that maps are made in, and the label in it of each class of the model; None where these are the
+    same."""
     id2label = {int(label): name for label, name in dict(config.id2label or {}).items()}
     own = categories_of_labels(id2label, checkpoint, categories)
     target = categories or joined(own)

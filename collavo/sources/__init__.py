@@ -11,7 +11,7 @@ def fault_in_json(error: Exception) -> str:
 
 
 def whole_id(value: Any) -> int | None:
-    """An id as people write it: a whole number, also as `7.0` or `"7"`; None for anything else."""
+    """Return an id as people write it: a whole number, also as `7.0` or `"7"`; None for anything else."""
     if isinstance(value, bool):
         return None
     if isinstance(value, str) and value.strip().isdecimal():
@@ -22,7 +22,7 @@ def whole_id(value: Any) -> int | None:
 
 
 def image_key(value: Any) -> str | None:
-    """What an image's id is matched by: a whole number however it is written, or a text, as ADE20K's are."""
+    """Return the key to match an image's id by: a whole number however it is written, or a text, as ADE20K's are."""
     number = whole_id(value)
     if number is not None:
         return str(number)

@@ -30,7 +30,7 @@ class ImageInstances(NamedTuple):
 
 
 def stream_image_instances(file: BinaryIO, name: str, labels: Mapping[int, int]) -> Iterator[ImageInstances | Rejected]:
-    """All images of a COCO instance file in the file's order; an unusable entry comes as the error that says why.
+    """Yield all images of a COCO instance file in the file's order; an unusable entry comes as the error that says why.
 
     Args:
         file: open, seekable, plain UTF-8; see `collavo.sources.json_files.open_json`.

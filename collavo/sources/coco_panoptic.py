@@ -42,7 +42,8 @@ class AnnotatedImage(NamedTuple):
 def stream_annotated_images(
     file: BinaryIO, name: str, labels: Mapping[int, int]
 ) -> Iterator[AnnotatedImage | Rejected]:
-    """All images of a COCO panoptic file, annotated ones first; an unusable entry comes as the error that says why.
+    """Yield all images of a COCO panoptic file, annotated ones first; an unusable entry comes as the error that says
+    why.
 
     Args:
         file: open, seekable, plain UTF-8 (see `collavo.sources.json_files.open_json`); the image list and the
@@ -92,7 +93,7 @@ def stream_annotated_images(
 
 
 def segment_infos(segments: Sequence[tuple[int, int, int]]) -> list[SegmentInfo]:
-    """The segments of an `Annotation`."""
+    """Return the segments of an `Annotation`."""
     return [SegmentInfo(id_, label, bool(is_crowd)) for id_, label, is_crowd in segments]
 
 

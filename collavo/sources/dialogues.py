@@ -39,7 +39,7 @@ class DialogueEntry(NamedTuple):
 
 
 def stream_dialogues(file: BinaryIO, name: str) -> Iterator[DialogueEntry | Rejected]:
-    """All entries of a file, in order; an unusable one comes as the error that says why.
+    """Yield all entries of a file, in order; an unusable one comes as the error that says why.
 
     Args:
         file: open, seekable, plain UTF-8; see `collavo.sources.json_files.open_json`.
@@ -59,7 +59,7 @@ def stream_dialogues(file: BinaryIO, name: str) -> Iterator[DialogueEntry | Reje
 
 
 def dialogue_of(fields: Mapping[str, Any], entry_id: str) -> Dialogue:
-    """The dialogue in `conversations` or `messages` of an entry.
+    """Return the dialogue in `conversations` or `messages` of an entry.
 
     Raises:
         Rejected: `malformed_entry` or `turns_do_not_alternate`.
@@ -94,7 +94,7 @@ def _records(file: BinaryIO, name: str) -> Iterator[Any]:
 
 
 def _is_json_lines(file: BinaryIO) -> bool:
-    """Whether the first line is an object of its own that has turns; a file with one key `data` begins alike."""
+    """Tell whether the first line is an object of its own that has turns; a file with one key `data` begins alike."""
     file.seek(0)
     try:
         record = json.loads(file.readline())

@@ -28,7 +28,7 @@ def checked_relative(path: str) -> str:
 
 
 def image_names(entry_id: str, file_name: str) -> Iterator[str]:
-    """The names that an image's file may have: the one stated, then those without the words that follow the id.
+    """Return the names that an image's file may have: the one stated, then those without the words that follow the id.
 
     Cityscapes' panoptic files call `aachen_000000_000019_leftImg8bit.png`, whose id is `aachen_000000_000019`,
     `aachen_000000_000019_gtFine_leftImg8bit.png`.
@@ -40,7 +40,7 @@ def image_names(entry_id: str, file_name: str) -> Iterator[str]:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file name has the extension of an image."""
+    """Tell whether a file name has the extension of an image."""
     return posixpath.splitext(name)[1].lower() in _EXTENSIONS
 
 

@@ -33,7 +33,7 @@ _NO_NUMBER = re.compile(rb'"(?:[^"\\]|\\.)*(?P<closed>"?)|-?(?:NaN|Infinity)', r
 
 @contextmanager
 def open_json(file: BinaryIO, name: str) -> Iterator[BinaryIO]:
-    """The text of a JSON file as UTF-8 bytes, seekable, at its beginning.
+    """Open the text of a JSON file as UTF-8 bytes, seekable, at its beginning.
 
     Args:
         file: open for reading; not closed here.
@@ -65,7 +65,8 @@ def open_json(file: BinaryIO, name: str) -> Iterator[BinaryIO]:
 
 
 def _without_mark(head: bytes) -> str | None:
-    """The encoding of a JSON text without a byte-order mark: its first two characters are ASCII, so zeros tell it."""
+    """Return the encoding of a JSON text without a byte-order mark: its first two characters are ASCII, so zeros tell
+    it."""
     if len(head) == 4 and head[0] and not head[1]:
         return "utf-16-le" if head[2] else "utf-32-le"
     if len(head) == 4 and not head[0]:
@@ -74,7 +75,7 @@ def _without_mark(head: bytes) -> str | None:
 
 
 def _copied(stack: ExitStack, source: Any) -> BinaryIO:
-    """A temporary copy of what a reader gives, at its beginning."""
+    """Make a temporary copy of what a reader gives, at its beginning."""
     copy = stack.enter_context(tempfile.TemporaryFile())  # noqa: SIM115  # the stack closes it
     shutil.copyfileobj(source, copy, _CHUNK_BYTES)
     copy.seek(0)
@@ -82,7 +83,7 @@ def _copied(stack: ExitStack, source: Any) -> BinaryIO:
 
 
 def _has_no_numbers(file: BinaryIO) -> bool:
-    """Whether the words stand anywhere, strings included: a quick look before the careful one."""
+    """Tell whether the words stand anywhere, strings included: a quick look before the careful one."""
     file.seek(0)
     tail = b""
     while chunk := file.read(_CHUNK_BYTES):
@@ -116,8 +117,8 @@ def _nulls(text: bytes) -> bytes:
 
 
 def _end_of_whole_tokens(text: bytes) -> int:
-    """Where a text that begins outside a string may be cut: before a string that has no end yet, or before the last
-    few bytes, which may be the beginning of a word."""
+    """Return where a text that begins outside a string may be cut: before a string that has no end yet, or before the
+    last few bytes, which may be the beginning of a word."""
     end = 0
     for match in _NO_NUMBER.finditer(text):
         if match["closed"] == b"":

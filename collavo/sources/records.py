@@ -35,12 +35,12 @@ class ImageRecord(NamedTuple):
 
 
 def is_record_file(name: str) -> bool:
-    """Whether a file of a folder or glob is one of a data set, by its name."""
+    """Tell whether a file of a folder or glob is one of a data set, by its name."""
     return name.lower().endswith((".parquet", *_TAR))
 
 
 def stream_records(file: BinaryIO, name: str, image_column: str | None = None) -> Iterator[ImageRecord | Rejected]:
-    """All images of a Parquet file or tar shard, in order; an unusable one comes as the error that says why.
+    """Yield all images of a Parquet file or tar shard, in order; an unusable one comes as the error that says why.
 
     Args:
         file: open for reading; seekable for Parquet.
@@ -61,7 +61,7 @@ def stream_records(file: BinaryIO, name: str, image_column: str | None = None) -
 
 
 def count_records(file: BinaryIO, name: str) -> int:
-    """The number of records: of a Parquet file exactly, of a tar shard by its size and its first ones."""
+    """Count records: of a Parquet file exactly, of a tar shard by its size and its first ones."""
     if not name.lower().endswith(_TAR):
         return cast(int, pq.ParquetFile(file).metadata.num_rows)
     size = file.seek(0, io.SEEK_END)
@@ -71,7 +71,7 @@ def count_records(file: BinaryIO, name: str) -> int:
 
 
 def ignored_columns(file: BinaryIO, image_column: str | None = None) -> list[str]:
-    """The columns of a Parquet file that nothing is taken from."""
+    """Return the columns of a Parquet file that nothing is taken from."""
     used = {image_column or "image", "id", *DIALOGUE_COLUMNS}
     return [column for column in pq.read_schema(file).names if column not in used]
 
@@ -90,7 +90,8 @@ def _parquet_records(file: BinaryIO, name: str, stem: str, image_column: str) ->
 
 
 def _tar_records(file: BinaryIO, stem: str) -> Iterator[ImageRecord | Rejected]:
-    """Members of one record stand together and share what their names begin with, up to the first dot."""
+    """Yield the records of a tar. Their members stand together and share what their names begin with, up to the first
+    dot."""
     key = ""
     members: dict[str, bytes] = {}
     with tarfile.open(fileobj=file, mode="r|*") as tar:

@@ -129,7 +129,8 @@ def _packs(numbers: np.ndarray, lengths: np.ndarray, options: PlanOptions) -> It
 
 
 def _kept_shares(counts: Counter[Kind], crayon_share: float | None) -> dict[Kind, float]:
-    """The share of each kind's samples to keep, so that the rest has the wanted mix; the scarcer kind stays whole."""
+    """Return the share of each kind's samples to keep, so that the rest has the wanted mix; the scarcer kind stays
+    whole."""
     if crayon_share is None or len(counts) < 2:
         return {"crayon": 1.0, "dialogue": 1.0}
     wanted_ratio = crayon_share / (1 - crayon_share)

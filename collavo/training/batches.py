@@ -159,11 +159,11 @@ class ExampleDataset(Dataset[Example | UserError]):
         )
 
     def prompt_of(self, sample: Sample) -> RenderedPrompt:
-        """The first prompt of a sample, to show it."""
+        """Return the first prompt of a sample, to show it."""
         return self._prompts(sample, self._reader.read(sample.row))[0]
 
     def collate_or_error(self, examples: Sequence[Example | UserError]) -> MicroBatch | UserError:
-        """A micro-batch, or the first error among its examples."""
+        """Make a micro-batch, or return the first error among its examples."""
         whole: list[Example] = []
         for example in examples:
             if isinstance(example, UserError):
@@ -230,7 +230,7 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> MicroBatch:
 
 
 def micro_batches(batch: Batch, size: int, rank: int = 0, ranks: int = 1) -> list[list[Sample]]:
-    """One rank's share of a batch, in pieces that fit into memory."""
+    """Yield one rank's share of a batch, in pieces that fit into memory."""
     share = batch.samples[rank::ranks]
     return [list(share[start : start + size]) for start in range(0, len(share), size)]
 

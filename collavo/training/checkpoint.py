@@ -66,7 +66,7 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def read_position(checkpoint: Path, fingerprint: str) -> Position:
-    """Where a checkpoint stands.
+    """Read where a checkpoint stands.
 
     Raises:
         UserError: if it was made from other data or with other arguments.

@@ -47,7 +47,7 @@ class StepResult:
 
 
 def learning_rate_at(step: int, steps: int, first: float, last: float) -> float:
-    """A cosine from `first`, at step 0, to `last`, at the final step."""
+    """Return a cosine from `first`, at step 0, to `last`, at the final step."""
     progress = step / max(steps - 1, 1)
     return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
 
@@ -171,7 +171,8 @@ class Trainer:
         return {kind: sums[kind] / max(tokens[kind], 1) for kind in sums}
 
     def _loss(self, piece: MicroBatch, supervised_tokens: int) -> torch.Tensor:
-        """The sum of the losses of a micro-batch's tokens, divided by the supervised tokens of the whole batch."""
+        """Compute the sum of the losses of a micro-batch's tokens, divided by the supervised tokens of the whole
+        batch."""
         device = self._accelerator.device
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in piece.inputs.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=self._dtype == torch.bfloat16):

@@ -41,7 +41,7 @@ class Texts:
         return len(self.numbers)
 
     def of_row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers and lengths of a row's texts."""
+        """Return the numbers and lengths of a row's texts."""
         part = slice(self.offsets[row], self.offsets[row + 1])
         return self.numbers[part], self.lengths[part]
 

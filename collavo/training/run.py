@@ -160,7 +160,8 @@ class TrainingRun:
         return ExampleDataset(index, self.processor, arguments.object_list, image_root, self.categories)
 
     def _token_bound(self, text: str) -> int:
-        """An upper bound of a text's tokens: its bytes, or if these are too many, its tokens, which take longer."""
+        """Return an upper bound of a text's tokens: its bytes, or if these are too many, its tokens, which take
+        longer."""
         length, tokenizer = len(text.encode()), self.processor.tokenizer
         fits = length <= self._max_text_tokens
         return length if fits else len(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -179,13 +180,13 @@ class TrainingRun:
         return tokens
 
     def _steps_of_finished_cpt(self) -> int:
-        """Steps of an earlier `--phase cpt` in the same folder, which this run continues."""
+        """Return the steps of an earlier `--phase cpt` in the same folder, which this run continues."""
         metrics = self.folder / METRICS
         lines = map(json.loads, metrics.read_text().splitlines()) if metrics.exists() else ()
         return max((line["step"] for line in lines if line["phase"] == "cpt"), default=0)
 
     def _facts(self, phases: Sequence[Phase]) -> dict[str, str]:
-        """What is printed about a run before it starts."""
+        """Say what is printed about a run before it starts."""
         index = self.train_set.index
         queries, all_learning = (
             sum(p.numel() for p in self.staged.parameters_of(names).values()) for names in ((), self.adapters)

@@ -67,7 +67,8 @@ class StagedModel:
         return {**self._prompt, **adapter}
 
     def parameters_of(self, adapters: Sequence[str]) -> dict[str, nn.Parameter]:
-        """The parameters of the Crayon Prompt and of some adapters, by full name: what an optimizer is made for."""
+        """Return the parameters of the Crayon Prompt and of some adapters, by full name: what an optimizer is made
+        for."""
         return {**self._prompt, **{name: p for adapter in adapters for name, p in self._adapters[adapter].items()}}
 
     def enter(self, stage: Stage) -> None:

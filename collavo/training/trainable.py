@@ -83,7 +83,7 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def count_weights(model: torch.nn.Module) -> Counter[str]:
-    """Numbers of weights by how they are stored: `NF4`, `bfloat16`, `float32`."""
+    """Count weights by how they are stored: `NF4`, `bfloat16`, `float32`."""
     counts: Counter[str] = Counter()
     for parameter in model.parameters():
         if quantization := getattr(parameter, "quant_state", None):
