@@ -19,6 +19,7 @@ from collavo.categories import read_categories
 from collavo.errors import Rejected, UserError
 from collavo.images import decode_rgb
 from collavo.sources.image_paths import checked_relative
+from collavo.storage import open_random
 from schemas.categories import COCO_PANOPTIC, CategorySet
 from schemas.crayon_row import CRAYON_SCHEMA, METADATA_PREFIX, SCHEMA_VERSION, CrayonRow, file_facts, metadata_of
 
@@ -61,7 +62,7 @@ def find_files(paths: Sequence[str]) -> list[Path]:
     return files
 
 
-def category_set(files: Sequence[Path]) -> CategorySet:
+def category_set(files: Sequence[Path | str]) -> CategorySet:
     """Read the set of classes that the rows of some files have.
 
     Raises:
@@ -75,7 +76,7 @@ def category_set(files: Sequence[Path]) -> CategorySet:
     return first
 
 
-def notes(files: Sequence[Path]) -> list[str]:
+def notes(files: Sequence[Path | str]) -> list[str]:
     """Say what a user should know of some files, a line each."""
     old = [file for file in files if schema_version(_schema_of(file)) == 1]
     if not old:
@@ -227,14 +228,15 @@ def _holds(found: pa.DataType, expected: pa.DataType) -> bool:
     return any(kind[0](expected) and any(is_kind(found) for is_kind in kind) for kind in kinds)
 
 
-def _schema_of(file: Path) -> pa.Schema:
+def _schema_of(file: Path | str) -> pa.Schema:
     try:
-        return pq.read_schema(file)
+        with open_random(str(file)) as opened:
+            return pq.read_schema(opened)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{file}: cannot be read as Parquet ({str(error).strip()})") from error
 
 
-def _category_set_of(file: Path) -> CategorySet:
+def _category_set_of(file: Path | str) -> CategorySet:
     """Return the set that a file's metadata state; for a file without, the one that its segments show."""
     schema = _schema_of(file)
     stated = file_facts(schema.metadata or {}).get("categories")
@@ -243,8 +245,9 @@ def _category_set_of(file: Path) -> CategorySet:
     if schema_version(schema) == 1:
         return COCO_PANOPTIC
     seen: dict[int, Mapping[str, Any]] = {}
-    for batch in pq.ParquetFile(file).iter_batches(columns=["segments"]):
-        seen.update({s["label"]: s for row in batch["segments"].to_pylist() for s in row or ()})
+    with open_random(str(file)) as opened:
+        for batch in pq.ParquetFile(opened).iter_batches(columns=["segments"]):
+            seen.update({s["label"]: s for row in batch["segments"].to_pylist() for s in row or ()})
     in_coco = all(
         label < len(COCO_PANOPTIC) and COCO_PANOPTIC[label].display_name == s["category"] for label, s in seen.items()
     )

@@ -325,10 +325,8 @@ def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources
     crayon_files = tuple(uri for pattern in flags.from_crayon for uri in _crayon_files(pattern))
     if crayon_files:
         with naming("from_crayon"):
-            local = [Path(uri) for uri in crayon_files if is_local(uri)]
-            if local:
-                sets.add_finished(category_set(local))
-                notes.extend(file_notes(local))
+            sets.add_finished(category_set(crayon_files))
+            notes.extend(file_notes(crayon_files))
     tables = [labels_by_id(source, sets.target, sets.renamed) for source in own]
     splits = _parallel("coco_split", flags.coco_split, flags.coco, notes)
     coco = tuple(
