@@ -33,7 +33,7 @@ from collavo.errors import Rejected, UserError, first_line
 from collavo.folders import staging_of
 from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, Phrasebook, load_phrasebook
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
-from collavo.segmenters import checkpoint_categories, load_segmenter
+from collavo.segmenters import Segmenter, checkpoint_categories, load_segmenter
 from collavo.sources.json_files import open_json
 from collavo.sources.records import count_records, is_record_file
 from collavo.storage import (
@@ -518,11 +518,17 @@ def _model(flags: SegmentationFlags, sources: Sources, sets: _Sets) -> ModelConf
         sets.add(checkpoint_categories(name, options.get("checkpoint"), sets.stated))
     options |= {"categories": sets.target, "category_map": sets.renamed}
     return ModelConfig(
-        load=partial(load_segmenter, name, **options),
+        load=partial(_load_segmenter, name, **options),
         batch_size=flags.batch_size,
         max_batch_pixels=flags.max_batch_pixels,
         model_copies=flags.model_copies,
     )
+
+
+def _load_segmenter(name: str, **options: Any) -> Segmenter:
+    """Load the network in a worker, where an error about it is still one about a flag."""
+    with naming("segmenter"):
+        return load_segmenter(name, **options)
 
 
 def _as_tuple(value: str | tuple[str, ...] | None) -> tuple[str, ...]:

@@ -138,7 +138,7 @@ def test_other_parquet_is_not_taken_for_crayon_rows(tmp_path, capfd):
 def test_an_output_that_cannot_be_made_is_said_in_one_line(scenes, tmp_path, capfd):
     (tmp_path / "file").touch()
     line = fails(capfd, *scene_sources(scenes), "--output", tmp_path / "file" / "out")
-    assert f"--output: {tmp_path / 'file' / 'out'}: Not a directory" in line
+    assert f"--output: {tmp_path / 'file' / 'out'}: {tmp_path / 'file'} is a file; name a folder" in line
 
 
 def wait_until(reached, process) -> None:

@@ -93,7 +93,7 @@ def publish(folder: Path, shards: list[list[CrayonRow]], rejects: list[Reject] =
         writer = CrayonFileWriter((folder / name).open("wb"), {}, COCO_PANOPTIC)
         for row in rows:
             writer.write(row)
-            counts.add_row(row, Draft(row, (), (), {"read": 0.25}))
+            counts.add_row(row, Draft(row, (), (), {"read": 0.25}), merged=0)
         size, sha256 = writer.close({"segmenters": ['{"name": "annotations"}']})
         files.append({"name": name, "rows": len(rows), "bytes": size, "sha256": sha256})
     for reject in rejects:
