@@ -52,6 +52,7 @@ def write_report(output: str, manifest: Mapping[str, Any]) -> None:
     html = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         manifest=manifest,
         elapsed=_elapsed(manifest),
+        unfamiliar=unfamiliar_line(manifest),
         samples=_read_samples(output, [file["name"] for file in manifest["files"]], categories),
         answer_bins=_ANSWER_BINS,
         histogram=histogram,
@@ -65,6 +66,15 @@ def write_report(output: str, manifest: Mapping[str, Any]) -> None:
     with open_write(join(output, REPORT)) as file:
         # A JSON escape can bring in a lone surrogate, which UTF-8 cannot hold.
         file.write(html.encode(errors="backslashreplace"))
+
+
+def unfamiliar_line(manifest: Mapping[str, Any]) -> str:
+    """Say how many pictures the segmenter knows nothing like; empty for none."""
+    count = manifest["unfamiliar"]
+    pictures = "1 picture is" if count == 1 else f"{count:,} pictures are"
+    return (
+        f"{pictures} unlike all that the segmenter knows: much of what it names there will be wrong." if count else ""
+    )
 
 
 def histogram(counts: Mapping[int, int], starts: Sequence[int] | None = None) -> Tally:
