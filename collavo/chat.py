@@ -104,14 +104,14 @@ def _chat(flags: Flags) -> None:
         from collavo.chat_page import serve
 
         with naming("port"):
-            return serve(session.about_file, flags.port)
+            return serve(session.about_file, session.cautions, flags.port)
     console = Console(highlight=False, soft_wrap=True)
     if flags.data:
         conversation = session.about_row()
     else:
         with naming("image"):
             conversation = session.about_file(str(flags.image))
-    _show_objects(conversation.picture, session.unknown_classes, console)
+    _show_objects(conversation.picture, session.cautions(conversation.picture), console)
     if flags.save_map:
         with naming("save_map"):
             _save_map(conversation.picture, flags.save_map)
@@ -165,18 +165,18 @@ class _Session:
                 base=base_of(flags.model),
             )
 
-    unknown_classes: tuple[str, ...] = ()
-    """Classes of the last picture's map that the model knows nothing of."""
-
     def about(self, picture: Picture) -> Conversation:
         from collavo.inference import Conversation
 
-        known = self._answerer.processor.categories.by_key
-        found = picture.panoptic.segments
-        names = {segment.category for segment in found if name_key(segment.category) not in known}
-        self.unknown_classes = tuple(sorted(names))
         listed = self._answerer.lists_objects("dialogue", self._flags.object_list)
         return Conversation(self._answerer, picture, listed, self._flags.max_new_tokens)
+
+    def cautions(self, picture: Picture) -> list[str]:
+        """Say, a sentence each, why what was recognised in a picture is to be trusted less."""
+        said = [UNFAMILIAR] if picture.panoptic.unfamiliar else []
+        known = self._answerer.processor.categories.by_key
+        names = {segment.category for segment in picture.panoptic.segments if name_key(segment.category) not in known}
+        return said + [f"The model has no query for: {', '.join(sorted(names))}."] * bool(names)
 
     def about_file(self, path: str) -> Conversation:
         """Segment an image file, and start a conversation about it.
@@ -226,7 +226,7 @@ def _converse(session: _Session, conversation: Conversation, console: Console) -
                     return
                 case "/image":
                     conversation = session.about_file(argument.strip())
-                    _show_objects(conversation.picture, session.unknown_classes, console)
+                    _show_objects(conversation.picture, session.cautions(conversation.picture), console)
                 case "/new":
                     conversation = session.about(conversation.picture)
                 case "/objects":
@@ -249,13 +249,11 @@ def _tell(conversation: Conversation, question: str) -> None:
     print()
 
 
-def _show_objects(picture: Picture, unknown_classes: Sequence[str], console: Console) -> None:
+def _show_objects(picture: Picture, cautions: Sequence[str], console: Console) -> None:
     """Print what was recognised, and how far that can be trusted."""
     console.print(_objects_shown(picture))
-    if picture.panoptic.unfamiliar:
-        console.print(f"[yellow]{UNFAMILIAR}[/yellow]")
-    if unknown_classes:
-        console.print(f"The model has no query for: {', '.join(unknown_classes)}.", style="yellow", markup=False)
+    for caution in cautions:
+        console.print(caution, style="yellow", markup=False)
 
 
 def _objects_shown(picture: Picture) -> Text:

@@ -83,6 +83,8 @@ def _draw_scenes(scenes: "SceneRequest", console: Console) -> None:
 
 
 def _print_summary(output: str, seconds: float, console: Console) -> None:
+    from pipelines.report import unfamiliar_line
+
     with open_read(join(output, MANIFEST)) as file:
         manifest = json.load(file)
     table = Table(show_header=False, box=None, pad_edge=False)
@@ -98,9 +100,8 @@ def _print_summary(output: str, seconds: float, console: Console) -> None:
     table.add_row("rejects", f"{rejects:,}", _tally(manifest["rejects"]))
     table.add_row("seconds", f"{seconds:.1f}", _tally(manifest["seconds"]) + " (summed over workers)")
     console.print(table, highlight=False)
-    if manifest["unfamiliar"]:
-        found = f"{manifest['unfamiliar']:,} of {manifest['rows']:,} pictures"
-        console.print(f"{found} are unlike all that the segmenter knows; look at them before you trust their segments.")
+    if line := unfamiliar_line(manifest):
+        console.print(line, style="yellow", soft_wrap=True)
     if images := manifest.get("trial_of_images"):
         console.print(_estimate(manifest, images, seconds), soft_wrap=True)
     lines = {"Data": "*.parquet", "Rejects, with reasons": REJECTS, "Look at it": REPORT}

@@ -51,6 +51,7 @@ def write_report(output: str, manifest: Mapping[str, Any]) -> None:
     html = _template().render(
         manifest=manifest,
         elapsed=_elapsed(manifest),
+        unfamiliar=unfamiliar_line(manifest),
         samples=_read_samples(output, [file["name"] for file in manifest["files"]], categories),
         answer_bins=_ANSWER_BINS,
         histogram=histogram,
@@ -71,6 +72,15 @@ def _template() -> Template:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["json"] = json.dumps
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
+
+
+def unfamiliar_line(manifest: Mapping[str, Any]) -> str:
+    """Say how many pictures the segmenter knows nothing like; empty for none."""
+    count = manifest["unfamiliar"]
+    pictures = "1 picture is" if count == 1 else f"{count:,} pictures are"
+    return (
+        f"{pictures} unlike all that the segmenter knows: much of what it names there will be wrong." if count else ""
+    )
 
 
 def histogram(counts: Mapping[int, int], starts: Sequence[int] | None = None) -> Tally:

@@ -84,7 +84,12 @@ def jpeg(image: Image.Image, orientation: int = 1) -> bytes:
     return encoded.getvalue()
 
 
-def publish(folder: Path, shards: list[list[CrayonRow]], rejects: list[Reject] = []) -> str:  # noqa: B006
+def publish(
+    folder: Path,
+    shards: list[list[CrayonRow]],
+    rejects: list[Reject] = [],  # noqa: B006
+    unfamiliar: bool = False,
+) -> str:
     """A data set of handmade rows with its report, whose HTML is returned."""
     counts = Counts()
     files = []
@@ -93,7 +98,7 @@ def publish(folder: Path, shards: list[list[CrayonRow]], rejects: list[Reject] =
         writer = CrayonFileWriter((folder / name).open("wb"), {}, COCO_PANOPTIC)
         for row in rows:
             writer.write(row)
-            counts.add_row(row, Draft(row, (), (), {"read": 0.25}), merged=0)
+            counts.add_row(row, Draft(row, (), (), {"read": 0.25}, unfamiliar), merged=0)
         size, sha256 = writer.close({"segmenters": ['{"name": "annotations"}']})
         files.append({"name": name, "rows": len(rows), "bytes": size, "sha256": sha256})
     for reject in rejects:
@@ -146,6 +151,12 @@ def test_every_section_is_there(html: str) -> None:
         "train-00001-of-00002.parquet",
     ):
         assert text in page.text, text
+
+
+def test_pictures_that_the_segmenter_knows_nothing_like_are_counted_at_the_top(html: str, tmp_path: Path) -> None:
+    assert "unlike all that the segmenter knows" not in Page(html).text
+    text = Page(publish(tmp_path, [[make_row("one"), make_row("two")]], unfamiliar=True)).text
+    assert "2 pictures are unlike all that the segmenter knows" in text[: text.index("2 sample rows")]
 
 
 def test_each_object_has_its_box_its_label_and_its_line(html: str) -> None:
