@@ -135,12 +135,6 @@ def test_other_parquet_is_not_taken_for_crayon_rows(tmp_path, capfd):
     assert f"--from_crayon: {tmp_path / 'x.parquet'}: " in line
 
 
-def test_an_output_that_cannot_be_made_is_said_in_one_line(scenes, tmp_path, capfd):
-    (tmp_path / "file").touch()
-    line = fails(capfd, *scene_sources(scenes), "--output", tmp_path / "file" / "out")
-    assert f"--output: {tmp_path / 'file' / 'out'}: Not a directory" in line
-
-
 def wait_until(reached, process) -> None:
     deadline = time.monotonic() + 60
     while not reached():
