@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,39 +67,32 @@ def assert_same(one: DataSet, other: DataSet) -> None:
     assert one.rejects == other.rejects
 
 
-def shuffled(path: Path, copy: Path) -> Path:
-    """A JSON file with every list of records in it in another order."""
-    content = json.loads(path.read_text())
+def shuffled(content: Any) -> Any:
+    """A JSON file's content with every list of records in another order."""
     for records in content.values() if isinstance(content, dict) else [content]:
         if isinstance(records, list):
             random.Random(1).shuffle(records)
     if isinstance(content, dict):
         for annotation in content["annotations"]:
             annotation["segments_info"].reverse()
-    copy.write_text(json.dumps(content))
-    return copy
+    return content
 
 
 @pytest.mark.parametrize("workers", [IN_TWO_PROCESSES, IN_TWO_THREADS], ids=["processes", "threads"])
-def test_annotated_rows_do_not_depend_on_workers(scenes, annotated, tmp_path, workers):
+def test_annotated_rows_depend_neither_on_workers_nor_on_the_current_folder(
+    scenes, annotated, tmp_path, monkeypatch, workers
+):
+    (tmp_path / "pipelines").mkdir()
+    (tmp_path / "pipelines" / "__init__.py").write_text("raise RuntimeError('not ours')")
+    monkeypatch.chdir(tmp_path)
     assert_same(build(tmp_path / "out", *scene_sources(scenes), "--num_shards", 3, *workers), annotated)
 
 
-def test_annotated_rows_do_not_depend_on_the_order_of_their_sources(scenes, annotated, tmp_path):
-    panoptic = shuffled(scenes / "panoptic.json", tmp_path / "panoptic.json")
-    dialogues = shuffled(scenes / "dialogues.json", tmp_path / "dialogues.json")
-    data = build(
-        tmp_path / "out",
-        *("--llava_json", dialogues, "--image_root", scenes, "--coco_masks", scenes / "panoptic"),
-        *("--coco_panoptic", panoptic, "--coco_images", scenes / "images", "--num_shards", 3),
-        *("--segmenter", "annotations"),
-    )
-    assert_same(data, annotated)
-
-
-def test_sources_split_over_files_make_the_same_rows(scenes, annotated, tmp_path):
-    content = json.loads((scenes / "panoptic.json").read_text())
-    dialogues = json.loads((scenes / "dialogues.json").read_text())
+def test_annotated_rows_do_not_depend_on_where_their_sources_lie_nor_on_files_and_order(scenes, annotated, tmp_path):
+    there = tmp_path / "elsewhere"
+    shutil.copytree(scenes, there)
+    content = shuffled(json.loads((scenes / "panoptic.json").read_text()))
+    dialogues = shuffled(json.loads((scenes / "dialogues.json").read_text()))
     for part in (0, 1):
         images = content["images"][part::2]
         annotations = [a for a in content["annotations"] if a["image_id"] in {image["id"] for image in images}]
@@ -106,14 +100,14 @@ def test_sources_split_over_files_make_the_same_rows(scenes, annotated, tmp_path
         (tmp_path / f"llava{part}.json").write_text(json.dumps(dialogues[part::2]))
     data = build(
         tmp_path / "out",
-        *("--coco_panoptic", tmp_path / "1.json", tmp_path / "0.json", "--coco_images", *[scenes / "images"] * 2),
-        *("--coco_masks", *[scenes / "panoptic"] * 2, "--llava_json", tmp_path / "llava1.json"),
-        *(tmp_path / "llava0.json", "--image_root", scenes, "--num_shards", 3, "--segmenter", "annotations"),
+        *("--llava_json", tmp_path / "llava1.json", tmp_path / "llava0.json", "--image_root", there),
+        *("--coco_panoptic", tmp_path / "1.json", tmp_path / "0.json", "--coco_images", *[there / "images"] * 2),
+        *("--coco_masks", *[there / "panoptic"] * 2, "--num_shards", 3, "--segmenter", "annotations"),
     )
     assert_same(data, annotated)
 
 
-@pytest.mark.parametrize("shards", [1, 7, 100])
+@pytest.mark.parametrize("shards", [1, 100])
 def test_the_number_of_shards_changes_files_and_not_rows(scenes, annotated, tmp_path, shards):
     data = build(tmp_path / "out", *scene_sources(scenes), "--num_shards", shards)
     assert data.rows == annotated.rows
@@ -125,13 +119,12 @@ def test_the_number_of_shards_changes_files_and_not_rows(scenes, annotated, tmp_
     "flags",
     [
         ["--batch_size", 1],
-        ["--batch_size", 4],
         ["--max_batch_pixels", 96 * 72 * 3],
         pytest.param(IN_TWO_PROCESSES, marks=pytest.mark.slow),
         IN_TWO_THREADS,
         pytest.param([*IN_TWO_PROCESSES, "--model_copies", 1, "--batch_size", 3], marks=pytest.mark.slow),
     ],
-    ids=["one by one", "in fours", "few pixels", "processes", "threads", "a shared copy"],
+    ids=["one by one", "few pixels", "processes", "threads", "a shared copy"],
 )
 def test_segmented_rows_do_not_depend_on_batches_and_workers(scenes, checkpoint, segmented, tmp_path, flags):
     data = build(tmp_path / "out", *by_model(scenes, checkpoint), "--num_shards", 3, *flags)
@@ -159,10 +152,3 @@ def test_segmented_rows_do_not_depend_on_how_their_images_are_named(scenes, chec
     _, _, *model = by_model(scenes, checkpoint)
     listed = ["--images", tmp_path / "list.txt", "--image_root", scenes / "images", *model]
     assert build(tmp_path / "listed", *listed).rows == segmented.rows
-    matched = ["--images", scenes / "images" / "*.jpg", *model]
-    assert build(tmp_path / "matched", *matched).rows == segmented.rows
-
-
-def test_where_the_input_lies_does_not_enter_the_rows(scenes, annotated, tmp_path):
-    shutil.copytree(scenes, tmp_path / "elsewhere")
-    assert_same(build(tmp_path / "out", *scene_sources(tmp_path / "elsewhere"), "--num_shards", 3), annotated)

@@ -1,8 +1,8 @@
 import json
 
-import inflect
 import pytest
 
+from collavo.categories import _inflect
 from schemas.categories import COCO_PANOPTIC
 
 # COCO's detection classes are 1..90 without these, which were announced but never annotated.
@@ -53,7 +53,7 @@ def test_display_names_drop_what_only_coco_needs(name: str, display_name: str):
 
 
 def test_counted_forms_are_english():
-    english = inflect.engine()
+    english = _inflect()
     exceptions = {"TV": "TVs"}  # inflect says TVS
     for thing in COCO_PANOPTIC.things:
         assert thing.plural == exceptions.get(thing.singular, english.plural_noun(thing.singular))

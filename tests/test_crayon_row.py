@@ -1,19 +1,15 @@
 import io
 from dataclasses import replace
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import crayon_row, encoded, segment
+from conftest import crayon_row, segment
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from collavo.dataset import check_schema
 from collavo.errors import UserError
-from collavo.panoptic.index_png import encode_index_map
-from collavo.panoptic.maps import PanopticMap
 from schemas.crayon_row import (
     CRAYON_SCHEMA,
     SPLITS,
@@ -128,27 +124,6 @@ def test_the_columns_are_those_of_the_contract():
         ("instructions", f"list<{instruction}>"),
         ("conversations", "list<struct<id: string, turns: list<struct<from: string, value: string>>>>"),
     ]
-
-
-def test_datasets_decodes_both_images_by_itself(tmp_path, monkeypatch):
-    import datasets
-
-    photo = Image.new("RGB", (6, 4), (200, 30, 40))
-    segments = (segment(id=7, box_xyxy=(0, 0, 3, 4), area=12),)
-    index_map = np.repeat([[1, 1, 1, 0, 0, 0]], 4, axis=0).astype(np.uint8)
-    row = crayon_row(
-        image_bytes=encoded(photo),
-        panoptic_png=encode_index_map(PanopticMap(index_map, tuple(segments))),
-        segments=segments,
-    )
-    (tmp_path / "rows.parquet").write_bytes(parquet_of([row]))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
-    loaded = datasets.load_dataset(
-        "parquet", data_files=str(tmp_path / "rows.parquet"), split="train", cache_dir=str(tmp_path / "cache")
-    )
-    assert np.array_equal(np.asarray(loaded[0]["image"]), np.asarray(photo))
-    assert np.array_equal(np.asarray(loaded[0]["panoptic_map"]), index_map)
-    assert loaded[0]["segments"][0]["category"] == "person"
 
 
 def test_a_segment_names_its_class():

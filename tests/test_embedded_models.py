@@ -195,6 +195,7 @@ def steps_logged(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_segmenters_training_goes_on_where_it_stopped_and_leaves_a_segmenter(tmp_path):
     run = tmp_path / "run"
     flags = ["--output", str(run), "--batch_size", "2", "--pool", "4", "--height", "64", "--width", "96"]
@@ -207,6 +208,7 @@ def test_the_segmenters_training_goes_on_where_it_stopped_and_leaves_a_segmenter
     assert panoptic.index_map.shape == (30, 40)
 
 
+@pytest.mark.slow
 def test_the_segmenters_training_can_go_on_from_a_segmenter(tmp_path):
     flags = ["--batch_size", "1", "--pool", "1", "--height", "64", "--width", "96", "--half_size_steps", "0"]
     first, second = tmp_path / "first", tmp_path / "second"

@@ -121,29 +121,6 @@ def test_files_that_differ_only_in_their_extension_are_images_of_their_own(tmp_p
     }
 
 
-@pytest.mark.parametrize(
-    ("content", "stage", "reason"),
-    [
-        (None, "read", "missing_file"),
-        (b"404: Not Found", "decode", "not_an_image"),
-        (encoded(PHOTO.resize((60, 60)))[:-60], "decode", "broken_image"),
-        (encoded(Image.new("1", (60, 60))), "decode", "oversized_image"),
-    ],
-)
-@pytest.mark.parametrize("with_rgb", [False, True])
-def test_an_unusable_image_rejects_all_that_name_it(tmp_path, content: bytes | None, stage, reason, with_rgb: bool):
-    if content is not None:
-        (tmp_path / "a.jpg").write_bytes(content)
-    task = ImageTask((mention(tmp_path, "a.jpg"), mention(tmp_path, "a.jpg", "llava")))
-    bound = 3599 if reason == "oversized_image" else MAX_PIXELS
-    images, rejects = read_images(task, bound, with_rgb)
-    assert images == []
-    assert [(r.id, r.source, r.stage, r.reason) for r in rejects] == [
-        ("folder:a.jpg", "folder", stage, reason),
-        ("llava:a.jpg", "llava", stage, reason),
-    ]
-
-
 def test_an_annotation_becomes_segments(tmp_path):
     segmented = segment_by_annotation(read(annotated(tmp_path)), job())
     assert isinstance(segmented, SegmentedImage)

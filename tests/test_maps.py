@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 from conftest import PERSON, SKY, id_maps, panoptic_maps
@@ -7,10 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collavo.errors import Rejected
-from collavo.panoptic.coco_png import decode_segment_runs
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
-from collavo.sources.coco_panoptic import segment_infos
-from schemas.categories import COCO_PANOPTIC
 
 
 def same(one: PanopticMap, other: PanopticMap) -> bool:
@@ -81,23 +76,3 @@ def test_a_map_and_a_list_that_contradict_each_other_are_refused(listed: list[in
     with pytest.raises(Rejected, match=detail) as refusal:
         build_panoptic_map(ids, [SegmentInfo(id_, PERSON) for id_ in listed])
     assert refusal.value.reason == reason
-
-
-def test_the_real_annotation_is_measured_as_its_authors_did(real):
-    annotation = json.loads((real / "coco" / "panoptic.json").read_text())["annotations"][0]
-    runs = decode_segment_runs((real / "coco" / "panoptic" / annotation["file_name"]).read_bytes(), (640, 427))
-    stated = {s["id"]: s for s in annotation["segments_info"]}
-    labels = {category.category_id: category.label for category in COCO_PANOPTIC}
-    panoptic = build_panoptic_map(
-        runs, segment_infos([(s["id"], labels[s["category_id"]], s["iscrowd"]) for s in stated.values()])
-    )
-    assert len(panoptic.segments) == 18
-    for segment in panoptic.segments:
-        x, y, width, height = stated[segment.id]["bbox"]
-        assert segment.box_xyxy == (x, y, x + width, y + height)
-        assert segment.area == stated[segment.id]["area"]
-        assert segment.category_id == stated[segment.id]["category_id"]
-    people = [s for s in panoptic.segments if s.label == PERSON]
-    assert [s.numbering for s in people] == [*range(1, 14), 0]
-    assert [s.is_crowd for s in people] == [False] * 13 + [True]
-    assert [s.area for s in people[:13]] == sorted((s.area for s in people[:13]), reverse=True)

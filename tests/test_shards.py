@@ -70,13 +70,6 @@ def test_lists_are_named_as_the_parquet_format_asks(tmp_path):
     assert not any(".item" in path for path in paths)
 
 
-def test_columns_of_few_values_are_dictionaries_and_no_others(tmp_path):
-    write(tmp_path / "shard.parquet", rows(5), {}, {})
-    group = pq.read_metadata(tmp_path / "shard.parquet").row_group(0)
-    encoded = {group.column(i).path_in_schema for i in range(group.num_columns) if group.column(i).has_dictionary_page}
-    assert encoded == set(dataset._DICTIONARY_COLUMNS)
-
-
 @pytest.mark.parametrize("count", [0, 1, 130])
 def test_size_and_hash_are_those_of_the_file(tmp_path, count: int):
     path = tmp_path / "shard.parquet"
@@ -99,12 +92,6 @@ def test_a_shard_without_rows_is_a_whole_file(tmp_path):
     table = pq.read_table(tmp_path / "shard.parquet")
     assert table.num_rows == 0
     check_schema(table.schema, "shard.parquet")
-
-
-def test_rows_that_refer_to_their_images_are_written_without_bytes(tmp_path):
-    write(tmp_path / "shard.parquet", [crayon_row(image_bytes=None)], {}, {})
-    (record,) = pq.read_table(tmp_path / "shard.parquet").to_pylist()
-    assert record["image"] == {"bytes": None, "path": "a.jpg"}
 
 
 def test_the_same_rows_make_the_same_file(tmp_path):

@@ -143,7 +143,9 @@ def test_memory_and_time_can_be_saved_without_another_result(world: Path, finish
         (("--adapters", "single"), {"cpt", "cit"}, ["cit"]),  # one adapter for both kinds
         (("--adapters", "vl_only"), {"cpt", "vl_cit"}, ["vl_cit"]),  # no crayon batches after cpt
         (("--queries", "none"), {"image_cit", "vl_cit"}, ["image_cit", "vl_cit"]),  # nothing to tune in cpt
-        (("--queries", "semantic"), {"cpt", "image_cit", "vl_cit"}, ["image_cit", "vl_cit"]),
+        pytest.param(
+            ("--queries", "semantic"), {"cpt", "image_cit", "vl_cit"}, ["image_cit", "vl_cit"], marks=pytest.mark.slow
+        ),
     ],
 )
 def test_ablations_train_what_they_name(
