@@ -54,9 +54,10 @@ def test_answers_from_a_shared_beginning_equal_those_of_whole_prompts_alone(run,
 
 
 def test_answers_do_not_depend_on_the_company_they_are_given_in(answerer):
-    together = answerer.answer(PICTURES, REQUESTS, 16)
-    assert answerer.answer(PICTURES, REQUESTS, 3) == together
-    assert answerer.answer(PICTURES, REQUESTS[::-1], 5) == together[::-1]
+    requests = REQUESTS[::2]
+    together = answerer.answer(PICTURES, requests, 16)
+    assert answerer.answer(PICTURES, requests, 3) == together
+    assert answerer.answer(PICTURES, requests[::-1], 5) == together[::-1]
 
 
 def test_an_image_passes_the_vision_tower_once_for_all_of_its_questions(answerer):
