@@ -26,7 +26,7 @@ WALLS = "wall wall-brick wall-tile"
 
 @pytest.fixture(scope="module")
 def scenes() -> list[Scene]:
-    return [draw_scene(scene_seed(3, index), SMALL) for index in range(240)]
+    return [draw_scene(scene_seed(3, index), SMALL) for index in range(160)]
 
 
 @pytest.fixture(scope="module")
