@@ -311,7 +311,7 @@ def _colors(given: Sequence[list[int] | None]) -> Iterator[list[int]]:
             lightness, saturation = _SHADES[turn // 7 % len(_SHADES)]
             rgb = tuple(round(255 * c) for c in colorsys.hls_to_rgb(turn * 0.618034 % 1.0, lightness, saturation))
             # Of hundreds of classes, some have to make do with a colour that is merely another one.
-            if rgb not in exact and (turn > position + 100 or _shade(rgb) not in taken):
+            if rgb not in exact and (turn > position + 20 or _shade(rgb) not in taken):
                 taken.add(_shade(rgb))
                 exact.add(rgb)
                 color = list(rgb)

@@ -226,9 +226,12 @@ def _write(
         | "StatedSplits" >> beam.FlatMap(_stated_splits, job.validation_ratio)
         | "OneSplitPerPicture" >> beam.CombinePerKey(max)  # where sources disagree, what one holds out is held out
     )
+    present = drafts | "PresentClasses" >> beam.FlatMap(lambda pack: [(p.key, p.present) for p in unpacked(pack)])
+    if job.sources.crayon_files:  # whose pictures may come again from other sources; elsewhere few do
+        present = present | "OncePerPicture" >> beam.CombinePerKey(max)
     statistics = (
-        drafts
-        | "PresentClasses" >> beam.FlatMap(lambda pack: [place.present for place in unpacked(pack)])
+        present
+        | "WithoutKey" >> beam.Values()
         | "ClassStatistics" >> beam.CombineGlobally(CombineStatistics(len(job.categories.things)))
     )
     by_shard = {
