@@ -11,16 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import collavo
 from collavo.cli import REQUIRED, flag, naming, output_folder, parse, run
+from collavo.data_card import CARD, front_matter
 from collavo.dataset import count_rows, find_files, image_bytes, read_rows
 from collavo.errors import Rejected, UserError
-from collavo.export_formats import FORMATS, ExportedImage, WriteRow, entries_of, fault_of, with_image_token
+from collavo.export_formats import DATA_FILES, FORMATS, ExportedImage, WriteRow, entries_of, fault_of, with_image_token
 from collavo.images import format_and_turned
 from collavo.sources.image_paths import checked_relative
 from schemas.crayon_row import SPLITS, CrayonRow
 
 _EXPORTED = re.compile(
-    r"images|panoptic|(llava|dataset_info)\.json|(rows|crayon)\.jsonl|(train|validation)-\d+\.parquet"
+    r"README\.md|images|panoptic|(llava|dataset_info)\.json|(rows|crayon|train|validation)\.jsonl|(train|validation)-\d+\.parquet"
 )
 
 _EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}
@@ -29,7 +31,8 @@ _EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}
 _DESCRIPTION = """\
 Export crayon data for other trainers: as conversations about one image each, or
 row by row. Dialogues stay as they are; the questions about an image make one
-conversation per task. A summary accounts for every row.
+conversation per task. A dataset card comes with it, and a summary accounts for
+every row.
 
 formats:
   llava         llava.json, images/
@@ -38,6 +41,8 @@ formats:
                 for LLaMA-Factory's dataset_dir: DIR, dataset: crayon
   trl           train-00000.parquet, validation-00000.parquet, ...
                 for load_dataset("DIR"): columns `images` and `messages`
+  swift         train.jsonl, validation.jsonl, images/
+                for ms-swift, with ROOT_IMAGE_DIR=DIR: --dataset DIR/train.jsonl
   jsonl         rows.jsonl, images/, panoptic/
                 every column of a row, images and maps as paths
 """
@@ -48,6 +53,15 @@ examples:
       --output exports/llava
   python -m collavo.export_data --data out --to trl --what instructions \\
       --output exports/trl
+"""
+
+_CARD_BODY = """\
+{head}
+# {name}
+
+Crayon instruction data in the format `{to}`: {count:,} entries about {images:,} images, exported by
+[collavo](https://arxiv.org/abs/2402.11248) {version}. The images and dialogues are other people's, under the licences
+of their sources; the instructions were made from templates.
 """
 
 Account = Counter[tuple[str, str]]
@@ -94,6 +108,7 @@ def _export(flags: Flags) -> None:
         if not account["images", "written"]:
             total = sum(count for (kind, _), count in account.items() if kind == "rows")
             raise UserError(f"nothing to export in {total:,} rows ({_fates(account, 'rows')})")
+        (folder / CARD).write_text(_card(flags, account), encoding="utf-8")
     for kind in sorted({kind for kind, _ in account}, key=_KINDS.index):
         total = sum(count for (its_kind, _), count in account.items() if its_kind == kind)
         print(f"{kind:<22}{total:>12,}   {_fates(account, kind)}")
@@ -107,7 +122,7 @@ def _check_output(output: Path, read: Sequence[Path], overwrite: bool) -> None:
             raise UserError(f"{output}: holds {source}, which is to be read; name another folder")
     present = list(output.glob("*"))
     foreign = [path.name for path in present if not _EXPORTED.fullmatch(path.name)]
-    if foreign or (present and not any(path.is_file() for path in present)):
+    if foreign or (present and not any(path.is_file() and path.name != CARD for path in present)):
         name = min(foreign or [path.name for path in present])
         raise UserError(f"{output}: holds {name}, which no export wrote; name an empty folder")
     if present and not overwrite:
@@ -154,9 +169,25 @@ def _write_row(row: CrayonRow, flags: Flags, write: WriteRow, account: Account) 
     for entry in entries:
         account["entries", "instructions" if entry.dialogue_id is None else "conversations"] += 1
     account["images", "written"] += 1
-    if is_turned and flags.to in ("llava", "llamafactory"):  # these trainers do not read EXIF
+    if is_turned and flags.to in ("llava", "llamafactory", "swift"):  # these trainers do not read EXIF
         account["misread images", "exif_orientation_ignored"] += 1
     return row.split
+
+
+def _card(flags: Flags, account: Account) -> str:
+    splits = [split for split in SPLITS if account["rows", split]]
+    pattern = DATA_FILES[flags.to]
+    files = {split: pattern.format(split=split) for split in (splits if "{split}" in pattern else ["train"])}
+    count = (
+        account["images", "written"]
+        if flags.to == "jsonl"
+        else sum(account["entries", kind] for kind in ("instructions", "conversations"))
+    )
+    name = flags.output.resolve().name
+    head = front_matter(name, count, ["image-text-to-text", "visual-question-answering"], files)
+    return _CARD_BODY.format(
+        head=head, name=name, to=flags.to, count=count, images=account["images", "written"], version=collavo.__version__
+    )
 
 
 def _fates(account: Account, kind: str) -> str:

@@ -4,6 +4,7 @@
     jsonl          rows.jsonl (a row per line, all columns), images/, panoptic/
     trl            train-00000.parquet, validation-00000.parquet, ... with `images` and `messages`
     llamafactory   crayon.jsonl (ShareGPT turns), dataset_info.json that declares it as `crayon`, images/
+    swift          train.jsonl, validation.jsonl with `images` and `messages`, images/
 
 All but jsonl hold conversations about one image each, with exactly one `<image>`. A dialogue of a row stays verbatim,
 save that `<image>` is put before its first question if it has none. The instructions of a row make one conversation per
@@ -12,7 +13,8 @@ trainers encode the image, and TRL's Parquet holds it, once per conversation. Qu
 objects and do not answer each other.
 
 Rules of the readers: LLaVA's `train.py`, TRL 1.16's `DataCollatorForVisionLanguageModeling` and
-`prepare_multimodal_messages`, LLaMA-Factory 0.9.5's `SharegptDatasetConverter` and `_validate_messages`.
+`prepare_multimodal_messages`, LLaMA-Factory 0.9.5's `SharegptDatasetConverter` and `_validate_messages`, ms-swift
+4.6's `MessagesPreprocessor` and `load_image`.
 """
 
 import json
@@ -44,7 +46,7 @@ _TRL_SCHEMA = pa.schema(
     ],
     metadata={"huggingface": json.dumps({"info": {"features": {"images": [{"_type": "Image"}]}}})},
 )
-_TRL_ROLES = {"human": "user", "gpt": "assistant"}
+_ROLES = {"human": "user", "gpt": "assistant"}
 _BYTES_PER_FILE = 400 << 20
 
 
@@ -97,7 +99,7 @@ def fault_of(turns: Turns, to: str) -> str | None:
         return "image_token_in_answer"
     if questions.count(IMAGE_TOKEN) > 1:
         return "several_image_tokens"
-    if to == "llamafactory" and any(token in questions + answers for token in ("<video>", "<audio>")):
+    if to in ("llamafactory", "swift") and any(token in questions + answers for token in ("<video>", "<audio>")):
         return "video_or_audio_token"
     return None
 
@@ -168,9 +170,25 @@ def _trl(folder: Path) -> Iterator[WriteRow]:
         def write(row: CrayonRow, image: ExportedImage, entries: Sequence[Entry]) -> None:
             images = [{"bytes": image.data, "path": image.name}]
             for entry in entries:
-                messages = [{"role": _TRL_ROLES[s], "content": _without_image_token(text)} for s, text in entry.turns]
+                messages = [{"role": _ROLES[s], "content": _without_image_token(text)} for s, text in entry.turns]
                 record = {"id": entry.id, "dialogue_id": entry.dialogue_id, "images": images, "messages": messages}
                 files[row.split].write(record, len(image.data))
+
+        yield write
+
+
+@contextmanager
+def _swift(folder: Path) -> Iterator[WriteRow]:
+    with ExitStack() as stack:
+        files: dict[str, jsonlines.Writer] = {}
+
+        def write(row: CrayonRow, image: ExportedImage, entries: Sequence[Entry]) -> None:
+            images = [_save(folder, "images", image.name, image.data)]
+            if row.split not in files:
+                files[row.split] = stack.enter_context(jsonlines.open(folder / f"{row.split}.jsonl", "w"))
+            for entry in entries:
+                messages = [{"role": _ROLES[speaker], "content": text} for speaker, text in entry.turns]
+                files[row.split].write({"id": entry.id, "messages": messages, "images": images})
 
         yield write
 
@@ -210,8 +228,19 @@ FORMATS: dict[str, Callable[[Path], AbstractContextManager[WriteRow]]] = {
     "jsonl": _jsonl,
     "trl": _trl,
     "llamafactory": _llamafactory,
+    "swift": _swift,
 }
 """A writer per format: given a folder, it takes rows with their image and entries until it is closed."""
+
+
+DATA_FILES = {
+    "llava": "llava.json",
+    "jsonl": "rows.jsonl",
+    "llamafactory": "crayon.jsonl",
+    "trl": "{split}-*.parquet",
+    "swift": "{split}.jsonl",
+}
+"""What `load_dataset` reads of each format; a file for each split, or one that holds all rows as `train`."""
 
 
 def _record(entry: Entry) -> dict[str, Any]:

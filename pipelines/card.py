@@ -1,21 +1,14 @@
 """The dataset card: `README.md` of a data set, with the metadata that `datasets` and the hub read.
 
-Its `configs` are what makes `load_dataset("out")` show two splits of crayon rows. Figures come from the manifest.
-Source: the hub's dataset card metadata, https://huggingface.co/docs/hub/datasets-cards.
-"""
+Its `configs` are what makes `load_dataset("out")` show two splits of crayon rows. Figures come from the manifest."""
 
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
+from collavo.data_card import front_matter
 from schemas.crayon_row import SPLITS, TASKS
 
-CARD = "README.md"
-
-_SIZES = (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
-_SIZE_NAMES = ("1K", "10K", "100K", "1M", "10M", "100M")
 _CLASSES_SHOWN = 15
 
 _BODY = """\
@@ -65,30 +58,9 @@ def dataset_card(manifest: Mapping[str, Any], files: Sequence[str], name: str) -
         name: of the data set's folder.
     """
     splits = [split for split in SPLITS if any(file.startswith(f"{split}-") for file in files)]
-    metadata = {
-        "pretty_name": name,
-        "license": "other",
-        "license_name": "as-the-sources",
-        "language": ["en"],
-        "task_categories": ["image-text-to-text", "visual-question-answering", "image-segmentation"],
-        "tags": ["collavo", "crayon", "panoptic-segmentation"],
-        "size_categories": [size_category(manifest["rows"])],
-        "configs": [
-            {
-                "config_name": "default",
-                "data_files": [{"split": split, "path": f"{split}-*.parquet"} for split in splits],
-            }
-        ],
-    }
-    return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n{_body(manifest, splits, name)}"
-
-
-def size_category(rows: int) -> str:
-    """Return the hub's word for a number of rows."""
-    place = next((place for place, size in enumerate(_SIZES) if rows < size), len(_SIZES))
-    if place == 0:
-        return "n<1K"
-    return f"{_SIZE_NAMES[place - 1]}<n<{_SIZE_NAMES[place]}" if place < len(_SIZES) else "n>100M"
+    tasks = ("image-text-to-text", "visual-question-answering", "image-segmentation")
+    head = front_matter(name, manifest["rows"], tasks, {split: f"{split}-*.parquet" for split in splits})
+    return f"{head}\n{_body(manifest, splits, name)}"
 
 
 def _body(manifest: Mapping[str, Any], splits: Sequence[str], name: str) -> str:

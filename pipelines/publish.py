@@ -19,6 +19,7 @@ from posixpath import basename, join
 from typing import Any
 
 import collavo
+from collavo.data_card import CARD
 from collavo.errors import UserError
 from collavo.folders import INTERNAL
 from collavo.storage import (
@@ -34,7 +35,7 @@ from collavo.storage import (
     rename,
 )
 from pipelines.accounts import Counts
-from pipelines.card import CARD, dataset_card
+from pipelines.card import dataset_card
 from pipelines.job import Publication
 from pipelines.report import write_report
 from pipelines.shards import WrittenShard

@@ -3,7 +3,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines.card import dataset_card, size_category
+from collavo.data_card import size_category
+from pipelines.card import dataset_card
 
 MANIFEST: dict[str, Any] = {
     "rows": 12,

@@ -10,6 +10,7 @@ import jsonlines
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from huggingface_hub import DatasetCard
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageDraw
@@ -202,7 +203,7 @@ def test_trl_stores_an_image_once_for_all_its_entries(tmp_path):
     file = io.BytesIO()
     Image.fromarray(noise).save(file, "PNG")
     output = export(tmp_path, "trl", [a_row("noise", file.getvalue())])
-    (path,) = output.iterdir()
+    (path,) = output.glob("*.parquet")
     assert pq.read_metadata(path).num_rows == len(TASKS)
     assert path.stat().st_size < 1.2 * len(file.getvalue())
 
@@ -229,6 +230,32 @@ def test_llamafactory_finds_as_many_images_as_tokens(tmp_path, capsys):
         assert "<video>" not in text
         assert all((output / image).is_file() for image in images)  # media_dir is dataset_dir by default
     assert "video_or_audio_token 8" in accounts(capsys)["skipped entries"]
+
+
+def test_swift_finds_messages_and_as_many_images_as_tokens(tmp_path):
+    output = export(tmp_path, "swift", some_rows())
+    entries = {}
+    for split in SPLITS:
+        with jsonlines.open(output / f"{split}.jsonl") as lines:
+            entries[split] = list(lines)
+    assert len(entries["train"]) == 2 * len(TASKS) + len(USABLE)
+    assert len(entries["validation"]) == len(TASKS) + 2
+    for entry in (*entries["train"], *entries["validation"]):
+        roles = [message["role"] for message in entry["messages"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2)
+        assert sum(message["content"].count("<image>") for message in entry["messages"]) == len(entry["images"]) == 1
+        assert (output / entry["images"][0]).is_file()  # below ROOT_IMAGE_DIR
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_an_export_has_a_card_by_which_datasets_loads_it(to, tmp_path):
+    output = export(tmp_path, to, some_rows())
+    card = DatasetCard.load(output / "README.md").data
+    assert card.license == "other" and card.task_categories and card.size_categories == ["n<1K"]
+    loaded = datasets.load_dataset(str(output), cache_dir=str(tmp_path / "cache"))
+    rows = sum(split.num_rows for split in loaded.values())
+    assert rows == (4 if to == "jsonl" else 3 * len(TASKS) + len(USABLE) + 2)
+    assert set(loaded) == ({"train", "validation"} if to in ("trl", "swift") else {"train"})
 
 
 def test_jsonl_gives_the_rows_back(tmp_path, capsys):
@@ -309,7 +336,7 @@ def test_images_that_a_reader_would_see_turned_are_told(tmp_path, capsys):
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_split_is_exported_alone(split, tmp_path, capsys):
     output = export(tmp_path, "trl", some_rows(), "--split", split)
-    assert {path.name for path in output.iterdir()} == {f"{split}-00000.parquet"}
+    assert {path.name for path in output.iterdir()} == {f"{split}-00000.parquet", "README.md"}
     assert "of_another_split 2" in accounts(capsys)["rows"]
 
 
@@ -324,7 +351,7 @@ def test_an_export_is_replaced_only_when_asked(to, tmp_path, capsys):
     assert (output / "rows.jsonl").exists() == (to == "jsonl")
 
 
-@pytest.mark.parametrize("foreign", ["notes.txt", "crayon-00000-of-00001.parquet", "images/mine.jpg"])
+@pytest.mark.parametrize("foreign", ["notes.txt", "crayon-00000-of-00001.parquet", "images/mine.jpg", "README.md"])
 def test_what_is_of_no_export_is_never_replaced(foreign, tmp_path, capsys):
     data = stored(tmp_path, some_rows())
     path = tmp_path / "full" / foreign
