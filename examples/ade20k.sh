@@ -12,7 +12,7 @@
 #       TRAIN=gtFine/cityscapes_panoptic_train.json TRAIN_IMAGES=leftImg8bit/train \
 #       VAL=gtFine/cityscapes_panoptic_val.json VAL_IMAGES=leftImg8bit/val bash examples/ade20k.sh
 #
-# Run with drawn pictures in both layouts, with the preset `tiny` on a CPU; never with the data sets themselves.
+# Its commands were run with drawn pictures in both layouts, with the preset `tiny` on a CPU; never with the data sets themselves.
 set -euo pipefail
 
 ADE=${ADE:-}

@@ -6,8 +6,7 @@
 #
 #   COCO=/data/coco bash examples/coco.sh
 #
-# Run with drawn scenes in COCO's layout, with the preset `tiny` on a CPU. COCO itself was never downloaded here; of its
-# photographs, one was built.
+# Never run as a whole: COCO was not downloaded here, and no GPU was there. One of its photographs was built.
 set -euo pipefail
 
 COCO=${COCO:?name the folder with train2017/, val2017/ and annotations/}

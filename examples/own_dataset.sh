@@ -9,7 +9,7 @@
 #   TRAIN=road/panoptic_train.json TRAIN_IMAGES=road/train VAL=road/panoptic_val.json VAL_IMAGES=road/val \
 #       bash examples/own_dataset.sh
 #
-# Run so on 468 road photographs of CamVid with eleven classes, with the preset `tiny` on a CPU; docs/own-data.md tells
+# Its commands were run on 468 road photographs of CamVid with eleven classes, in a shorter training on a CPU; docs/own-data.md tells
 # what came out. Never run with a GPU.
 set -euo pipefail
 

@@ -36,19 +36,6 @@ def coco(folder: Path) -> dict[str, object]:
     return {"COCO": folder}
 
 
-def llava(folder: Path) -> dict[str, object]:
-    """Half of the pictures are COCO's, with masks; dialogues are about all of them."""
-    write_scenes(folder / "scenes", 10, (96, 72))
-    data = folder / "playground"
-    (data / "coco").mkdir(parents=True)
-    shutil.move(folder / "scenes" / "images", data / "coco" / "train2017")
-    dialogues = (folder / "scenes" / "dialogues.json").read_text().replace('"images/', '"coco/train2017/')
-    (data / "llava_v1_5_mix665k.json").write_text(dialogues)
-    shutil.move(folder / "scenes" / "panoptic", folder / "panoptic_train2017")
-    shutil.move(folder / "scenes" / "panoptic.json", folder / "panoptic_train2017.json")
-    return {"PLAYGROUND": data, "COCO_ANNOTATIONS": folder, "PRESET": "tiny", "DEVICE": "cpu"}
-
-
 def pictures(folder: Path) -> dict[str, object]:
     write_scenes(folder / "scenes", 16, (96, 72))
     return {"IMAGES": folder / "scenes" / "images", "CHECKPOINT": "scenes", "VALIDATION_RATIO": 0.3}
@@ -62,9 +49,8 @@ def pictures(folder: Path) -> dict[str, object]:
         ("own_dataset.sh", lambda folder: of_layout(ade20k(folder, 6))),
         ("folder.sh", pictures),
         ("coco.sh", coco),
-        ("llava_7b.sh", llava),
     ],
-    ids=["ade20k", "cityscapes", "own", "folder", "coco", "llava"],
+    ids=["ade20k", "cityscapes", "own", "folder", "coco"],
 )
 def test_an_example_runs(script: str, environment: Callable[[Path], dict[str, object]], tmp_path: Path) -> None:
     variables = {name: str(value) for name, value in environment(tmp_path / "data").items()}
