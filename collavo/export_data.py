@@ -135,17 +135,18 @@ def _write_rows(flags: Flags, files: Sequence[Path], write: WriteRow, account: A
     from collavo.progress import Progress
 
     seen: set[str] = set()
+    file_names: set[str] = set()
     with Progress(Console(stderr=True), transient=True) as progress:
         for row in progress.track(read_rows(files), "Exporting rows", count_rows(files)):
             if row.image_id in seen:
                 raise UserError(f"two rows have the image id {row.image_id!r}; export one data set at a time")
             seen.add(row.image_id)
             wanted = flags.split in (None, row.split)
-            account["rows", _write_row(row, flags, write, account) if wanted else "of_another_split"] += 1
+            account["rows", _write_row(row, flags, write, account, file_names) if wanted else "of_another_split"] += 1
 
 
-def _write_row(row: CrayonRow, flags: Flags, write: WriteRow, account: Account) -> str:
-    """Write one row; its split, or the reason why it was left out."""
+def _write_row(row: CrayonRow, flags: Flags, write: WriteRow, account: Account, file_names: set[str]) -> str:
+    """Write one row; return its split, or the reason why it was left out."""
     if not row.has_image or row.image_path is None:
         return "without_image"
     entries = []
@@ -165,7 +166,12 @@ def _write_row(row: CrayonRow, flags: Flags, write: WriteRow, account: Account) 
     except Rejected as error:
         return error.reason
     extension = _EXTENSIONS.get(format_name, format_name.lower())
-    write(row, ExportedImage(f"{stem}.{extension}", data), entries)
+    # Ids have an extension, but it need not be that of the format, and rows of other origin may have none.
+    name = stem if stem.lower().endswith((f".{extension}", f".{format_name.lower()}")) else f"{stem}.{extension}"
+    if name in file_names:
+        raise UserError(f"the images of two rows would be the file {name!r}; export one data set at a time")
+    file_names.add(name)
+    write(row, ExportedImage(name, data), entries)
     for entry in entries:
         account["entries", "instructions" if entry.dialogue_id is None else "conversations"] += 1
     account["images", "written"] += 1
