@@ -23,7 +23,7 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
 from collavo.device import move_to_device
-from collavo.embedded import find_embedded
+from collavo.embedded import SCENES, TINY, find_embedded
 from collavo.errors import UserError, first_line
 from collavo.hub import find_checkpoint
 from collavo.import_base.assemble import NEW, assemble_from_llava
@@ -43,7 +43,13 @@ EXPORT = "export.json"
 
 
 def save_run(run: Path, model: PeftModel, adapters: Sequence[str], processor: CollavoProcessor) -> None:
-    """Write what was trained, with the model's configuration and the processor."""
+    """Write what was trained, with the model's configuration and the processor, beside `train_args.json`.
+
+    The processor is told what the model was trained with: whether prompts list the objects, and which segmenter fits.
+    """
+    args = read_train_args(run)
+    processor.object_list = args["object_list"] != "none"
+    processor.segmenter = SCENES if args["base"] == TINY else "auto"
     prompt = _crayon_prompt(model).state_dict()
     save_file({name: tensor.cpu().contiguous() for name, tensor in prompt.items()}, run / CRAYON)
     if adapters:
@@ -81,6 +87,31 @@ def load_run(
         loaded = load_adapters(model, {name: run / ADAPTERS / name for name in args["adapter_names"]})
     move_to_device(loaded, device)
     return loaded.eval(), AutoProcessor.from_pretrained(run)
+
+
+def load_run_in_place(
+    run: Path, dtype: torch.dtype | str | None = None, device_map: Any = None, quantize: bool | None = None, **_: Any
+) -> CollavoForConditionalGeneration:
+    """Load a run as `from_pretrained` has to: one model of its own class, with the adapters inside its layers.
+
+    Args:
+        dtype: None or "auto" for that of the training.
+        device_map: a device, or `{"": device}`; "auto" and its like for the first GPU, or the CPU where there is none.
+        quantize: as in `load_run`.
+    """
+    device = device_map.get("") if isinstance(device_map, dict) else device_map or "cpu"
+    if device in ("auto", "balanced", "balanced_low_0", "sequential"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None or dtype == "auto":
+        dtype = AutoConfig.from_pretrained(run).dtype or torch.float32
+    loaded, _processor = load_run(
+        run, torch.device(device), getattr(torch, dtype) if isinstance(dtype, str) else dtype, quantize
+    )
+    if not isinstance(loaded, PeftModel):
+        return loaded
+    model: Any = loaded.get_base_model()
+    model.peft_config, model._hf_peft_config_loaded = loaded.peft_config, True  # as if transformers had loaded them
+    return model  # type: ignore[no-any-return]
 
 
 def load_base(

@@ -82,9 +82,7 @@ def enable_checkpointing(model: CollavoForConditionalGeneration) -> None:
     """Recompute activations in the backward pass, which saves memory and costs time."""
     # Reentrant checkpointing computes gradients only if an input of the checkpointed layer requires them. Here the
     # inputs are frozen embeddings, so everything would silently get gradients of zero.
-    # Before version 5.24 of transformers, `activation` is `gradient`.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 @contextmanager
