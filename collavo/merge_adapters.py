@@ -49,7 +49,7 @@ def export_merged(
     processor.save_pretrained(folder)
     del model
     merged = CollavoForConditionalGeneration.from_pretrained(folder, dtype=dtype)
-    found = _logits(merged.to(device), processor)  # type: ignore[arg-type]
+    found = _logits(merged.to(device), processor)
     differences = {"the merged model and the run on the unquantised base": _difference(found, wanted)}
     del merged
     if args["quantize"]:
@@ -74,9 +74,9 @@ def export_adapter(
     tuner.add_weighted_adapter(
         args["adapter_names"], [1.0] * len(args["adapter_names"]), _ONE_ADAPTER, combination_type="cat"
     )
+    (folder / TRAIN_ARGS).write_text(json.dumps({**args, "adapter_names": [_ONE_ADAPTER]}, indent=2) + "\n")
     save_run(folder, model, [_ONE_ADAPTER], processor)
     shutil.copyfile(run / CRAYON, folder / CRAYON)  # the trained one, in full precision
-    (folder / TRAIN_ARGS).write_text(json.dumps({**args, "adapter_names": [_ONE_ADAPTER]}, indent=2) + "\n")
     del model, tuner
     found = _logits(load_run(folder, device, dtype)[0], processor)
     return {"the one adapter and the run": _difference(found, wanted)}

@@ -99,7 +99,7 @@ def load_run_in_place(
         device_map: a device, or `{"": device}`; "auto" and its like for the first GPU, or the CPU where there is none.
         quantize: as in `load_run`.
     """
-    device = device_map.get("") if isinstance(device_map, dict) else device_map or "cpu"
+    device = (device_map[""] if isinstance(device_map, dict) else device_map) or "cpu"
     if device in ("auto", "balanced", "balanced_low_0", "sequential"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if dtype is None or dtype == "auto":
@@ -111,7 +111,7 @@ def load_run_in_place(
         return loaded
     model: Any = loaded.get_base_model()
     model.peft_config, model._hf_peft_config_loaded = loaded.peft_config, True  # as if transformers had loaded them
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def load_base(

@@ -30,7 +30,6 @@ from collavo.import_base.__main__ import main
 from collavo.import_base.assemble import assemble_from_llava, assemble_from_parts
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.processing import CollavoProcessor
-from collavo.panoptic.maps import PanopticMap
 
 IMAGE_SIZE, GRID = 56, 4
 TEXT = {

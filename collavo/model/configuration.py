@@ -28,7 +28,7 @@ class CollavoConfig(LlavaConfig):
 
     vision_config: Any = None
     text_config: Any = None
-    image_seq_length: int | None = None
+    image_seq_length: int | None = None  # type: ignore[assignment]  # LLaVA has a number
     """Image tokens of one image; the cells of the grid, where it is not given."""
 
     vision_feature_layer: int | list[int] = -1

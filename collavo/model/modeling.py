@@ -87,29 +87,23 @@ class CollavoModel(LlavaModel):
 
         Args:
             semantic_ids, numbering_ids: int [images, rows, columns]; see `CrayonPrompt`. None for all unknown.
-
-        Raises:
-            ValueError: if the maps are not of the images' number and grid.
         """
         features = super().get_image_features(
             pixel_values=pixel_values,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
             image_sizes=image_sizes,
+            return_dict=True,
             **kwargs,
         )
         if not self.config.has_crayon_prompt:
             return features
-        shape = (len(pixel_values), *self.config.grid_hw)
-        unknown = torch.zeros(shape, dtype=torch.int64, device=pixel_values.device)
-        maps = [unknown if ids is None else ids for ids in (semantic_ids, numbering_ids)]
-        if any(ids.shape != shape for ids in maps):
-            found = " and ".join(str(tuple(ids.shape)) for ids in maps)
-            raise ValueError(f"{shape[0]} images need crayon maps of shape {shape}; found {found}")
-        cells = self.crayon_prompt(*maps)
-        # With vision_feature_select_strategy="full", CLIP's class token comes first. It belongs to no cell.
-        no_cell = features.pooler_output[0].shape[0] - cells.shape[1]
-        return CollavoImageOutput(**features, deepstack_features=(nn.functional.pad(cells, (0, 0, no_cell, 0)),))
+        unknown = torch.zeros(len(pixel_values), *self.config.grid_hw, dtype=torch.int64, device=pixel_values.device)
+        cells = self.crayon_prompt(*(unknown if ids is None else ids for ids in (semantic_ids, numbering_ids)))
+        if features.pooler_output[0].shape[0] == cells.shape[1] + 1:
+            # With vision_feature_select_strategy="full", CLIP's class token comes first. It belongs to no cell.
+            cells = nn.functional.pad(cells, (0, 0, 1, 0))
+        return CollavoImageOutput(**features, deepstack_features=(cells,))
 
     @_accept_old_cache_name
     def forward(
@@ -184,8 +178,9 @@ class CollavoModel(LlavaModel):
         """
         # Image tokens stand in the order of the patches, row by row, and images in the order of the batch, as LLaVA
         # scatters its patch embeddings. So the n-th image token gets the n-th cell.
-        embeds = cells[None] if inputs_embeds is None else inputs_embeds
-        image_tokens = self.get_placeholder_mask(input_ids, embeds, cells[None]).to(cells.device)
+        embeds: Any = cells[None] if inputs_embeds is None else inputs_embeds
+        ids: Any = input_ids
+        image_tokens = self.get_placeholder_mask(ids, embeds, cells[None]).to(cells.device)
         if self.config.crayon_signal == "low_rank_branches":
             # Sorted, because their number is known beforehand; `nonzero` would make a GPU wait, and cannot be exported.
             order = image_tokens.flatten().int().argsort(descending=True, stable=True)
@@ -204,19 +199,30 @@ class CollavoForConditionalGeneration(LlavaForConditionalGeneration):
         self.model = CollavoModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+        self._never_generate_images()
 
     @classmethod
-    def from_pretrained(cls, source: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a model as transformers does, or a run directory, which holds what was trained on another model.
 
         Of the keywords, a run directory takes `dtype`, `device_map` and `quantize`; see
         `collavo.runs.load_run_in_place`.
         """
-        if (Path(source) / "train_args.json").exists():
+        source = pretrained_model_name_or_path
+        if source is not None and (Path(source) / "train_args.json").exists():
             from collavo.runs import load_run_in_place  # it stands above this module, and imports it
 
             return load_run_in_place(Path(source), **kwargs)
         return super().from_pretrained(source, *args, **kwargs)
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """Read the generation settings of a saved model; `from_pretrained` calls it."""
+        super().adjust_generation_fn(*args, **kwargs)  # type: ignore[misc]  # its self is a protocol
+        self._never_generate_images()
+
+    def _never_generate_images(self) -> None:
+        # Prompt look-up proposes what followed the last words before: after "Assistant:", what came after "User:".
+        self.generation_config.suppress_tokens = [self.config.image_token_id]
 
     @_accept_old_cache_name
     def forward(

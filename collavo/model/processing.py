@@ -111,27 +111,28 @@ class CollavoProcessor(ProcessorMixin):
         batch: Any = super().__call__(images=images, text=text, **kwargs)
         batch.crayon, batch.panoptic = crayon if isinstance(crayon, str) else "given" if crayon else "none", []
         if images is not None:
-            flat = make_flat_list_of_images(images)
+            flat: Any = make_flat_list_of_images(images)
             batch.panoptic = self._maps(flat, crayon)
             ids = self._crayon_ids(batch.panoptic, self._grid_of(batch))
             is_torch = isinstance(batch["pixel_values"], torch.Tensor)
             batch.update({name: torch.from_numpy(array) if is_torch else array for name, array in ids.items()})
         return batch
 
-    def apply_chat_template(
-        self, conversation: Any, *args: Any, processor_kwargs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> Any:
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
         """Render chats as transformers' processors do, and with `tokenize=True` make the model's inputs of them.
 
         Maps of the images are made by the processor's segmenter if it has one, unless `processor_kwargs` has `crayon`;
         see `__call__`. Models trained with the object list get it before the first question.
         """
-        options = dict(processor_kwargs or {})
-        crayon = kwargs.pop("crayon", None) or options.pop("crayon", None) or ("segment" if self.segmenter else "none")
+        options = kwargs["processor_kwargs"] = dict(kwargs.get("processor_kwargs") or {})
+        crayon: Any = (
+            kwargs.pop("crayon", None) or options.pop("crayon", None) or ("segment" if self.segmenter else "none")
+        )
         chats, several = self._normalize_conversations(conversation)
-        sources = [_image_sources(chat) for chat in chats]
+        given = options.get("images")
+        sources = given if given and several else [given] if given else [_image_sources(chat) for chat in chats]
         if not kwargs.get("tokenize") or not any(sources):
-            return super().apply_chat_template(conversation, *args, processor_kwargs=options, **kwargs)
+            return super().apply_chat_template(conversation, *args, **kwargs)
         images = self.image_processor.fetch_images(sources)
         maps = self._maps([image for group in images for image in group], crayon)
         remaining = iter(maps)
@@ -142,8 +143,8 @@ class CollavoProcessor(ProcessorMixin):
                 objects = objects_sentence(format_objects_with_boxes(found[0].segments, (width, height)))
                 chat[0]["content"] = [*_blocks(chat[0]), {"type": "objects", "text": objects}]
         options |= {"images": images if several else images[0], "crayon": maps}
-        batch = super().apply_chat_template(chats if several else chats[0], *args, processor_kwargs=options, **kwargs)
-        if isinstance(batch, BatchFeature):
+        batch: Any = super().apply_chat_template(chats if several else chats[0], *args, **kwargs)
+        if kwargs.get("return_dict"):
             batch.crayon = crayon if isinstance(crayon, str) else "given"
         return batch
 
@@ -175,7 +176,7 @@ class CollavoProcessor(ProcessorMixin):
             return _segmenter(self.segmenter).segment(
                 [np.asarray(to_pil_image(image).convert("RGB")) for image in images]
             )
-        maps = list(crayon)  # type: ignore[arg-type]
+        maps = list(crayon)
         sizes = [get_image_size(to_numpy_array(image)) for image in images]
         if [found.index_map.shape for found in maps] != sizes:
             shapes = [found.index_map.shape for found in maps]
