@@ -215,6 +215,17 @@ class CollavoForConditionalGeneration(LlavaForConditionalGeneration):
             return load_run_in_place(Path(source), **kwargs)
         return super().from_pretrained(source, *args, **kwargs)
 
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+        """Recompute activations in the backward pass, as in every transformers model.
+
+        Raises:
+            ValueError: for reentrant checkpointing. It runs a backward pass for each layer, and all of them would go
+                through the one signal that the layers share.
+        """
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("the crayon signal needs checkpointing that is not reentrant: use_reentrant=False")
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """Read the generation settings of a saved model; `from_pretrained` calls it."""
         super().adjust_generation_fn(*args, **kwargs)  # type: ignore[misc]  # its self is a protocol
