@@ -26,7 +26,9 @@ Turn a run directory into something simpler.
 
 Adapters that were trained on an NF4 base are merged into the base before
 quantisation. That is another model: its logits differ from the run's by what
-quantisation does to them. The command prints that difference."""
+quantisation does to them. With --dequantize they are merged into the NF4
+weights that they were trained on, which is nearer to the run and further from
+the base. The command prints the difference to the run as it was trained."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +39,7 @@ class Flags:
     output: Path = flag(REQUIRED, "where the export goes; a new or empty folder", kind=Path, metavar="DIR")
     as_: str = flag(REQUIRED, "merged or adapter", choices=("merged", "adapter"), metavar="FORM")
     dtype: str | None = flag(None, "of merged weights (default: bfloat16)", choices=("bfloat16", "float32"))
+    dequantize: bool = flag(False, "merge into the NF4 weights of the training, dequantised")
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
 
 
@@ -56,23 +59,30 @@ def _export(flags: Flags) -> None:
 
     from collavo.device import resolve_device
     from collavo.merge_adapters import TOLERANCES, export_adapter, export_merged
-    from collavo.runs import EXPORT, read_train_args
+    from collavo.model_card import write_model_card
+    from collavo.runs import EXPORT, base_from, read_train_args
 
     with naming("device"):
         device = resolve_device(flags.device)
     with naming("model"):
         args = read_train_args(flags.model)
+    base = base_from(flags.model, flags.output)
     merged = flags.as_ == "merged"
     if not merged and not args["adapter_names"]:
         raise UserError(f"--as adapter: {flags.model} has no adapters; use --as merged")
     if not merged and flags.dtype:
         raise UserError("--dtype concerns merged weights; leave it out, or use --as merged")
+    if flags.dequantize and not (merged and args["quantize"]):
+        raise UserError("--dequantize concerns --as merged of a run that was trained on NF4; leave it out")
     # Of the merged weights; for an adapter, of the computation that checks it.
     is_float32 = flags.dtype == "float32" if merged else device.type == "cpu"
     dtype = torch.float32 if is_float32 else torch.bfloat16
     with output_folder(flags.output) as folder:
         with naming("model"):
-            differences = (export_merged if merged else export_adapter)(flags.model, folder, device, dtype, args)
+            if merged:
+                differences = export_merged(flags.model, folder, device, dtype, args, flags.dequantize)
+            else:
+                differences = export_adapter(flags.model, folder, device, dtype, args, base)
         for compared, difference in differences.items():
             print(f"Logits of {compared}: differ {difference}")
         difference, tolerance = next(iter(differences.values())), TOLERANCES[dtype]
@@ -80,8 +90,8 @@ def _export(flags: Flags) -> None:
             found = f"the logits of the export differ from the run's {difference}"
             raise UserError(f"refused: {found}; at most {tolerance:g} of the largest is allowed", 1)
         facts = {
-            "run": str(flags.model),
-            "base": args["base"],
+            "run": flags.model.resolve().name,
+            "base": base,
             "form": flags.as_,
             "dtype": str(dtype).removeprefix("torch."),
             "object_list": args["object_list"],
@@ -89,6 +99,7 @@ def _export(flags: Flags) -> None:
             "versions": {name: version(name) for name in ("collavo", "torch", "transformers", "peft")},
         }
         (folder / EXPORT).write_text(json.dumps(facts, indent=2) + "\n")
+        write_model_card(folder, flags.model, flags.as_, base, name=flags.output.resolve().name)
     print(f"Exported: {flags.output}")
 
 

@@ -6,7 +6,6 @@ answers are those that each whole prompt would get alone.
 """
 
 import copy
-import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlavaModel, TextStreamer
+from transformers import TextStreamer
 
 from collavo.dataset import decoded_image
 from collavo.device import move_to_device
@@ -29,9 +28,6 @@ from collavo.panoptic.maps import PanopticMap
 from collavo.runs import EXPORT, TRAIN_ARGS, load_base, load_run, read_train_args
 from schemas.categories import COCO_PANOPTIC, CategorySet
 from schemas.crayon_row import CrayonRow
-
-# transformers' name for the keys and values of earlier tokens; it was past_key_values before version 5.24.
-_CACHE = "cache" if "cache" in inspect.signature(LlavaModel.forward).parameters else "past_key_values"
 
 _LISTED: dict[str, tuple[Kind, ...]] = {"all": KINDS, "dialogues": ("dialogue",), "none": ()}
 """Kinds of questions that begin with the object list, by the `object_list` argument of training."""
@@ -164,7 +160,7 @@ class Answerer:
         outputs = self.model(
             **{name: tensor.to(self.model.device) for name, tensor in inputs.items()}, use_cache=True, logits_to_keep=1
         )
-        return outputs[_CACHE]
+        return outputs.cache
 
     def _go_on(
         self, cache: Any, rows: torch.Tensor, prompt: dict[str, torch.Tensor], max_new_tokens: int, streamer: Any
@@ -175,7 +171,7 @@ class Answerer:
         cache.batch_select_indices(rows.repeat_interleave(self.beams).to(device))
         generated: torch.Tensor = self.model.generate(
             **{name: tensor.to(device) for name, tensor in prompt.items()},
-            **{_CACHE: cache},
+            cache=cache,
             # `generate` would count the padding between beginning and rest as tokens.
             position_ids=_positions(prompt["attention_mask"]).to(device),
             max_new_tokens=max_new_tokens,

@@ -17,6 +17,9 @@ from schemas.categories import MAX_NUMBERING
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 """The largest difference of logits that is allowed, as a share of the largest logit: the sums run in another order."""
 
+_OF_THIS_MACHINE = ("preset", "data", "files", "image_root", "output_dir")
+"""Arguments of the training that are paths; an export goes elsewhere."""
+
 _ONE_ADAPTER = "cit"  # the name that training gives to a single adapter
 _TOKENS_COMPARED = 16
 
@@ -32,25 +35,28 @@ class Difference(NamedTuple):
 
 
 def export_merged(
-    run: Path, folder: Path, device: torch.device, dtype: torch.dtype, args: dict[str, Any]
+    run: Path, folder: Path, device: torch.device, dtype: torch.dtype, args: dict[str, Any], dequantized: bool = False
 ) -> dict[str, Difference]:
     """Write a whole model, the adapters merged into its weights.
 
     Args:
         folder: an empty one.
         args: the run's, see `collavo.runs.read_train_args`.
+        dequantized: merge into what NF4 made of the base's weights, and not into these.
 
     Returns:
-        the difference to the run on the same, unquantised base; for a run on NF4, second, that to the run as trained.
+        the difference to the run on the same base, unquantised or dequantised; for a run on NF4, second, that to the
+        run as trained.
     """
-    model, processor = load_run(run, device, dtype, quantize=False)
+    model, processor = load_run(run, device, dtype, quantize="dequantized" if dequantized else False)
     wanted = _logits(model, processor)
     merge_adapters(model).save_pretrained(folder, max_shard_size="5GB")
     processor.save_pretrained(folder)
     del model
     merged = CollavoForConditionalGeneration.from_pretrained(folder, dtype=dtype)
-    found = _logits(merged.to(device), processor)  # type: ignore[arg-type]
-    differences = {"the merged model and the run on the unquantised base": _difference(found, wanted)}
+    found = _logits(merged.to(device), processor)
+    base = "dequantised" if dequantized else "unquantised"
+    differences = {f"the merged model and the run on the {base} base": _difference(found, wanted)}
     del merged
     if args["quantize"]:
         quantized = _logits(load_run(run, device, dtype, quantize=True)[0], processor)
@@ -59,9 +65,12 @@ def export_merged(
 
 
 def export_adapter(
-    run: Path, folder: Path, device: torch.device, dtype: torch.dtype, args: dict[str, Any]
+    run: Path, folder: Path, device: torch.device, dtype: torch.dtype, args: dict[str, Any], base: str
 ) -> dict[str, Difference]:
     """Write a run directory with one adapter; arguments as for `export_merged`.
+
+    Args:
+        base: how the export names its base, see `collavo.runs.base_from`.
 
     Returns:
         the difference to the run.
@@ -74,9 +83,11 @@ def export_adapter(
     tuner.add_weighted_adapter(
         args["adapter_names"], [1.0] * len(args["adapter_names"]), _ONE_ADAPTER, combination_type="cat"
     )
+    kept = {name: value for name, value in args.items() if name not in _OF_THIS_MACHINE}
+    kept |= {"base": base, "adapter_names": [_ONE_ADAPTER]}
+    (folder / TRAIN_ARGS).write_text(json.dumps(kept, indent=2) + "\n")
     save_run(folder, model, [_ONE_ADAPTER], processor)
     shutil.copyfile(run / CRAYON, folder / CRAYON)  # the trained one, in full precision
-    (folder / TRAIN_ARGS).write_text(json.dumps({**args, "adapter_names": [_ONE_ADAPTER]}, indent=2) + "\n")
     del model, tuner
     found = _logits(load_run(folder, device, dtype)[0], processor)
     return {"the one adapter and the run": _difference(found, wanted)}

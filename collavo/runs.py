@@ -11,9 +11,10 @@ The base itself is not copied. It is loaded from the place it came from, and eve
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
@@ -23,12 +24,12 @@ from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
 from collavo.device import move_to_device
-from collavo.embedded import find_embedded
+from collavo.embedded import SCENES, TINY, find_embedded
 from collavo.errors import UserError, first_line
 from collavo.hub import find_checkpoint
 from collavo.import_base.assemble import NEW, assemble_from_llava
 from collavo.model import CollavoForConditionalGeneration
-from collavo.model.adapters import quantize_language_model, without_peft_warnings
+from collavo.model.adapters import quantize_language_model, round_to_nf4, without_peft_warnings
 from collavo.model.configuration import CollavoConfig
 from collavo.model.processing import CollavoProcessor
 from collavo.model.query_init import adopt_categories
@@ -43,10 +44,18 @@ EXPORT = "export.json"
 
 
 def save_run(run: Path, model: PeftModel, adapters: Sequence[str], processor: CollavoProcessor) -> None:
-    """Write what was trained, with the model's configuration and the processor."""
+    """Write what was trained, with the model's configuration and the processor, beside `train_args.json`.
+
+    The processor is told what the model was trained with: whether prompts list the objects, and which segmenter fits.
+    """
+    args = read_train_args(run)
+    processor.object_list = args["object_list"] != "none"
+    processor.segmenter = SCENES if args["base"] == TINY else "auto"
     prompt = _crayon_prompt(model).state_dict()
     save_file({name: tensor.cpu().contiguous() for name, tensor in prompt.items()}, run / CRAYON)
     if adapters:
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = args["base"]  # peft would name the folder that it came from
         model.save_pretrained(str(run / ADAPTERS), selected_adapters=list(adapters), save_embedding_layers=False)
         (run / ADAPTERS / CARD).unlink(missing_ok=True)  # peft's own card; the run's says more
     model.config.save_pretrained(run)
@@ -54,13 +63,14 @@ def save_run(run: Path, model: PeftModel, adapters: Sequence[str], processor: Co
 
 
 def load_run(
-    run: Path, device: torch.device, dtype: torch.dtype, quantize: bool | None = None
+    run: Path, device: torch.device, dtype: torch.dtype, quantize: bool | Literal["dequantized"] | None = None
 ) -> tuple[PeftModel | CollavoForConditionalGeneration, CollavoProcessor]:
     """Load a trained model with all its adapters active.
 
     Args:
         dtype: of what is not quantised, and of the computation.
-        quantize: whether the language model is NF4; None for as it was trained.
+        quantize: whether the language model is NF4; None for as it was trained; "dequantized" for ordinary weights with
+            the values that NF4 gave them.
 
     Raises:
         UserError: if the folder is not a finished run, the weights do not fit the base, or the model not the device.
@@ -70,17 +80,44 @@ def load_run(
     attention = args["attention"] if device.type == "cuda" else "sdpa"
     categories = CollavoConfig.from_pretrained(run).category_set
     try:
-        model, _ = load_base(args["base"], dtype, args["queries"], attention, categories)
+        model, _ = load_base(base_source(run), dtype, args["queries"], attention, categories)
     except UserError as error:
         raise UserError(f"{run}: its base, {error}") from error
     load_crayon_prompt(run / CRAYON, model)
-    if args["quantize"] if quantize is None else quantize:
+    if quantize == "dequantized":
+        round_to_nf4(model, device)
+    elif args["quantize"] if quantize is None else quantize:
         quantize_language_model(model, dtype, device)
     loaded: PeftModel | CollavoForConditionalGeneration = model
     if args["adapter_names"]:
         loaded = load_adapters(model, {name: run / ADAPTERS / name for name in args["adapter_names"]})
     move_to_device(loaded, device)
     return loaded.eval(), AutoProcessor.from_pretrained(run)
+
+
+def load_run_in_place(
+    run: Path, dtype: torch.dtype | str | None = None, device_map: Any = None, quantize: bool | None = None, **_: Any
+) -> CollavoForConditionalGeneration:
+    """Load a run as `from_pretrained` has to: one model of its own class, with the adapters inside its layers.
+
+    Args:
+        dtype: None or "auto" for that of the training.
+        device_map: a device, or `{"": device}`; "auto" and its like for the first GPU, or the CPU where there is none.
+        quantize: as in `load_run`.
+    """
+    device = (device_map[""] if isinstance(device_map, dict) else device_map) or "cpu"
+    if device in ("auto", "balanced", "balanced_low_0", "sequential"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None or dtype == "auto":
+        dtype = AutoConfig.from_pretrained(run).dtype or torch.float32
+    loaded, _processor = load_run(
+        run, torch.device(device), getattr(torch, dtype) if isinstance(dtype, str) else dtype, quantize
+    )
+    if not isinstance(loaded, PeftModel):
+        return loaded
+    model: Any = loaded.get_base_model()
+    model.peft_config, model._hf_peft_config_loaded = loaded.peft_config, True  # as if transformers had loaded them
+    return model
 
 
 def load_base(
@@ -202,6 +239,19 @@ def read_train_args(run: Path) -> dict[str, Any]:
     if not file.exists():
         raise UserError(f"{run}: not a run directory, for it has no {TRAIN_ARGS}; train one with collavo.train")
     return json.loads(file.read_text())
+
+
+def base_source(run: Path) -> str:
+    """The base of a run: a folder, a hub id, or the name of an embedded model."""
+    base: str = read_train_args(run)["base"]
+    # An export names a base in a folder by the way that leads there from the export.
+    return str(run / base) if (run / base).is_dir() else base
+
+
+def base_from(run: Path, folder: Path) -> str:
+    """The base of a run as an export in `folder` names it: no path of this machine, if there is a way without."""
+    base = base_source(run)
+    return os.path.relpath(base, folder) if find_embedded(base) is None and Path(base).is_dir() else base
 
 
 def base_of(model: str) -> str | None:

@@ -92,6 +92,17 @@ def test_a_run_on_nf4_tells_how_far_its_merged_model_is_from_it(tmp_path, capsys
     assert "NF4" in capsys.readouterr().out
 
 
+def test_merged_into_the_dequantised_weights_a_run_on_nf4_is_what_it_was_trained_as(tmp_path):
+    run = save_tiny_run(tmp_path / "run", quantize=True)
+    plain, nearer = (
+        export(run, tmp_path / name, "--as", "merged", "--dtype", "float32", *flags)["logits"].values()
+        for name, flags in (("plain", []), ("nearer", ["--dequantize"]))
+    )
+    assert [each["largest"] < 1e-4 * each["of"] for each in nearer] == [True, True]
+    assert [each["largest"] < 1e-4 * each["of"] for each in plain] == [True, False]
+    assert answers(tmp_path / "nearer") == answers(run)
+
+
 def test_a_run_without_adapters_is_merged_as_it_is(tmp_path):
     run = save_tiny_run(tmp_path / "run", adapters=())
     export(run, tmp_path / "m", "--as", "merged", "--dtype", "float32")
@@ -123,6 +134,7 @@ def test_an_export_that_answers_otherwise_is_refused_and_leaves_nothing(run, tmp
         (["--model", "nowhere"], "nowhere: not a run directory"),
         (["--output", "full"], "--output full is there already; name a new or empty folder"),
         (["--as", "adapter", "--dtype", "float32"], "--dtype concerns merged weights"),
+        (["--dequantize", ""], "--dequantize concerns --as merged of a run that was trained on NF4"),
         (["--as", "adapter", "--model", "bare"], "--as adapter: bare has no adapters; use --as merged"),
         (["--output", "full/file/export"], "full/file is a file; name a folder"),
         (["--device", "tpu"], "--device: tpu: not a device"),
@@ -137,7 +149,7 @@ def test_what_cannot_work_is_refused_in_one_line(run, tmp_path, monkeypatch, cap
     (tmp_path / "bare" / "train_args.json").write_text(json.dumps({**args, "adapter_names": []}))
     given = {"--model": str(run), "--output": "new", "--as": "merged"}
     given |= dict(zip(flags[::2], flags[1::2], strict=True))
-    assert main([part for flag in given.items() for part in flag]) == 2
+    assert main([part for flag in given.items() for part in flag if part]) == 2
     (error,) = [
         line for line in capsys.readouterr().err.splitlines() if line.startswith("collavo.export_model: error: ")
     ]

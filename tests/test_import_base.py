@@ -30,7 +30,6 @@ from collavo.import_base.__main__ import main
 from collavo.import_base.assemble import assemble_from_llava, assemble_from_parts
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.processing import CollavoProcessor
-from collavo.panoptic.maps import PanopticMap
 
 IMAGE_SIZE, GRID = 56, 4
 TEXT = {
@@ -278,8 +277,9 @@ def test_the_command_writes_a_whole_model(llava: Path, tmp_path: Path) -> None:
     for name, tensor in model.state_dict().items():
         if "crayon_prompt" not in name:
             assert tensor.dtype == torch.bfloat16 and torch.equal(tensor, weights[name]), name
-    picture, nothing = np.zeros((30, 40, 3), np.uint8), PanopticMap(np.zeros((30, 40), np.uint8), ())
-    inputs = processor([picture], [nothing], [[("human", "How many people are there?")]])
+    question = [{"type": "image", "image": np.zeros((30, 40, 3), np.uint8)}, {"type": "text", "text": "How many?"}]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "processor_kwargs": {"crayon": "none"}}
+    inputs = processor.apply_chat_template([{"role": "user", "content": question}], **options)
     generated = model.generate(**inputs.to(torch.bfloat16), max_new_tokens=3, do_sample=False)
     assert generated.shape[1] > inputs["input_ids"].shape[1]
 

@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from tiny_model import scene_rows
 from tiny_run import save_tiny_run
 
@@ -36,7 +37,14 @@ def answerer(run):
 def alone(answerer: Answerer, request: Request) -> str:
     """The answer to one prompt by transformers' own `generate`, nothing shared and nothing padded."""
     picture, processor = PICTURES[request.picture], answerer.processor
-    inputs = processor([picture.image], [picture.panoptic], [request.turns], object_list=request.objects is not None)
+    processor.object_list = request.objects is not None
+    chat = [
+        {"role": {"human": "user", "gpt": "assistant"}[speaker], "content": [{"type": "text", "text": text}]}
+        for speaker, text in request.turns
+    ]
+    chat[0]["content"].append({"type": "image", "image": Image.fromarray(picture.image)})
+    options = {"return_dict": True, "return_tensors": "pt", "processor_kwargs": {"crayon": [picture.panoptic]}}
+    inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, **options)
     assert inputs["attention_mask"].all()
     tokens = answerer.model.generate(
         **inputs, max_new_tokens=request.max_new_tokens, num_beams=answerer.beams, do_sample=False, pad_token_id=2

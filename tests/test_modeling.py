@@ -150,8 +150,19 @@ def test_it_saves_and_loads_through_the_auto_classes(tmp_path: Path) -> None:
 
 def test_images_that_do_not_match_their_crayon_maps_are_refused() -> None:
     batch = inputs()
-    with pytest.raises(ValueError, match="semantic_ids"):
-        tiny_model()(**{name: tensor for name, tensor in batch.items() if name != "semantic_ids"})
+    with pytest.raises(ValueError, match="do not match, tokens: 72"):
+        tiny_model()(**{**batch, **{name: batch[name][:1] for name in ("semantic_ids", "numbering_ids")}})
+    with pytest.raises(ValueError, match="do not match, tokens: 72"):
+        tiny_model()(**{**batch, "pixel_values": batch["pixel_values"][:1]})
     batch["input_ids"][0, 2] = 5
-    with pytest.raises(ValueError, match=r"71 image tokens in input_ids for 2 crayon maps of 36 cells"):
+    with pytest.raises(ValueError, match="do not match, tokens: 71"):
         tiny_model()(**batch)
+
+
+def test_without_maps_every_cell_is_unknown() -> None:
+    model, batch = tiny_model(), inputs()
+    unknown = {name: torch.zeros_like(batch[name]) for name in ("semantic_ids", "numbering_ids")}
+    plain = {name: batch[name] for name in ("input_ids", "attention_mask", "pixel_values")}
+    with torch.no_grad():
+        assert torch.equal(model(**plain).logits, model(**batch | unknown).logits)
+        assert not torch.equal(model(**plain).logits, model(**batch).logits)

@@ -39,7 +39,6 @@ def save_tiny_run(folder: Path, adapters: tuple[str, ...] = ADAPTERS, **train_ar
             for name, parameter in adapted.named_parameters():
                 if "lora_B" in name:
                     parameter.normal_(std=0.2)
-    save_run(folder, adapted if adapters else model, adapters, processor)
     args = {
         "base": str(base),
         "queries": "both",
@@ -50,4 +49,5 @@ def save_tiny_run(folder: Path, adapters: tuple[str, ...] = ADAPTERS, **train_ar
         **train_args,
     }
     (folder / "train_args.json").write_text(json.dumps(args))
+    save_run(folder, adapted if adapters else model, adapters, processor)
     return folder

@@ -2,5 +2,6 @@
 
 from collavo.model.configuration import CollavoConfig
 from collavo.model.modeling import CollavoForConditionalGeneration, CollavoModel
+from collavo.model.processing import CollavoProcessor
 
-__all__ = ["CollavoConfig", "CollavoForConditionalGeneration", "CollavoModel"]
+__all__ = ["CollavoConfig", "CollavoForConditionalGeneration", "CollavoModel", "CollavoProcessor"]

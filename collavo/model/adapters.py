@@ -53,6 +53,17 @@ def quantize_language_model(
     setattr(model, "is_loaded_in_4bit", True)  # noqa: B010  # what peft asks before it adapts 4-bit layers
 
 
+@torch.no_grad()
+def round_to_nf4(model: CollavoForConditionalGeneration, device: torch.device) -> None:
+    """Give the language model's linear layers the values that NF4 would give them, as ordinary weights, in place."""
+    from bitsandbytes import functional as nf4
+
+    for name in linear_layer_names(model):
+        weight: Any = model.get_submodule(name).weight
+        codes, state = nf4.quantize_4bit(weight.to(device), compress_statistics=True, quant_type="nf4")
+        weight.copy_(nf4.dequantize_4bit(codes, state))
+
+
 def linear_layer_names(model: nn.Module) -> list[str]:
     """Full names of the layers to quantise and adapt.
 
@@ -82,9 +93,7 @@ def enable_checkpointing(model: CollavoForConditionalGeneration) -> None:
     """Recompute activations in the backward pass, which saves memory and costs time."""
     # Reentrant checkpointing computes gradients only if an input of the checkpointed layer requires them. Here the
     # inputs are frozen embeddings, so everything would silently get gradients of zero.
-    # Before version 5.24 of transformers, `activation` is `gradient`.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 @contextmanager

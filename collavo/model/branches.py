@@ -95,9 +95,9 @@ class LayerBranches(nn.Module):
         assert self._signal is not None
         positions, cells = self._signal
         branch: Any = self.image[name]
-        dtype = branch[0].weight.dtype
-        addition: torch.Tensor = branch(states.flatten(0, 1)[positions].to(dtype))
-        return addition + self.crayon[name](cells.to(dtype)) if name in self.crayon else addition
+        weight = branch[0].weight  # the layers of a model may be spread over several GPUs, the branches with them
+        addition: torch.Tensor = branch(states.flatten(0, 1)[positions.to(states.device)].to(weight))
+        return addition + self.crayon[name](cells.to(weight)) if name in self.crayon else addition
 
     def _join(self, linear: nn.Module, name: str, addition: torch.Tensor | None = None) -> None:
         """Hook a linear layer: add the branch called `name`, or an addition computed before, to its next output."""
@@ -106,7 +106,7 @@ class LayerBranches(nn.Module):
 
         def add(_: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
             rows = self._addition(name, args[0]) if addition is None else addition
-            return output.flatten(0, 1).index_add(0, positions, rows.to(output.dtype)).view_as(output)
+            return output.flatten(0, 1).index_add(0, positions.to(output.device), rows.to(output)).view_as(output)
 
         self._handles.append(linear.register_forward_hook(add))
 

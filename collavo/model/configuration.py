@@ -3,7 +3,8 @@
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlavaConfig
+from transformers import AutoConfig, LlavaConfig
+from transformers.configuration_utils import SubConfigSpec
 
 from schemas.categories import COCO_PANOPTIC, CategorySet
 
@@ -16,10 +17,20 @@ class CollavoConfig(LlavaConfig):
     """
 
     model_type = "collavo"
+    sub_configs_defaults = {  # noqa: RUF012
+        **LlavaConfig.sub_configs_defaults,
+        "vision_config": SubConfigSpec(
+            config_class=AutoConfig,
+            model_type="clip_vision_model",
+            init_kwargs={**LlavaConfig.sub_configs_defaults["vision_config"].init_kwargs, "image_size": 490},
+        ),
+    }
 
     vision_config: Any = None
     text_config: Any = None
-    image_seq_length: int = 1225
+    image_seq_length: int | None = None  # type: ignore[assignment]  # LLaVA has a number
+    """Image tokens of one image; the cells of the grid, where it is not given."""
+
     vision_feature_layer: int | list[int] = -1
 
     crayon_width: int = 1024
@@ -44,6 +55,11 @@ class CollavoConfig(LlavaConfig):
 
     chat_format: str = "paper"
     """The language model's chat format, one of `collavo.model.prompt.CHAT_FORMATS`."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if self.image_seq_length is None:
+            self.image_seq_length = self.grid_hw[0] * self.grid_hw[1]
 
     @property
     def category_set(self) -> CategorySet:

@@ -1,28 +1,49 @@
 """The processor: it turns images, their panoptic maps and conversations into the model's inputs."""
 
 from collections.abc import Sequence
-from functools import cached_property
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoProcessor, BatchFeature, CLIPImageProcessorPil, ProcessorMixin
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import get_image_size, make_flat_list_of_images, to_numpy_array
+from transformers.processing_utils import MultiModalData
 
 from collavo.instructions.text import format_objects_with_boxes
 from collavo.model.configuration import CollavoConfig
-from collavo.model.prompt import CHAT_FORMATS, IMAGE_TOKEN, RenderedPrompt, Turns, render_conversation
+from collavo.model.prompt import CHAT_FORMATS, IMAGE_TOKEN, RenderedPrompt, Turns, objects_sentence, render_conversation
+from collavo.model.prompt import chat_template as jinja_template
 from collavo.panoptic.grid import crayon_grid
-from collavo.panoptic.maps import PanopticMap
+from collavo.panoptic.maps import PanopticMap, build_panoptic_map
+from collavo.segmenters import Segmenter, open_segmenter
 from schemas.categories import COCO_PANOPTIC, CategorySet
+
+Crayon = Sequence[PanopticMap] | Literal["segment", "none"]
+"""Where crayon maps come from: maps of the images, the processor's segmenter, or nowhere."""
 
 
 class CollavoProcessor(ProcessorMixin):
     """Image processor and tokenizer with the prompt protocol.
 
-    Images are squeezed to a square, neither cropped nor padded. So the patches of the vision encoder cover the whole
-    picture, and the cell of a crayon map is the same part of it as the patch at the same place.
+    It is called as transformers' processors are. Images are squeezed to a square, neither cropped nor padded. So the
+    patches of the vision encoder cover the whole picture, and the cell of a crayon map is the same part of it as the
+    patch at the same place.
+
+    Args:
+        patch_size: of the vision encoder.
+        chat_format: one of `collavo.model.prompt.CHAT_FORMATS`.
+        category_records: the set of classes that the model has queries for; None for COCO panoptic's.
+        segmenter: what makes the maps of pictures that come without: a checkpoint of Mask2Former, `scenes` for the
+            embedded one, `auto` for the paper's; None for nothing. Training leaves the one that fits the model.
+        object_list: whether a chat begins with the recognised objects, as in the training of the model.
+        chat_template: that of the chat format by default.
     """
+
+    # A prompt is continued at its right end, so a batch of them is padded on the left.
+    text_kwargs = {"padding_side": "left"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -31,12 +52,21 @@ class CollavoProcessor(ProcessorMixin):
         patch_size: int = 14,
         chat_format: str = "paper",
         category_records: list[dict[str, Any]] | None = None,
+        segmenter: str | None = None,
+        object_list: bool = True,
+        chat_template: str | None = None,
+        image_token: str = IMAGE_TOKEN,
         **kwargs: Any,
     ) -> None:
         self.patch_size = patch_size
         self.chat_format = chat_format
         self.category_records = category_records
-        super().__init__(image_processor, tokenizer, **kwargs)
+        self.segmenter = segmenter
+        self.object_list = object_list
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        template = chat_template or jinja_template(tokenizer, CHAT_FORMATS[chat_format])
+        super().__init__(image_processor, tokenizer, chat_template=template, **kwargs)
 
     @cached_property
     def categories(self) -> CategorySet:
@@ -49,31 +79,117 @@ class CollavoProcessor(ProcessorMixin):
         size = self.image_processor.size
         return size["height"] // self.patch_size, size["width"] // self.patch_size
 
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "semantic_ids", "numbering_ids"]
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        return ["token_type_ids"]
+
     def __call__(
-        self,
-        images: Sequence[np.ndarray],
-        panoptic: Sequence[PanopticMap],
-        conversations: Sequence[Turns],
-        object_list: bool = True,
+        self, images: Any = None, text: Any = None, crayon: Crayon | None = None, **kwargs: Any
     ) -> BatchFeature:
-        """Make a left-padded batch to generate from.
+        """Turn images and texts with `<image>` into the model's inputs.
 
         Args:
-            images: uint8 RGB arrays [height, width, 3].
-            panoptic: the map of each image.
-            conversations: turns about each image, the last one by `human`.
-            object_list: whether the recognised objects precede the first question.
+            images: PIL images, arrays, paths or URLs; one, a list, or a list of lists.
+            text: one text or several, complete prompts such as `apply_chat_template` makes.
+            crayon: the maps of the images in their order, of their heights and widths; "segment" to have them made
+                here; "none", the default, for maps in which nothing is known.
+            kwargs: of image processor and tokenizer, such as `return_tensors` and `padding`.
+
+        Returns:
+            `input_ids` and `attention_mask`, with images also `pixel_values`, `semantic_ids` and `numbering_ids`. Its
+            attribute `crayon` is "given", "segment" or "none", and `panoptic` holds the maps.
+
+        Raises:
+            ValueError: if images, maps and image tokens do not match, or there is no segmenter.
         """
-        prompts = []
-        for image, found, turns in zip(images, panoptic, conversations, strict=True):
-            size_wh = (image.shape[1], image.shape[0])
-            prompts.append(
-                self.render(turns, format_objects_with_boxes(found.segments, size_wh) if object_list else None)
-            )
-        batch = self.tokenizer.pad(
-            {"input_ids": [prompt.input_ids for prompt in prompts]}, padding_side="left", return_tensors="pt"
+        if images is not None:
+            images = self.image_processor.fetch_images(images)
+        batch: Any = super().__call__(images=images, text=text, **kwargs)
+        batch.crayon, batch.panoptic = crayon if isinstance(crayon, str) else "given" if crayon else "none", []
+        if images is not None:
+            flat: Any = make_flat_list_of_images(images)
+            batch.panoptic = self._maps(flat, crayon)
+            ids = self._crayon_ids(batch.panoptic, self._grid_of(batch))
+            is_torch = isinstance(batch["pixel_values"], torch.Tensor)
+            batch.update({name: torch.from_numpy(array) if is_torch else array for name, array in ids.items()})
+        return batch
+
+    def apply_chat_template(self, conversation: Any, *args: Any, **kwargs: Any) -> Any:
+        """Render chats as transformers' processors do, and with `tokenize=True` make the model's inputs of them.
+
+        Maps of the images are made by the processor's segmenter if it has one, unless `processor_kwargs` has `crayon`;
+        see `__call__`. Models trained with the object list get it before the first question.
+        """
+        options = kwargs["processor_kwargs"] = dict(kwargs.get("processor_kwargs") or {})
+        crayon: Any = (
+            kwargs.pop("crayon", None) or options.pop("crayon", None) or ("segment" if self.segmenter else "none")
         )
-        return BatchFeature({**batch, **self.picture_inputs(images, panoptic)})
+        chats, several = self._normalize_conversations(conversation)
+        given = options.get("images")
+        sources = given if given and several else [given] if given else [_image_sources(chat) for chat in chats]
+        if not kwargs.get("tokenize") or not any(sources):
+            return super().apply_chat_template(conversation, *args, **kwargs)
+        images = self.image_processor.fetch_images(sources)
+        maps = self._maps([image for group in images for image in group], crayon)
+        remaining = iter(maps)
+        for chat, group in zip(chats, images, strict=True):
+            found = [next(remaining) for _ in group]
+            if found and self.object_list:
+                height, width = found[0].index_map.shape
+                objects = objects_sentence(format_objects_with_boxes(found[0].segments, (width, height)))
+                chat[0]["content"] = [*_blocks(chat[0]), {"type": "objects", "text": objects}]
+        options |= {"images": images if several else images[0], "crayon": maps}
+        batch: Any = super().apply_chat_template(chats if several else chats[0], *args, **kwargs)
+        if kwargs.get("return_dict"):
+            batch.crayon = crayon if isinstance(crayon, str) else "given"
+        return batch
+
+    def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
+        """One image token per cell; transformers puts them in the place of an image's own."""
+        rows, columns = self._grid_of(image_inputs)
+        return self.image_token * rows * columns
+
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
+        """Count the tokens of images by their sizes, which do not matter; servers such as vLLM ask for it."""
+        rows, columns = self.grid_hw
+        count = len(image_sizes or ())
+        return MultiModalData(num_image_tokens=[rows * columns] * count, num_image_patches=[1] * count)
+
+    def _grid_of(self, image_inputs: Any) -> tuple[int, int]:
+        """Rows and columns of images as processed, whose size a caller may have changed."""
+        height, width = image_inputs["pixel_values"][0].shape[-2:]
+        return height // self.patch_size, width // self.patch_size
+
+    def _maps(self, images: Sequence[Any], crayon: Crayon | None) -> list[PanopticMap]:
+        """The map of each image, from where the caller says."""
+        if crayon is None or crayon == "none":
+            return [
+                build_panoptic_map(np.zeros(get_image_size(to_numpy_array(image)), np.int32), ()) for image in images
+            ]
+        if crayon == "segment":
+            if self.segmenter is None:
+                raise ValueError("this processor has no segmenter; give crayon maps, or set its attribute `segmenter`")
+            return _segmenter(self.segmenter).segment(
+                [np.asarray(to_pil_image(image).convert("RGB")) for image in images]
+            )
+        maps = list(crayon)
+        sizes = [get_image_size(to_numpy_array(image)) for image in images]
+        if [found.index_map.shape for found in maps] != sizes:
+            shapes = [found.index_map.shape for found in maps]
+            raise ValueError(f"images of heights and widths {sizes} need crayon maps of the same; found {shapes}")
+        return maps
+
+    def _crayon_ids(self, panoptic: Sequence[PanopticMap], grid_hw: tuple[int, int]) -> dict[str, np.ndarray]:
+        """`semantic_ids` and `numbering_ids` of maps, int64 [images, rows, columns]."""
+        grids = [crayon_grid(found.index_map, found.segments, grid_hw) for found in panoptic]
+        semantic = [
+            self._semantic_indices(found.categories)[ids] for found, (ids, _) in zip(panoptic, grids, strict=True)
+        ]
+        return {"semantic_ids": np.stack(semantic), "numbering_ids": np.stack([numbering for _, numbering in grids])}
 
     def _semantic_indices(self, categories: CategorySet) -> np.ndarray:
         """int64 [classes + 1]: the model's semantic index of each one of a map; 0, unknown, where it has no query.
@@ -93,10 +209,6 @@ class CollavoProcessor(ProcessorMixin):
             self.tokenizer, CHAT_FORMATS[self.chat_format], turns, rows * columns * has_image, objects
         )
 
-    @property
-    def image_token_id(self) -> int:
-        return self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-
     def pixel_values(self, image: np.ndarray) -> torch.Tensor:
         """float32 [3, side, side] of an image, uint8 RGB [height, width, 3]."""
         return self.image_processor(Image.fromarray(image), return_tensors="pt")["pixel_values"][0]
@@ -112,13 +224,27 @@ class CollavoProcessor(ProcessorMixin):
             `pixel_values`, float32 [images, 3, side, side], and `semantic_ids` and `numbering_ids`, int64 [images,
             rows, columns].
         """
-        grids = [crayon_grid(found.index_map, found.segments, self.grid_hw) for found in panoptic]
-        tables = [torch.from_numpy(self._semantic_indices(found.categories)) for found in panoptic]
-        return {
-            "pixel_values": torch.stack([self.pixel_values(image) for image in images]),
-            "semantic_ids": torch.stack([table[semantic] for table, (semantic, _) in zip(tables, grids, strict=True)]),
-            "numbering_ids": torch.stack([torch.from_numpy(numbering) for _, numbering in grids]),
-        }
+        pixel_values = torch.stack([self.pixel_values(image) for image in images])
+        ids = self._crayon_ids(panoptic, self.grid_hw)
+        return {"pixel_values": pixel_values, **{name: torch.from_numpy(array) for name, array in ids.items()}}
+
+
+def _blocks(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The content of a chat's message as typed blocks."""
+    content = message.get("content") or []
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _image_sources(chat: Sequence[dict[str, Any]]) -> list[Any]:
+    """The images of a chat, as it gives them; a block may also hold none, and then it comes by another way."""
+    blocks = (block for message in chat for block in _blocks(message) if block.get("type") == "image")
+    return [block[key] for block in blocks for key in ("image", "url", "path", "base64") if key in block]
+
+
+@lru_cache(maxsize=2)
+def _segmenter(checkpoint: str) -> Segmenter:
+    """A segmenter on the fastest device; kept, as it takes seconds to load."""
+    return open_segmenter("auto", "auto", checkpoint=None if checkpoint == "auto" else checkpoint)
 
 
 def build_processor(

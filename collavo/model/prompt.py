@@ -147,6 +147,61 @@ def render_conversation(
     return RenderedPrompt(input_ids, supervised)
 
 
+_CHAT_TEMPLATE = """\
+{%- set found = namespace(images=0, objects="") -%}
+{%- for message in messages if message.content is not string -%}
+  {%- for block in message.content or [] -%}
+    {%- if block.type == "image" -%}{%- set found.images = found.images + 1 -%}
+    {%- elif block.type == "objects" -%}{%- set found.objects = block.text -%}
+    {%- endif -%}
+  {%- endfor -%}
+{%- endfor -%}
+{{- BOS -}}
+{%- if messages[0].role != "system" %}{{ SYSTEM }}{% endif -%}
+{%- for message in messages -%}
+  {%- if message.content is string %}{% set text = message.content %}
+  {%- else %}{% set text = message.content | selectattr("type", "equalto", "text") | map(attribute="text") | join %}
+  {%- endif -%}
+  {%- set text = text | replace(IMAGE, "") | trim -%}
+  {%- if message.role == "system" %}{{ SYSTEM_FORM | replace("{}", text) }}
+  {%- elif message.role == "assistant" -%}
+    {{ ANSWER_OPEN }}{% generation %}{{ ANSWER_LEAD + text + STOP }}{% endgeneration %}
+  {%- elif loop.first or loop.previtem.role == "system" -%}
+    {{ OPENING + IMAGE * found.images + (AFTER_IMAGE if found.images else AFTER_NO_IMAGE) + found.objects + text }}
+  {%- else %}{{ QUESTION_OPEN + text }}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt %}{{ ANSWER_OPEN }}{% endif -%}
+"""
+
+
+def chat_template(tokenizer: Any, chat_format: ChatFormat) -> str:
+    """Write a chat format as the Jinja template of transformers' processors; it renders what we render ourselves.
+
+    Messages are those of transformers' chats. Beside blocks of the types `text` and `image`, one of the type `objects`
+    is understood: its text, see `objects_sentence`, stands before the first question.
+    """
+    texts = {
+        "BOS": _bos(tokenizer),
+        "IMAGE": IMAGE_TOKEN,
+        "SYSTEM": chat_format.system,
+        "SYSTEM_FORM": chat_format.system_form,
+        "OPENING": chat_format.opening,
+        "AFTER_IMAGE": chat_format.after_image,
+        "AFTER_NO_IMAGE": chat_format.after_image.lstrip(),
+        "ANSWER_OPEN": chat_format.answer_open,
+        "ANSWER_LEAD": chat_format.answer_lead,
+        "STOP": chat_format.stop or tokenizer.eos_token or "",
+        "QUESTION_OPEN": chat_format.question_open,
+    }
+    return "".join(f"{{%- set {name} = {text!r} -%}}\n" for name, text in texts.items()) + _CHAT_TEMPLATE
+
+
+def objects_sentence(objects: str) -> str:
+    """What stands before the first question, of recognised objects, or of none."""
+    return _OBJECTS_KNOWN.format(objects=objects) if objects else _OBJECTS_UNKNOWN
+
+
 def chat_format_of(template: str) -> str:
     """The name of the chat format whose markers stand in a checkpoint's chat template; `paper` where none do."""
     return next((name for marker, name in _MARKERS.items() if marker in template), "paper")
@@ -176,12 +231,11 @@ def _compose(
         found = ", ".join(speakers) or "none"
         raise Rejected("turns_do_not_alternate", f"turns must alternate, human first; found {found}")
     stop = chat_format.stop or tokenizer.eos_token
-    bos = tokenizer.bos_token if tokenizer("").input_ids == [tokenizer.bos_token_id] else ""
     # Without an image, what stands between it and the question loses its space or line break; a marker in it stays.
     lead = f"{IMAGE_TOKEN}{chat_format.after_image}" if has_image else chat_format.after_image.lstrip()
-    text = f"{bos}{system}{chat_format.opening}{lead}"
+    text = f"{_bos(tokenizer)}{system}{chat_format.opening}{lead}"
     if objects is not None:
-        text += _OBJECTS_KNOWN.format(objects=objects) if objects else _OBJECTS_UNKNOWN
+        text += objects_sentence(objects)
     answers = []
     for position, (speaker, value) in enumerate(turns):
         value = value.replace(IMAGE_TOKEN, "").strip()
@@ -192,3 +246,8 @@ def _compose(
             answers.append((len(text), len(text) + len(answer)))
             text += answer
     return text, answers
+
+
+def _bos(tokenizer: Any) -> str:
+    """The token that the tokenizer itself puts in front of a text; empty if it puts none."""
+    return tokenizer.bos_token if tokenizer("").input_ids == [tokenizer.bos_token_id] else ""

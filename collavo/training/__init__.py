@@ -15,6 +15,6 @@ What surrounds it:
 `trainable`    the base, in NF4, with adapters, ready to learn
 `checkpoint`   saved and loaded, for an exact resume
 `display`      what is printed and logged
-`record`       train_args.json and the model card
+`record`       train_args.json
 `run`          all of it together
 """

@@ -1,4 +1,4 @@
-"""What a run records about itself: `train_args.json`, the fingerprint of its checkpoints, and the model card."""
+"""What a run records about itself: `train_args.json`, and the fingerprint of its checkpoints."""
 
 import hashlib
 import json
@@ -7,9 +7,8 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from collavo.runs import CARD, CONFIG, METRICS, TRAIN_ARGS, read_train_args
+from collavo.runs import TRAIN_ARGS
 from collavo.training.arguments import TrainArguments
 
 _NAMED = 20
@@ -52,30 +51,6 @@ def write_train_args(
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "collavo")},
     }
     (folder / TRAIN_ARGS).write_text(json.dumps(facts, indent=2) + "\n")
-
-
-def write_model_card(folder: Path) -> None:
-    """Write the card of a finished run: `model_card.md`, filled in from `train_args.json` and `metrics.jsonl`."""
-    args: dict[str, Any] = read_train_args(folder)
-    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-    phases = {line["phase"]: line["step"] for line in lines}
-    losses = [{key[11:-5]: value for key, value in line.items() if key.startswith("validation_")} for line in lines]
-    names = [category["display_name"] for category in json.loads((folder / CONFIG).read_text())["categories"]]
-    last: dict[str, float] = next(filter(None, reversed(losses)), {})
-    facts = {
-        **args,
-        "name": folder.name,
-        "folder": folder,
-        "collavo": args["versions"]["collavo"],
-        "files": len(args["files"]),
-        "classes": f"{len(names)}: {', '.join(names[:_NAMED])}" + ", ..." * (len(names) > _NAMED),
-        "steps": ", ".join(f"{phase} up to {step}" for phase, step in phases.items()),
-        "quantized": "NF4, doubly quantised" if args["quantize"] else args["dtype"],
-        "adapters": ", ".join(f"`{name}`" for name in args["adapter_names"]) or "none",
-        "validation": ", ".join(f"{kind} {loss:.3f}" for kind, loss in last.items()) or "none measured",
-    }
-    template = Path(__file__).with_name("model_card.md").read_text()
-    (folder / CARD).write_text(template.format_map(facts))
 
 
 def _footer_sha256(file: Path) -> str:

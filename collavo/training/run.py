@@ -19,7 +19,8 @@ from collavo.device import resolve_device
 from collavo.errors import UserError
 from collavo.folders import make_folder
 from collavo.model.prompt import Kind, show_supervision
-from collavo.runs import ADAPTERS, CRAYON, METRICS, TRAIN_ARGS, save_run
+from collavo.model_card import write_model_card
+from collavo.runs import ADAPTERS, CRAYON, METRICS, TRAIN_ARGS, base_from, save_run
 from collavo.training import checkpoint, record
 from collavo.training.arguments import TrainArguments
 from collavo.training.batch_plan import PlanOptions, plan_epoch
@@ -97,7 +98,7 @@ class TrainingRun:
                     self._run_phase(trainer, phase, start, done)
         if is_main:
             save_run(self.folder, self.staged.model, saved_adapters, self.processor)
-            record.write_model_card(self.folder)
+            write_model_card(self.folder, self.folder, "run", base_from(self.folder, self.folder))
         self.accelerator.end_training()
 
     def _run_phase(self, trainer: Trainer, phase: Phase, start: Path | None, done: checkpoint.Position) -> None:

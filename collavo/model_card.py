@@ -1,0 +1,136 @@
+"""The card of a run and of its exports: what it is, whose licence binds it, on what and how far it was trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData, metadata_load
+
+from collavo.embedded import find_embedded
+from collavo.runs import CARD, METRICS, base_source, read_train_args
+
+_USES = {
+    "run": """\
+python -m collavo.evaluate --model {name} --data out/*.parquet
+python -m collavo.chat --model {name} --image picture.jpg --prompt "What is on the left?"
+""",
+    "whole": """\
+import collavo.model
+from transformers import pipeline
+
+ask = pipeline("image-text-to-text", model="{name}")
+image, text = {{"type": "image", "path": "picture.jpg"}}, {{"type": "text", "text": "What is on the left?"}}
+print(ask([{{"role": "user", "content": [image, text]}}], return_full_text=False))
+""",
+}
+
+_TEXT = """\
+# CoLLaVO: {name}
+
+{about}
+
+| | |
+|---|---|
+{rows}
+
+## Use
+
+```
+{use}```
+
+## Licence
+
+Crayon data hold other people's images and dialogues. Their licences, and the base's, limit what this model may be used
+for.
+"""
+
+
+def write_model_card(folder: Path, run: Path, form: str, base: str, name: str | None = None) -> None:
+    """Write the card of a run, or of an export of it, from what the run recorded.
+
+    Args:
+        folder: where the card goes.
+        form: what it is the card of: "run", "merged" or "adapter".
+        base: the base as the card names it, a hub id or a path.
+        name: of the finished folder, if that is another.
+    """
+    name = name or folder.resolve().name
+    args, about_base = read_train_args(run), _metadata(_folder_of(run))
+    losses, results = _losses(run), _results(run)
+    data = sorted({Path(file).parent.name or "." for file in args.get("files", {})})
+    licences = sorted({str(_metadata(Path(file).parent)["license_name"]) for file in args.get("files", {})})
+    rows = {
+        "base": f"`{base}`, licence {about_base['license_name']}",
+        "data": f"{', '.join(data) or 'not recorded'}, licence {', '.join(licences) or 'not recorded'}",
+        "language model": f"{'NF4 in training' if args['quantize'] else args.get('dtype', 'float32')}, "
+        f"LoRA rank {args.get('lora_rank', '?')}, adapters {', '.join(args['adapter_names']) or 'none'}",
+        "queries": args["queries"],
+        "prompts with the object list": args["object_list"],
+        "steps": ", ".join(f"{phase} up to {step}" for phase, step in _steps(run).items()) or "none",
+        **{f"validation loss, {kind}": f"{loss:.3f}" for kind, loss in losses.items()},
+        **{f"{task}, right of {each['questions']}": f"{each['correct']:.1%}" for task, each in results.items()},
+    }
+    figures = [("loss", f"validation loss, {kind}", loss) for kind, loss in losses.items()]
+    figures += [("accuracy", task, each["correct"]) for task, each in results.items()]
+    metadata = ModelCardData(
+        license=about_base["license"],
+        license_name=about_base["license_name"] if about_base["license"] == "other" else None,
+        base_model=base,
+        pipeline_tag="image-text-to-text",
+        library_name="transformers" if form == "merged" else "peft",
+        tags=["collavo", "vision-language-model", "crayon-prompt"],
+        model_name=name if figures else None,
+        eval_results=[
+            EvalResult("image-text-to-text", "crayon", ", ".join(data) or "unknown", kind, value, metric_name=title)
+            for kind, title, value in figures
+        ],
+    )
+    about = {
+        "run": f"Crayon Prompt and QLoRA adapters on `{base}`.",
+        "adapter": f"Crayon Prompt and one LoRA adapter on `{base}`.",
+        "merged": f"A whole model: `{base}` with the Crayon Prompt, the adapters merged into its weights.",
+    }
+    text = _TEXT.format(
+        name=name,
+        about=f"{about[form]} Trained with collavo {args.get('versions', {}).get('collavo', '')}.".replace(" .", "."),
+        rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+        use=_USES["run" if form == "run" else "whole"].format(name=name),
+    )
+    (folder / CARD).write_text(f"---\n{metadata.to_yaml()}\n---\n\n{text}")
+
+
+def _folder_of(run: Path) -> Path:
+    source = base_source(run)
+    embedded = find_embedded(source)
+    return embedded.folder if embedded else Path(source)
+
+
+def _metadata(folder: Path) -> dict[str, Any]:
+    """Licence and its name, as the card in a folder states them."""
+    card = folder / CARD
+    found = (metadata_load(card) if card.is_file() else None) or {}
+    licence = found.get("license", "other")
+    return {"license": licence, "license_name": found.get("license_name", licence if licence != "other" else "unknown")}
+
+
+def _lines(run: Path) -> list[dict[str, Any]]:
+    file = run / METRICS
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _steps(run: Path) -> dict[str, int]:
+    return {line["phase"]: line["step"] for line in _lines(run)}
+
+
+def _losses(run: Path) -> dict[str, float]:
+    """The last validation losses by kind."""
+    named = [{k[11:-5]: v for k, v in line.items() if k.startswith("validation_")} for line in _lines(run)]
+    return next(filter(None, reversed(named)), {})
+
+
+def _results(run: Path) -> dict[str, dict[str, Any]]:
+    """What an evaluation in the run's folder found, by task, of prompts as in training."""
+    file = run / "evaluation" / "evaluation.json"
+    results = json.loads(file.read_text())["results"] if file.exists() else {}
+    first: dict[str, dict[str, Any]] = next(iter(results.values()), {})
+    return {task: each for task, each in first.items() if "correct" in each}

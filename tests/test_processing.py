@@ -1,0 +1,110 @@
+"""The processor is called as transformers' processors are, and says where its crayon maps come from."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_model import GRID, scene_rows, tiny_model, tiny_processor
+from transformers import AutoProcessor
+
+from collavo.inference import Picture, picture_of_row
+from collavo.model import CollavoProcessor
+from collavo.model.prompt import CHAT_FORMATS, chat_template, objects_sentence, render_conversation
+
+PROMPT = "User: <image>\nHow many? Assistant:"
+
+
+@pytest.fixture(scope="module")
+def pictures() -> list[Picture]:
+    return [picture_of_row(row, None) for row in scene_rows(2)]
+
+
+def chat(image: object, question: str = "How many?") -> list[dict]:
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+
+
+@pytest.mark.parametrize("name", CHAT_FORMATS)
+@pytest.mark.parametrize("objects", [None, "", "(#1 car)"])
+def test_the_chat_template_gives_the_tokens_that_training_saw(name: str, objects: str | None) -> None:
+    processor = tiny_processor()
+    turns = [("system", "Be {} kind."), ("human", " What is it? <image>"), ("gpt", "A car. "), ("human", "Whose?")]
+    messages = [
+        {
+            "role": {"human": "user", "gpt": "assistant"}.get(speaker, speaker),
+            "content": [{"type": "text", "text": text}],
+        }
+        for speaker, text in turns
+    ]
+    messages[-1]["content"].append({"type": "image"})  # an image stands first wherever a chat has it
+    if objects is not None:
+        messages[1]["content"].append({"type": "objects", "text": objects_sentence(objects)})
+    for own_system in (True, False):
+        template = chat_template(processor.tokenizer, CHAT_FORMATS[name])
+        given = messages if own_system else messages[1:]
+        text = processor.apply_chat_template(given, chat_template=template, add_generation_prompt=True)
+        expected = render_conversation(
+            processor.tokenizer, CHAT_FORMATS[name], turns if own_system else turns[1:], GRID * GRID, objects
+        )
+        image = Image.new("RGB", (30, 20))
+        assert processor(images=image, text=text)["input_ids"] == [expected.input_ids]
+
+
+def test_images_may_be_pixels_arrays_and_paths_one_or_many(pictures, tmp_path):
+    processor, images = tiny_processor(), [Image.fromarray(picture.image) for picture in pictures]
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number}.png")
+    paths = [str(tmp_path / f"{number}.png") for number in range(2)]
+    wanted = processor(images=images, text=[PROMPT] * 2, return_tensors="pt")
+    for given in ([picture.image for picture in pictures], paths, [[path] for path in paths]):
+        found = processor(images=given, text=[PROMPT] * 2, return_tensors="pt")
+        assert found.keys() == wanted.keys() == set(processor.model_input_names) - {"token_type_ids"}
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_maps_are_given_made_or_left_out_and_the_output_says_which(pictures):
+    processor, image = tiny_processor(), Image.fromarray(pictures[0].image)
+    options = {"images": image, "text": PROMPT, "return_tensors": "pt"}
+    bare = processor(**options)
+    assert bare.crayon == "none" and not bare["semantic_ids"].any() and not bare["numbering_ids"].any()
+    given = processor(**options, crayon=[pictures[0].panoptic])
+    expected = processor.picture_inputs([pictures[0].image], [pictures[0].panoptic])
+    assert given.crayon == "given" and all(torch.equal(given[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match="no segmenter"):
+        processor(**options, crayon="segment")
+    with pytest.raises(ValueError, match=r"need crayon maps of the same; found \[\(5, 5\)\]"):
+        processor(**options, crayon=[type(pictures[0].panoptic)(np.zeros((5, 5), np.uint8), ())])
+    processor.segmenter = "scenes"
+    made = processor(**options, crayon="segment")
+    assert made.crayon == "segment" and made["semantic_ids"].any() and made.panoptic[0].segments
+    # A chat is a question to a finished model, so it is asked with what the segmenter finds.
+    asked = processor.apply_chat_template(chat(image), tokenize=True, return_dict=True, return_tensors="pt")
+    assert asked.crayon == "segment" and torch.equal(asked["semantic_ids"], made["semantic_ids"])
+    assert "The image includes" in processor.decode(asked["input_ids"][0])
+
+
+def test_prompts_of_a_batch_are_padded_on_the_left_and_answered_as_alone(pictures):
+    model, processor = tiny_model(), tiny_processor()
+    texts = [PROMPT, PROMPT.replace("many", "many dogs are there in the picture")]
+    images = [Image.fromarray(picture.image) for picture in pictures]
+    maps = [picture.panoptic for picture in pictures]
+    both = processor(images=images, text=texts, crayon=maps, padding=True, return_tensors="pt")
+    together = model.generate(**both, max_new_tokens=5, do_sample=False, eos_token_id=None)[:, -5:]
+    for row, (image, text, found) in enumerate(zip(images, texts, maps, strict=True)):
+        alone = processor(images=image, text=text, crayon=[found], return_tensors="pt")
+        assert torch.equal(
+            model.generate(**alone, max_new_tokens=5, do_sample=False, eos_token_id=None)[0, -5:], together[row]
+        )
+
+
+def test_a_processor_is_saved_and_loaded_whole(tmp_path):
+    processor = tiny_processor()
+    processor.segmenter, processor.object_list, processor.chat_template = "scenes", False, "{{ messages[0].content }}"
+    processor.save_pretrained(tmp_path)
+    tiny_model().config.save_pretrained(tmp_path)
+    loaded = AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is CollavoProcessor and loaded.to_dict() == processor.to_dict()
+    assert (loaded.segmenter, loaded.object_list, loaded.chat_template) == (
+        "scenes",
+        False,
+        "{{ messages[0].content }}",
+    )
