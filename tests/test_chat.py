@@ -144,7 +144,7 @@ def test_the_map_lies_over_the_image_in_crayon_colours():
         (["--data", "crayon.parquet"], "--data and --image_id go together"),
         (["--data", "crayon.parquet", "--image_id", "nobody"], "--data: there is no row of --image_id nobody"),
         (["--image", "nowhere.jpg"], "--image: nowhere.jpg: No such file"),
-        (["--image", "crayon.parquet"], "--image: crayon.parquet: not an image: it is a Parquet file; take"),
+        (["--image", "crayon.parquet"], "--image: crayon.parquet: not an image: it is a Parquet file"),
         (
             ["--image", "scene.jpg", "--segmenter_checkpoint", "./none"],
             "collavo.chat: error: --segmenter: ./none: there is no such folder",
