@@ -215,7 +215,9 @@ class CollavoForConditionalGeneration(LlavaForConditionalGeneration):
             return load_run_in_place(Path(source), **kwargs)
         return super().from_pretrained(source, *args, **kwargs)
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **kwargs: Any) -> None:
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: Any = None, *args: Any, **kwargs: Any
+    ) -> None:
         """Recompute activations in the backward pass, as in every transformers model.
 
         Raises:
@@ -224,7 +226,7 @@ class CollavoForConditionalGeneration(LlavaForConditionalGeneration):
         """
         if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError("the crayon signal needs checkpointing that is not reentrant: use_reentrant=False")
-        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """Read the generation settings of a saved model; `from_pretrained` calls it."""
