@@ -330,7 +330,7 @@ def test_queries_tuned_for_other_classes_are_refused(
     run = tmp_path / "run"
     model, processor = load_base(str(world / "base"), torch.float32, categories=OWN_CLASSES)
     run.mkdir()
-    (run / "train_args.json").write_text(json.dumps({"base": str(world / "base"), "object_list": "both"}))
+    (run / "train_args.json").write_text(json.dumps({"base": str(world / "base"), "object_list": "none"}))
     save_run(run, model, [], processor)
     others = CategorySet("others", tuple(replace(c, label=label) for label, c in enumerate(of_data)))
     data = write_crayon_file(tmp_path / "rows.parquet", [replace(own_rows(1)[0], segments=())], others)

@@ -1,0 +1,81 @@
+"""Crayon rows for other people's trainers: `transformers.Trainer`, TRL's `SFTTrainer`, or a loop of one's own.
+
+    rows = load_dataset("out", split="train")
+    Trainer(model, TrainingArguments(..., remove_unused_columns=False), CrayonCollator(processor), rows).train()
+
+`collavo.train` does more: two adapters, batches of one kind, an order of its own. This is for those who have a trainer.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from collavo.images import decode_rgb
+from collavo.instructions.text import format_objects_with_boxes
+from collavo.model.processing import CollavoProcessor
+from collavo.model.prompt import Kind
+from collavo.panoptic.maps import PanopticMap
+from collavo.training.batches import Example, collate, pack_prompts
+from schemas.categories import COCO_PANOPTIC, CategorySet
+from schemas.crayon_row import Segment
+
+
+class CrayonCollator:
+    """Make a batch of crayon rows, as `datasets.load_dataset` gives them: one sequence each.
+
+    It is about some of the row's instructions, packed, or about one of its dialogues, drawn anew every time.
+
+    Args:
+        processor: of the model.
+        categories: the set of the rows' classes, see `collavo.dataset.category_set`.
+        instructions: how many are packed into one sequence at most; 1 for an attention that cannot do it.
+    """
+
+    def __init__(
+        self, processor: CollavoProcessor, categories: CategorySet = COCO_PANOPTIC, instructions: int = 8
+    ) -> None:
+        self.processor = processor
+        self.categories = categories
+        self.instructions = instructions
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Return what the model's forward takes, labels included, padded on the right."""
+        return collate([self._example(row) for row in rows], self.processor.tokenizer.pad_token_id).inputs
+
+    def _example(self, row: Mapping[str, Any]) -> Example:
+        asked, dialogues = row["instructions"] or [], row["conversations"] or []
+        choices = ([asked] if asked else []) + [dialogue["turns"] for dialogue in dialogues]
+        if not choices:
+            raise ValueError(f"row {row['image_id']} has neither instructions nor dialogues; leave it out by a filter")
+        chosen = choices[int(torch.randint(len(choices), ()))]
+        segments = tuple(map(Segment.from_record, row["segments"] or []))
+        if chosen is asked:
+            some = [asked[i] for i in torch.randperm(len(asked))[: self.instructions]]
+            texts = [[("human", each["question"]), ("gpt", each["answer"])] for each in some]
+            objects = None
+        else:
+            texts = [[(turn["from"], turn["value"]) for turn in chosen]]
+            listed = self.processor.object_list and row["panoptic_map"] is not None
+            objects = format_objects_with_boxes(segments, (row["width"], row["height"])) if listed else None
+        kind: Kind = "crayon" if chosen is asked else "dialogue"
+        has_image = row["image"] is not None
+        prompts = [self.processor.render(turns, objects, has_image) for turns in texts]
+        packed = pack_prompts(prompts, self.processor.image_token_id)
+        if not has_image:
+            return Example(kind, row["image_id"], *packed)
+        panoptic = PanopticMap(np.asarray(_opened(row["panoptic_map"])), segments, self.categories)
+        picture = self.processor.picture_inputs([_pixels(row["image"])], [panoptic])
+        return Example(kind, row["image_id"], *packed, **{name: tensor[0] for name, tensor in picture.items()})
+
+
+def _pixels(image: Any) -> np.ndarray:
+    return np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else decode_rgb(image["bytes"])
+
+
+def _opened(image: Any) -> Image.Image:
+    """An image as `datasets` decodes it, or, with `decode=False`, as its bytes."""
+    return image if isinstance(image, Image.Image) else Image.open(io.BytesIO(image["bytes"]))
