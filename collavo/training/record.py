@@ -9,7 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from collavo.runs import CARD, CONFIG, METRICS, TRAIN_ARGS, read_train_args
+from collavo.model.configuration import CollavoConfig
+from collavo.runs import CARD, METRICS, TRAIN_ARGS, read_train_args
 from collavo.training.arguments import TrainArguments
 
 _NAMED = 20
@@ -60,7 +61,7 @@ def write_model_card(folder: Path) -> None:
     lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     phases = {line["phase"]: line["step"] for line in lines}
     losses = [{key[11:-5]: value for key, value in line.items() if key.startswith("validation_")} for line in lines]
-    names = [category["display_name"] for category in json.loads((folder / CONFIG).read_text())["categories"]]
+    names = [category.display_name for category in CollavoConfig.from_pretrained(folder).category_set]
     last: dict[str, float] = next(filter(None, reversed(losses)), {})
     facts = {
         **args,
