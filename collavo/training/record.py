@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,8 +20,8 @@ _NAMED = 20
 # the data is one of them: checksums identify the data.
 _FREE_ARGUMENTS = (
     "data", "image_root", "resume", "overwrite", "output_dir", "micro_batch_size", "device", "gradient_checkpointing",
-    "attention", "workers", "log_steps", "eval_steps", "eval_batches", "checkpoint_steps", "keep_checkpoints",
-    "report_to",
+    "attention", "workers", "max_skipped_ratio", "log_steps", "eval_steps", "eval_batches", "checkpoint_steps",
+    "keep_checkpoints", "report_to",
 )  # fmt: skip
 
 
@@ -55,8 +55,12 @@ def write_train_args(
     (folder / TRAIN_ARGS).write_text(json.dumps(facts, indent=2) + "\n")
 
 
-def write_model_card(folder: Path) -> None:
-    """Write the card of a finished run: `model_card.md`, filled in from `train_args.json` and `metrics.jsonl`."""
+def write_model_card(folder: Path, left_out: Mapping[str, int]) -> None:
+    """Write the card of a finished run: `model_card.md`, filled in from `train_args.json` and `metrics.jsonl`.
+
+    Args:
+        left_out: how much of the data could not be used, by reason.
+    """
     args: dict[str, Any] = read_train_args(folder)
     lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     phases = {line["phase"]: line["step"] for line in lines}
@@ -71,6 +75,7 @@ def write_model_card(folder: Path) -> None:
         "files": len(args["files"]),
         "classes": f"{len(names)}: {', '.join(names[:_NAMED])}" + ", ..." * (len(names) > _NAMED),
         "steps": ", ".join(f"{phase} up to {step}" for phase, step in phases.items()),
+        "left_out": ", ".join(f"{count:,} {reason}" for reason, count in sorted(left_out.items())) or "nothing",
         "quantized": "NF4, doubly quantised" if args["quantize"] else args["dtype"],
         "adapters": ", ".join(f"`{name}`" for name in args["adapter_names"]) or "none",
         "validation": ", ".join(f"{kind} {loss:.3f}" for kind, loss in last.items()) or "none measured",
