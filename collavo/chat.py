@@ -191,16 +191,21 @@ class _Session:
 
     def about_row(self) -> Conversation:
         """Start a conversation about the row that the flags name, with the row's own map."""
-        from collavo.dataset import category_set, find_files, read_rows
+        from collavo.dataset import LeftOut, category_set, find_files, read_rows
         from collavo.inference import picture_of_row
 
         flags = self._flags
         with naming("data"):
             files = find_files(flags.data)
-            row = next((row for row in read_rows(files) if row.image_id == flags.image_id), None)
+            damaged = LeftOut()
+            row = next((row for row in read_rows(files, left_out=damaged) if row.image_id == flags.image_id), None)
             if row is None:
-                raise UserError(f"there is no row of --image_id {flags.image_id}")
-            return self.about(picture_of_row(row, flags.image_root, category_set(files)))
+                left_out = "".join(f"; left out: {line}" for line in damaged.lines())
+                raise UserError(f"there is no row of --image_id {flags.image_id}{left_out}")
+            try:
+                return self.about(picture_of_row(row, flags.image_root, category_set(files)))
+            except Rejected as error:
+                raise UserError(f"image of {row.image_id}: {error}") from error
 
 
 def _read_image(path: str) -> np.ndarray:

@@ -5,8 +5,12 @@ image bytes stored as they are, since they are compressed already, and zstd for 
 """
 
 import hashlib
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,12 +20,20 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from collavo.categories import read_categories
-from collavo.errors import Rejected, UserError
+from collavo.errors import Rejected, UserError, first_line
 from collavo.images import decode_rgb
 from collavo.sources.image_paths import checked_relative
 from collavo.storage import open_random
-from schemas.categories import COCO_PANOPTIC, CategorySet
-from schemas.crayon_row import CRAYON_SCHEMA, METADATA_PREFIX, SCHEMA_VERSION, CrayonRow, file_facts, metadata_of
+from schemas.categories import COCO_PANOPTIC, MAX_NUMBERING, CategorySet
+from schemas.crayon_row import (
+    CRAYON_SCHEMA,
+    METADATA_PREFIX,
+    SCHEMA_VERSION,
+    SPLITS,
+    CrayonRow,
+    file_facts,
+    metadata_of,
+)
 
 ROWS_PER_GROUP = 100
 BYTES_PER_GROUP = 32 << 20
@@ -97,13 +109,13 @@ def check_splits(files: Sequence[Path]) -> None:
     for file in files:
         if "image_sha256" not in _schema_of(file).names:
             continue
-        table = pq.read_table(file, columns=["image_sha256", "split"])
-        for digest, split in zip(table["image_sha256"].to_pylist(), table["split"].to_pylist(), strict=True):
-            if digest is None:
-                continue
-            other_split, other = seen.setdefault(bytes.fromhex(digest), (split, file))
-            if other_split != split:
-                crossing.append((other, file))
+        with opened_parquet(file) as parquet:
+            for record in read_records(parquet, columns=["image_sha256", "split"]):
+                if isinstance(record, Rejected) or (digest := digest_of(record)) is None:
+                    continue
+                other_split, other = seen.setdefault(digest, (record["split"], file))
+                if other_split != record["split"]:
+                    crossing.append((other, file))
     if crossing:
         other, file = crossing[0]
         raise UserError(
@@ -112,23 +124,202 @@ def check_splits(files: Sequence[Path]) -> None:
         )
 
 
-def read_rows(files: Sequence[Path], split: str | None = None) -> Iterator[CrayonRow]:
+@dataclass(slots=True)
+class LeftOut:
+    """What could not be used of some data: counted by reason, the first of each reason named."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    named: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, name: str, detail: str = "") -> None:
+        """Count one, and name it if it is among the first."""
+        self.counts[reason] += 1
+        if len(known := self.named.setdefault(reason, [])) < _NAMED_PER_REASON:
+            known.append(f"{name}: {detail}" if detail else name)
+
+    def lines(self) -> list[str]:
+        """Say how much was left out, a line for each reason."""
+        return [
+            f"{count:,} {reason} ({'; '.join(self.named[reason])}{'; ...' * (count > _NAMED_PER_REASON)})"
+            for reason, count in sorted(self.counts.items())
+        ]
+
+
+_NAMED_PER_REASON = 3
+
+
+def read_rows(files: Sequence[Path], split: str | None = None, left_out: LeftOut | None = None) -> Iterator[CrayonRow]:
     """Read the rows of some files, in order, a bounded number in memory.
 
     Args:
         split: `train` or `validation`; None for all rows.
+        left_out: where damaged rows are counted; None if there must be none.
+
+    Raises:
+        UserError: for a damaged file, and for a damaged row where `left_out` is None.
     """
     for file in files:
-        for batch in pq.ParquetFile(file).iter_batches(batch_size=_ROWS_IN_MEMORY):
-            wanted = batch.filter(pc.equal(batch["split"], split)) if split else batch
-            yield from map(CrayonRow.from_record, wanted.to_pylist())
+        classes = len(_category_set_of(file))
+        with opened_parquet(file) as parquet:
+            for record in read_records(parquet):
+                try:
+                    row = checked_row(record, classes)
+                except Rejected as error:
+                    if left_out is None:
+                        raise UserError(f"{file}: row {error.entry_id}: {error.reason}: {error}") from error
+                    left_out.add(error.reason, f"row {error.entry_id} of {file.name}", str(error))
+                    continue
+                if split in (None, row.split):
+                    yield row
+
+
+def checked_row(record: Mapping[str, Any] | Rejected, classes: int, with_instructions: bool = True) -> CrayonRow:
+    """Make the row that `read_records` yielded.
+
+    Raises:
+        Rejected: as `check_record`.
+    """
+    if isinstance(record, Rejected):
+        raise record
+    record = record if with_instructions else {**record, "instructions": ()}
+    check_record(record, classes)
+    return CrayonRow.from_record(record)
 
 
 def count_rows(files: Sequence[Path], split: str | None = None) -> int:
-    """Count the rows of some files, of one split or all."""
-    if split is None:
-        return sum(pq.read_metadata(file).num_rows for file in files)
-    return sum(pc.sum(pc.equal(pq.read_table(file, columns=["split"])["split"], split)).as_py() or 0 for file in files)
+    """Count the rows of some files, of one split or all.
+
+    Raises:
+        UserError: for a damaged file.
+    """
+    rows = 0
+    for file in files:
+        with opened_parquet(file) as parquet:
+            if split is None:
+                rows += parquet.metadata.num_rows
+            else:
+                rows += pc.sum(pc.equal(parquet.read(columns=["split"])["split"], split)).as_py() or 0
+    return rows
+
+
+@contextmanager
+def opened_parquet(file: Path | BinaryIO, name: str = "") -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file; whatever damage Arrow finds in the block becomes one line.
+
+    Args:
+        name: what the line calls an open file.
+
+    Raises:
+        UserError: for a file that cannot be read.
+    """
+    try:
+        yield pq.ParquetFile(file)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{name or file}: cannot be read as Parquet ({first_line(error)})") from error
+
+
+def read_records(
+    parquet: pq.ParquetFile, columns: Sequence[str] | None = None, group: int | None = None
+) -> Iterator[dict[str, Any] | Rejected]:
+    """Yield the rows of a file, or of one row group, as plain values; one whose text is no text comes as an error."""
+    groups = None if group is None else [group]
+    number = 0
+    for batch in parquet.iter_batches(_ROWS_IN_MEMORY, row_groups=groups, columns=columns):
+        try:
+            records: Iterable[dict[str, Any] | Rejected] = batch.to_pylist()
+        except UnicodeDecodeError:
+            records = [_record_or_error(batch.slice(row, 1), number + row) for row in range(batch.num_rows)]
+        yield from records
+        number += batch.num_rows
+
+
+def _record_or_error(batch: pa.RecordBatch, number: int) -> dict[str, Any] | Rejected:
+    try:
+        return batch.to_pylist()[0]
+    except UnicodeDecodeError as error:
+        return Rejected("bad_value", f"text that is not UTF-8 ({error.reason})", str(number))
+
+
+_NULLABLE = frozenset({
+    "image_sha256", "image", "image.bytes", "image.path", "width", "height", "other_paths", "license_id",
+    "panoptic_map", "panoptic_map.bytes", "panoptic_map.path", "segments.score", "instructions.label",
+    "instructions.polarity",
+})  # fmt: skip
+"""Columns and fields that a row may leave empty."""
+
+
+def check_record(record: Mapping[str, Any], classes: int) -> None:
+    """Make sure that a row, as plain values, has what all who read it rely on; columns that it lacks are not missed.
+
+    Pictures and maps are checked where they are decoded.
+
+    Args:
+        classes: how many the data set has.
+
+    Raises:
+        Rejected: `missing_value` or `bad_value`, with the row's id.
+    """
+    name = record.get("image_id") or "without an id"
+    for column in CRAYON_SCHEMA:
+        if column.name in record and (empty := _empty_value(record[column.name], column.name, column.type)):
+            raise Rejected("missing_value", f"{empty} is null", name)
+    for fault in _faults(record, classes):
+        raise Rejected("bad_value", fault, name)
+
+
+def _empty_value(value: Any, path: str, type_: pa.DataType) -> str | None:
+    """Find the first null where none may be, by its path."""
+    if value is None:
+        return None if path in _NULLABLE else path
+    if pa.types.is_list(type_):
+        return next(filter(None, (_empty_value(element, path, type_.value_type) for element in value)), None)
+    if pa.types.is_struct(type_):
+        return next(filter(None, (_empty_value(value[f.name], f"{path}.{f.name}", f.type) for f in type_)), None)
+    return None
+
+
+def _faults(record: Mapping[str, Any], classes: int) -> Iterator[str]:
+    """Find values that no row can have."""
+    if record.get("image_id") == "":
+        yield "image_id is empty"
+    if (split := record.get("split", "train")) not in SPLITS:
+        yield f"split is {split!r}"
+    if not math.isfinite(record.get("license_id") or 0):
+        yield "license_id is no number"
+    if (digest := record.get("image_sha256")) is not None and digest_of(record) is None:
+        yield f"image_sha256 is {digest!r}"
+    if "panoptic_map" in record and "image" in record:
+        image = record["image"] or {}
+        has_image = image.get("bytes") is not None or image.get("path") is not None
+        if has_image != ((record["panoptic_map"] or {}).get("bytes") is not None):
+            yield "of image and panoptic_map, one is missing"
+        if has_image and image.get("path") is None:
+            yield "image.path is null"
+        if has_image and not all(_is_side(record[side]) for side in ("width", "height")):
+            yield f"width and height are {record['width']} and {record['height']}"
+    ids = set()
+    for segment in record.get("segments", ()):
+        ids.add(segment["id"])
+        box = segment["box_xyxy"]
+        if len(box) != 4 or not all(map(math.isfinite, box)):
+            yield f"box_xyxy is {list(box)}"
+        if not (0 <= segment["label"] < classes and 0 <= segment["numbering"] <= MAX_NUMBERING):
+            yield f"a segment has label {segment['label']} and numbering {segment['numbering']}"
+    if "segments" in record:
+        for instruction in record.get("instructions", ()):
+            meant = instruction["segment_ids"]
+            if not ids.issuperset(meant) or (instruction["task"] == "box_to_class" and not meant):
+                yield f"an instruction rests on segments {list(meant)}, which are not in the row"
+
+
+def _is_side(value: Any) -> bool:
+    return value is not None and math.isfinite(value) and value >= 1
+
+
+def digest_of(record: Mapping[str, Any] | Rejected) -> bytes | None:
+    """Return the SHA-256 of a row's picture; None where it has none, or none that can be read."""
+    text = None if isinstance(record, Rejected) else record["image_sha256"]
+    return bytes.fromhex(text) if text is not None and re.fullmatch(r"[0-9a-f]{64}", text) else None
 
 
 def image_bytes(path: str, data: bytes | None, image_root: Path | None) -> bytes:
@@ -233,26 +424,45 @@ def _schema_of(file: Path | str) -> pa.Schema:
         with open_random(str(file)) as opened:
             return pq.read_schema(opened)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file}: cannot be read as Parquet ({str(error).strip()})") from error
+        raise UserError(f"{file}: cannot be read as Parquet ({first_line(error)})") from error
+
+
+def stated_facts(schema: pa.Schema, file: Path | str) -> dict[str, Any]:
+    """Read the facts of a build from a file's metadata.
+
+    Raises:
+        UserError: if they are damaged.
+    """
+    try:
+        return file_facts(schema.metadata or {})
+    except ValueError as error:
+        raise UserError(f"{file}: its metadata are damaged ({first_line(error)})") from error
 
 
 def _category_set_of(file: Path | str) -> CategorySet:
     """Return the set that a file's metadata state; for a file without, the one that its segments show."""
     schema = _schema_of(file)
-    stated = file_facts(schema.metadata or {}).get("categories")
-    if stated:
-        return CategorySet.from_records(stated["name"], stated["categories"])
+    if stated := stated_facts(schema, file).get("categories"):
+        try:
+            return CategorySet.from_records(stated["name"], stated["categories"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{file}: its metadata state no set of classes ({first_line(error)})") from error
     if schema_version(schema) == 1:
         return COCO_PANOPTIC
     seen: dict[int, Mapping[str, Any]] = {}
-    with open_random(str(file)) as opened:
-        for batch in pq.ParquetFile(opened).iter_batches(columns=["segments"]):
-            seen.update({s["label"]: s for row in batch["segments"].to_pylist() for s in row or ()})
+    with open_random(str(file)) as opened, opened_parquet(opened, str(file)) as parquet:
+        for record in read_records(parquet, columns=["segments"]):
+            for s in () if isinstance(record, Rejected) else record["segments"] or ():
+                if s is not None and None not in (s["label"], s["category_id"], s["category"], s["is_thing"]):
+                    seen[s["label"]] = s
     in_coco = all(
-        label < len(COCO_PANOPTIC) and COCO_PANOPTIC[label].display_name == s["category"] for label, s in seen.items()
+        0 <= label < len(COCO_PANOPTIC) and COCO_PANOPTIC[label].display_name == s["category"]
+        for label, s in seen.items()
     )
     if in_coco:
         return COCO_PANOPTIC
+    if not 0 <= min(seen) <= max(seen) < _MOST_CLASSES:
+        raise UserError(f"{file}: its segments have labels from {min(seen)} to {max(seen)}; no set has such classes")
     # Another tool dropped the metadata: classes that no segment has keep their place, but not their name.
     records = []
     for label in range(max(seen) + 1):
@@ -260,6 +470,10 @@ def _category_set_of(file: Path | str) -> CategorySet:
         segment = seen.get(label, unnamed)
         records.append({"id": segment["category_id"], "name": segment["category"], "isthing": segment["is_thing"]})
     return read_categories(records, str(file))
+
+
+_MOST_CLASSES = 100_000
+"""More of them come from a damaged label."""
 
 
 class RowGroupWriter:

@@ -79,7 +79,7 @@ def _evaluate(flags: Flags) -> None:
 
     from rich.console import Console
 
-    from collavo.dataset import category_set, count_rows, find_files, read_rows
+    from collavo.dataset import LeftOut, category_set, count_rows, find_files, read_rows
     from collavo.device import device_name, resolve_device
     from collavo.evaluation.asking import ask_questions, unknown_classes, untrained_lists
     from collavo.evaluation.judge import Judge
@@ -92,9 +92,10 @@ def _evaluate(flags: Flags) -> None:
     with naming("data"):
         files = find_files(flags.data)
         judge = Judge(category_set(files))
-    images = count_rows(files, flags.split)
+        images = count_rows(files, flags.split)
     if not images:
         raise UserError(f"--split {flags.split}: none of the {count_rows(files)} rows of --data is in it")
+    left_out = LeftOut()
     folder = _report_folder(flags)
     with naming("device"):
         device = resolve_device(flags.device)
@@ -108,9 +109,13 @@ def _evaluate(flags: Flags) -> None:
 
     start = time.perf_counter()
     with Progress(Console(stderr=True), transient=True) as progress, naming("data"):
-        chosen = islice(read_rows(files, flags.split), flags.max_images)
+        chosen = islice(read_rows(files, flags.split, left_out), flags.max_images)
         rows = progress.track(chosen, "Evaluating images", min(images, flags.max_images or images))
-        answers = ask_questions(answerer, rows, flags.tasks, object_lists, judge, flags.image_root, flags.batch_size)
+        answers = ask_questions(
+            answerer, rows, flags.tasks, object_lists, judge, flags.image_root, flags.batch_size, left_out
+        )
+    for line in left_out.lines():
+        console.print(f"left out: {line}", soft_wrap=True, markup=False)
     seconds = time.perf_counter() - start
     questions = sum(map(len, answers.values()))
     if not questions:
@@ -119,6 +124,7 @@ def _evaluate(flags: Flags) -> None:
     facts = {
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(flags).items()},
         "device": device_name(device),
+        "left_out": dict(left_out.counts),
         "seconds": round(seconds, 1),
         "questions_per_s": round(questions / seconds, 2),
         "versions": {name: version(name) for name in ("collavo", "torch", "transformers", "peft", "bitsandbytes")},

@@ -14,7 +14,7 @@ from pathlib import Path
 import collavo
 from collavo.cli import REQUIRED, flag, naming, output_folder, parse, run
 from collavo.data_card import CARD, front_matter
-from collavo.dataset import count_rows, find_files, image_bytes, read_rows
+from collavo.dataset import LeftOut, count_rows, find_files, image_bytes, read_rows
 from collavo.errors import Rejected, UserError
 from collavo.export_formats import DATA_FILES, FORMATS, ExportedImage, WriteRow, entries_of, fault_of, with_image_token
 from collavo.images import format_and_turned
@@ -136,13 +136,18 @@ def _write_rows(flags: Flags, files: Sequence[Path], write: WriteRow, account: A
 
     seen: set[str] = set()
     file_names: set[str] = set()
+    damaged = LeftOut()
     with Progress(Console(stderr=True), transient=True) as progress:
-        for row in progress.track(read_rows(files), "Exporting rows", count_rows(files)):
+        for row in progress.track(read_rows(files, left_out=damaged), "Exporting rows", count_rows(files)):
             if row.image_id in seen:
                 raise UserError(f"two rows have the image id {row.image_id!r}; export one data set at a time")
             seen.add(row.image_id)
             wanted = flags.split in (None, row.split)
             account["rows", _write_row(row, flags, write, account, file_names) if wanted else "of_another_split"] += 1
+    for reason, count in damaged.counts.items():
+        account["rows", reason] += count
+    for line in damaged.lines():
+        print(f"left out: {line}")
 
 
 def _write_row(row: CrayonRow, flags: Flags, write: WriteRow, account: Account, file_names: set[str]) -> str:

@@ -23,7 +23,7 @@ from collavo.instructions.text import format_objects_with_boxes
 from collavo.model.adapters import quantize_language_model
 from collavo.model.processing import CollavoProcessor
 from collavo.model.prompt import KINDS, Kind, Turns
-from collavo.panoptic.index_png import decode_index_map
+from collavo.panoptic.index_png import panoptic_map_of
 from collavo.panoptic.maps import PanopticMap
 from collavo.runs import EXPORT, TRAIN_ARGS, load_base, load_run, read_train_args
 from schemas.categories import COCO_PANOPTIC, CategorySet
@@ -58,15 +58,14 @@ def picture_of_row(row: CrayonRow, image_root: Path | None, categories: Category
         categories: the set of the classes of the data set, see `collavo.dataset.category_set`.
 
     Raises:
-        UserError: if the image is missing or damaged.
+        UserError: if no root is given and the row refers to its image.
+        Rejected: if it has no image, or image or map are missing or damaged.
     """
     if row.image_path is None or row.panoptic_png is None:
-        raise UserError(f"row {row.image_id} is a dialogue about no image")
-    try:
-        image = decoded_image(row.image_path, row.image_bytes, image_root)
-    except Rejected as error:
-        raise UserError(f"image of {row.image_id}: {error}") from error
-    return Picture(image, PanopticMap(decode_index_map(row.panoptic_png), row.segments, categories))
+        raise Rejected("without_image", "a dialogue about no image")
+    image = decoded_image(row.image_path, row.image_bytes, image_root)
+    size_wh = (image.shape[1], image.shape[0])
+    return Picture(image, panoptic_map_of(row.panoptic_png, row.segments, categories, size_wh))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,18 @@
 """The card of a run and of its exports: what it is, whose licence binds it, on what and how far it was trained."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
 from collavo.embedded import find_embedded
+from collavo.model.configuration import CollavoConfig
 from collavo.runs import CARD, METRICS, base_source, read_train_args
+
+_NAMED = 20
+"""Classes that the card lists."""
 
 _USES = {
     "run": """\
@@ -45,7 +50,9 @@ for.
 """
 
 
-def write_model_card(folder: Path, run: Path, form: str, base: str, name: str | None = None) -> None:
+def write_model_card(
+    folder: Path, run: Path, form: str, base: str, name: str | None = None, left_out: Mapping[str, int] | None = None
+) -> None:
     """Write the card of a run, or of an export of it, from what the run recorded.
 
     Args:
@@ -53,20 +60,24 @@ def write_model_card(folder: Path, run: Path, form: str, base: str, name: str | 
         form: what it is the card of: "run", "merged" or "adapter".
         base: the base as the card names it, a hub id or a path.
         name: of the finished folder, if that is another.
+        left_out: how much of the data could not be used, by reason; None where the card does not say.
     """
     name = name or folder.resolve().name
     args, about_base = read_train_args(run), _metadata(_folder_of(run))
     losses, results = _losses(run), _results(run)
     data = sorted({Path(file).parent.name or "." for file in args.get("files", {})})
+    classes = [category.display_name for category in CollavoConfig.from_pretrained(run).category_set]
     licences = sorted({str(_metadata(Path(file).parent)["license_name"]) for file in args.get("files", {})})
     rows = {
         "base": f"`{base}`, licence {about_base['license_name']}",
         "data": f"{', '.join(data) or 'not recorded'}, licence {', '.join(licences) or 'not recorded'}",
+        "classes": f"{len(classes)}: {', '.join(classes[:_NAMED])}" + ", ..." * (len(classes) > _NAMED),
         "language model": f"{'NF4 in training' if args['quantize'] else args.get('dtype', 'float32')}, "
         f"LoRA rank {args.get('lora_rank', '?')}, adapters {', '.join(args['adapter_names']) or 'none'}",
         "queries": args["queries"],
         "prompts with the object list": args["object_list"],
         "steps": ", ".join(f"{phase} up to {step}" for phase, step in _steps(run).items()) or "none",
+        **({} if left_out is None else {"left out": _tally(left_out)}),
         **{f"validation loss, {kind}": f"{loss:.3f}" for kind, loss in losses.items()},
         **{f"{task}, right of {each['questions']}": f"{each['correct']:.1%}" for task, each in results.items()},
     }
@@ -97,6 +108,10 @@ def write_model_card(folder: Path, run: Path, form: str, base: str, name: str | 
         use=_USES["run" if form == "run" else "whole"].format(name=name),
     )
     (folder / CARD).write_text(f"---\n{metadata.to_yaml()}\n---\n\n{text}")
+
+
+def _tally(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()) if count) or "nothing"
 
 
 def _folder_of(run: Path) -> Path:

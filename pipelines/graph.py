@@ -84,12 +84,14 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
     rejects: list[beam.PCollection] = []
     spilled: list[beam.PCollection] = []
     if job.sources.crayon_files:
-        finished = (
+        rows = (
             pipeline
             | "CrayonFiles" >> beam.Create(job.sources.crayon_files)
-            | "ReadRows" >> beam.FlatMap(read_crayon_rows, job.embed_images)
-            | "SpillFinished" >> beam.ParDo(SpillDrafts(job))
+            | "ReadRows" >> beam.FlatMap(read_crayon_rows, job.embed_images).with_outputs(REJECT_TAG, main="drafts")
         )
+        inputs.append(rows[REJECT_TAG] | "OneInputPerDamagedRow" >> beam.Map(lambda reject: (reject.source, 1)))
+        rejects.append(rows[REJECT_TAG])
+        finished = rows.drafts | "SpillFinished" >> beam.ParDo(SpillDrafts(job))
         inputs.append(finished | "OneInputPerRow" >> beam.Map(lambda pack: ("crayon", pack[0])))
         spilled.append(finished)
         _announce("Rows", finished, job)

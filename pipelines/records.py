@@ -24,6 +24,8 @@ REJECT_REASONS = {
         "duplicate_id": "the COCO file lists the same image, or its annotation, twice",
         "unknown_category": "a category id is not in the file's own `categories`",
         "unknown_image": "the annotation is of an image that its file does not list",
+        "missing_value": "a row of `--from_crayon` lacks a value that every row has",
+        "bad_value": "a value of a row of `--from_crayon` is none that a row can have",
         "path_escapes_root": "the path leads out of the folder that it has to stay in",
         "bad_path": "the path names no file, or is not UTF-8 text",
     },

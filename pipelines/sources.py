@@ -10,10 +10,10 @@ from itertools import islice
 from posixpath import basename, join
 from typing import BinaryIO, Final, Literal, NamedTuple, TypeVar
 
-import pyarrow.parquet as pq
 from apache_beam.pvalue import TaggedOutput
 
-from collavo.dataset import check_schema
+from collavo.dataset import category_set, check_schema, checked_row, digest_of, opened_parquet, stated_facts
+from collavo.dataset import read_records as read_crayon_records
 from collavo.errors import Rejected, UserError
 from collavo.sources.coco_instances import ImageInstances, stream_image_instances
 from collavo.sources.coco_panoptic import AnnotatedImage, stream_annotated_images
@@ -23,7 +23,6 @@ from collavo.sources.json_files import open_json
 from collavo.sources.records import ImageRecord, stream_records
 from collavo.storage import FAULTS, canonical, exists, list_files, open_random, open_read
 from pipelines.records import Draft, Input, Mention, Reject
-from schemas.crayon_row import CrayonRow, file_facts
 
 Entry = TypeVar("Entry")
 
@@ -145,27 +144,29 @@ def finished_pictures(crayon_files: tuple[str, ...]) -> frozenset[bytes]:
     """Read the SHA-256 of all pictures of some data sets; of those of schema version 1, which lack it, none."""
     found: set[bytes] = set()
     for uri in crayon_files:
-        with open_random(uri) as file:
-            parquet = pq.ParquetFile(file)
+        with open_random(uri) as file, opened_parquet(file, uri) as parquet:
             if "image_sha256" in parquet.schema_arrow.names:
-                digests = parquet.read(columns=["image_sha256"])["image_sha256"].to_pylist()
-                found.update(bytes.fromhex(digest) for digest in digests if digest)
+                digests = (digest_of(record) for record in read_crayon_records(parquet, columns=["image_sha256"]))
+                found.update(filter(None, digests))
     return frozenset(found)
 
 
-def read_crayon_rows(uri: str, keep_image_bytes: bool) -> Iterator[Draft]:
+def read_crayon_rows(uri: str, keep_image_bytes: bool) -> Iterator[Draft | RejectOutput]:
     """Read finished rows back as drafts, for new instructions; their old ones are left behind."""
-    with _naming("from_crayon", uri), open_random(uri) as file:
-        parquet = pq.ParquetFile(file)
+    with _naming("from_crayon", uri), open_random(uri) as file, opened_parquet(file, uri) as parquet:
         check_schema(parquet.schema_arrow, uri)
-        segmenters = tuple(file_facts(parquet.metadata.metadata or {}).get("segmenters", ()))
-        for batch in parquet.iter_batches(batch_size=50):
-            for record in batch.to_pylist():
-                row = CrayonRow.from_record({**record, "instructions": ()})
-                if row.image_sha256 is None and row.image_bytes is not None:  # of schema version 1
-                    row = replace(row, image_sha256=hashlib.sha256(row.image_bytes).hexdigest())
-                row = row if keep_image_bytes else replace(row, image_bytes=None)
-                yield Draft(row, (Input("crayon", row.image_id),), segmenters, {}, split_stated=True)
+        segmenters = tuple(stated_facts(parquet.schema_arrow, uri).get("segmenters", ()))
+        classes = len(category_set([uri]))
+        for record in read_crayon_records(parquet):
+            try:
+                row = checked_row(record, classes, with_instructions=False)
+            except Rejected as error:
+                yield reject_output(Reject(error.entry_id, "crayon", "list", error.reason, str(error)))
+                continue
+            if row.image_sha256 is None and row.image_bytes is not None:  # of schema version 1
+                row = replace(row, image_sha256=hashlib.sha256(row.image_bytes).hexdigest())
+            row = row if keep_image_bytes else replace(row, image_bytes=None)
+            yield Draft(row, (Input("crayon", row.image_id),), segmenters, {}, split_stated=True)
 
 
 @contextmanager

@@ -167,7 +167,7 @@ class Instruction:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Self:
-        return cls(**{**record, "segment_ids": tuple(record["segment_ids"])})
+        return cls(**{**{name: record[name] for name in cls.__slots__}, "segment_ids": tuple(record["segment_ids"])})
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from collavo.dataset import LeftOut
 from collavo.model.prompt import KINDS, Kind
 from collavo.training.batch_plan import Batch, PlanOptions, plan_epoch
 from collavo.training.batches import micro_batches
@@ -24,7 +25,7 @@ def index(instructions: list[int], dialogues: list[int], group_rows: int = 3) ->
         numbers = [n for count in counts for n in range(count)]
         offsets = np.concatenate(([0], np.cumsum(counts)))
         texts[kind] = Texts(offsets, np.array(numbers, np.int32), np.full(len(numbers), 10, np.int32))
-    return RowIndex(tuple(groups), texts, {"crayon": 0, "dialogue": 0}, False)
+    return RowIndex(tuple(groups), texts, LeftOut(), False)
 
 
 def options(**changes: object) -> PlanOptions:

@@ -18,7 +18,7 @@ from collavo.panoptic.grid import crayon_grid
 from collavo.panoptic.index_png import decode_index_map
 from collavo.training.batch_plan import PlanOptions, Sample, plan_epoch
 from collavo.training.batches import ExampleDataset, MicroBatch, build_loader
-from collavo.training.row_index import build_row_index
+from collavo.training.row_index import TOO_LONG, build_row_index
 from schemas.crayon_row import CrayonRow, Dialogue
 
 PROCESSOR = tiny_processor()
@@ -93,8 +93,8 @@ def test_texts_that_no_sequence_could_hold_are_left_out_and_counted(tmp_path: Pa
     everything = build_row_index(files, "train", len, max_tokens=10_000)
     bounded = build_row_index(files, "train", len, max_tokens=60)
     for kind in KINDS:
-        assert len(bounded.texts[kind]) + bounded.too_long[kind] == len(everything.texts[kind])
-    assert bounded.too_long["crayon"]
+        assert len(bounded.texts[kind]) + bounded.left_out.counts[TOO_LONG[kind]] == len(everything.texts[kind])
+    assert "scene-000[" in bounded.left_out.lines()[0]
 
 
 def test_only_the_rows_of_the_split_are_learned_from(tmp_path: Path) -> None:
@@ -137,11 +137,11 @@ def test_rows_that_refer_to_their_image_need_its_root(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_an_image_that_is_not_there_is_named_in_one_line(tmp_path: Path, workers: int) -> None:
+def test_a_sample_whose_image_is_not_there_is_skipped_and_named(tmp_path: Path, workers: int) -> None:
     examples = dataset(tmp_path, scene_rows(1, embed=False), image_root=tmp_path)
     loader = build_loader(examples, [[Sample("crayon", 0, (0,))]], workers, pin_memory=False)
-    with pytest.raises(UserError, match=r"^image scene-000: missing_file: .*scene-000.jpg$"):
-        next(loader)
+    (skipped,) = next(loader).skipped
+    assert skipped[:3] == ("crayon", "scene-000", "missing_file") and skipped.detail.endswith("scene-000.jpg")
 
 
 def test_a_worker_that_dies_is_told_of_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

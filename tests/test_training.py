@@ -389,6 +389,25 @@ def test_other_classes_are_trained_on_a_base_that_knows_some_of_them_and_judged_
     assert set(results["class_to_binary"]["classes"]) <= {c.display_name for c in OWN_CLASSES.things}
 
 
+def test_samples_that_fail_are_skipped_and_named_up_to_a_ratio_and_again_after_a_resume(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, run = scene_rows(8), tmp_path / "run"
+    for row in rows[1:]:
+        (tmp_path / str(row.image_path)).write_bytes(row.image_bytes or b"")
+    data = write_crayon_file(tmp_path / "rows.parquet", [replace(row, image_bytes=None) for row in rows])
+    flags = command(world, run, "--data", str(data), "--image_root", str(tmp_path), "--checkpoint_steps", "1")
+    assert train.main(flags) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--max_skipped_ratio allows 0: 1 missing_file (scene-000: " in said
+    assert train.main([*flags, "--resume"]) == 1  # the same again
+    assert train.main([*flags, "--resume", "--max_skipped_ratio", "0.5"]) == 0
+    skipped = json.loads((max(run.glob("checkpoints/*")) / "state.json").read_text())["skipped"]["counts"]
+    assert skipped["missing_file"] >= 2
+    assert f"left out: {skipped['missing_file']} missing_file (scene-000: " in capsys.readouterr().out
+    assert f"{skipped['missing_file']} missing_file" in (run / "README.md").read_text()
+
+
 def test_the_learning_rate_is_a_cosine_between_its_ends() -> None:
     rates = [learning_rate_at(step, 11, 1e-4, 1e-6) for step in range(11)]
     assert rates[0] == 1e-4

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from collavo.dataset import LeftOut
+from collavo.errors import Rejected, UserError
 from collavo.evaluation.judge import Judge
 from collavo.evaluation.questions import DIALOGUE, Question, questions_of
 from collavo.evaluation.scores import Answered, judged
@@ -23,6 +25,7 @@ def ask_questions(
     judge: Judge,
     image_root: Path | None = None,
     batch_size: int = 16,
+    left_out: LeftOut | None = None,
 ) -> dict[str, list[Answered]]:
     """Ask everything under each object list.
 
@@ -32,15 +35,16 @@ def ask_questions(
         judge: of the set of classes that the rows have.
         image_root: the folder of the images, for rows that refer to their image.
         batch_size: questions that are answered together.
+        left_out: where rows are counted whose picture or map is missing or damaged; None if there must be none.
 
     Returns:
         the judged answers by object list, in the order of the rows.
 
     Raises:
-        UserError: if an image is missing or damaged.
+        UserError: if an image is missing or damaged, and `left_out` is None.
     """
     answers: dict[str, list[Answered]] = {object_list: [] for object_list in object_lists}
-    for pictures, questions in _groups(rows, tasks, judge, image_root, batch_size):
+    for pictures, questions in _groups(rows, tasks, judge, image_root, batch_size, left_out):
         for object_list, answered in answers.items():
             requests = [
                 Request(
@@ -85,15 +89,27 @@ def unknown_classes(answerer: Answerer, categories: CategorySet) -> str | None:
 
 
 def _groups(
-    rows: Iterable[CrayonRow], tasks: Sequence[str], judge: Judge, image_root: Path | None, batch_size: int
+    rows: Iterable[CrayonRow],
+    tasks: Sequence[str],
+    judge: Judge,
+    image_root: Path | None,
+    batch_size: int,
+    left_out: LeftOut | None,
 ) -> Iterator[tuple[list[Picture], list[tuple[int, Question]]]]:
     """Yield as many pictures as it takes to fill a batch, with all of their questions by the picture's number."""
     pictures: list[Picture] = []
     questions: list[tuple[int, Question]] = []
     for row in rows:
         if asked := questions_of(row, tasks, judge):
+            try:
+                picture = picture_of_row(row, image_root, judge.categories)
+            except Rejected as error:
+                if left_out is None:
+                    raise UserError(f"image of {row.image_id}: {error}") from error
+                left_out.add(error.reason, f"image of {row.image_id}", str(error))
+                continue
             questions += [(len(pictures), question) for question in asked]
-            pictures.append(picture_of_row(row, image_root, judge.categories))
+            pictures.append(picture)
         if len(questions) >= batch_size:
             yield pictures, questions
             pictures, questions = [], []

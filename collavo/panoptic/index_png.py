@@ -8,13 +8,17 @@ the bytes.
 
 import io
 import struct
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image
 from zlib_ng import zlib_ng
 
+from collavo.errors import Rejected
 from collavo.panoptic.colors import segment_palette
 from collavo.panoptic.maps import PanopticMap
+from schemas.categories import CategorySet
+from schemas.crayon_row import Segment
 
 _PALETTE, _GREY = 3, 0
 _FILTER_UP = 2
@@ -49,8 +53,34 @@ def encode_index_map(panoptic: PanopticMap) -> bytes:
 
 
 def decode_index_map(data: bytes) -> np.ndarray:
-    """Decode a `panoptic_map` to its index map, uint8 or uint16 [height, width]."""
-    return np.asarray(Image.open(io.BytesIO(data), formats=("PNG",)))
+    """Decode a `panoptic_map` to its index map, uint8 or uint16 [height, width].
+
+    Raises:
+        Rejected: `broken_map`.
+    """
+    try:
+        index_map = np.asarray(Image.open(io.BytesIO(data), formats=("PNG",)))
+    except Exception as error:  # Pillow's decoders raise a dozen types on damaged data
+        raise Rejected("broken_map", f"not a readable PNG: {error}") from error
+    if index_map.ndim != 2 or index_map.dtype.kind not in "ui":
+        raise Rejected("broken_map", f"a map has one whole number a pixel, not {index_map.shape} of {index_map.dtype}")
+    return index_map
+
+
+def panoptic_map_of(
+    data: bytes, segments: Sequence[Segment], categories: CategorySet, size_wh: tuple[int, int]
+) -> PanopticMap:
+    """Read a `panoptic_map` back, checked against the segments and the size of its row.
+
+    Raises:
+        Rejected: `broken_map`.
+    """
+    index_map = decode_index_map(data)
+    if index_map.shape != size_wh[::-1]:
+        raise Rejected("broken_map", f"the map is {index_map.shape[1]} x {index_map.shape[0]}, the image {size_wh}")
+    if (last := int(index_map.max())) > len(segments):
+        raise Rejected("broken_map", f"the map points to segment {last} of {len(segments)}")
+    return PanopticMap(index_map, tuple(segments), categories)
 
 
 def _chunk(name: bytes, data: bytes) -> bytes:

@@ -63,6 +63,10 @@ class TrainArguments:
     attention: str = flag("sdpa", "sdpa, eager or flash_attention_2 (which packs no instructions)")
     workers: int = flag(1, "processes that read and decode", least=0)
 
+    max_skipped_ratio: float = flag(
+        0.01, "stop when more samples of the run than this cannot be prepared", least=0, most=1
+    )
+
     log_steps: int = flag(1, "steps between lines in metrics.jsonl", least=1, group="logs and checkpoints")
     eval_steps: int | None = flag(None, "steps between evaluations (default: once a phase)", kind=int, least=1)
     eval_batches: int = flag(16, "micro-batches of each kind in an evaluation", least=1)

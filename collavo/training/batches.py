@@ -5,10 +5,11 @@ All of it happens in the loader's worker processes.
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,14 +17,13 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from collavo.dataset import decoded_image
-from collavo.errors import Rejected, UserError
+from collavo.dataset import check_record, decoded_image
+from collavo.errors import Rejected, UserError, first_line
 from collavo.instructions.text import format_objects_with_boxes
 from collavo.model.packing import PADDING, SHARED, packed_positions
 from collavo.model.processing import CollavoProcessor
 from collavo.model.prompt import KINDS, Kind, RenderedPrompt
-from collavo.panoptic.index_png import decode_index_map
-from collavo.panoptic.maps import PanopticMap
+from collavo.panoptic.index_png import panoptic_map_of
 from collavo.training.batch_plan import ROWS_PER_WINDOW, Batch, Sample
 from collavo.training.row_index import RowGroup, RowIndex
 from schemas.categories import COCO_PANOPTIC, CategorySet
@@ -33,6 +33,8 @@ IGNORED = -100
 """Label of tokens that the loss does not cover."""
 
 _COLUMNS = ("image_id", "image", "width", "height", "panoptic_map", "segments", "instructions", "conversations")
+_LATE_COLUMNS = ("image_id", "image", "width", "height", "panoptic_map")
+"""What the index could not check, since it does not read pictures and maps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +60,28 @@ class Example:
     """The crayon map, int64 [rows, columns] each."""
 
 
+class Skipped(NamedTuple):
+    """A sample that could not be prepared, and why."""
+
+    kind: Kind
+    image_id: str
+    reason: str
+    detail: str
+
+
 @dataclass(slots=True)
 class MicroBatch:
-    """Padded sequences: `inputs` for the model's forward, and whose images they are about."""
+    """Padded sequences: `inputs` for the model's forward, and whose images they are about; no inputs where all of its
+    samples were skipped."""
 
     kind: Kind
     image_ids: list[str]
     inputs: dict[str, torch.Tensor]
+    skipped: list[Skipped] = field(default_factory=list)
 
     @property
     def supervised_tokens(self) -> int:
-        return int((self.inputs["labels"] != IGNORED).sum())
+        return int((self.inputs["labels"] != IGNORED).sum()) if self.inputs else 0
 
     def pin_memory(self) -> "MicroBatch":
         """Called by the loader, so that the copy to the GPU runs beside the computation."""
@@ -91,17 +104,26 @@ class RowReader:
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()
 
     def read(self, row: int) -> dict[str, Any]:
+        """Read a row, as plain values.
+
+        Raises:
+            Rejected: `unreadable_rows` if its row group is damaged where the index did not look, in pictures and maps.
+        """
         number = bisect_right(self._first_rows, row) - 1
         if number not in self._tables:
             group = self._groups[number]
-            self._tables[number] = pq.ParquetFile(group.file).read_row_group(group.group, columns=list(_COLUMNS))
+            try:
+                self._tables[number] = pq.ParquetFile(group.file).read_row_group(group.group, columns=list(_COLUMNS))
+            except (OSError, pa.ArrowException) as error:
+                detail = f"{group.file}, row group {group.group}: {first_line(error)}"
+                raise Rejected("unreadable_rows", detail, f"row {row}") from error
             while len(self._tables) > 1 and sum(map(len, self._tables.values())) > self._kept_rows:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(number)
         return self._tables[number].slice(row - self._first_rows[number], 1).to_pylist()[0]
 
 
-class ExampleDataset(Dataset[Example | UserError]):
+class ExampleDataset(Dataset[Example | Skipped | UserError]):
     """Samples, as examples; the index is the sample itself.
 
     Args:
@@ -125,10 +147,12 @@ class ExampleDataset(Dataset[Example | UserError]):
         self._image_root = image_root
         self._categories = categories
 
-    def __getitem__(self, sample: Sample) -> Example | UserError:
+    def __getitem__(self, sample: Sample) -> Example | Skipped | UserError:
         # An error is returned, not raised: what a worker process raises arrives with its whole traceback as message.
         try:
             return self.example(sample)
+        except Rejected as error:
+            return Skipped(sample.kind, error.entry_id, error.reason, str(error))
         except UserError as error:
             return error
 
@@ -136,20 +160,21 @@ class ExampleDataset(Dataset[Example | UserError]):
         """Make the example of a sample.
 
         Raises:
-            UserError: if its image is missing or damaged, or its text cannot be rendered.
+            UserError: if rows refer to their images and there is no root.
+            Rejected: if its image or map is missing or damaged, or its text cannot be rendered.
         """
         record = self._reader.read(sample.row)
-        image = record["image"]
         try:
-            prompts = self._prompts(sample, record)
-            packed = pack_prompts(prompts, self._processor.image_token_id)
-            if image is None or record["panoptic_map"] is None:
+            check_record({name: record[name] for name in _LATE_COLUMNS}, len(self._categories))
+            packed = pack_prompts(self._prompts(sample, record), self._processor.image_token_id)
+            if not _has_map(record):
                 return Example(sample.kind, record["image_id"], *packed)
-            pixels = decoded_image(image["path"], image["bytes"], self._image_root)
+            pixels = decoded_image(record["image"]["path"], record["image"]["bytes"], self._image_root)
+            segments = tuple(map(Segment.from_record, record["segments"]))
+            size_wh = (pixels.shape[1], pixels.shape[0])
+            panoptic = panoptic_map_of(record["panoptic_map"]["bytes"], segments, self._categories, size_wh)
         except Rejected as error:
-            raise UserError(f"image {record['image_id']}: {error.reason}: {error}") from error
-        segments = tuple(map(Segment.from_record, record["segments"]))
-        panoptic = PanopticMap(decode_index_map(record["panoptic_map"]["bytes"]), segments, self._categories)
+            raise Rejected(error.reason, str(error), record["image_id"]) from error
         picture = self._processor.picture_inputs([pixels], [panoptic])
         return Example(
             sample.kind,
@@ -158,22 +183,29 @@ class ExampleDataset(Dataset[Example | UserError]):
             **{name: tensor[0] for name, tensor in picture.items()},
         )
 
-    def prompt_of(self, sample: Sample) -> RenderedPrompt:
-        """Return the first prompt of a sample, to show it."""
-        return self._prompts(sample, self._reader.read(sample.row))[0]
+    def prompt_of(self, batch: Batch) -> RenderedPrompt | None:
+        """Return the first prompt of a batch, to show it; None if no sample of it can be rendered."""
+        for sample in batch.samples:
+            with suppress(Rejected):
+                return self._prompts(sample, self._reader.read(sample.row))[0]
+        return None
 
-    def collate_or_error(self, examples: Sequence[Example | UserError]) -> MicroBatch | UserError:
-        """Make a micro-batch, or return the first error among its examples."""
-        whole: list[Example] = []
+    def collate_or_error(self, examples: Sequence[Example | Skipped | UserError]) -> MicroBatch | UserError:
+        """Make a micro-batch of what could be prepared, or return the first error."""
         for example in examples:
             if isinstance(example, UserError):
                 return example
-            whole.append(example)
-        return collate(whole, self._processor.tokenizer.pad_token_id)
+        whole = [example for example in examples if isinstance(example, Example)]
+        skipped = [example for example in examples if isinstance(example, Skipped)]
+        if not whole:
+            return MicroBatch(skipped[0].kind, [], {}, skipped)
+        batch = collate(whole, self._processor.tokenizer.pad_token_id)
+        batch.skipped = skipped
+        return batch
 
     def _prompts(self, sample: Sample, record: dict[str, Any]) -> list[RenderedPrompt]:
         objects = None
-        has_image = record["panoptic_map"] is not None
+        has_image = _has_map(record)
         if sample.kind in self._listed and has_image:
             segments = map(Segment.from_record, record["segments"])
             objects = format_objects_with_boxes(list(segments), (record["width"], record["height"]))
@@ -182,6 +214,10 @@ class ExampleDataset(Dataset[Example | UserError]):
             return [self._processor.render([(turn["from"], turn["value"]) for turn in turns], objects, has_image)]
         asked = [record["instructions"][number] for number in sample.numbers]
         return [self._processor.render([("human", i["question"]), ("gpt", i["answer"])], objects) for i in asked]
+
+
+def _has_map(record: Mapping[str, Any]) -> bool:
+    return record["panoptic_map"] is not None and record["panoptic_map"]["bytes"] is not None
 
 
 def pack_prompts(
@@ -238,14 +274,14 @@ def micro_batches(batch: Batch, size: int, rank: int = 0, ranks: int = 1) -> lis
 def build_loader(
     dataset: ExampleDataset, samples: Sequence[list[Sample]], workers: int, pin_memory: bool
 ) -> Iterator[MicroBatch]:
-    """Load micro-batches in the order of the plan.
+    """Load micro-batches in the order of the plan; samples that cannot be prepared are skipped.
 
     Args:
         samples: those of each micro-batch.
         workers: processes that read and decode; 0 for none beside this one.
 
     Raises:
-        UserError: if an image is missing or damaged, or a worker process dies.
+        UserError: if rows refer to their images and there is no root, or a worker process dies.
     """
     loader: DataLoader[Any] = DataLoader(
         dataset,

@@ -10,13 +10,15 @@ model has no dropout. Position, weights and moments are all. No pickles, which c
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from collavo.dataset import LeftOut
 from collavo.errors import UserError
 from collavo.folders import whole_folder
 
@@ -30,6 +32,8 @@ class Position:
     phase: str
     phase_steps: int
     total_steps: int
+    skipped: LeftOut = field(default_factory=LeftOut)
+    """Samples that could not be prepared until then."""
 
 
 def save_checkpoint(
@@ -55,7 +59,9 @@ def save_checkpoint(
             for entry, value in optimizer.state.get(parameter, {}).items()
         }
         save_file(moments, folder / OPTIMIZER)
-        (folder / STATE).write_text(json.dumps({**asdict(position), "fingerprint": fingerprint}, indent=2))
+        state = {name: getattr(position, name) for name in ("phase", "phase_steps", "total_steps")}
+        skipped = {"counts": position.skipped.counts, "named": position.skipped.named}
+        (folder / STATE).write_text(json.dumps({**state, "skipped": skipped, "fingerprint": fingerprint}, indent=2))
     for old in list_checkpoints(run)[:-keep]:
         shutil.rmtree(old)
 
@@ -72,12 +78,13 @@ def read_position(checkpoint: Path, fingerprint: str) -> Position:
         UserError: if it was made from other data or with other arguments.
     """
     state = json.loads((checkpoint / STATE).read_text())
+    skipped = state.pop("skipped")
     if state.pop("fingerprint") != fingerprint:
         raise UserError(
             f"{checkpoint}: made from other data or with other arguments; repeat those in the run's train_args.json, "
             "or train into another folder"
         )
-    return Position(**state)
+    return Position(**state, skipped=LeftOut(Counter(skipped["counts"]), skipped["named"]))
 
 
 def load_weights(checkpoint: Path, parameters: Mapping[str, torch.Tensor]) -> None:

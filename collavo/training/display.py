@@ -36,9 +36,9 @@ class RunDisplay:
 
     @contextmanager
     def shown(
-        self, phases: Sequence[Phase], facts: Mapping[str, str], example: Text, steps_done: int
+        self, phases: Sequence[Phase], facts: Mapping[str, str], left_out: Sequence[str], example: Text, steps_done: int
     ) -> Iterator[None]:
-        """Print facts about the run and one prompt, then show progress while the block runs.
+        """Print facts about the run, what it leaves out and one prompt, then show progress while the block runs.
 
         Metrics of later steps than `steps_done` are deleted: a resumed run takes those steps again.
         """
@@ -46,6 +46,7 @@ class RunDisplay:
         for fact in facts.items():
             table.add_row(*fact)
         self._progress.console.print(table, highlight=False)
+        self.left_out(left_out)
         self._progress.console.print(Text("A prompt, the supervised part in green: ") + example, soft_wrap=True)
         if self._metrics.exists() and self._accelerator.is_main_process:
             lines = [line for line in self._metrics.read_text().splitlines() if json.loads(line)["step"] <= steps_done]
@@ -56,9 +57,15 @@ class RunDisplay:
         with self._progress:
             yield
 
+    def left_out(self, lines: Sequence[str]) -> None:
+        """Say what could not be used, a line for each reason."""
+        for line in lines:
+            self._progress.console.print(f"left out: {line}", highlight=False, markup=False, soft_wrap=True)
+
     def step(self, result: StepResult, phase: Phase) -> None:
         """Show a step, and log it if its turn has come."""
-        note = f"{result.stage} loss {result.loss:.3f}, {result.samples_per_s:.1f} sequences/s"
+        loss = "skipped" if result.loss is None else f"loss {result.loss:.3f}"
+        note = f"{result.stage} {loss}, {result.samples_per_s:.1f} sequences/s"
         self._progress.update(self._bars[phase.name], result.step - phase.steps_before, note=note)
         if result.step % self._log_steps == 0:
             known = {name: value for name, value in asdict(result).items() if value is not None}

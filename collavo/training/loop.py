@@ -15,8 +15,10 @@ from itertools import chain
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
+from collavo.dataset import LeftOut
 from collavo.errors import UserError
 from collavo.model.prompt import Kind
 from collavo.training.arguments import TrainArguments
@@ -35,9 +37,11 @@ class StepResult:
 
     phase: str
     stage: str
-    loss: float
+    loss: float | None
+    """None, as the norm is, where all samples of the step had to be skipped."""
+
     learning_rate: float
-    gradient_norm: float
+    gradient_norm: float | None
     """Before clipping."""
 
     samples_per_s: float
@@ -67,6 +71,8 @@ class Trainer:
         self._arguments = arguments
         self._dtype = dtype
         self._checked: set[str] = set()
+        self.skipped = LeftOut()
+        """Samples that could not be prepared, of all ranks."""
 
     def run(
         self,
@@ -74,13 +80,17 @@ class Trainer:
         dataset: ExampleDataset,
         optimizer: torch.optim.Optimizer,
         first_step: int,
+        most_skipped: int,
         after_step: Callable[[StepResult], None],
     ) -> None:
         """Take the steps of a phase from `first_step` on.
 
+        Args:
+            most_skipped: samples that the whole run may skip.
+
         Raises:
-            UserError: for a loss that is not finite, a batch without a supervised token, or a GPU without memory.
-            UserError: if an image is missing or damaged.
+            UserError: for a loss that is not finite, a batch without a supervised token, a GPU without memory, or more
+                skipped samples than allowed.
         """
         arguments, accelerator, device = self._arguments, self._accelerator, self._accelerator.device
         on_gpu = device.type == "cuda"
@@ -100,7 +110,9 @@ class Trainer:
             self._staged.enter(stage)
             start = time.perf_counter()
             number = phase.steps_before + step + 1
-            loss, norm, tokens = self._step(number, [next(loader) for _ in of_step], optimizer)
+            pieces = [next(loader) for _ in of_step]
+            self._count_skipped(pieces, most_skipped)
+            loss, norm, tokens = self._step(number, [piece for piece in pieces if piece.inputs], optimizer)
             seconds = time.perf_counter() - start
             after_step(
                 StepResult(
@@ -116,16 +128,37 @@ class Trainer:
                 )
             )
 
+    def _count_skipped(self, pieces: Sequence[MicroBatch], most: int) -> None:
+        """Count the samples that could not be prepared; all ranks come to the same sum.
+
+        Raises:
+            UserError: if there are more of them than `most`.
+        """
+        skipped = [sample for piece in pieces for sample in piece.skipped]
+        if self._accelerator.num_processes > 1:
+            skipped = gather_object(skipped)
+        for sample in skipped:
+            self.skipped.add(sample.reason, sample.image_id, sample.detail)
+        if (count := self.skipped.counts.total()) > most:
+            raise UserError(
+                f"{count} samples could not be prepared, and --max_skipped_ratio allows {most}: "
+                + ", ".join(self.skipped.lines()),
+                1,
+            )
+
     def _step(
         self, step: int, pieces: Sequence[MicroBatch], optimizer: torch.optim.Optimizer
-    ) -> tuple[float, float, int]:
-        """Take one step; the loss, the gradient's norm before clipping, and the tokens processed."""
+    ) -> tuple[float | None, float | None, int]:
+        """Take one step; the loss, the gradient's norm before clipping, and the tokens processed. Without a sample on
+        any rank, nothing is learned, and there is no loss."""
         # The divisor of the loss is counted before the first forward pass, over the micro-batches of all ranks. A mean
         # of the micro-batches' means would give a token more weight the fewer others are supervised beside it.
         counted = [(piece.supervised_tokens, piece.inputs["input_ids"].numel()) for piece in pieces]
-        counts = torch.tensor(counted, device=self._accelerator.device).sum(0)
+        counts = torch.tensor(counted, device=self._accelerator.device, dtype=torch.int64).reshape(-1, 2).sum(0)
         supervised, tokens = self._accelerator.reduce(counts, "sum").tolist()
         images = "images " + ", ".join(image_id for piece in pieces for image_id in piece.image_ids)
+        if not tokens:
+            return None, None, 0
         if not supervised:
             raise UserError(f"step {step}: no token of the batch is supervised; {images}", 1)
         loss = torch.zeros((), device=self._accelerator.device)
@@ -166,6 +199,8 @@ class Trainer:
         # bitsandbytes would repack the 4-bit weights for the CPU, and no gradient flows through repacked weights.
         with torch.no_grad():
             for piece in build_loader(dataset, [list(batch.samples) for batch in batches], 0, pin_memory=False):
+                if not piece.inputs:
+                    continue
                 sums[piece.kind] = sums.get(piece.kind, 0.0) + float(self._loss(piece, 1))
                 tokens[piece.kind] = tokens.get(piece.kind, 0) + piece.supervised_tokens
         return {kind: sums[kind] / max(tokens[kind], 1) for kind in sums}

@@ -11,15 +11,12 @@ from pathlib import Path
 from collavo.runs import TRAIN_ARGS
 from collavo.training.arguments import TrainArguments
 
-_NAMED = 20
-"""Classes that the card lists."""
-
 # Arguments that change neither what is learned nor in which order, so that a resumed run may change them. The place of
 # the data is one of them: checksums identify the data.
 _FREE_ARGUMENTS = (
     "data", "image_root", "resume", "overwrite", "output_dir", "micro_batch_size", "device", "gradient_checkpointing",
-    "attention", "workers", "log_steps", "eval_steps", "eval_batches", "checkpoint_steps", "keep_checkpoints",
-    "report_to",
+    "attention", "workers", "max_skipped_ratio", "log_steps", "eval_steps", "eval_batches", "checkpoint_steps",
+    "keep_checkpoints", "report_to",
 )  # fmt: skip
 
 

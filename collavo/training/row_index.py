@@ -6,13 +6,25 @@ The text columns are read once, at the start. The plan of the batches follows fr
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 
-from collavo.errors import UserError
+from collavo.dataset import LeftOut, check_record, opened_parquet, read_records
+from collavo.errors import Rejected, UserError
 from collavo.model.prompt import KINDS, Kind
+from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import TASKS
+
+_COLUMNS = (
+    "image_id", "image_sha256", "width", "height", "license_id", "split", "segments", "instructions", "conversations",
+)  # fmt: skip
+
+_NO_ROW: dict[str, Any] = {"image_id": "", "instructions": (), "conversations": ()}
+
+TOO_LONG: dict[Kind, str] = {"crayon": "too_long_instruction", "dialogue": "too_long_dialogue"}
+"""By what name texts that do not fit into a sequence are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +64,8 @@ class RowIndex:
 
     row_groups: tuple[RowGroup, ...]
     texts: dict[Kind, Texts]
-    too_long: dict[Kind, int]
-    """How many texts were left out because they do not fit into a sequence."""
+    left_out: LeftOut
+    """Damaged rows of all splits, and texts that do not fit into a sequence."""
 
     has_null_images: bool
     """Whether some row refers to its image instead of holding it."""
@@ -65,6 +77,7 @@ def build_row_index(
     token_bound: Callable[[str], int],
     max_tokens: int,
     tasks: Sequence[str] = TASKS,
+    classes: int = len(COCO_PANOPTIC),
 ) -> RowIndex:
     """Index the rows of a split.
 
@@ -74,35 +87,41 @@ def build_row_index(
         token_bound: returns an upper bound of the tokens of a text.
         max_tokens: longer texts are left out and counted.
         tasks: instructions of other tasks are ignored.
+        classes: how many the data have.
 
     Raises:
-        UserError: if the split has no rows.
+        UserError: if the split has no rows, or a file cannot be read.
     """
     groups: list[RowGroup] = []
-    collected: dict[Kind, _Collector] = {kind: _Collector(token_bound, max_tokens) for kind in KINDS}
+    left_out = LeftOut()
+    collected: dict[Kind, _Collector] = {kind: _Collector(kind, token_bound, max_tokens, left_out) for kind in KINDS}
     null_images = False
     rows = rows_in_split = 0
     for file in files:
-        parquet = pq.ParquetFile(file)
-        for group in range(parquet.num_row_groups):
-            null_images |= _has_null_images(parquet, group)
-            table = parquet.read_row_group(group, columns=["split", "instructions", "conversations"])
-            groups.append(RowGroup(file, group, rows, table.num_rows))
-            rows += table.num_rows
-            for record in table.to_pylist():
-                wanted = record["split"] == split
-                rows_in_split += wanted
-                asked, said = enumerate(record["instructions"]), enumerate(record["conversations"])
-                collected["crayon"].add_row(
-                    [(i, [r["question"], r["answer"]]) for i, r in asked if wanted and r["task"] in tasks]
-                )
-                collected["dialogue"].add_row([(i, [t["value"] for t in d["turns"]]) for i, d in said if wanted])
+        with opened_parquet(file) as parquet:
+            columns = [column for column in _COLUMNS if column in parquet.schema_arrow.names]
+            for group in range(parquet.num_row_groups):
+                null_images |= _has_null_images(parquet, group)
+                first_row = rows
+                for record in read_records(parquet, columns, group):
+                    rows += 1
+                    usable = _usable(record, classes, f"row {rows} of {file.name}", left_out)
+                    wanted = usable if usable and usable["split"] == split else _NO_ROW
+                    rows_in_split += wanted is not _NO_ROW
+                    asked, said = enumerate(wanted["instructions"]), enumerate(wanted["conversations"])
+                    collected["crayon"].add_row(
+                        wanted["image_id"], [(i, [r["question"], r["answer"]]) for i, r in asked if r["task"] in tasks]
+                    )
+                    collected["dialogue"].add_row(
+                        wanted["image_id"], [(i, [t["value"] for t in d["turns"]]) for i, d in said]
+                    )
+                groups.append(RowGroup(file, group, first_row, rows - first_row))
     if not rows_in_split:
         raise UserError(f"none of the {rows} rows is in the split {split!r}")
     return RowIndex(
         tuple(groups),
         {kind: collector.texts() for kind, collector in collected.items()},
-        {kind: collector.too_long for kind, collector in collected.items()},
+        left_out,
         null_images,
     )
 
@@ -111,18 +130,19 @@ def build_row_index(
 class _Collector:
     """Gathers the `Texts` of one kind, row by row."""
 
+    kind: Kind
     token_bound: Callable[[str], int]
     max_tokens: int
-    too_long: int = 0
+    left_out: LeftOut
     offsets: list[int] = field(default_factory=lambda: [0])
     numbers: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
 
-    def add_row(self, texts: Sequence[tuple[int, Sequence[str]]]) -> None:
+    def add_row(self, name: str, texts: Sequence[tuple[int, Sequence[str]]]) -> None:
         for number, parts in texts:
             length = sum(map(self.token_bound, parts))
             if length > self.max_tokens:
-                self.too_long += 1
+                self.left_out.add(TOO_LONG[self.kind], f"{name}[{number}]")
             else:
                 self.numbers.append(number)
                 self.lengths.append(length)
@@ -130,6 +150,18 @@ class _Collector:
 
     def texts(self) -> Texts:
         return Texts(np.array(self.offsets), np.array(self.numbers, np.int32), np.array(self.lengths, np.int32))
+
+
+def _usable(record: dict[str, Any] | Rejected, classes: int, place: str, left_out: LeftOut) -> dict[str, Any] | None:
+    """Return a row that can be learned from; count any other."""
+    try:
+        if isinstance(record, Rejected):
+            raise record
+        check_record(record, classes)
+        return record
+    except Rejected as error:
+        left_out.add(error.reason, place, str(error))
+        return None
 
 
 def _has_null_images(parquet: pq.ParquetFile, group: int) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from rich.console import Console
+from rich.text import Text
 
 from collavo.cli import naming
 from collavo.dataset import category_set, check_splits, find_files, notes
@@ -88,20 +89,29 @@ class TrainingRun:
         if is_main:
             dtype, ranks = str(self.dtype).removeprefix("torch."), self.accelerator.num_processes
             record.write_train_args(self.folder, arguments, self.files, saved_adapters, dtype, ranks)
-        sample = phases[-1].batches[0].samples[0]
-        prompt = show_supervision(self.processor.tokenizer, self.train_set.prompt_of(sample))
+        shown = self.train_set.prompt_of(phases[-1].batches[0])
+        prompt = show_supervision(self.processor.tokenizer, shown) if shown else Text("none of the first batch")
+        samples = sum(len(batch.samples) for phase in phases for batch in phase.batches)
+        most_skipped = int(arguments.max_skipped_ratio * samples)
         steps_done = max(done.total_steps, phases[0].steps_before)
-        with self.display.shown(phases, self._facts(phases), prompt, steps_done):
+        damaged = self.train_set.index.left_out.lines()
+        with self.display.shown(phases, self._facts(phases), damaged, prompt, steps_done):
             trainer = Trainer(self.staged, self.accelerator, arguments, self.dtype)
+            trainer.skipped = done.skipped
             for phase in phases:
                 if phase.last_step > done.total_steps:
-                    self._run_phase(trainer, phase, start, done)
+                    self._run_phase(trainer, phase, start, done, most_skipped)
+        self.display.left_out(trainer.skipped.lines())
         if is_main:
             save_run(self.folder, self.staged.model, saved_adapters, self.processor)
-            write_model_card(self.folder, self.folder, "run", base_from(self.folder, self.folder))
+            left_out = self.train_set.index.left_out.counts + trainer.skipped.counts
+            base = base_from(self.folder, self.folder)
+            write_model_card(self.folder, self.folder, "run", base, left_out=left_out)
         self.accelerator.end_training()
 
-    def _run_phase(self, trainer: Trainer, phase: Phase, start: Path | None, done: checkpoint.Position) -> None:
+    def _run_phase(
+        self, trainer: Trainer, phase: Phase, start: Path | None, done: checkpoint.Position, most_skipped: int
+    ) -> None:
         """Take the steps of a phase that are not done yet."""
         arguments = self.arguments
         # One optimizer knows both adapters from the start. Batches of both kinds alternate, and AdamW skips weights
@@ -121,9 +131,10 @@ class TrainingRun:
                 self.display.evaluation(result.step, phase, self._evaluate(trainer, phase))
             # After the evaluation of its step, which a run resumed from here does not repeat.
             if last or steps % arguments.checkpoint_steps == 0:
-                self._save_checkpoint(checkpoint.Position(phase.name, steps, result.step), optimizer)
+                position = checkpoint.Position(phase.name, steps, result.step, trainer.skipped)
+                self._save_checkpoint(position, optimizer)
 
-        trainer.run(phase, self.train_set, optimizer, first_step, after_step)
+        trainer.run(phase, self.train_set, optimizer, first_step, most_skipped, after_step)
 
     def _evaluate(self, trainer: Trainer, phase: Phase) -> dict[Kind, float]:
         """Validation losses, on the same batches every time; empty if the split is too small for one batch."""
@@ -154,7 +165,9 @@ class TrainingRun:
     def _examples(self, split: str) -> ExampleDataset:
         arguments = self.arguments
         with naming("data"):
-            index = build_row_index(self.files, split, self._token_bound, self._max_text_tokens, arguments.tasks)
+            index = build_row_index(
+                self.files, split, self._token_bound, self._max_text_tokens, arguments.tasks, len(self.categories)
+            )
         if index.has_null_images and arguments.image_root is None:
             raise UserError("--data: rows refer to their images; --image_root must name the folder of the images")
         image_root = Path(arguments.image_root) if arguments.image_root else None
@@ -193,7 +206,6 @@ class TrainingRun:
             sum(p.numel() for p in self.staged.parameters_of(names).values()) for names in ((), self.adapters)
         )
         texts = ", ".join(f"{len(texts)} {kind} texts" for kind, texts in index.texts.items())
-        left_out = ", ".join(f"{count} {kind}" for kind, count in index.too_long.items() if count)
         only = [kind for kind, texts in index.texts.items() if len(texts)]
         return {
             "classes": f"{len(self.categories)}, {self.categories.name}",
@@ -201,7 +213,6 @@ class TrainingRun:
             "weights": ", ".join(f"{count:,} in {kind}" for kind, count in count_weights(self.staged.model).items()),
             "learning": f"{queries:,} queries and connector, {all_learning:,} with adapters",
             "data": f"{len(self.files)} files, {texts}"
-            + (f"; too long, left out: {left_out}" if left_out else "")
             + (f"; so only {ADAPTER_OF['dual'][only[0]]} learns" if len(only) == 1 else ""),
             "steps": ", ".join(f"{phase.name} {len(phase.batches)}" for phase in phases)
             + f" of {self.arguments.batch_size} sequences",

@@ -1,0 +1,178 @@
+"""Files that another tool or a disk has damaged: what is damaged is left out and named, whoever reads it."""
+
+import random
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tiny_model import scene_rows, tiny_processor, write_crayon_file
+
+from collavo import export_data
+from collavo.dataset import LeftOut, category_set, check_splits, count_rows, find_files, read_rows
+from collavo.errors import Rejected, UserError
+from collavo.evaluation.judge import Judge
+from collavo.evaluation.questions import EVALUATED_TASKS, questions_of
+from collavo.inference import picture_of_row
+from collavo.model.prompt import KINDS
+from collavo.training.batch_plan import PlanOptions, plan_epoch
+from collavo.training.batches import ExampleDataset, Skipped
+from collavo.training.row_index import build_row_index
+from pipelines.records import REJECT_REASONS, Draft
+from pipelines.sources import read_crayon_rows
+from schemas.crayon_row import CRAYON_SCHEMA
+
+PROCESSOR = tiny_processor()
+ROWS = scene_rows(4)
+
+
+def save(path: Path, records: list[dict[str, Any]]) -> Path:
+    """Write records as another tool may have, with nulls anywhere."""
+    metadata = pq.read_metadata(write_crayon_file(path, [])).metadata  # with the set of classes
+    fields = [column.with_nullable(True) for column in CRAYON_SCHEMA]
+    pq.write_table(pa.Table.from_pylist(records, schema=pa.schema(fields, metadata)), path)
+    return path
+
+
+def records() -> list[dict[str, Any]]:
+    return [row.as_record() for row in ROWS]
+
+
+def read_as_all_do(path: Path, folder: Path) -> LeftOut:
+    """Read a file as training, evaluation, `--from_crayon` and the exports do; what the index leaves out."""
+    files = find_files([str(path)])
+    categories = category_set(files)
+    check_splits(files)
+    index = build_row_index(files, "train", lambda text: len(text.encode()), 2000, classes=len(categories))
+    examples = ExampleDataset(index, PROCESSOR, "dialogues", None, categories)
+    options = PlanOptions(batch_size=1, seed=0, instructions_per_sequence=8, max_tokens=2000)
+    for batch in plan_epoch(index, KINDS, options, 0):
+        examples.collate_or_error([examples[sample] for sample in batch.samples])
+    judge, left_out = Judge(categories), LeftOut()
+    rows = list(read_rows(files, left_out=left_out))
+    assert len(rows) + left_out.counts.total() == count_rows(files)
+    for row in rows:
+        questions_of(row, EVALUATED_TASKS, judge)
+        with suppress(Rejected, UserError):
+            picture_of_row(row, None, categories)
+    for draft in read_crayon_rows(str(path), True):
+        assert isinstance(draft, Draft) or draft.value.reason in REJECT_REASONS["list"]
+    for to in ("jsonl", "llava"):
+        flags = ["--data", str(path), "--to", to, "--output", str(folder / to), "--overwrite"]
+        assert export_data.main(flags) in (0, 2)
+    return index.left_out
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield every container and key below a value."""
+    for key in value if isinstance(value, dict) else range(len(value)):
+        yield value, key
+        if isinstance(value[key], dict | list):
+            yield from places(value[key])
+
+
+def lists(value: Any) -> Any:
+    """Copy plain values, with lists for tuples, so that they can be changed."""
+    if isinstance(value, dict):
+        return {key: lists(v) for key, v in value.items()}
+    return [lists(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def spoil(chosen: random.Random, path: Path) -> Path:
+    """Damage a field of a row, or bytes of the file."""
+    if chosen.random() < 0.6:
+        found = lists(records())
+        container, key = chosen.choice(list(places(found[chosen.randrange(len(found))])))
+        odd: dict[type, list[Any]] = {
+            str: ["", "</s>", "<im<image>age>", "\0", "ab" * 9000, "../x"],
+            int: [-1, 0, 2**31 - 1, -(2**31)],
+            float: [float("nan"), float("inf"), -1.0],
+            list: [[], [None]],
+            bytes: [b"", b"\x89PNG\r\n\x1a\n", bytes(99)],
+        }
+        container[key] = chosen.choice([None, *odd.get(type(container[key]), [])])
+        return save(path, found)
+    data = bytearray(write_crayon_file(path, ROWS).read_bytes())
+    for _ in range(chosen.choice([1, 8, 64])):
+        data[chosen.randrange(len(data))] = chosen.randrange(256)
+    path.write_bytes(data)
+    return path
+
+
+def damage_and_read(seeds: range, folder: Path) -> None:
+    for seed in seeds:
+        try:
+            read_as_all_do(spoil(random.Random(seed), folder / f"{seed}.parquet"), folder)
+        except UserError as error:
+            assert "\n" not in str(error)
+        except Exception as error:
+            raise AssertionError(f"seed {seed}") from error
+
+
+def test_no_damage_to_a_file_is_a_traceback(tmp_path: Path) -> None:
+    damage_and_read(range(12), tmp_path)
+
+
+@pytest.mark.slow
+def test_no_damage_to_500_files_is_a_traceback(tmp_path: Path) -> None:
+    damage_and_read(range(500), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("column", "field", "value", "said"),
+    [
+        ("instructions", "question", None, "missing_value (row 1 of rows.parquet: instructions.question is null)"),
+        (
+            "instructions",
+            "segment_ids",
+            [99],
+            "bad_value (row 1 of rows.parquet: an instruction rests on segments [99]",
+        ),
+        ("segments", "box_xyxy", None, "missing_value (row 1 of rows.parquet: segments.box_xyxy is null)"),
+        ("segments", "box_xyxy", [], "bad_value (row 1 of rows.parquet: box_xyxy is [])"),
+        ("segments", "label", 133, "bad_value (row 1 of rows.parquet: a segment has label 133"),
+        ("conversations", "turns", [None], "missing_value (row 1 of rows.parquet: conversations.turns is null)"),
+    ],
+)
+def test_a_damaged_row_is_left_out_counted_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], column: str, field: str, value: Any, said: str
+) -> None:
+    found = lists(records())
+    found[0][column][0][field] = value
+    path = save(tmp_path / "rows.parquet", found)
+    left_out = read_as_all_do(path, tmp_path)
+    assert left_out.counts.total() == 1 and left_out.lines()[0].startswith(f"1 {said}")
+    assert ROWS[0].image_id in capsys.readouterr().out
+    with pytest.raises(UserError, match="_value"):
+        list(read_rows([path]))
+
+
+def test_text_that_is_none_and_a_damaged_page_are_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    marked = [replace(ROWS[0], sources=("in-clear-text",)), *ROWS[1:]]
+    pq.write_table(pa.Table.from_pylist([row.as_record() for row in marked], CRAYON_SCHEMA), path, compression="none")
+    path.write_bytes(path.read_bytes().replace(b"in-clear-text", b"in-clear-t\xffxt"))
+    left_out = LeftOut()
+    assert len(list(read_rows([path], left_out=left_out))) == 3
+    assert left_out.lines() == ["1 bad_value (row 0 of rows.parquet: text that is not UTF-8 (invalid start byte))"]
+    data = bytearray(path.read_bytes())
+    data[4:64] = bytes(60)  # the header of the first page, of the column image_id
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"^\S*rows.parquet: cannot be read as Parquet \([^\n]*\)$"):
+        list(read_rows([path], left_out=left_out))
+
+
+def test_a_damaged_map_is_a_skipped_sample(tmp_path: Path) -> None:
+    found = lists(records())
+    found[0]["panoptic_map"]["bytes"] = found[1]["panoptic_map"]["bytes"][:50]
+    files = [save(tmp_path / "rows.parquet", found)]
+    index = build_row_index(files, "train", len, 600)
+    examples = ExampleDataset(index, PROCESSOR, "none")
+    (sample,) = plan_epoch(index, ("crayon",), PlanOptions(1, 0, 99, 99_999), 0)[0].samples
+    results = [examples[sample._replace(row=row)] for row in (0, 1)]
+    assert isinstance(results[0], Skipped) and results[0].reason == "broken_map"
+    assert not isinstance(results[1], Skipped)
