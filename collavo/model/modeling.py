@@ -169,7 +169,7 @@ class CollavoModel(LlavaModel):
     def _signal(
         self, cells: torch.Tensor, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
     ) -> torch.Tensor | CellSignal:
-        """The crayon signal at the image tokens, zero at all others: float [batch, tokens, hidden_size].
+        """Spread the crayon signal over the image tokens, zero at all others: float [batch, tokens, hidden_size].
 
         For low-rank branches, it is the signal of the cells alone, with their positions.
 
@@ -290,7 +290,7 @@ class CollavoForConditionalGeneration(LlavaForConditionalGeneration):
 
 
 def _supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The positions whose next token is supervised, bool as `labels`, and those tokens."""
+    """Find the positions whose next token is supervised, bool as `labels`, and those tokens."""
     next_labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
     keep = next_labels != -100
     return keep, next_labels[keep]
