@@ -1,7 +1,9 @@
 """Training through its command: what a run leaves, and how it is interrupted, shared out, loaded and refused."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -104,6 +106,33 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened(
     assert weights(run).keys() == expected.keys()
     for name, tensor in weights(run).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize(("sent", "at_step"), [(signal.SIGTERM, 3), (signal.SIGINT, 9)])
+def test_a_signal_saves_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(
+    world: Path,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    sent: signal.Signals,
+    at_step: int,
+) -> None:
+    def kill(display: RunDisplay, result: Any, phase: Any) -> None:
+        step(display, result, phase)
+        if result.step == at_step:
+            os.kill(os.getpid(), sent)
+
+    step, run = RunDisplay.step, tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(RunDisplay, "step", kill)
+        assert train.main(command(world, run)) == 128 + sent
+    said = f"stopped by {sent.name} after step {at_step + 1}, with a checkpoint; --resume goes on from it"
+    assert said in capsys.readouterr().err
+    assert train.main([*command(world, run), "--resume"]) == 0
+    assert losses(run) == losses(finished)
+    for name, tensor in weights(finished).items():
+        assert torch.equal(tensor, weights(run)[name]), name
 
 
 @pytest.mark.slow
