@@ -375,8 +375,19 @@ def test_data_without_the_wanted_kind_are_refused(
 ) -> None:
     rows = [replace(row, instructions=()) for row in scene_rows(6)]
     data = write_crayon_file(tmp_path / "rows.parquet", rows)
-    assert train.main([*command(world, tmp_path / "run"), "--data", str(data)]) == 2
+    assert train.main([*command(world, tmp_path / "run"), "--data", str(data), "--phase", "cpt"]) == 2
     assert "0 instructions of the split 'train' make no batch" in capsys.readouterr().err
+
+
+def test_dialogues_alone_and_no_validation_rows_train(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [replace(row, instructions=(), split="train") for row in scene_rows(4)]
+    data = write_crayon_file(tmp_path / "rows.parquet", rows)
+    assert train.main([*command(world, tmp_path / "run"), "--data", str(data), "--max_steps", "1"]) == 0
+    assert [stage for _, stage, _ in losses(tmp_path / "run")] == ["vl_cit"]
+    printed = capsys.readouterr().out
+    assert "so only vl_cit learns" in printed and "none: no row is in that split" in printed
 
 
 def test_other_classes_are_trained_on_a_base_that_knows_some_of_them_and_judged_by_name(

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from collavo.dataset import LeftOut, check_record, opened_parquet, read_records
-from collavo.errors import Rejected, UserError
+from collavo.errors import Rejected
 from collavo.model.prompt import KINDS, Kind
 from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import TASKS
@@ -90,13 +90,13 @@ def build_row_index(
         classes: how many the data have.
 
     Raises:
-        UserError: if the split has no rows, or a file cannot be read.
+        UserError: if a file cannot be read.
     """
     groups: list[RowGroup] = []
     left_out = LeftOut()
     collected: dict[Kind, _Collector] = {kind: _Collector(kind, token_bound, max_tokens, left_out) for kind in KINDS}
     null_images = False
-    rows = rows_in_split = 0
+    rows = 0
     for file in files:
         with opened_parquet(file) as parquet:
             columns = [column for column in _COLUMNS if column in parquet.schema_arrow.names]
@@ -107,7 +107,6 @@ def build_row_index(
                     rows += 1
                     usable = _usable(record, classes, f"row {rows} of {file.name}", left_out)
                     wanted = usable if usable and usable["split"] == split else _NO_ROW
-                    rows_in_split += wanted is not _NO_ROW
                     asked, said = enumerate(wanted["instructions"]), enumerate(wanted["conversations"])
                     collected["crayon"].add_row(
                         wanted["image_id"], [(i, [r["question"], r["answer"]]) for i, r in asked if r["task"] in tasks]
@@ -116,8 +115,6 @@ def build_row_index(
                         wanted["image_id"], [(i, [t["value"] for t in d["turns"]]) for i, d in said]
                     )
                 groups.append(RowGroup(file, group, first_row, rows - first_row))
-    if not rows_in_split:
-        raise UserError(f"none of the {rows} rows is in the split {split!r}")
     return RowIndex(
         tuple(groups),
         {kind: collector.texts() for kind, collector in collected.items()},

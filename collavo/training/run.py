@@ -221,6 +221,9 @@ class TrainingRun:
             "learning": f"{queries:,} queries and connector, {all_learning:,} with adapters",
             "data": f"{len(self.files)} files, {texts}"
             + (f"; so only {ADAPTER_OF['dual'][only[0]]} learns" if len(only) == 1 else ""),
+            "validation": "losses of rows that are not trained on"
+            if any(map(len, self.validation_set.index.texts.values()))
+            else "none: no row is in that split, and no loss of it is measured",
             "steps": ", ".join(f"{phase.name} {len(phase.batches)}" for phase in phases)
             + f" of {self.arguments.batch_size} sequences",
         }
