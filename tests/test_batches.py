@@ -97,6 +97,15 @@ def test_texts_that_no_sequence_could_hold_are_left_out_and_counted(tmp_path: Pa
     assert "scene-000[" in bounded.left_out.lines()[0]
 
 
+def test_tokens_decide_where_bytes_do_not_fit(tmp_path: Path) -> None:
+    turns = [(("human", "gpt")[number % 2], "Where in the image is it? " * 4) for number in range(30)]
+    rows = [replace(scene_rows(1)[0], conversations=(Dialogue("long", tuple(turns)),))]
+    files = [write_crayon_file(tmp_path / "rows.parquet", rows)]
+    for tokens_each, kept in ((20, 1), (40, 0)):
+        index = build_row_index(files, "train", lambda text, n=tokens_each: n, 1000)  # type: ignore[misc]
+        assert len(index.texts["dialogue"]) == kept
+
+
 def test_only_the_rows_of_the_split_are_learned_from(tmp_path: Path) -> None:
     files = [write_crayon_file(tmp_path / "rows.parquet", scene_rows(8))]
     options = PlanOptions(batch_size=1, seed=0, instructions_per_sequence=8, max_tokens=600)

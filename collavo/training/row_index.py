@@ -74,7 +74,7 @@ class RowIndex:
 def build_row_index(
     files: Sequence[Path],
     split: str,
-    token_bound: Callable[[str], int],
+    count_tokens: Callable[[str], int],
     max_tokens: int,
     tasks: Sequence[str] = TASKS,
     classes: int = len(COCO_PANOPTIC),
@@ -84,7 +84,7 @@ def build_row_index(
     Args:
         files: crayon data, already checked by `collavo.dataset.find_files`.
         split: `train` or `validation`.
-        token_bound: returns an upper bound of the tokens of a text.
+        count_tokens: returns the tokens of a text, with those of the markers around it.
         max_tokens: longer texts are left out and counted.
         tasks: instructions of other tasks are ignored.
         classes: how many the data have.
@@ -94,7 +94,7 @@ def build_row_index(
     """
     groups: list[RowGroup] = []
     left_out = LeftOut()
-    collected: dict[Kind, _Collector] = {kind: _Collector(kind, token_bound, max_tokens, left_out) for kind in KINDS}
+    collected: dict[Kind, _Collector] = {kind: _Collector(kind, count_tokens, max_tokens, left_out) for kind in KINDS}
     null_images = False
     rows = 0
     for file in files:
@@ -128,7 +128,7 @@ class _Collector:
     """Gathers the `Texts` of one kind, row by row."""
 
     kind: Kind
-    token_bound: Callable[[str], int]
+    count_tokens: Callable[[str], int]
     max_tokens: int
     left_out: LeftOut
     offsets: list[int] = field(default_factory=lambda: [0])
@@ -137,7 +137,10 @@ class _Collector:
 
     def add_row(self, name: str, texts: Sequence[tuple[int, Sequence[str]]]) -> None:
         for number, parts in texts:
-            length = sum(map(self.token_bound, parts))
+            # Bytes bound the tokens and cost nothing; where they do not fit, the tokens themselves decide.
+            length = sum(len(part.encode()) for part in parts)
+            if length > self.max_tokens:
+                length = sum(map(self.count_tokens, parts))
             if length > self.max_tokens:
                 self.left_out.add(TOO_LONG[self.kind], f"{name}[{number}]")
             else:

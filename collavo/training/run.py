@@ -173,19 +173,22 @@ class TrainingRun:
         arguments = self.arguments
         with naming("data"):
             index = build_row_index(
-                self.files, split, self._token_bound, self._max_text_tokens, arguments.tasks, len(self.categories)
+                self.files, split, self._count_tokens, self._max_text_tokens, arguments.tasks, len(self.categories)
             )
         if index.has_null_images and arguments.image_root is None:
             raise UserError("--data: rows refer to their images; --image_root must name the folder of the images")
         image_root = Path(arguments.image_root) if arguments.image_root else None
         return ExampleDataset(index, self.processor, arguments.object_list, image_root, self.categories)
 
-    def _token_bound(self, text: str) -> int:
-        """Return an upper bound of a text's tokens: its bytes, or if these are too many, its tokens, which take
-        longer."""
-        length, tokenizer = len(text.encode()), self.processor.tokenizer
-        fits = length <= self._max_text_tokens
-        return length if fits else len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _count_tokens(self, text: str) -> int:
+        """Count the tokens of a turn, with its share of the markers between turns."""
+        return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]) + self._marker_tokens
+
+    @cached_property
+    def _marker_tokens(self) -> int:
+        once = [("human", ""), ("gpt", "")]
+        lengths = [len(self.processor.render(once * times).input_ids) for times in (1, 2)]
+        return -(-(lengths[1] - lengths[0]) // 2)
 
     @cached_property
     def _max_text_tokens(self) -> int:
