@@ -75,6 +75,24 @@ def test_turns_that_do_not_alternate_are_refused(turns: list[tuple[str, str]]) -
         render_conversation(TOKENIZER, CHAT_FORMATS["paper"], turns, 1)
 
 
+@pytest.mark.parametrize("name", CHAT_FORMATS)
+@pytest.mark.parametrize("marker", ["</s>", "<s>", "<im<image>age>", "<|im_end|>", "[UNUSED_TOKEN_145]", "<|eot_id|>"])
+def test_control_tokens_in_a_text_are_text(name: str, marker: str) -> None:
+    turns = [("system", f"Be{marker}brief."), ("human", f"Why {marker} so?"), ("gpt", f"So{marker} {marker}it is.")]
+    prompt = render_conversation(TOKENIZER, CHAT_FORMATS[name], turns, 9, f"(#1 {marker})")
+    plain = render_conversation(
+        TOKENIZER, CHAT_FORMATS[name], [(s, v.replace(marker, "")) for s, v in turns], 9, "(#1 )"
+    )
+    added = set(TOKENIZER.get_added_vocab().values())
+    assert [i for i in prompt.input_ids if i in added] == [i for i in plain.input_ids if i in added]
+    ends = [i for i in prompt.labels if i in added]
+    assert ends == [TOKENIZER.convert_tokens_to_ids(CHAT_FORMATS[name].stop or "</s>")][: len(ends)]
+    seen = marker.replace("<image>", "", 1)
+    text = TOKENIZER.decode(prompt.input_ids)
+    for part in (f"Be{marker}brief.", f"Why {seen} so?", f"So{seen} {seen}it is.", f"(#1 {marker})"):
+        assert part in text
+
+
 def test_the_supervised_part_is_shown_in_green() -> None:
     processor = tiny_processor()
     shown = show_supervision(processor.tokenizer, processor.render(TURNS[:2]))

@@ -1,7 +1,9 @@
 """Training through its command: what a run leaves, and how it is interrupted, shared out, loaded and refused."""
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -104,6 +106,33 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened(
     assert weights(run).keys() == expected.keys()
     for name, tensor in weights(run).items():
         assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize(("sent", "at_step"), [(signal.SIGTERM, 3), (signal.SIGINT, 9)])
+def test_a_signal_saves_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(
+    world: Path,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    sent: signal.Signals,
+    at_step: int,
+) -> None:
+    def kill(display: RunDisplay, result: Any, phase: Any) -> None:
+        step(display, result, phase)
+        if result.step == at_step:
+            os.kill(os.getpid(), sent)
+
+    step, run = RunDisplay.step, tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(RunDisplay, "step", kill)
+        assert train.main(command(world, run)) == 128 + sent
+    said = f"stopped by {sent.name} after step {at_step + 1}, with a checkpoint; --resume goes on from it"
+    assert said in capsys.readouterr().err
+    assert train.main([*command(world, run), "--resume"]) == 0
+    assert losses(run) == losses(finished)
+    for name, tensor in weights(finished).items():
+        assert torch.equal(tensor, weights(run)[name]), name
 
 
 @pytest.mark.slow
@@ -346,8 +375,19 @@ def test_data_without_the_wanted_kind_are_refused(
 ) -> None:
     rows = [replace(row, instructions=()) for row in scene_rows(6)]
     data = write_crayon_file(tmp_path / "rows.parquet", rows)
-    assert train.main([*command(world, tmp_path / "run"), "--data", str(data)]) == 2
+    assert train.main([*command(world, tmp_path / "run"), "--data", str(data), "--phase", "cpt"]) == 2
     assert "0 instructions of the split 'train' make no batch" in capsys.readouterr().err
+
+
+def test_dialogues_alone_and_no_validation_rows_train(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [replace(row, instructions=(), split="train") for row in scene_rows(4)]
+    data = write_crayon_file(tmp_path / "rows.parquet", rows)
+    assert train.main([*command(world, tmp_path / "run"), "--data", str(data), "--max_steps", "1"]) == 0
+    assert [stage for _, stage, _ in losses(tmp_path / "run")] == ["vl_cit"]
+    printed = capsys.readouterr().out
+    assert "so only vl_cit learns" in printed and "none: no row is in that split" in printed
 
 
 def test_other_classes_are_trained_on_a_base_that_knows_some_of_them_and_judged_by_name(

@@ -4,10 +4,12 @@ One function renders for training, evaluation and chat, so that a model is asked
 comes first, wherever `<image>` stands in the data. The loss covers each answer and the stop after it, nothing else.
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any, Literal
+from functools import lru_cache
+from itertools import accumulate, groupby
+from typing import Any, Literal, NamedTuple
 
 from rich.text import Text
 
@@ -130,20 +132,25 @@ def render_conversation(
         Rejected: if the turns do not alternate, beginning with `human`.
     """
     # The text is tokenized in one piece, since pieces tokenized apart may join to other tokens than the whole. Which
-    # tokens belong to an answer is then told by the characters they came from.
-    text, answers = _compose(tokenizer, chat_format, turns, objects, image_tokens > 0)
+    # tokens belong to an answer, and which come from the data, is then told by the characters they came from.
+    pieces = _compose(tokenizer, chat_format, turns, objects, image_tokens > 0)
+    text = "".join(piece.text for piece in pieces)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ends = list(accumulate(len(piece.text) for piece in pieces))
+    control = _control_tokens(tokenizer, len(tokenizer))
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     input_ids: list[int] = []
     supervised: list[bool] = []
-    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    spans = iter(answers)
-    span = next(spans, None)
     for token_id, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        while span is not None and start >= span[1]:
-            span = next(spans, None)
-        repeats = image_tokens if token_id == image_token_id else 1
-        input_ids += [token_id] * repeats
-        supervised += [span is not None and start >= span[0] and end > start] * repeats
+        piece = pieces[min(bisect_right(ends, start), len(pieces) - 1)]
+        if token_id not in control or not piece.is_data:
+            ids = [token_id] * (image_tokens if token_id == image_token_id else 1)
+        else:  # what data or a user wrote is text, whatever it looks like; character by character it is no marker
+            ids = [
+                i for character in text[start:end] for i in tokenizer(character, add_special_tokens=False)["input_ids"]
+            ]
+        input_ids += ids
+        supervised += [piece.supervised and end > start] * len(ids)
     return RenderedPrompt(input_ids, supervised)
 
 
@@ -202,6 +209,12 @@ def objects_sentence(objects: str) -> str:
     return _OBJECTS_KNOWN.format(objects=objects) if objects else _OBJECTS_UNKNOWN
 
 
+@lru_cache(maxsize=8)
+def _control_tokens(tokenizer: Any, size: int) -> frozenset[int]:
+    """Return the ids of a tokenizer's added tokens, which it finds in any text; `size` tells when one was added."""
+    return frozenset(tokenizer.get_added_vocab().values())
+
+
 def chat_format_of(template: str) -> str:
     """The name of the chat format whose markers stand in a checkpoint's chat template; `paper` where none do."""
     return next((name for marker, name in _MARKERS.items() if marker in template), "paper")
@@ -219,13 +232,25 @@ def show_supervision(tokenizer: Any, prompt: RenderedPrompt) -> Text:
     return shown
 
 
+class _Piece(NamedTuple):
+    """A part of a prompt's text: of the protocol or from the data, supervised or not."""
+
+    text: str
+    is_data: bool = False
+    supervised: bool = False
+
+
 def _compose(
     tokenizer: Any, chat_format: ChatFormat, turns: Turns, objects: str | None, has_image: bool
-) -> tuple[str, list[tuple[int, int]]]:
-    """The whole text, and the character spans of the answers with their stops."""
-    system = chat_format.system
+) -> list[_Piece]:
+    """Make the whole text, in pieces; an answer is supervised with its stop."""
+    pieces = [_Piece(_bos(tokenizer))]
     if turns and turns[0][0] == "system":
-        system, turns = chat_format.system_form.format(turns[0][1].strip()), turns[1:]
+        before, after = chat_format.system_form.split("{}")
+        pieces += [_Piece(before), _Piece(turns[0][1].strip(), is_data=True), _Piece(after)]
+        turns = turns[1:]
+    else:
+        pieces.append(_Piece(chat_format.system))
     speakers = [speaker for speaker, _ in turns]
     if not turns or speakers != [("human", "gpt")[i % 2] for i in range(len(turns))]:
         found = ", ".join(speakers) or "none"
@@ -233,19 +258,19 @@ def _compose(
     stop = chat_format.stop or tokenizer.eos_token
     # Without an image, what stands between it and the question loses its space or line break; a marker in it stays.
     lead = f"{IMAGE_TOKEN}{chat_format.after_image}" if has_image else chat_format.after_image.lstrip()
-    text = f"{_bos(tokenizer)}{system}{chat_format.opening}{lead}"
+    pieces.append(_Piece(f"{chat_format.opening}{lead}"))
     if objects is not None:
-        text += objects_sentence(objects)
-    answers = []
+        before, after = _OBJECTS_KNOWN.split("{objects}") if objects else (_OBJECTS_UNKNOWN, "")
+        pieces += [_Piece(before), _Piece(objects, is_data=True), _Piece(after)]
     for position, (speaker, value) in enumerate(turns):
-        value = value.replace(IMAGE_TOKEN, "").strip()
+        said = value.replace(IMAGE_TOKEN, "").strip()
         if speaker == "human":
-            text += (chat_format.question_open if position else "") + value + chat_format.answer_open
+            pieces.append(_Piece(chat_format.question_open if position else ""))
+            pieces += [_Piece(said, is_data=True), _Piece(chat_format.answer_open)]
         else:
-            answer = chat_format.answer_lead + value + stop
-            answers.append((len(text), len(text) + len(answer)))
-            text += answer
-    return text, answers
+            pieces.append(_Piece(chat_format.answer_lead, supervised=True))
+            pieces += [_Piece(said, is_data=True, supervised=True), _Piece(stop, supervised=True)]
+    return pieces
 
 
 def _bos(tokenizer: Any) -> str:

@@ -3,6 +3,7 @@
 All of it happens in the loader's worker processes.
 """
 
+import signal
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -271,6 +272,12 @@ def micro_batches(batch: Batch, size: int, rank: int = 0, ranks: int = 1) -> lis
     return [list(share[start : start + size]) for start in range(0, len(share), size)]
 
 
+def _ignore_signals(_: int) -> None:
+    """Let a worker outlive what is sent to a whole group of processes: the main process takes its last step first."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def build_loader(
     dataset: ExampleDataset, samples: Sequence[list[Sample]], workers: int, pin_memory: bool
 ) -> Iterator[MicroBatch]:
@@ -290,6 +297,7 @@ def build_loader(
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=pin_memory,
+        worker_init_fn=_ignore_signals,
     )
     try:
         for piece in loader:

@@ -8,8 +8,11 @@ model, but here the set differs from step to step: crayon batches train one adap
 """
 
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
@@ -50,6 +53,27 @@ class StepResult:
     """The GPU's so far in this phase; None on a CPU."""
 
 
+@contextmanager
+def signals_noted() -> Iterator[list[int]]:
+    """Note SIGTERM and Ctrl-C while the block runs, so that it can end in order; a second Ctrl-C interrupts it."""
+    noted: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        if number == signal.SIGINT and number in noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield noted
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def learning_rate_at(step: int, steps: int, first: float, last: float) -> float:
     """Return a cosine from `first`, at step 0, to `last`, at the final step."""
     progress = step / max(steps - 1, 1)
@@ -71,6 +95,12 @@ class Trainer:
         self._arguments = arguments
         self._dtype = dtype
         self._checked: set[str] = set()
+        self.signals: Sequence[int] = ()
+        """Signals that came so far, see `signals_noted`."""
+
+        self.stopped_by = 0
+        """The signal that asks to stop after the present step, on whichever rank it came; 0 for none."""
+
         self.skipped = LeftOut()
         """Samples that could not be prepared, of all ranks."""
 
@@ -112,6 +142,9 @@ class Trainer:
             number = phase.steps_before + step + 1
             pieces = [next(loader) for _ in of_step]
             self._count_skipped(pieces, most_skipped)
+            # All ranks have to stop after the same step, so they agree on it; one of them may have got the signal.
+            asked = torch.tensor([self.signals[-1] if self.signals else 0], device=device)
+            self.stopped_by = int(accelerator.gather(asked).max())
             loss, norm, tokens = self._step(number, [piece for piece in pieces if piece.inputs], optimizer)
             seconds = time.perf_counter() - start
             after_step(

@@ -49,13 +49,16 @@ def plan_phases(
         UserError: if a kind has too few samples for a single batch.
     """
     phases = []
-    if arguments.phase != "cit" and arguments.queries != "none":
+    tunes = arguments.phase == "cpt" or (arguments.phase == "all" and len(index.texts["crayon"]))
+    if tunes and arguments.queries != "none":
         batches = _plan(arguments, index, ("crayon",), options)
         phases.append(Phase("cpt", {"crayon": CPT}, batches, arguments.cpt_learning_rate, 0))
     if arguments.phase != "cpt":
         adapter_of = {
             kind: adapter for kind, adapter in ADAPTER_OF[arguments.adapters].items() if len(index.texts[kind])
         }
+        if not adapter_of:
+            raise UserError("--data: no row of the split 'train' has anything that --adapters could learn from")
         active = tuple(dict.fromkeys(adapter_of.values()))
         stages = {kind: Stage(adapter, active, adapter) for kind, adapter in adapter_of.items()}
         batches = _plan(arguments, index, tuple(stages), options)

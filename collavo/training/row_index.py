@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from collavo.dataset import LeftOut, check_record, opened_parquet, read_records
-from collavo.errors import Rejected, UserError
+from collavo.errors import Rejected
 from collavo.model.prompt import KINDS, Kind
 from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import TASKS
@@ -74,7 +74,7 @@ class RowIndex:
 def build_row_index(
     files: Sequence[Path],
     split: str,
-    token_bound: Callable[[str], int],
+    count_tokens: Callable[[str], int],
     max_tokens: int,
     tasks: Sequence[str] = TASKS,
     classes: int = len(COCO_PANOPTIC),
@@ -84,19 +84,19 @@ def build_row_index(
     Args:
         files: crayon data, already checked by `collavo.dataset.find_files`.
         split: `train` or `validation`.
-        token_bound: returns an upper bound of the tokens of a text.
+        count_tokens: returns the tokens of a text, with those of the markers around it.
         max_tokens: longer texts are left out and counted.
         tasks: instructions of other tasks are ignored.
         classes: how many the data have.
 
     Raises:
-        UserError: if the split has no rows, or a file cannot be read.
+        UserError: if a file cannot be read.
     """
     groups: list[RowGroup] = []
     left_out = LeftOut()
-    collected: dict[Kind, _Collector] = {kind: _Collector(kind, token_bound, max_tokens, left_out) for kind in KINDS}
+    collected: dict[Kind, _Collector] = {kind: _Collector(kind, count_tokens, max_tokens, left_out) for kind in KINDS}
     null_images = False
-    rows = rows_in_split = 0
+    rows = 0
     for file in files:
         with opened_parquet(file) as parquet:
             columns = [column for column in _COLUMNS if column in parquet.schema_arrow.names]
@@ -107,7 +107,6 @@ def build_row_index(
                     rows += 1
                     usable = _usable(record, classes, f"row {rows} of {file.name}", left_out)
                     wanted = usable if usable and usable["split"] == split else _NO_ROW
-                    rows_in_split += wanted is not _NO_ROW
                     asked, said = enumerate(wanted["instructions"]), enumerate(wanted["conversations"])
                     collected["crayon"].add_row(
                         wanted["image_id"], [(i, [r["question"], r["answer"]]) for i, r in asked if r["task"] in tasks]
@@ -116,8 +115,6 @@ def build_row_index(
                         wanted["image_id"], [(i, [t["value"] for t in d["turns"]]) for i, d in said]
                     )
                 groups.append(RowGroup(file, group, first_row, rows - first_row))
-    if not rows_in_split:
-        raise UserError(f"none of the {rows} rows is in the split {split!r}")
     return RowIndex(
         tuple(groups),
         {kind: collector.texts() for kind, collector in collected.items()},
@@ -131,7 +128,7 @@ class _Collector:
     """Gathers the `Texts` of one kind, row by row."""
 
     kind: Kind
-    token_bound: Callable[[str], int]
+    count_tokens: Callable[[str], int]
     max_tokens: int
     left_out: LeftOut
     offsets: list[int] = field(default_factory=lambda: [0])
@@ -140,7 +137,10 @@ class _Collector:
 
     def add_row(self, name: str, texts: Sequence[tuple[int, Sequence[str]]]) -> None:
         for number, parts in texts:
-            length = sum(map(self.token_bound, parts))
+            # Bytes bound the tokens and cost nothing; where they do not fit, the tokens themselves decide.
+            length = sum(len(part.encode()) for part in parts)
+            if length > self.max_tokens:
+                length = sum(map(self.count_tokens, parts))
             if length > self.max_tokens:
                 self.left_out.add(TOO_LONG[self.kind], f"{name}[{number}]")
             else:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -27,7 +28,7 @@ from collavo.training.arguments import TrainArguments
 from collavo.training.batch_plan import PlanOptions, plan_epoch
 from collavo.training.batches import ExampleDataset
 from collavo.training.display import RunDisplay
-from collavo.training.loop import StepResult, Trainer
+from collavo.training.loop import StepResult, Trainer, signals_noted
 from collavo.training.phases import ADAPTER_OF, Phase, plan_phases
 from collavo.training.row_index import build_row_index
 from collavo.training.trainable import compute_dtype, count_weights, load_trainable
@@ -95,9 +96,9 @@ class TrainingRun:
         most_skipped = int(arguments.max_skipped_ratio * samples)
         steps_done = max(done.total_steps, phases[0].steps_before)
         damaged = self.train_set.index.left_out.lines()
-        with self.display.shown(phases, self._facts(phases), damaged, prompt, steps_done):
+        with self.display.shown(phases, self._facts(phases), damaged, prompt, steps_done), signals_noted() as signals:
             trainer = Trainer(self.staged, self.accelerator, arguments, self.dtype)
-            trainer.skipped = done.skipped
+            trainer.skipped, trainer.signals = done.skipped, signals
             for phase in phases:
                 if phase.last_step > done.total_steps:
                     self._run_phase(trainer, phase, start, done, most_skipped)
@@ -130,9 +131,15 @@ class TrainingRun:
             if last or (arguments.eval_steps and steps % arguments.eval_steps == 0):
                 self.display.evaluation(result.step, phase, self._evaluate(trainer, phase))
             # After the evaluation of its step, which a run resumed from here does not repeat.
-            if last or steps % arguments.checkpoint_steps == 0:
+            if last or steps % arguments.checkpoint_steps == 0 or trainer.stopped_by:
                 position = checkpoint.Position(phase.name, steps, result.step, trainer.skipped)
                 self._save_checkpoint(position, optimizer)
+            if trainer.stopped_by:
+                name = signal.Signals(trainer.stopped_by).name
+                raise UserError(
+                    f"stopped by {name} after step {result.step}, with a checkpoint; --resume goes on from it",
+                    128 + trainer.stopped_by,
+                )
 
         trainer.run(phase, self.train_set, optimizer, first_step, most_skipped, after_step)
 
@@ -166,19 +173,22 @@ class TrainingRun:
         arguments = self.arguments
         with naming("data"):
             index = build_row_index(
-                self.files, split, self._token_bound, self._max_text_tokens, arguments.tasks, len(self.categories)
+                self.files, split, self._count_tokens, self._max_text_tokens, arguments.tasks, len(self.categories)
             )
         if index.has_null_images and arguments.image_root is None:
             raise UserError("--data: rows refer to their images; --image_root must name the folder of the images")
         image_root = Path(arguments.image_root) if arguments.image_root else None
         return ExampleDataset(index, self.processor, arguments.object_list, image_root, self.categories)
 
-    def _token_bound(self, text: str) -> int:
-        """Return an upper bound of a text's tokens: its bytes, or if these are too many, its tokens, which take
-        longer."""
-        length, tokenizer = len(text.encode()), self.processor.tokenizer
-        fits = length <= self._max_text_tokens
-        return length if fits else len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _count_tokens(self, text: str) -> int:
+        """Count the tokens of a turn, with its share of the markers between turns."""
+        return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]) + self._marker_tokens
+
+    @cached_property
+    def _marker_tokens(self) -> int:
+        once = [("human", ""), ("gpt", "")]
+        lengths = [len(self.processor.render(once * times).input_ids) for times in (1, 2)]
+        return -(-(lengths[1] - lengths[0]) // 2)
 
     @cached_property
     def _max_text_tokens(self) -> int:
@@ -214,6 +224,9 @@ class TrainingRun:
             "learning": f"{queries:,} queries and connector, {all_learning:,} with adapters",
             "data": f"{len(self.files)} files, {texts}"
             + (f"; so only {ADAPTER_OF['dual'][only[0]]} learns" if len(only) == 1 else ""),
+            "validation": "losses of rows that are not trained on"
+            if any(map(len, self.validation_set.index.texts.values()))
+            else "none: no row is in that split, and no loss of it is measured",
             "steps": ", ".join(f"{phase.name} {len(phase.batches)}" for phase in phases)
             + f" of {self.arguments.batch_size} sequences",
         }
