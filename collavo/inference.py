@@ -102,7 +102,7 @@ class Answerer:
         self.beams = beams
 
     def lists_objects(self, kind: Kind, object_list: str) -> bool:
-        """Whether prompts of a kind begin with the object list.
+        """Tell whether prompts of a kind begin with the object list.
 
         Args:
             object_list: `with`, `none`, or `trained` for what the model saw in training.
@@ -261,7 +261,7 @@ def _batches(limits: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]
 
 
 def _common_length(prompts: Sequence[list[int]]) -> int:
-    """How many first tokens all prompts share, at most all but one: `generate` needs a token to go on from."""
+    """Count the first tokens that all prompts share, at most all but one: `generate` needs a token to go on from."""
     shortest, *others = sorted(prompts, key=len)
     last = len(shortest) - 1
     return next((i for i in range(last) if any(other[i] != shortest[i] for other in others)), last)

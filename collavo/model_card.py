@@ -121,7 +121,7 @@ def _folder_of(run: Path) -> Path:
 
 
 def _metadata(folder: Path) -> dict[str, Any]:
-    """Licence and its name, as the card in a folder states them."""
+    """Read a licence and its name, as the card in a folder states them."""
     card = folder / CARD
     found = (metadata_load(card) if card.is_file() else None) or {}
     licence = found.get("license", "other")
@@ -138,13 +138,13 @@ def _steps(run: Path) -> dict[str, int]:
 
 
 def _losses(run: Path) -> dict[str, float]:
-    """The last validation losses by kind."""
+    """Read the last validation losses by kind."""
     named = [{k[11:-5]: v for k, v in line.items() if k.startswith("validation_")} for line in _lines(run)]
     return next(filter(None, reversed(named)), {})
 
 
 def _results(run: Path) -> dict[str, dict[str, Any]]:
-    """What an evaluation in the run's folder found, by task, of prompts as in training."""
+    """Read what an evaluation in the run's folder found, by task, of prompts as in training."""
     file = run / "evaluation" / "evaluation.json"
     results = json.loads(file.read_text())["results"] if file.exists() else {}
     first: dict[str, dict[str, Any]] = next(iter(results.values()), {})

@@ -242,20 +242,20 @@ def read_train_args(run: Path) -> dict[str, Any]:
 
 
 def base_source(run: Path) -> str:
-    """The base of a run: a folder, a hub id, or the name of an embedded model."""
+    """Name the base of a run: a folder, a hub id, or the name of an embedded model."""
     base: str = read_train_args(run)["base"]
     # An export names a base in a folder by the way that leads there from the export.
     return str(run / base) if (run / base).is_dir() else base
 
 
 def base_from(run: Path, folder: Path) -> str:
-    """The base of a run as an export in `folder` names it: no path of this machine, if there is a way without."""
+    """Name the base of a run as an export in `folder` names it: no path of this machine, if there is a way without."""
     base = base_source(run)
     return os.path.relpath(base, folder) if find_embedded(base) is None and Path(base).is_dir() else base
 
 
 def base_of(model: str) -> str | None:
-    """The base that a run or a merged model was trained from; the model itself if its folder names no base."""
+    """Name the base that a run or a merged model was trained from; the model itself if its folder names no base."""
     for name in (TRAIN_ARGS, EXPORT):
         file = Path(model) / name
         if file.exists():

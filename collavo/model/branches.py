@@ -91,7 +91,7 @@ class LayerBranches(nn.Module):
         self._signal = None
 
     def _addition(self, name: str, states: torch.Tensor) -> torch.Tensor:
-        """What is added to the output of a projection at the image tokens: float [cells, out_features]."""
+        """Compute what is added to the output of a projection at the image tokens: float [cells, out_features]."""
         assert self._signal is not None
         positions, cells = self._signal
         branch: Any = self.image[name]
@@ -116,7 +116,7 @@ def _branch(in_features: int, out_features: int, rank: int, last: type[nn.Linear
 
 
 def add_low_rank_branches(layers: nn.ModuleList, rank: int) -> nn.ModuleList:
-    """Branches for every decoder layer, attached.
+    """Make branches for every decoder layer, and attach them.
 
     Raises:
         ValueError: if the layers have no separate q, k, v, o, gate, up and down projections.

@@ -19,7 +19,7 @@ PADDING, SHARED = -1, 0
 
 
 def packing_mask(sequence_ids: torch.Tensor, attention: str, dtype: torch.dtype) -> torch.Tensor:
-    """The attention mask of packed sequences.
+    """Make the attention mask of packed sequences.
 
     Args:
         sequence_ids: int [batch, tokens].

@@ -149,7 +149,7 @@ class CollavoProcessor(ProcessorMixin):
         return batch
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
-        """One image token per cell; transformers puts them in the place of an image's own."""
+        """Return one image token per cell; transformers puts them in the place of an image's own."""
         rows, columns = self._grid_of(image_inputs)
         return self.image_token * rows * columns
 
@@ -160,12 +160,12 @@ class CollavoProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=[rows * columns] * count, num_image_patches=[1] * count)
 
     def _grid_of(self, image_inputs: Any) -> tuple[int, int]:
-        """Rows and columns of images as processed, whose size a caller may have changed."""
+        """Count rows and columns of images as processed, whose size a caller may have changed."""
         height, width = image_inputs["pixel_values"][0].shape[-2:]
         return height // self.patch_size, width // self.patch_size
 
     def _maps(self, images: Sequence[Any], crayon: Crayon | None) -> list[PanopticMap]:
-        """The map of each image, from where the caller says."""
+        """Get the map of each image from where the caller says."""
         if crayon is None or crayon == "none":
             return [
                 build_panoptic_map(np.zeros(get_image_size(to_numpy_array(image)), np.int32), ()) for image in images
@@ -230,20 +230,20 @@ class CollavoProcessor(ProcessorMixin):
 
 
 def _blocks(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """The content of a chat's message as typed blocks."""
+    """Return the content of a chat's message as typed blocks."""
     content = message.get("content") or []
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def _image_sources(chat: Sequence[dict[str, Any]]) -> list[Any]:
-    """The images of a chat, as it gives them; a block may also hold none, and then it comes by another way."""
+    """Find the images of a chat, as it gives them; a block may also hold none, and then it comes by another way."""
     blocks = (block for message in chat for block in _blocks(message) if block.get("type") == "image")
     return [block[key] for block in blocks for key in ("image", "url", "path", "base64") if key in block]
 
 
 @lru_cache(maxsize=2)
 def _segmenter(checkpoint: str) -> Segmenter:
-    """A segmenter on the fastest device; kept, as it takes seconds to load."""
+    """Load a segmenter on the fastest device; kept, as it takes seconds to load."""
     return open_segmenter("auto", "auto", checkpoint=None if checkpoint == "auto" else checkpoint)
 
 

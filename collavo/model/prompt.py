@@ -205,7 +205,7 @@ def chat_template(tokenizer: Any, chat_format: ChatFormat) -> str:
 
 
 def objects_sentence(objects: str) -> str:
-    """What stands before the first question, of recognised objects, or of none."""
+    """Write what stands before the first question, of recognised objects, or of none."""
     return _OBJECTS_KNOWN.format(objects=objects) if objects else _OBJECTS_UNKNOWN
 
 
@@ -216,7 +216,7 @@ def _control_tokens(tokenizer: Any, size: int) -> frozenset[int]:
 
 
 def chat_format_of(template: str) -> str:
-    """The name of the chat format whose markers stand in a checkpoint's chat template; `paper` where none do."""
+    """Name the chat format whose markers stand in a checkpoint's chat template; `paper` where none do."""
     return next((name for marker, name in _MARKERS.items() if marker in template), "paper")
 
 
@@ -274,5 +274,5 @@ def _compose(
 
 
 def _bos(tokenizer: Any) -> str:
-    """The token that the tokenizer itself puts in front of a text; empty if it puts none."""
+    """Return the token that the tokenizer itself puts in front of a text; empty if it puts none."""
     return tokenizer.bos_token if tokenizer("").input_ids == [tokenizer.bos_token_id] else ""

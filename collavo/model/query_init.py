@@ -31,7 +31,7 @@ class ClassWords:
         self._numbers = _bags(tokenizer, ["", *map(str, range(1, MAX_NUMBERING + 1))])
 
     def vectors(self, model: CollavoForConditionalGeneration) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the attention of the first layer would receive for each word in a text.
+        """Compute what the attention of the first layer would receive for each word in a text.
 
         That is the sum of the embeddings of its tokens, normalised to a root mean square of 1 and multiplied by the
         weights of the layer's norm: the signal is added behind that norm.
@@ -67,7 +67,7 @@ def begin_with_names(model: CollavoForConditionalGeneration, tokenizer: Any) -> 
 
 
 def _bags(tokenizer: Any, words: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens of all words, one after the other, and where each word begins: the form of `embedding_bag`."""
+    """Return the tokens of all words, one after the other, and where each word begins: the form of `embedding_bag`."""
     tokens = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
     starts = accumulate((len(ids) for ids in tokens[:-1]), initial=0)
     return torch.tensor([*chain.from_iterable(tokens)]), torch.tensor([*starts])

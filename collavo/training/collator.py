@@ -77,5 +77,5 @@ def _pixels(image: Any) -> np.ndarray:
 
 
 def _opened(image: Any) -> Image.Image:
-    """An image as `datasets` decodes it, or, with `decode=False`, as its bytes."""
+    """Open an image as `datasets` decodes it, or, with `decode=False`, as its bytes."""
     return image if isinstance(image, Image.Image) else Image.open(io.BytesIO(image["bytes"]))
