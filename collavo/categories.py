@@ -68,7 +68,7 @@ def read_categories(records: Any, name: str) -> CategorySet:
     Args:
         records: a list of objects with `id`, `name`, `isthing` (or `is_thing`), and optionally `color`, `singular`,
             `plural` and `display_name`; a list of names alone makes ids of positions.
-        name: what the set is called in messages.
+        name: what the set is called in messages; of a path, the last two parts become its name.
 
     Returns:
         the classes in the list's order, with English forms and colours where the list has none.
@@ -93,7 +93,8 @@ def read_categories(records: Any, name: str) -> CategorySet:
         record["color"] = color
         if record["isthing"]:
             record |= _english(record)
-    return CategorySet.from_records(name, parsed)
+    # The set travels with rows and models: a file is named without the folders of the machine that it lay on.
+    return CategorySet.from_records("/".join(name.split("/")[-2:]), parsed)
 
 
 def categories_of_annotations(file: BinaryIO, name: str) -> CategorySet | None:

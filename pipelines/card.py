@@ -2,7 +2,6 @@
 
 Its `configs` are what makes `load_dataset("out")` show two splits of crayon rows. Figures come from the manifest."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -82,8 +81,7 @@ def _body(manifest: Mapping[str, Any], splits: Sequence[str], name: str) -> str:
         segments=sum(segments.values()),
         classes_found=len(segments),
         classes=len(manifest["categories"]["categories"]),
-        # A file that the set was read from is named without the folders of the machine it lay on.
-        set_name=re.sub(r"^(/|\w+://).*/", "", manifest["categories"]["name"]),
+        set_name=manifest["categories"]["name"],
         segmenters="; ".join(map(_segmenter, manifest["segmenters"])) or "nothing",
         rejects=f"{sum(rejects.values()):,}: {reasons}" if rejects else "none",
         frequent=", ".join(f"{category} {count:,}" for category, count in ranked[:_CLASSES_SHOWN]) or "none",
