@@ -261,6 +261,20 @@ class _Sets:
         """Take note of a set that the rows are to have."""
         self._found.append(joined(found))
 
+    def note(self, line: str) -> None:
+        """Tell the user something before the job runs."""
+        self._notes.append(line)
+
+    def would_take(self, found: CategorySet) -> bool:
+        """Tell whether a set agrees with those known so far, or something says which class is which."""
+        if self.stated or self.renamed or not self._found:
+            return True
+        try:
+            common_set([*self._found, joined(found)])
+        except UserError:
+            return False
+        return True
+
     def add_finished(self, found: CategorySet) -> None:
         """Take note of the set of finished rows, which have to keep it: they name classes by their place in it."""
         self._finished = found
@@ -515,7 +529,17 @@ def _model(flags: SegmentationFlags, sources: Sources, sets: _Sets) -> ModelConf
         options["config"] = flags.segmenter_config
     options = {name: value for name, value in options.items() if value is not None}
     with naming("segmenter_checkpoint"):
-        sets.add(checkpoint_categories(name, options.get("checkpoint"), sets.stated))
+        found = checkpoint_categories(name, options.get("checkpoint"), sets.stated)
+        # Dialogues are mostly about pictures that are annotated. A network that nobody named, and that has other
+        # classes, is no reason to refuse them.
+        unasked = flags.segmenter == "auto" and flags.segmenter_checkpoint is None
+        if unasked and sources.coco and not (sources.images or sources.records) and not sets.would_take(found):
+            sets.note(
+                "no network with these classes is named: a picture that only dialogues name becomes a reject; "
+                "--segmenter_checkpoint names one"
+            )
+            return None
+        sets.add(found)
     options |= {"categories": sets.target, "category_map": sets.renamed}
     return ModelConfig(
         load=partial(_load_segmenter, name, **options),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builds import DataSet, build, status_of, tiny_mask2former
+from builds import DataSet, build, planned, status_of, tiny_mask2former
 from conftest import needs_tiny_base
 from foreign import check_rows, rows_of
 from layouts import ADE20K, ADE20K_LABELS, CITYSCAPES, CITYSCAPES_LABELS, Layout, ade20k, cityscapes
@@ -16,6 +16,7 @@ from layouts import ADE20K, ADE20K_LABELS, CITYSCAPES, CITYSCAPES_LABELS, Layout
 import collavo.chat
 import collavo.evaluate
 import collavo.train
+from collavo.errors import UserError
 
 CAMVID = Path(__file__).parents[2] / "shared" / "camvid"
 PUBLISHED = {
@@ -55,6 +56,15 @@ def test_rows_of_a_published_layout_are_right(name: str, layout: Layout, built: 
     for split, called in (("train", "train"), ("val", "validation")):
         assert check_rows(rows, layout.json[split], layout.masks[split], called, names) == 8
     assert not built.rejects
+
+
+def test_dialogues_about_annotated_pictures_need_no_network_of_the_same_classes(layout: Layout, tmp_path: Path) -> None:
+    (tmp_path / "l.json").write_text("[]")
+    dialogues = ["--llava_json", tmp_path / "l.json", "--image_root", tmp_path, "--output", tmp_path / "out"]
+    plan = planned(*sources(layout), *dialogues)
+    assert plan.job.model is None and any("no network with these classes is named" in note for note in plan.notes)
+    with pytest.raises(UserError, match="have different classes"):
+        planned(*sources(layout), *dialogues, "--images", layout.images["train"])
 
 
 @pytest.mark.slow
