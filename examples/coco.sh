@@ -6,7 +6,8 @@
 #
 #   COCO=/data/coco bash examples/coco.sh
 #
-# Never run as a whole: COCO was not downloaded here, and no GPU was there. One of its photographs was built.
+# Never run on COCO as a whole, which was not downloaded here, nor on a GPU. All steps ran on drawn scenes in its layout
+# with the tiny base, and the build on one of its photographs.
 set -euo pipefail
 
 COCO=${COCO:?name the folder with train2017/, val2017/ and annotations/}

@@ -8,7 +8,7 @@
 #   python -m collavo.scenes --output scenes --count 40 --size 320x240
 #   IMAGES=scenes/images CHECKPOINT=scenes VALIDATION_RATIO=0.2 TRAIN_FLAGS="--max_steps 10" bash examples/folder.sh
 #
-# Not run as a whole yet; never with published weights, nor with a GPU.
+# Run as a whole on drawn scenes; never with published weights, nor with a GPU.
 set -euo pipefail
 
 IMAGES=${IMAGES:?name a folder of pictures}

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The paper's recipe on LLaVA-1.5-7B: COCO's annotations and LLaVA's dialogues, both phases, evaluation, export.
 #
-# Never run as a whole: no GPU, no hub download, so time and memory are unknown. With drawn scenes in the same layout
-# the build was run.
+# Never run on LLaVA's files: no GPU, no hub download, so time and memory are unknown. All steps but the second ran on
+# drawn scenes in the same layout, with the tiny base on a CPU.
 #
 #   LLaVA's files and images as its README lays them out: playground/data/coco/train2017, gqa, ocr_vqa, textvqa, vg
 #

@@ -1,5 +1,6 @@
 """The example scripts run from files to an answer, each on drawn data in the layout that it is for."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -36,6 +37,22 @@ def coco(folder: Path) -> dict[str, object]:
     return {"COCO": folder}
 
 
+def llava(folder: Path) -> dict[str, object]:
+    """Drawn scenes where LLaVA's mix has COCO's photographs, with a dialogue about none."""
+    write_scenes(folder / "scenes", 90, (96, 72))
+    (folder / "data" / "coco").mkdir(parents=True)
+    shutil.move(folder / "scenes" / "images", folder / "data" / "coco" / "train2017")
+    shutil.move(folder / "scenes" / "panoptic", folder / "panoptic_train2017")
+    shutil.move(folder / "scenes" / "panoptic.json", folder / "panoptic_train2017.json")
+    entries = json.loads((folder / "scenes" / "dialogues.json").read_text())
+    for entry in entries:
+        entry["image"] = entry["image"].replace("images/", "coco/train2017/")
+    greeting = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    (folder / "mix.json").write_text(json.dumps([*entries, {"id": "none", "conversations": greeting}]))
+    folders = {"PLAYGROUND": folder / "data", "COCO_ANNOTATIONS": folder, "LLAVA_JSON": folder / "mix.json"}
+    return {**folders, "PRESET": "tiny", "DEVICE": "cpu"}
+
+
 def pictures(folder: Path) -> dict[str, object]:
     write_scenes(folder / "scenes", 16, (96, 72))
     return {"IMAGES": folder / "scenes" / "images", "CHECKPOINT": "scenes", "VALIDATION_RATIO": 0.3}
@@ -49,8 +66,9 @@ def pictures(folder: Path) -> dict[str, object]:
         ("own_dataset.sh", lambda folder: of_layout(ade20k(folder, 6))),
         ("folder.sh", pictures),
         ("coco.sh", coco),
+        ("llava_7b.sh", llava),
     ],
-    ids=["ade20k", "cityscapes", "own", "folder", "coco"],
+    ids=["ade20k", "cityscapes", "own", "folder", "coco", "llava"],
 )
 def test_an_example_runs(script: str, environment: Callable[[Path], dict[str, object]], tmp_path: Path) -> None:
     variables = {name: str(value) for name, value in environment(tmp_path / "data").items()}
