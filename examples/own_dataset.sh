@@ -9,8 +9,8 @@
 #   TRAIN=road/panoptic_train.json TRAIN_IMAGES=road/train VAL=road/panoptic_val.json VAL_IMAGES=road/val \
 #       bash examples/own_dataset.sh
 #
-# Its commands were run on 468 road photographs of CamVid with eleven classes, in a shorter training on a CPU; docs/own-data.md tells
-# what came out. Never run with a GPU.
+# Run as a whole on drawn data, and its steps one by one on 468 road photographs of CamVid with eleven classes, on a CPU;
+# docs/own-data.md tells what came out. Never run with a GPU.
 set -euo pipefail
 
 TRAIN=${TRAIN:?name a COCO panoptic JSON}
