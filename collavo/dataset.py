@@ -427,14 +427,14 @@ def _schema_of(file: Path | str) -> pa.Schema:
         raise UserError(f"{file}: cannot be read as Parquet ({first_line(error)})") from error
 
 
-def stated_facts(schema: pa.Schema, file: Path | str) -> dict[str, Any]:
-    """Read the facts of a build from a file's metadata.
+def stated_facts(metadata: Mapping[bytes, bytes] | None, file: Path | str) -> dict[str, Any]:
+    """Read the facts of a build from a file's metadata. Those of its schema lack what is known only in the end.
 
     Raises:
         UserError: if they are damaged.
     """
     try:
-        return file_facts(schema.metadata or {})
+        return file_facts(metadata or {})
     except ValueError as error:
         raise UserError(f"{file}: its metadata are damaged ({first_line(error)})") from error
 
@@ -442,7 +442,7 @@ def stated_facts(schema: pa.Schema, file: Path | str) -> dict[str, Any]:
 def _category_set_of(file: Path | str) -> CategorySet:
     """Return the set that a file's metadata state; for a file without, the one that its segments show."""
     schema = _schema_of(file)
-    if stated := stated_facts(schema, file).get("categories"):
+    if stated := stated_facts(schema.metadata, file).get("categories"):
         try:
             return CategorySet.from_records(stated["name"], stated["categories"])
         except (ValueError, KeyError, TypeError) as error:

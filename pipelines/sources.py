@@ -155,7 +155,7 @@ def read_crayon_rows(uri: str, keep_image_bytes: bool) -> Iterator[Draft | Rejec
     """Read finished rows back as drafts, for new instructions; their old ones are left behind."""
     with _naming("from_crayon", uri), open_random(uri) as file, opened_parquet(file, uri) as parquet:
         check_schema(parquet.schema_arrow, uri)
-        segmenters = tuple(stated_facts(parquet.schema_arrow, uri).get("segmenters", ()))
+        segmenters = tuple(stated_facts(parquet.metadata.metadata, uri).get("segmenters", ()))
         classes = len(category_set([uri]))
         for record in read_crayon_records(parquet):
             try:

@@ -7,7 +7,10 @@ from pathlib import Path
 from pipelines.records import REJECT_REASONS
 
 ROOT = Path(__file__).parents[1]
-NOT_IN_A_BUILD = ("collavo/model", "collavo/export_data.py", "collavo/dataset.py", "collavo/pictures.py")
+NOT_IN_A_BUILD = (
+    *("collavo/model", "collavo/export_data.py", "collavo/pictures.py", "collavo/inference.py"),
+    *("collavo/training", "collavo/panoptic/index_png.py"),
+)
 
 
 def reasons_in_the_code() -> dict[str, set[str]]:
@@ -25,4 +28,9 @@ def reasons_in_the_code() -> dict[str, set[str]]:
 
 
 def test_the_table_is_complete():
-    assert {reason for of_stage in REJECT_REASONS.values() for reason in of_stage} == set(reasons_in_the_code())
+    # Pictures of finished rows are read by their path elsewhere, never in a build.
+    elsewhere = {reason for reason, files in reasons_in_the_code().items() if files == {"collavo/dataset.py"}}
+    rows_of_crayon = {"missing_value", "bad_value"}
+    assert rows_of_crayon <= elsewhere
+    in_builds = set(reasons_in_the_code()) - (elsewhere - rows_of_crayon)
+    assert {reason for of_stage in REJECT_REASONS.values() for reason in of_stage} == in_builds
