@@ -92,7 +92,7 @@ def _print_summary(output: str, seconds: float, console: Console) -> None:
     table.add_row("inputs", f"{inputs:,}", _tally(manifest["inputs"]))
     table.add_row("rows", f"{manifest['rows']:,}", _tally(manifest["rows_by_split"]))
     if manifest["merged"]:
-        table.add_row("repeats", f"{manifest['merged']:,}", "pictures that came again, and share a row")
+        table.add_row("repeats", f"{manifest['merged']:,}", "pictures or dialogues that came again, and share a row")
     table.add_row("conversations", f"{manifest['conversations']:,}", "")
     instructions = manifest["instructions"]
     by_task = {task: instructions[task] for task in TASKS if task in instructions}

@@ -56,7 +56,10 @@ REJECT_REASONS = {
         "non_finite_logits": "the network's output is not finite",
         "segmenter_failed": "the network failed on this image; the detail says how",
     },
-    "write": {"other_annotation": "the same picture lies elsewhere with another annotation, which was taken"},
+    "write": {
+        "other_annotation": "the same picture lies elsewhere with another annotation, which was taken",
+        "damaged_row": "a finished row holds this picture, but is damaged, so that nothing brings its map",
+    },
 }
 """All reasons why an input makes no row, by the step that finds them. The documentation prints this table."""
 

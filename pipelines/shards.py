@@ -66,6 +66,8 @@ def write_shard(
             start = time.perf_counter()
             drafts = [draft for _, draft in same]
             draft = _one_draft(drafts, all_rejects)
+            if draft is None:
+                continue
             row = dataclasses.replace(draft.row, split=shard[0], image_id=_unique_id(draft.row.image_id, key, owners))
             if row.has_image:
                 instructions = write_instructions(
@@ -92,9 +94,16 @@ def write_shard(
     return WrittenShard(shard, data_uri, rejects_uri, size, sha256, counts, tuple(sorted(segmenters)))
 
 
-def _one_draft(drafts: list[Draft], rejects: list[Reject]) -> Draft:
-    """Make one draft of all those of a picture, in an order that does not depend on which was read first."""
+def _one_draft(drafts: list[Draft], rejects: list[Reject]) -> Draft | None:
+    """Make one draft of all those of a picture, in an order that does not depend on which was read first.
+
+    Where a finished row was to bring the map, but is damaged and was rejected, nothing is left to make a row of.
+    """
     first, *others = sorted(drafts, key=_rank)
+    if first.row.image_sha256 and not first.row.has_image:
+        detail = "the finished row of this picture is damaged; a build of the picture alone would segment it again"
+        rejects += [Reject(e.entry_id, e.source, "write", "damaged_row", detail) for d in drafts for e in d.inputs]
+        return None
     for other in others:
         first, refused = merge_drafts(first, other)
         rejects += refused

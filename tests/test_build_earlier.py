@@ -5,12 +5,15 @@ import re
 import signal
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from builds import PICTURE, CocoFolder, DataSet, build, start, status_of, tiny_mask2former
 from conftest import encoded
 from PIL import Image
 
 from collavo.sources.records import count_records
+from schemas.crayon_row import CRAYON_SCHEMA
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +163,14 @@ def test_a_trial_reads_the_head_of_a_data_set(tmp_path, network):
     assert len(trial.rows) == 2 and trial.manifest["trial_of_images"] == 4
     with data.files[0].open("rb") as file:
         assert count_records(file, data.files[0].name) == 4
+
+
+def test_a_picture_whose_finished_row_is_damaged_is_rejected_and_not_made_a_row_without_it(network, tmp_path):
+    folder = pictures(tmp_path / "p", range(3))
+    data = build(tmp_path / "out", "--images", folder, *network, "--validation_ratio", 0)
+    records = pq.read_table(data.files[0]).to_pylist()
+    records[1]["panoptic_map"] = None
+    pq.write_table(pa.Table.from_pylist(records, CRAYON_SCHEMA), tmp_path / "damaged.parquet")
+    again = build(tmp_path / "again", "--from_crayon", tmp_path / "damaged.parquet", "--images", folder, *network)
+    assert len(again.rows) == 2 and all(row.has_image for row in again.rows.values())
+    assert sorted(reject["reason"] for reject in again.rejects) == ["bad_value", "damaged_row"]
