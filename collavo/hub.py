@@ -5,6 +5,7 @@ try again for half a minute, or wait for an answer that a firewall swallowed.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
@@ -46,7 +47,7 @@ def _download(model_id: str, weights: Sequence[str]) -> Path:
         validate_repo_id(model_id)
     except HFValidationError as error:  # as for any path with two slashes
         raise FileNotFoundError("there is no such folder") from error
-    silence = _silence_of_hub()
+    silence = _silence_of(constants.ENDPOINT)
     try:
         for pattern in weights or ("config.json",):
             folder = Path(
@@ -68,15 +69,16 @@ def _download(model_id: str, weights: Sequence[str]) -> Path:
         raise OSError(f"neither a folder nor a whole model in the cache, and {why}") from error
 
 
-def _silence_of_hub() -> str | None:
-    """Why the hub cannot be asked; None where it answers, whatever that is."""
+@lru_cache
+def _silence_of(endpoint: str) -> str | None:
+    """Find out why the hub cannot be asked; None where it answers, whatever that is. Asked once per process."""
     if is_offline_mode():
         return "HF_HUB_OFFLINE is set"
     outcome: Queue[str | None] = Queue()
 
     def ask() -> None:
         try:
-            get_session().head(constants.ENDPOINT, timeout=_STEP_SECONDS, follow_redirects=False)
+            get_session().head(endpoint, timeout=_STEP_SECONDS, follow_redirects=False)
             outcome.put(None)
         except Exception as error:  # as above
             outcome.put(first_line(error))
