@@ -102,23 +102,24 @@ def _print_summary(output: str, seconds: float, console: Console) -> None:
     console.print(table, highlight=False)
     if line := unfamiliar_line(manifest):
         console.print(line, style="yellow", soft_wrap=True)
-    if images := manifest.get("trial_of_images"):
-        console.print(_estimate(manifest, images, seconds), soft_wrap=True)
+    if "trial" in manifest:
+        console.print(_estimate(manifest, seconds), soft_wrap=True)
     lines = {"Data": "*.parquet", "Rejects, with reasons": REJECTS, "Look at it": REPORT}
     for name, file_name in lines.items():
         if rejects or file_name != REJECTS:
             console.print(f"{name}: {join(output, file_name)}", highlight=False, soft_wrap=True)
 
 
-def _estimate(manifest: dict[str, Any], images: int, seconds: float) -> str:
+def _estimate(manifest: dict[str, Any], seconds: float) -> str:
     """Say what all images would take, from what some took."""
-    share = manifest["rows"] / images
+    trial = manifest["trial"]
+    share = trial["images"] / trial["of"]
     minutes = seconds / share / 60
     took = f"{minutes / 60:,.1f} hours" if minutes > 90 else f"{minutes:,.0f} minutes" if minutes > 1 else "a minute"
     size = size_text(sum(file["bytes"] for file in manifest["files"]) / share)
     return (
-        f"A trial of {share:.2%} of {images:,} images. At its pace, start-up included, all of them would take about "
-        f"{took} here, and {size}; twice that while the build runs."
+        f"A trial of {share:.2%} of {trial['of']:,} images. At its pace, start-up included, all of them would take "
+        f"about {took} here, and {size}; twice that while the build runs."
     )
 
 

@@ -89,8 +89,11 @@ def publish(
         rename(shard.data_uri, join(folder, name))
     _gather_rejects(join(folder, REJECTS), ordered)
     manifest = _manifest(publication, counts, inputs, categories, dict(zip(names, written, strict=True)))
-    if images := listed_count + record_count:
-        manifest["trial_of_images"] = images
+    if most := publication.configuration.get("max_images"):
+        manifest["trial"] = {
+            "images": min(listed_count, most) + min(record_count, most),
+            "of": listed_count + record_count,
+        }
     write_report(folder, manifest)
     with open_write(join(folder, CARD)) as file:
         name = basename(publication.output.rstrip("/")) or "crayon"

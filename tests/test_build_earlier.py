@@ -150,7 +150,7 @@ def test_a_trial_takes_some_images_and_tells_of_all(tmp_path, capfd):
     for i in range(12):
         coco.add(f"{i}.jpg", PICTURE + bytes([i]))
     trial = build(tmp_path / "out", *coco.flags(), "--max_images", 3)
-    assert len(trial.rows) == 3 and trial.manifest["trial_of_images"] == 12
+    assert len(trial.rows) == 3 and trial.manifest["trial"] == {"images": 3, "of": 12}
     assert trial.manifest["inputs"] == {"coco": 3}
     assert "A trial of 25.00% of 12 images" in " ".join(capfd.readouterr().out.split())
     assert build(tmp_path / "again", *coco.flags(), "--max_images", 3).rows == trial.rows
@@ -160,7 +160,7 @@ def test_a_trial_reads_the_head_of_a_data_set(tmp_path, network):
     data = DataSet(tmp_path / "first")
     build(data.folder, "--images", pictures(tmp_path / "p", range(4)), *network, "--validation_ratio", 0)
     trial = build(tmp_path / "out", "--dataset", data.folder, *network, "--max_images", 2)
-    assert len(trial.rows) == 2 and trial.manifest["trial_of_images"] == 4
+    assert len(trial.rows) == 2 and trial.manifest["trial"] == {"images": 2, "of": 4}
     with data.files[0].open("rb") as file:
         assert count_records(file, data.files[0].name) == 4
 
