@@ -80,11 +80,14 @@ def category_set(files: Sequence[Path | str]) -> CategorySet:
     Raises:
         UserError: where files have different sets.
     """
-    sets = {str(file): _category_set_of(file) for file in files}
-    first_file, first = next(iter(sets.items()))
-    for file, other in sets.items():
+    sets = {}
+    for uri in map(str, files):
+        with open_random(uri) as file, opened_parquet(file, uri) as parquet:
+            sets[uri] = _category_set_in(parquet, uri)
+    first_uri, first = next(iter(sets.items()))
+    for uri, other in sets.items():
         if [c.name for c in other] != [c.name for c in first]:
-            raise UserError(f"{file} has the classes of {other.name}, {first_file} those of {first.name}")
+            raise UserError(f"{uri} has the classes of {other.name}, {first_uri} those of {first.name}")
     return first
 
 
@@ -159,8 +162,8 @@ def read_rows(files: Sequence[Path], split: str | None = None, left_out: LeftOut
         UserError: for a damaged file, and for a damaged row where `left_out` is None.
     """
     for file in files:
-        classes = len(_category_set_of(file))
         with opened_parquet(file) as parquet:
+            classes = len(_category_set_in(parquet, str(file)))
             for record in read_records(parquet):
                 try:
                     row = checked_row(record, classes)
@@ -439,9 +442,9 @@ def stated_facts(metadata: Mapping[bytes, bytes] | None, file: Path | str) -> di
         raise UserError(f"{file}: its metadata are damaged ({first_line(error)})") from error
 
 
-def _category_set_of(file: Path | str) -> CategorySet:
+def _category_set_in(parquet: pq.ParquetFile, file: str) -> CategorySet:
     """Return the set that a file's metadata state; for a file without, the one that its segments show."""
-    schema = _schema_of(file)
+    schema = parquet.schema_arrow
     if stated := stated_facts(schema.metadata, file).get("categories"):
         try:
             return CategorySet.from_records(stated["name"], stated["categories"])
@@ -450,11 +453,10 @@ def _category_set_of(file: Path | str) -> CategorySet:
     if schema_version(schema) == 1:
         return COCO_PANOPTIC
     seen: dict[int, Mapping[str, Any]] = {}
-    with open_random(str(file)) as opened, opened_parquet(opened, str(file)) as parquet:
-        for record in read_records(parquet, columns=["segments"]):
-            for s in () if isinstance(record, Rejected) else record["segments"] or ():
-                if s is not None and None not in (s["label"], s["category_id"], s["category"], s["is_thing"]):
-                    seen[s["label"]] = s
+    for record in read_records(parquet, columns=["segments"]):
+        for s in () if isinstance(record, Rejected) else record["segments"] or ():
+            if s is not None and None not in (s["label"], s["category_id"], s["category"], s["is_thing"]):
+                seen[s["label"]] = s
     in_coco = all(
         0 <= label < len(COCO_PANOPTIC) and COCO_PANOPTIC[label].display_name == s["category"]
         for label, s in seen.items()
@@ -469,7 +471,7 @@ def _category_set_of(file: Path | str) -> CategorySet:
         unnamed = {"category_id": -1 - label, "category": f"unnamed {label}", "is_thing": False}
         segment = seen.get(label, unnamed)
         records.append({"id": segment["category_id"], "name": segment["category"], "isthing": segment["is_thing"]})
-    return read_categories(records, str(file))
+    return read_categories(records, file)
 
 
 _MOST_CLASSES = 100_000

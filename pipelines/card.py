@@ -1,6 +1,7 @@
 """The dataset card: `README.md` of a data set, with the metadata that `datasets` and the hub read.
 
-Its `configs` are what makes `load_dataset("out")` show two splits of crayon rows. Figures come from the manifest."""
+Its `configs` are what makes `load_dataset("out")` show two splits of crayon rows. Figures come from the manifest.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -11,14 +11,12 @@ from dataclasses import fields
 from posixpath import basename, join
 from typing import Any
 
-import pyarrow.parquet as pq
-
 import collavo
-from collavo.errors import UserError
-from collavo.storage import MANIFEST, delete, list_files, open_random, open_read, open_write, size_of, size_text
+from collavo.dataset import opened_parquet, stated_facts
+from collavo.errors import UserError, first_line
+from collavo.storage import MANIFEST, delete, exists, list_files, open_random, open_read, open_write, size_of, size_text
 from pipelines.job import Publication
 from pipelines.options import InstructionFlags
-from schemas.crayon_row import file_facts
 
 MAP_FLAGS = (
     *("segmenter", "segmenter_checkpoint", "segmenter_config", "segmenter_preset", "segmenter_input_size"),
@@ -39,30 +37,30 @@ def prepare(publication: Publication, resume: bool, discard: bool) -> None:
         UserError: if a stopped build has left something and nothing says what to do with it; or if this build is to go
             on with it, and there is nothing or the flags do not fit.
     """
-    folder, made_by = publication.segmented, _made_by(publication.configuration)
-    left = list_files(join(folder, ""))
+    made_by = _made_by(publication.configuration)
+    note, left = join(publication.segmented, _NOTE), _segmented_files(publication)
     if not resume:
-        if len(left) > 1 and not discard:
+        if left and not discard:
             raise UserError(
                 f"--output {publication.output}: a stopped build left {_size_of(left)} of segmented pictures there; "
                 "--resume uses them, --discard removes them"
             )
-        delete([folder])
-    elif join(folder, _NOTE) not in left:
+        delete([publication.segmented])
+    elif not exists(note):
         raise UserError(f"--resume: no stopped build has left anything for --output {publication.output}")
     else:
-        with open_read(join(folder, _NOTE)) as file:
+        with open_read(note) as file:
             earlier = json.load(file)
         if other := _difference(earlier, made_by, made_by):
             raise UserError(f"--resume: the stopped build had {other}; --discard starts anew")
-    with open_write(join(folder, _NOTE)) as file:
+    with open_write(note) as file:
         file.write(json.dumps(made_by).encode())
 
 
 def what_is_left(publication: Publication) -> str | None:
     """Say what a build that stopped has left, in one line; None where that is nothing. Remove an empty folder."""
-    left = list_files(join(publication.segmented, ""))
-    if [basename(uri) for uri in left] in ([], [_NOTE]):
+    left = _segmented_files(publication)
+    if not left:
         delete([publication.segmented])
         return None
     kept = f"{_size_of(left)} of segmented pictures are kept in {publication.segmented}"
@@ -79,18 +77,27 @@ def check_extension(output: str, configuration: Mapping[str, Any], templates_sha
     Raises:
         UserError: naming the flags that differ.
     """
-    with open_read(join(output, MANIFEST)) as file:
-        manifest = json.load(file)
+    uri = join(output, MANIFEST)
+    with open_read(uri) as file:
+        try:
+            manifest = json.load(file)
+        except ValueError as error:
+            raise UserError(f"--extend: {uri} is damaged ({first_line(error)})") from error
     names = [*EXTENSION_FLAGS]
     if by_model and any("segmenter" in made_by for made_by in manifest["segmenters"]):
         names += [name for name in MAP_FLAGS if name not in ("categories", "category_map")]  # sets are compared as such
     difference = _difference(manifest["configuration"], configuration, names)
-    with open_random(join(output, manifest["files"][0]["name"])) as file:
-        facts = file_facts(pq.read_schema(file).metadata)
-    if not difference and facts["templates_sha256"] != templates_sha256:
+    uri = join(output, manifest["files"][0]["name"])
+    with open_random(uri) as file, opened_parquet(file, uri) as parquet:
+        facts = stated_facts(parquet.metadata.metadata, uri)  # which other tools leave out when they write a file again
+    if not difference and facts.get("templates_sha256", templates_sha256) != templates_sha256:
         difference = "other --templates"
     if difference:
         raise UserError(f"--extend: {output} was built with {difference}; give the same, or merge with --from_crayon")
+
+
+def _segmented_files(publication: Publication) -> list[str]:
+    return [uri for uri in list_files(join(publication.segmented, "")) if basename(uri) != _NOTE]
 
 
 def _difference(earlier: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> str:

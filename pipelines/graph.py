@@ -84,10 +84,11 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
     rejects: list[beam.PCollection] = []
     spilled: list[beam.PCollection] = []
     if job.sources.crayon_files:
+        read_rows = beam.FlatMap(read_crayon_rows, len(job.categories), job.embed_images)
         rows = (
             pipeline
             | "CrayonFiles" >> beam.Create(job.sources.crayon_files)
-            | "ReadRows" >> beam.FlatMap(read_crayon_rows, job.embed_images).with_outputs(REJECT_TAG, main="drafts")
+            | "ReadRows" >> read_rows.with_outputs(REJECT_TAG, main="drafts")
         )
         inputs.append(rows[REJECT_TAG] | "OneInputPerDamagedRow" >> beam.Map(lambda reject: (reject.source, 1)))
         rejects.append(rows[REJECT_TAG])

@@ -12,7 +12,7 @@ from typing import BinaryIO, Final, Literal, NamedTuple, TypeVar
 
 from apache_beam.pvalue import TaggedOutput
 
-from collavo.dataset import category_set, check_schema, checked_row, digest_of, opened_parquet, stated_facts
+from collavo.dataset import check_schema, checked_row, digest_of, opened_parquet, stated_facts
 from collavo.dataset import read_records as read_crayon_records
 from collavo.errors import Rejected, UserError
 from collavo.sources.coco_instances import ImageInstances, stream_image_instances
@@ -151,12 +151,15 @@ def finished_pictures(crayon_files: tuple[str, ...]) -> frozenset[bytes]:
     return frozenset(found)
 
 
-def read_crayon_rows(uri: str, keep_image_bytes: bool) -> Iterator[Draft | RejectOutput]:
-    """Read finished rows back as drafts, for new instructions; their old ones are left behind."""
+def read_crayon_rows(uri: str, classes: int, keep_image_bytes: bool) -> Iterator[Draft | RejectOutput]:
+    """Read finished rows back as drafts, for new instructions; their old ones are left behind.
+
+    Args:
+        classes: how many their set has, which is the job's.
+    """
     with _naming("from_crayon", uri), open_random(uri) as file, opened_parquet(file, uri) as parquet:
         check_schema(parquet.schema_arrow, uri)
         segmenters = tuple(stated_facts(parquet.metadata.metadata, uri).get("segmenters", ()))
-        classes = len(category_set([uri]))
         for record in read_crayon_records(parquet):
             try:
                 row = checked_row(record, classes, with_instructions=False)

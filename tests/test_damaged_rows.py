@@ -59,7 +59,7 @@ def read_as_all_do(path: Path, folder: Path) -> LeftOut:
         questions_of(row, EVALUATED_TASKS, judge)
         with suppress(Rejected, UserError):
             picture_of_row(row, None, categories)
-    for draft in read_crayon_rows(str(path), True):
+    for draft in read_crayon_rows(str(path), len(categories), True):
         assert isinstance(draft, Draft) or draft.value.reason in REJECT_REASONS["list"]
     for to in ("jsonl", "llava"):
         flags = ["--data", str(path), "--to", to, "--output", str(folder / to), "--overwrite"]

@@ -28,7 +28,7 @@ def checked_relative(path: str) -> str:
 
 
 def image_names(entry_id: str, file_name: str) -> Iterator[str]:
-    """Return the names that an image's file may have: the one stated, then those without the words that follow the id.
+    """Yield the names that an image's file may have: the one stated, then those without the words that follow the id.
 
     Cityscapes' panoptic files call `aachen_000000_000019_leftImg8bit.png`, whose id is `aachen_000000_000019`,
     `aachen_000000_000019_gtFine_leftImg8bit.png`.

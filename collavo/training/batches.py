@@ -267,7 +267,7 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> MicroBatch:
 
 
 def micro_batches(batch: Batch, size: int, rank: int = 0, ranks: int = 1) -> list[list[Sample]]:
-    """Yield one rank's share of a batch, in pieces that fit into memory."""
+    """Cut one rank's share of a batch into pieces that fit into memory."""
     share = batch.samples[rank::ranks]
     return [list(share[start : start + size]) for start in range(0, len(share), size)]
 
