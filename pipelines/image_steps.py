@@ -97,12 +97,11 @@ def draft_known(image: LoadedImage, job: CrayonJob) -> Draft | None:
     """
     if not (job.resumed or job.sources.crayon_files):
         return None
-    digest = hashlib.sha256(image.image_bytes).digest()
+    task, row = image.task, _row(image, job)
+    digest = bytes.fromhex(row.image_sha256 or "")
     block = spilled_pictures(job.publication.segmented).get(digest) if job.resumed else None
     if block is None and digest not in finished_pictures(job.sources.crayon_files):
         return None
-    task = image.task
-    row = _row(image, job)
     inputs = tuple(mention.input for mention in task.mentions)
     if block is None:
         return Draft(row, inputs, (), image.seconds, split_stated=bool(task.split))
