@@ -202,7 +202,8 @@ class _ImageFolder:
     """Where the images of a COCO file lie: at the paths that it names, or elsewhere below the folder.
 
     The first image decides, so that a store is not asked for each. If it is not where the file says, the folder is
-    listed, and an image is found by its name in whatever folder, if there is only one of that name.
+    listed, and an image that is named without a folder is found in whatever one, if there is only one of that name.
+    Named with a folder, it is another picture than one of the same name elsewhere.
     """
 
     def __init__(self, folder: str) -> None:
@@ -215,10 +216,11 @@ class _ImageFolder:
         Raises:
             Rejected: for a path that leads out of the folder.
         """
-        named = join(self._folder, _inside(entry_id, file_name))
+        relative = _inside(entry_id, file_name)
+        named = join(self._folder, relative)
         if self._by_name is None:
             self._by_name = {} if exists(named) else self._listed()
-        found = (self._by_name.get(name) for name in image_names(entry_id, basename(named)))
+        found = (self._by_name.get(name) for name in image_names(entry_id, relative))
         return canonical(next(filter(None, found), named))
 
     def _listed(self) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builds import DataSet, build, planned, status_of, tiny_mask2former
+from builds import PICTURE, CocoFolder, DataSet, build, planned, status_of, tiny_mask2former
 from conftest import needs_tiny_base
 from foreign import check_rows, rows_of
 from layouts import ADE20K, ADE20K_LABELS, CITYSCAPES, CITYSCAPES_LABELS, Layout, ade20k, cityscapes
@@ -17,6 +17,8 @@ import collavo.chat
 import collavo.evaluate
 import collavo.train
 from collavo.errors import UserError
+from pipelines.records import Mention
+from pipelines.sources import CocoSource, read_coco
 
 CAMVID = Path(__file__).parents[2] / "shared" / "camvid"
 PUBLISHED = {
@@ -56,6 +58,17 @@ def test_rows_of_a_published_layout_are_right(name: str, layout: Layout, built: 
     for split, called in (("train", "train"), ("val", "validation")):
         assert check_rows(rows, layout.json[split], layout.masks[split], called, names) == 8
     assert not built.rejects
+
+
+def test_a_missing_picture_is_not_taken_for_one_of_its_name_in_another_folder(tmp_path: Path) -> None:
+    coco = CocoFolder(tmp_path / "coco")
+    coco.add("a/0.jpg")
+    coco.add("b/0.jpg", PICTURE)
+    coco.flags()
+    folder = str(coco.folder)
+    source = CocoSource("coco", f"{folder}/panoptic.json", f"{folder}/images", f"{folder}/panoptic", {1: 0, 187: 119})
+    mentions = [mention for mention in read_coco(source, folder) if isinstance(mention, Mention)]
+    assert [mention.image_path for mention in mentions] == ["images/a/0.jpg", "images/b/0.jpg"]
 
 
 def test_dialogues_about_annotated_pictures_need_no_network_of_the_same_classes(layout: Layout, tmp_path: Path) -> None:
