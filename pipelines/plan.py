@@ -26,7 +26,7 @@ from collavo.categories import (
     labels_by_id,
 )
 from collavo.cli import naming
-from collavo.dataset import category_set
+from collavo.dataset import category_set, opened_parquet
 from collavo.dataset import notes as file_notes
 from collavo.embedded import SCENES
 from collavo.errors import Rejected, UserError, first_line
@@ -35,7 +35,7 @@ from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, Phrasebook, load
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.segmenters import Segmenter, checkpoint_categories, load_segmenter
 from collavo.sources.json_files import open_json
-from collavo.sources.records import count_records, is_record_file
+from collavo.sources.records import count_records, ignored_columns, is_record_file
 from collavo.storage import (
     FAULTS,
     MANIFEST,
@@ -363,6 +363,7 @@ def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources
     )
     image_splits = _parallel("images_split", flags.images_split, flags.images, notes)
     images = tuple(ImagesSource(pattern, root, s) for pattern, s in zip(flags.images, image_splits, strict=True))
+    notes.extend(note for path in flags.dataset if (note := _unused_columns(path, flags.image_column)))
     return Sources(
         root=_common_root([*(source.images_root for source in coco), *([root] if llava else [])], images, notes),
         coco=coco,
@@ -442,6 +443,16 @@ def _record_files(path: str) -> list[str]:
     if not found:
         raise UserError(f"--dataset {path}: names no .parquet or .tar file")
     return found
+
+
+def _unused_columns(path: str, image_column: str | None) -> str | None:
+    """Name the columns of a data set that nothing is taken from; its first Parquet file stands for all."""
+    uri = next((uri for uri in _record_files(path) if uri.endswith(".parquet")), None)
+    if uri is None:
+        return None
+    with naming("dataset"), open_random(uri) as file, opened_parquet(file, uri) as parquet:
+        unused = ignored_columns(parquet.schema_arrow.names, image_column)
+    return f"{path}: nothing is taken from the columns {', '.join(unused)}" if unused else None
 
 
 def _count_records(sources: Sequence[RecordSource]) -> int:

@@ -428,6 +428,20 @@ def test_the_same_picture_under_several_names_is_one_row(by_tiny_model, tmp_path
     check_sums(data)
 
 
+def test_the_split_follows_the_picture_and_stays_when_others_come(tmp_path):
+    splits = []
+    for name, names in [
+        ("few", {f"{i}.png": i for i in range(20)}),
+        ("more", {f"moved/x{i}.png": i for i in range(60)}),
+    ]:
+        coco = coco_of(tmp_path / name, names)
+        data = build(tmp_path / f"{name}_out", *coco.flags(), *ANNOTATED, "--validation_ratio", 0.4)
+        splits.append({row.image_sha256: row.split for row in data.rows.values()})
+    few, more = splits
+    assert len(few) == 20 and set(few.values()) == {"train", "validation"}
+    assert few.items() <= more.items() and len(more) == 60
+
+
 def test_a_sources_split_wins_and_a_picture_that_one_source_holds_out_is_in_no_other_split(tmp_path):
     train = coco_of(tmp_path / "train", {f"t{i}.png": i for i in range(12)})
     held_out = coco_of(tmp_path / "held_out", {f"v{i}.png": i for i in range(10, 16)})

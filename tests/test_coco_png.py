@@ -46,6 +46,19 @@ def test_a_pixel_is_read_as_coco_packs_it(pixel: tuple[int, int, int], segment_i
     assert decode_ids(encoded(mask), (3, 2)).tolist() == [[segment_id] * 3] * 2
 
 
+@pytest.mark.parametrize(("dtype", "ids"), [(np.uint8, [0, 7, 255]), (np.uint16, [0, 7, 40000])])
+def test_a_grey_pixel_is_an_id(dtype: type, ids: list[int]):
+    assert decode_ids(encoded(Image.fromarray(np.array([ids], dtype))), (3, 1)).tolist() == [ids]
+
+
+def test_channels_in_the_order_of_opencv_are_found_out_by_the_ids_that_are_listed():
+    rgb = np.asarray(Image.open(io.BytesIO(coco_png(np.array([[7, 300]], np.uint32)))))
+    data = encoded(Image.fromarray(rgb[..., ::-1].copy()))
+    with pytest.raises(Rejected, match="id 458752, which no segment has; read as blue, green, red") as error:
+        decode_segment_runs(data, (2, 1), [7, 300])
+    assert error.value.reason == "unlisted_segment"
+
+
 def test_a_mask_of_another_size_is_refused_with_both_sizes():
     mask = encoded(Image.new("RGB", (3, 2)))
     with pytest.raises(Rejected, match="the mask is 3 x 2, its image 2 x 3") as refusal:

@@ -4,11 +4,15 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from builds import planned, status_of
 
 from collavo.dataset import CrayonFileWriter
 from pipelines.options import build_parser
+from pipelines.records import Mention
+from pipelines.sources import read_images
 from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import TASKS
 
@@ -147,6 +151,21 @@ def test_ids_count_from_the_folder_that_all_images_lie_in_however_it_is_written(
     roots = {planned(*(word.format(folder) for word in line)).job.sources.root for folder in (".", workspace, "p/..")}
     assert roots == {str(workspace / "pictures")}
     assert planned(*COCO.split(), "--llava_json", "l.json", "--image_root", "masks").job.sources.root == str(workspace)
+
+
+def test_hidden_files_are_left_out_and_counted(workspace):
+    (workspace / "pictures" / ".ipynb_checkpoints").mkdir()
+    for name in (".ipynb_checkpoints/a-checkpoint.jpg", ".DS_Store"):
+        (workspace / "pictures" / name).touch()
+    plan = planned("--images", "pictures")
+    assert plan.notes == ("pictures: 2 hidden files are left out",)
+    mentions = [*read_images(plan.job.sources.images[0], plan.job.sources.root)]
+    assert [mention.image_path for mention in mentions if isinstance(mention, Mention)] == ["a.jpg"]
+
+
+def test_columns_of_a_data_set_that_nothing_is_taken_from_are_named(workspace):
+    pq.write_table(pa.table({"image": [b"jpeg"], "caption": ["x"], "url": ["y"]}), "d.parquet")
+    assert planned("--dataset", "d.parquet").notes == ("d.parquet: nothing is taken from the columns caption, url",)
 
 
 def test_splits_are_those_of_the_sources_where_they_are_named_and_a_line_says_where_they_are_not(workspace):

@@ -9,7 +9,7 @@ import io
 import json
 import posixpath
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -70,10 +70,10 @@ def count_records(file: BinaryIO, name: str) -> int:
     return round(first * size / file.tell()) if first == _ROWS_IN_MEMORY else first
 
 
-def ignored_columns(file: BinaryIO, image_column: str | None = None) -> list[str]:
-    """Return the columns of a Parquet file that nothing is taken from."""
+def ignored_columns(columns: Sequence[str], image_column: str | None = None) -> list[str]:
+    """Return those of a Parquet file's columns that nothing is taken from."""
     used = {image_column or "image", "id", *DIALOGUE_COLUMNS}
-    return [column for column in pq.read_schema(file).names if column not in used]
+    return [column for column in columns if column not in used]
 
 
 def _parquet_records(file: BinaryIO, name: str, stem: str, image_column: str) -> Iterator[ImageRecord | Rejected]:
