@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy import ndimage
 
 from collavo.errors import UserError
 from collavo.scenes import Scene, SceneSegment, draw_scene, scene_seed, write_scenes
@@ -26,7 +27,7 @@ WALLS = "wall wall-brick wall-tile"
 
 @pytest.fixture(scope="module")
 def scenes() -> list[Scene]:
-    return [draw_scene(scene_seed(3, index), SMALL) for index in range(160)]
+    return [draw_scene(scene_seed(3, index), SMALL) for index in range(240)]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,14 @@ def test_a_seed_and_a_size_give_the_same_scene_again() -> None:
     assert not np.array_equal(one.image, draw_scene(12, (200, 150)).image)
 
 
+def test_a_scene_does_not_depend_on_what_was_drawn_before_it() -> None:
+    alone = "import sys; from collavo.scenes import draw_scene; sys.stdout.buffer.write(draw_scene(8, (80, 60)).image)"
+    fresh = subprocess.run([sys.executable, "-c", alone], capture_output=True, check=True).stdout
+    for seed in range(4):
+        draw_scene(seed, (64, 64))
+    assert draw_scene(8, (80, 60)).image.tobytes() == fresh
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**63), width=st.integers(32, 230), height=st.integers(32, 230))
 def test_any_size_gives_a_whole_scene(seed: int, width: int, height: int) -> None:
@@ -74,6 +83,17 @@ def test_every_thing_and_stuff_that_can_be_drawn_turns_up(scenes: list[Scene]) -
     assert len({kind.category.label for kind in DRAWABLE.values()}) >= 36
 
 
+def test_scenes_vary_in_place_light_and_number_of_things(scenes: list[Scene]) -> None:
+    assert len({scene.place for scene in scenes}) == 9
+    assert {scene.time for scene in scenes} == {"morning", "day", "evening", "night"}
+    assert {scene.weather for scene in scenes} == {"clear", "cloudy", "rainy", "snowy"}
+    counts = [sum(s.category.is_thing for s in scene.segments) for scene in scenes]
+    assert 4 <= np.percentile(counts, 10) <= np.percentile(counts, 90) <= 16
+    of_one_class = [max(Counter(s.category_id for s in scene.segments).values()) for scene in scenes]
+    assert max(of_one_class) > 20
+    assert any(s.is_crowd for scene in scenes for s in scene.segments)
+
+
 def test_stuff_is_one_segment_per_class_and_things_can_be_seen(scenes: list[Scene]) -> None:
     least = 0.0012 * SMALL[0] * SMALL[1]
     for scene in scenes:
@@ -92,6 +112,26 @@ def test_a_mask_holds_the_pixels_that_are_painted_by_half_or_more(name: str) -> 
     DRAWABLE[name].draw(drawing, (200, 60, 50), Dice(4))
     sprite = rasterize(drawing, 40, turn_deg=20)
     assert np.array_equal(sprite.mask, np.asarray(sprite.picture.getchannel(3)) >= 128)
+
+
+@given(rx=st.integers(8, 60), ry=st.integers(8, 60), turn_deg=st.integers(0, 90))
+@settings(max_examples=40, deadline=None)
+def test_a_mask_has_the_area_and_extent_of_the_shape(rx: int, ry: int, turn_deg: int) -> None:
+    drawing = Drawing()
+    drawing.oval(0, 0, rx, ry, (200, 60, 50), edge=False)
+    mask = rasterize(drawing, 2 * max(rx, ry), turn_deg).mask
+    c, s = np.cos(np.radians(turn_deg)), np.sin(np.radians(turn_deg))
+    extent = 2 * np.hypot(rx * c, ry * s), 2 * np.hypot(rx * s, ry * c)
+    assert mask.sum() == pytest.approx(np.pi * rx * ry, rel=0.05)
+    assert [np.ptp(np.flatnonzero(mask.any(axis))) + 1 for axis in (0, 1)] == pytest.approx(extent, abs=1.5)
+
+
+def test_a_hole_belongs_to_what_lies_behind() -> None:
+    drawing = Drawing()
+    DRAWABLE["donut"].draw(drawing, (200, 60, 50), Dice(4))
+    holes, count = ndimage.label(~np.pad(rasterize(drawing, 90).mask, 1))
+    assert count == 2
+    assert (holes == 2).sum() == pytest.approx(np.pi * (90 * 0.15) ** 2, rel=0.15)
 
 
 # What is said about them
@@ -138,6 +178,17 @@ def test_colors_told_are_those_painted(scenes: list[Scene]) -> None:
         about = {f"the {s.part} of {phrase}" if s.part else phrase: s for phrase, s in phrases(scene).items()}
         assert answer.lower().endswith(" and ".join(about[question.split(" ", 3)[3]].colors))
     assert asked > 100
+
+
+def test_painted_colors_can_be_seen(scenes: list[Scene]) -> None:
+    """By daylight the strongest channel of a plain red, green or blue thing is the one that is named."""
+    channels, plain, seen = {"red": 0, "green": 1, "blue": 2}, ("car", "suitcase", "umbrella", "cup", "couch"), []
+    for scene in (scene for scene in scenes if scene.time != "night"):
+        for s in scene.segments:
+            if s.category.name in plain and len(s.colors) == 1 and s.colors[0] in channels:
+                seen.append(scene.image[scene.ids == s.id].mean(0).argmax() == channels[s.colors[0]])
+    assert len(seen) > 25
+    assert np.mean(seen) > 0.95
 
 
 def test_sides_distances_and_sizes_told_are_true(scenes: list[Scene]) -> None:
