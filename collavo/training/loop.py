@@ -26,7 +26,7 @@ from collavo.errors import UserError
 from collavo.model.prompt import Kind
 from collavo.training.arguments import TrainArguments
 from collavo.training.batch_plan import Batch
-from collavo.training.batches import ExampleDataset, MicroBatch, build_loader, micro_batches
+from collavo.training.batches import ExampleDataset, MicroBatch, Skipped, build_loader, micro_batches
 from collavo.training.phases import Phase
 from collavo.training.stages import StagedModel
 
@@ -141,10 +141,12 @@ class Trainer:
             start = time.perf_counter()
             number = phase.steps_before + step + 1
             pieces = [next(loader) for _ in of_step]
-            self._count_skipped(pieces, most_skipped)
+            skipped = [sample for piece in pieces for sample in piece.skipped]
             # All ranks have to stop after the same step, so they agree on it; one of them may have got the signal.
-            asked = torch.tensor([self.signals[-1] if self.signals else 0], device=device)
-            self.stopped_by = int(accelerator.gather(asked).max())
+            said = torch.tensor([[self.signals[-1] if self.signals else 0, len(skipped)]], device=device)
+            self.stopped_by, most = accelerator.gather(said).max(0).values.tolist()
+            if most:
+                self._count_skipped(skipped, most_skipped)
             loss, norm, tokens = self._step(number, [piece for piece in pieces if piece.inputs], optimizer)
             seconds = time.perf_counter() - start
             after_step(
@@ -161,13 +163,12 @@ class Trainer:
                 )
             )
 
-    def _count_skipped(self, pieces: Sequence[MicroBatch], most: int) -> None:
-        """Count the samples that could not be prepared; all ranks come to the same sum.
+    def _count_skipped(self, skipped: list[Skipped], most: int) -> None:
+        """Count the samples that could not be prepared on this rank, and all others'; they come to the same sum.
 
         Raises:
             UserError: if there are more of them than `most`.
         """
-        skipped = [sample for piece in pieces for sample in piece.skipped]
         if self._accelerator.num_processes > 1:
             skipped = gather_object(skipped)
         for sample in skipped:
