@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -25,6 +26,7 @@ from collavo.model.packing import PADDING, SHARED, packed_positions
 from collavo.model.processing import CollavoProcessor
 from collavo.model.prompt import KINDS, Kind, RenderedPrompt
 from collavo.panoptic.index_png import panoptic_map_of
+from collavo.panoptic.maps import PanopticMap
 from collavo.training.batch_plan import ROWS_PER_WINDOW, Batch, Sample
 from collavo.training.row_index import RowGroup, RowIndex
 from schemas.categories import COCO_PANOPTIC, CategorySet
@@ -167,22 +169,16 @@ class ExampleDataset(Dataset[Example | Skipped | UserError]):
         record = self._reader.read(sample.row)
         try:
             check_record({name: record[name] for name in _LATE_COLUMNS}, len(self._categories))
-            packed = pack_prompts(self._prompts(sample, record), self._processor.image_token_id)
+            prompts = self._prompts(sample, record)
             if not _has_map(record):
-                return Example(sample.kind, record["image_id"], *packed)
+                return example_of(self._processor, sample.kind, record["image_id"], prompts)
             pixels = decoded_image(record["image"]["path"], record["image"]["bytes"], self._image_root)
             segments = tuple(map(Segment.from_record, record["segments"]))
             size_wh = (pixels.shape[1], pixels.shape[0])
             panoptic = panoptic_map_of(record["panoptic_map"]["bytes"], segments, self._categories, size_wh)
         except Rejected as error:
             raise Rejected(error.reason, str(error), record["image_id"]) from error
-        picture = self._processor.picture_inputs([pixels], [panoptic])
-        return Example(
-            sample.kind,
-            record["image_id"],
-            *packed,
-            **{name: tensor[0] for name, tensor in picture.items()},
-        )
+        return example_of(self._processor, sample.kind, record["image_id"], prompts, pixels, panoptic)
 
     def prompt_of(self, batch: Batch) -> RenderedPrompt | None:
         """Return the first prompt of a batch, to show it; None if no sample of it can be rendered."""
@@ -205,16 +201,57 @@ class ExampleDataset(Dataset[Example | Skipped | UserError]):
         return batch
 
     def _prompts(self, sample: Sample, record: dict[str, Any]) -> list[RenderedPrompt]:
-        objects = None
-        has_image = _has_map(record)
-        if sample.kind in self._listed and has_image:
-            segments = map(Segment.from_record, record["segments"])
-            objects = format_objects_with_boxes(list(segments), (record["width"], record["height"]))
-        if sample.kind == "dialogue":
-            turns = record["conversations"][sample.numbers[0]]["turns"]
-            return [self._processor.render([(turn["from"], turn["value"]) for turn in turns], objects, has_image)]
-        asked = [record["instructions"][number] for number in sample.numbers]
-        return [self._processor.render([("human", i["question"]), ("gpt", i["answer"])], objects) for i in asked]
+        has_image, listed = _has_map(record), sample.kind in self._listed
+        return prompts_of(self._processor, record, sample.kind, sample.numbers, listed, has_image)
+
+
+def prompts_of(
+    processor: CollavoProcessor,
+    record: Mapping[str, Any],
+    kind: Kind,
+    numbers: Sequence[int],
+    listed: bool,
+    has_image: bool,
+) -> list[RenderedPrompt]:
+    """Render texts of a row.
+
+    Args:
+        record: the row, as plain values.
+        numbers: the row's instructions to render, or its one dialogue.
+        listed: whether prompts begin with the recognised objects.
+
+    Raises:
+        Rejected: if a text cannot be rendered.
+    """
+    objects = None
+    if listed and has_image:
+        segments = list(map(Segment.from_record, record["segments"]))
+        objects = format_objects_with_boxes(segments, (record["width"], record["height"]))
+    if kind == "dialogue":
+        turns = record["conversations"][numbers[0]]["turns"]
+        return [processor.render([(turn["from"], turn["value"]) for turn in turns], objects, has_image)]
+    asked = [record["instructions"][number] for number in numbers]
+    return [processor.render([("human", i["question"]), ("gpt", i["answer"])], objects, has_image) for i in asked]
+
+
+def example_of(
+    processor: CollavoProcessor,
+    kind: Kind,
+    image_id: str,
+    prompts: Sequence[RenderedPrompt],
+    pixels: np.ndarray | None = None,
+    panoptic: PanopticMap | None = None,
+) -> Example:
+    """Make an example of prompts about one picture, or about none.
+
+    Args:
+        pixels: uint8 RGB [height, width, 3], with its map.
+    """
+    packed = pack_prompts(prompts, processor.image_token_id)
+    if pixels is None or panoptic is None:
+        return Example(kind, image_id, *packed)
+    picture = processor.picture_inputs([pixels], [panoptic])
+    return Example(kind, image_id, *packed, **{name: tensor[0] for name, tensor in picture.items()})
 
 
 def _has_map(record: Mapping[str, Any]) -> bool:

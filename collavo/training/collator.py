@@ -15,11 +15,10 @@ import torch
 from PIL import Image
 
 from collavo.images import decode_rgb
-from collavo.instructions.text import format_objects_with_boxes
 from collavo.model.processing import CollavoProcessor
 from collavo.model.prompt import Kind
 from collavo.panoptic.maps import PanopticMap
-from collavo.training.batches import Example, collate, pack_prompts
+from collavo.training.batches import Example, collate, example_of, prompts_of
 from schemas.categories import COCO_PANOPTIC, CategorySet
 from schemas.crayon_row import Segment
 
@@ -48,28 +47,19 @@ class CrayonCollator:
 
     def _example(self, row: Mapping[str, Any]) -> Example:
         asked, dialogues = row["instructions"] or [], row["conversations"] or []
-        choices = ([asked] if asked else []) + [dialogue["turns"] for dialogue in dialogues]
+        choices: list[tuple[Kind, int]] = [("crayon", 0)] if asked else []
+        choices += [("dialogue", number) for number in range(len(dialogues))]
         if not choices:
             raise ValueError(f"row {row['image_id']} has neither instructions nor dialogues; leave it out by a filter")
-        chosen = choices[int(torch.randint(len(choices), ()))]
-        segments = tuple(map(Segment.from_record, row["segments"] or []))
-        if chosen is asked:
-            some = [asked[i] for i in torch.randperm(len(asked))[: self.instructions]]
-            texts = [[("human", each["question"]), ("gpt", each["answer"])] for each in some]
-            objects = None
-        else:
-            texts = [[(turn["from"], turn["value"]) for turn in chosen]]
-            listed = self.processor.object_list and row["panoptic_map"] is not None
-            objects = format_objects_with_boxes(segments, (row["width"], row["height"])) if listed else None
-        kind: Kind = "crayon" if chosen is asked else "dialogue"
-        has_image = row["image"] is not None
-        prompts = [self.processor.render(turns, objects, has_image) for turns in texts]
-        packed = pack_prompts(prompts, self.processor.image_token_id)
+        kind, number = choices[int(torch.randint(len(choices), ()))]
+        some = torch.randperm(len(asked))[: self.instructions].tolist() if kind == "crayon" else [number]
+        has_image, listed = row["image"] is not None, kind == "dialogue" and self.processor.object_list
+        prompts = prompts_of(self.processor, row, kind, some, listed, has_image)
         if not has_image:
-            return Example(kind, row["image_id"], *packed)
+            return example_of(self.processor, kind, row["image_id"], prompts)
+        segments = tuple(map(Segment.from_record, row["segments"] or []))
         panoptic = PanopticMap(np.asarray(_opened(row["panoptic_map"])), segments, self.categories)
-        picture = self.processor.picture_inputs([_pixels(row["image"])], [panoptic])
-        return Example(kind, row["image_id"], *packed, **{name: tensor[0] for name, tensor in picture.items()})
+        return example_of(self.processor, kind, row["image_id"], prompts, _pixels(row["image"]), panoptic)
 
 
 def _pixels(image: Any) -> np.ndarray:
