@@ -75,7 +75,7 @@ def write_odd_files(folder: Path) -> int:
     chance = random.Random(0)
     picture = pictures(chance)
     contents: list[tuple[str, bytes]] = []
-    for i in range(240):
+    for i in range(960):
         format, data = next(picture)
         extension = EXTENSIONS[format]
         kind = i % 10
@@ -151,7 +151,7 @@ def odd(tmp_path_factory) -> tuple[int, DataSet]:
 
 def test_rows_and_rejects_are_all_the_files(odd):
     count, data = odd
-    assert count >= 250
+    assert count >= 1000
     assert len(data.rows) + len(data.rejects) + data.manifest["merged"] == count
     assert data.manifest["inputs"] == {"folder": count}
     assert data.manifest["rows"] == len(data.rows) and sum(data.manifest["rejects"].values()) == len(data.rejects)
