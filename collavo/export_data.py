@@ -29,8 +29,8 @@ _EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}
 """Of the formats whose extension is not Pillow's name for them."""
 
 _DESCRIPTION = """\
-Export crayon data for other trainers: as conversations about one image each, or
-row by row. Dialogues stay as they are; the questions about an image make one
+Export crayon data for other trainers: as conversations about one image or none,
+or row by row. Dialogues stay as they are; the questions about an image make one
 conversation per task. A dataset card comes with it, and a summary accounts for
 every row.
 
@@ -105,7 +105,7 @@ def _export(flags: Flags) -> None:
     with output_folder(flags.output.resolve()) as folder, naming("data"):
         with FORMATS[flags.to](folder) as write:
             _write_rows(flags, files, write, account)
-        if not account["images", "written"]:
+        if not sum(count for (kind, _), count in account.items() if kind == "images"):
             total = sum(count for (kind, _), count in account.items() if kind == "rows")
             raise UserError(f"nothing to export in {total:,} rows ({_fates(account, 'rows')})")
         (folder / CARD).write_text(_card(flags, account), encoding="utf-8")
@@ -152,37 +152,48 @@ def _write_rows(flags: Flags, files: Sequence[Path], write: WriteRow, account: A
 
 def _write_row(row: CrayonRow, flags: Flags, write: WriteRow, account: Account, file_names: set[str]) -> str:
     """Write one row; return its split, or the reason why it was left out."""
-    if not row.has_image or row.image_path is None:
-        return "without_image"
     entries = []
     for entry in entries_of(row, flags.what) if flags.to != "jsonl" else ():
-        if fault := fault_of(entry.turns, flags.to):
+        if fault := fault_of(entry.turns, flags.to, row.has_image):
             account["skipped entries", fault] += 1
             continue
-        entries.append(entry._replace(turns=with_image_token(entry.turns)))
+        entries.append(entry._replace(turns=with_image_token(entry.turns)) if row.has_image else entry)
         if entry.dialogue_id is not None and entries[-1].turns != entry.turns:
             account["changed conversations", "image_token_added"] += 1
     if not entries and flags.to != "jsonl":
         return "without_entries"
     try:
-        stem = checked_relative(row.image_id)
-        data = image_bytes(row.image_path, row.image_bytes, flags.image_root)
-        format_name, is_turned = format_and_turned(data)
+        image = _image_of(row, flags, account, file_names)
     except Rejected as error:
         return error.reason
+    write(row, image, entries)
+    for entry in entries:
+        account["entries", "instructions" if entry.dialogue_id is None else "conversations"] += 1
+    account["images", "written" if image else "none"] += 1
+    return row.split
+
+
+def _image_of(row: CrayonRow, flags: Flags, account: Account, file_names: set[str]) -> ExportedImage | None:
+    """Read a row's image and name its file; None for dialogues about no image.
+
+    Raises:
+        Rejected: if the image cannot be had.
+        UserError: if another row's image has the same name.
+    """
+    if not row.has_image or row.image_path is None:
+        return None
+    stem = checked_relative(row.image_id)
+    data = image_bytes(row.image_path, row.image_bytes, flags.image_root)
+    format_name, is_turned = format_and_turned(data)
     extension = _EXTENSIONS.get(format_name, format_name.lower())
     # Ids have an extension, but it need not be that of the format, and rows of other origin may have none.
     name = stem if stem.lower().endswith((f".{extension}", f".{format_name.lower()}")) else f"{stem}.{extension}"
     if name in file_names:
         raise UserError(f"the images of two rows would be the file {name!r}; export one data set at a time")
     file_names.add(name)
-    write(row, ExportedImage(name, data), entries)
-    for entry in entries:
-        account["entries", "instructions" if entry.dialogue_id is None else "conversations"] += 1
-    account["images", "written"] += 1
     if is_turned and flags.to in ("llava", "llamafactory", "swift"):  # these trainers do not read EXIF
         account["misread images", "exif_orientation_ignored"] += 1
-    return row.split
+    return ExportedImage(name, data)
 
 
 def _card(flags: Flags, account: Account) -> str:

@@ -6,11 +6,11 @@
     llamafactory   crayon.jsonl (ShareGPT turns), dataset_info.json that declares it as `crayon`, images/
     swift          train.jsonl, validation.jsonl with `images` and `messages`, images/
 
-All but jsonl hold conversations about one image each, with exactly one `<image>`. A dialogue of a row stays verbatim,
-save that `<image>` is put before its first question if it has none. The instructions of a row make one conversation per
-task: all in one would give answers away, since a listing names what other questions ask; one each would cost, since
-trainers encode the image, and TRL's Parquet holds it, once per conversation. Questions of one task are about different
-objects and do not answer each other.
+All but jsonl hold conversations, each about one image with exactly one `<image>`, or about none. A dialogue of a row
+stays verbatim, save that `<image>` is put before its first question if it is about an image and has none. The
+instructions of a row make one conversation per task: all in one would give answers away, since a listing names what
+other questions ask; one each would cost, since trainers encode the image, and TRL's Parquet holds it, once per
+conversation. Questions of one task are about different objects and do not answer each other.
 
 Rules of the readers: LLaVA's `train.py`, TRL 1.16's `DataCollatorForVisionLanguageModeling` and
 `prepare_multimodal_messages`, LLaMA-Factory 0.9.5's `SharegptDatasetConverter` and `_validate_messages`, ms-swift
@@ -71,7 +71,8 @@ class Entry(NamedTuple):
     turns: Turns
 
 
-WriteRow = Callable[[CrayonRow, ExportedImage, Sequence[Entry]], None]
+WriteRow = Callable[[CrayonRow, ExportedImage | None, Sequence[Entry]], None]
+"""Writes a row with its image, or without one if its dialogues are about none."""
 
 
 def entries_of(row: CrayonRow, what: str = "all") -> Iterator[Entry]:
@@ -90,15 +91,15 @@ def entries_of(row: CrayonRow, what: str = "all") -> Iterator[Entry]:
             yield Entry(f"{row.image_id}#{position}", dialogue.id, dialogue.turns)
 
 
-def fault_of(turns: Turns, to: str) -> str | None:
+def fault_of(turns: Turns, to: str, has_image: bool = True) -> str | None:
     """Say in one word why a reader of the format `to` would refuse or misread these turns; None if it would not."""
     if not turns or [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
         return "turns_do_not_alternate"
     questions, answers = ("\n".join(text for _, text in turns[start::2]) for start in (0, 1))
     if IMAGE_TOKEN in answers:
         return "image_token_in_answer"
-    if questions.count(IMAGE_TOKEN) > 1:
-        return "several_image_tokens"
+    if questions.count(IMAGE_TOKEN) > has_image:
+        return "several_image_tokens" if has_image else "image_token_without_image"
     if to in ("llamafactory", "swift") and any(token in questions + answers for token in ("<video>", "<audio>")):
         return "video_or_audio_token"
     return None
@@ -117,10 +118,11 @@ def _llava(folder: Path) -> Iterator[WriteRow]:
     with open(folder / "llava.json", "w", encoding="utf-8") as file:
         separators = chain(["[\n"], repeat(",\n"))
 
-        def write(row: CrayonRow, image: ExportedImage, entries: Sequence[Entry]) -> None:
-            path = _save(folder, "images", image.name, image.data)
+        def write(row: CrayonRow, image: ExportedImage | None, entries: Sequence[Entry]) -> None:
+            # LLaVA tells entries about no image by the key that they lack.
+            about = {"image": _save(folder, "images", image.name, image.data)} if image else {}
             for entry in entries:
-                file.write(next(separators) + json.dumps({**_record(entry), "image": path}))
+                file.write(next(separators) + json.dumps({**_record(entry), **about}))
 
         yield write
         file.write("\n]\n")
@@ -131,12 +133,11 @@ def _jsonl(folder: Path) -> Iterator[WriteRow]:
     """Write the columns as they are, but `image` and `panoptic_map` name files; `image_path` is the row's path."""
     with jsonlines.open(folder / "rows.jsonl", "w") as lines:
 
-        def write(row: CrayonRow, image: ExportedImage, entries: Sequence[Entry]) -> None:
+        def write(row: CrayonRow, image: ExportedImage | None, entries: Sequence[Entry]) -> None:
+            map_name = f"{checked_relative(row.image_id)}.png"
             files = {
-                "image": _save(folder, "images", image.name, image.data),
-                "panoptic_map": _save(
-                    folder, "panoptic", f"{checked_relative(row.image_id)}.png", row.panoptic_png or b""
-                ),
+                "image": _save(folder, "images", image.name, image.data) if image else None,
+                "panoptic_map": _save(folder, "panoptic", map_name, row.panoptic_png) if row.panoptic_png else None,
             }
             lines.write({**row.as_record(), **files, "image_path": row.image_path})
 
@@ -153,8 +154,8 @@ def _llamafactory(folder: Path) -> Iterator[WriteRow]:
     }
     with jsonlines.open(folder / "crayon.jsonl", "w") as lines:
 
-        def write(row: CrayonRow, image: ExportedImage, entries: Sequence[Entry]) -> None:
-            images = [_save(folder, "images", image.name, image.data)]
+        def write(row: CrayonRow, image: ExportedImage | None, entries: Sequence[Entry]) -> None:
+            images = [_save(folder, "images", image.name, image.data)] if image else []
             for entry in entries:
                 lines.write({**_record(entry), "images": images})
 
@@ -167,12 +168,12 @@ def _trl(folder: Path) -> Iterator[WriteRow]:
     with ExitStack() as stack:
         files = {split: stack.enter_context(closing(_TrlFiles(folder, split))) for split in SPLITS}
 
-        def write(row: CrayonRow, image: ExportedImage, entries: Sequence[Entry]) -> None:
-            images = [{"bytes": image.data, "path": image.name}]
+        def write(row: CrayonRow, image: ExportedImage | None, entries: Sequence[Entry]) -> None:
+            images = [{"bytes": image.data, "path": image.name}] if image else []
             for entry in entries:
                 messages = [{"role": _ROLES[s], "content": _without_image_token(text)} for s, text in entry.turns]
                 record = {"id": entry.id, "dialogue_id": entry.dialogue_id, "images": images, "messages": messages}
-                files[row.split].write(record, len(image.data))
+                files[row.split].write(record, len(image.data) if image else 0)
 
         yield write
 
@@ -182,8 +183,8 @@ def _swift(folder: Path) -> Iterator[WriteRow]:
     with ExitStack() as stack:
         files: dict[str, jsonlines.Writer] = {}
 
-        def write(row: CrayonRow, image: ExportedImage, entries: Sequence[Entry]) -> None:
-            images = [_save(folder, "images", image.name, image.data)]
+        def write(row: CrayonRow, image: ExportedImage | None, entries: Sequence[Entry]) -> None:
+            images = [_save(folder, "images", image.name, image.data)] if image else []
             if row.split not in files:
                 files[row.split] = stack.enter_context(jsonlines.open(folder / f"{row.split}.jsonl", "w"))
             for entry in entries:

@@ -248,6 +248,32 @@ def test_swift_finds_messages_and_as_many_images_as_tokens(tmp_path):
 
 
 @pytest.mark.parametrize("to", FORMATS)
+def test_dialogues_about_no_image_are_exported_without_one(to, tmp_path, capsys):
+    about_nothing = {"image_sha256": None, "image_path": None, "panoptic_png": None, "segments": (), "instructions": ()}
+    said = (WITHOUT, replace(FRONT, id="with token"))
+    text_only = a_row("mix.json#7", **about_nothing, width=None, height=None, conversations=said)
+    output = export(tmp_path, to, [a_row("a", drawn(), instructions=(), conversations=(AT_END,)), text_only])
+    account = accounts(capsys)
+    assert account["images"].split(maxsplit=1) == ["2", "none 1, written 1"]
+    if to == "jsonl":
+        with jsonlines.open(output / "rows.jsonl") as lines:
+            _, line = lines
+        assert (line["image"], line["panoptic_map"], len(line["conversations"])) == (None, None, 2)
+        return
+    # A token without an image would stop the reader.
+    assert account["skipped entries"].split(maxsplit=1) == ["1", "image_token_without_image 1"]
+    files = [str(output / f"train{'*.parquet' if to == 'trl' else '.jsonl'}")]
+    if to in ("llava", "llamafactory"):
+        files = [str(output / {"llava": "llava.json", "llamafactory": "crayon.jsonl"}[to])]
+    kind = "parquet" if to == "trl" else "json"
+    loaded = datasets.load_dataset(kind, data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
+    entry = loaded[1]
+    assert not entry.get("images") and not entry.get("image")
+    texts = [turn.get("content", turn.get("value")) for turn in entry.get("messages", entry.get("conversations"))]
+    assert texts == ["What is it?", "A car."]
+
+
+@pytest.mark.parametrize("to", FORMATS)
 def test_an_export_has_a_card_by_which_datasets_loads_it(to, tmp_path):
     output = export(tmp_path, to, some_rows())
     card = DatasetCard.load(output / "README.md").data
