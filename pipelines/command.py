@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from posixpath import join
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,8 @@ from collavo import cli
 from collavo.errors import UserError
 from collavo.folders import whole_folder
 from collavo.storage import FAULTS, MANIFEST, REJECTS, REPORT, delete, is_local, open_read, size_text
-from pipelines.options import PROGRAM, parse_flags
+from pipelines.local_workers import LocalWorkers, count_workers
+from pipelines.options import PROGRAM, Flags, parse_flags
 from schemas.crayon_row import TASKS
 
 if TYPE_CHECKING:
@@ -36,6 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> None:
     flags, rest = parse_flags(argv)
+    count = count_workers(rest, flags.without_model)
+    with LocalWorkers(count) if count > 1 else nullcontext() as workers:
+        _build(flags, rest, workers)
+
+
+def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None) -> None:
     # Only now, since Beam takes seconds to import. It then warns that Google's client libraries are missing, which only
     # a job on Google Cloud needs.
     logging.getLogger().addFilter(lambda record: "apitools not found" not in record.getMessage())
@@ -44,7 +51,7 @@ def _main(argv: Sequence[str]) -> None:
     from pipelines.launch import run_job
     from pipelines.plan import make_plan
 
-    plan = make_plan(flags, rest)
+    plan = make_plan(flags, rest, workers is not None)
     publication = plan.job.publication
     console = Console()
     start = time.perf_counter()
@@ -65,7 +72,7 @@ def _main(argv: Sequence[str]) -> None:
         try:
             if plan.scenes:
                 _draw_scenes(plan.scenes, console)
-            run_job(plan, console)
+            run_job(plan, workers, console)
         except BaseException:
             if left := what_is_left(publication):
                 print(left, file=sys.stderr)

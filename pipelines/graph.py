@@ -67,6 +67,9 @@ from pipelines.spill import Block, MentionSpillWriter, SpilledDraft, SpillWriter
 ROWS_PER_SHARD = 2000
 """Aim of the automatic number of shards: files of 200-400 MB where COCO's images are embedded."""
 
+_SHARDS_AT_LEAST, _LEAST_ROWS = 8, 100
+"""A smaller data set is divided further, so that several workers phrase and write it, and several ranks read it."""
+
 _IMAGES_PER_PACK = 16
 """Tasks that travel together: few enough that a small data set keeps several workers busy."""
 
@@ -340,7 +343,7 @@ def _segment_annotated(image: LoadedImage | Draft, job: CrayonJob) -> Segmented 
 
 def count_shards(rows: int, num_shards: int | None) -> int:
     """Choose the number of files of a split."""
-    return num_shards or max(1, round(rows / ROWS_PER_SHARD))
+    return num_shards or max(1, round(rows / ROWS_PER_SHARD), min(_SHARDS_AT_LEAST, rows // _LEAST_ROWS))
 
 
 def _stated_splits(pack: Packed, validation_ratio: float) -> Iterator[tuple[str, str]]:

@@ -34,7 +34,7 @@ _EPILOG = """\
 Any flag of Apache Beam's can follow: --runner DirectRunner, DataflowRunner,
 FlinkRunner or SparkRunner, and the options of that runner. Local runs use one
 process; where no GPU segments, this puts all cores to work:
-  --direct_running_mode multi_processing --direct_num_workers 0
+  --direct_num_workers 0
 
 Every path can be a URI: s3://, gs:// and abfs:// are built in, other schemes
 need their package for fsspec. Credentials and endpoints come from the
@@ -237,6 +237,13 @@ class Flags(NamedTuple):
     def given(self) -> set[str]:
         """The flags whose value is not their default."""
         return set(dict(self.values.items() - Flags._make(group() for group in _GROUPS).values.items()))
+
+    @property
+    def without_model(self) -> bool:
+        """Whether it is certain that no network will be asked."""
+        sources, segmenter = self.sources, self.segmentation.segmenter
+        open_to_model = sources.llava_json or sources.images or sources.dataset or not sources.named
+        return segmenter == "annotations" or (segmenter == "auto" and not open_to_model)
 
 
 _GROUPS = (SourceFlags, SegmentationFlags, InstructionFlags, OutputFlags)

@@ -103,11 +103,12 @@ class Plan:
     """What the user should know before the job runs, a line each."""
 
 
-def make_plan(flags: Flags, rest: Sequence[str]) -> Plan:
+def make_plan(flags: Flags, rest: Sequence[str], several_processes: bool) -> Plan:
     """Check a command line and make a job of it.
 
     Args:
         rest: the words that are not the build's own flags, hence Beam's.
+        several_processes: whether a local run has several.
 
     Raises:
         UserError: for anything that cannot work, naming the flag.
@@ -132,7 +133,8 @@ def make_plan(flags: Flags, rest: Sequence[str]) -> Plan:
         )
     if flags.output.extend:
         check_extension(publication.output, publication.configuration, job.phrasebook.sha256, job.model is not None)
-    check_workers(beam_options, flags.segmentation.device if job.model else None, flags.segmentation.model_copies)
+    device = flags.segmentation.device if job.model else None
+    check_workers(beam_options, several_processes, device, flags.segmentation.model_copies)
     return Plan(job, beam_options, scenes, tuple(notes))
 
 

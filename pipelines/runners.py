@@ -8,7 +8,6 @@ from typing import Any
 
 from apache_beam.options.pipeline_options import (
     DebugOptions,
-    DirectOptions,
     GoogleCloudOptions,
     PipelineOptions,
     StandardOptions,
@@ -83,10 +82,11 @@ def check_file_systems(options: PipelineOptions, paths: Sequence[tuple[str, str]
             raise UserError(f"--{flag} {path}: Dataflow's workers see no local disk; a gs:// path would work")
 
 
-def check_workers(options: PipelineOptions, model_device: str | None, model_copies: int | None) -> None:
+def check_workers(options: PipelineOptions, several: bool, model_device: str | None, model_copies: int | None) -> None:
     """Refuse workers that would lack this package, would share a GPU's memory, or would never start.
 
     Args:
+        several: whether a local run has several processes.
         model_device: `--device`, None where no model runs.
         model_copies: `--model_copies`.
     """
@@ -94,17 +94,10 @@ def check_workers(options: PipelineOptions, model_device: str | None, model_copi
         _check_dataflow(options)
     if options.view_as(StandardOptions).runner != "DirectRunner":
         return
-    direct = options.view_as(DirectOptions)
-    if direct.direct_running_mode == "in_memory" and direct.direct_num_workers != 1:
-        raise UserError(
-            f"--direct_num_workers {direct.direct_num_workers} has no effect in one process; "
-            "add --direct_running_mode multi_processing"
-        )
-    several = direct.direct_running_mode == "multi_processing"
     if several and model_device and not model_copies and _is_cuda(model_device):
         raise UserError(
-            "--direct_running_mode multi_processing would load a model into the GPU for every process; add "
-            "--model_copies 1, or leave the mode out"
+            "several processes (--direct_num_workers, --direct_running_mode multi_processing) would each load a model "
+            "into the GPU; add --model_copies 1, or leave the flag out"
         )
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from collavo.embedded import ASSETS
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
+from pipelines import local_workers
 from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import CrayonRow, Segment
 
@@ -24,6 +25,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # uses MKL, but here other tests have used MKL by then.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that names a model of the hub wants the refusal, without five attempts
+
+# A build in the tests' own process stays in it, where it does not ask for workers: they would import all once more.
+local_workers.cores = lambda: 1
 
 settings.register_profile("collavo", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("collavo")

@@ -14,7 +14,7 @@ from builds import PICTURE, CocoFolder, DataSet, build, scene_sources, start
 
 from collavo import storage
 from collavo.scenes import write_scenes
-from pipelines import launch
+from pipelines import launch, local_workers
 from pipelines.command import main
 
 
@@ -115,7 +115,8 @@ def test_a_source_that_cannot_be_read_ends_the_job_in_one_line(scenes, tmp_path,
     good = scene_sources(scenes)
     coco = ["--coco_panoptic", broken, *good[2:4], "--coco_masks", scenes / "panoptic"]
     sources = [*coco, *good[8:]] if flag == "--coco_panoptic" else [*good[:4], flag, broken, *good[6:]]
-    line = fails(capfd, *sources, "--output", tmp_path / "out", "--direct_running_mode", mode)
+    workers = ["--direct_num_workers", 1 if mode == "in_memory" else 2]
+    line = fails(capfd, *sources, "--output", tmp_path / "out", "--direct_running_mode", mode, *workers)
     assert f"error: {flag}" in line and f" {broken}: {expected}" in line
     assert not (tmp_path / "out").exists()
 
@@ -212,8 +213,8 @@ def test_a_worker_that_died_is_said_in_one_line_with_what_to_do(long_build, tmp_
     output = tmp_path / "out"
     process = start(*long_build, "--output", output, "--direct_running_mode", "multi_processing")
     wait_until(lambda: list(tmp_path.glob(f"{WORK}/drafts/*")), process)
-    workers = [child for child in psutil.Process(process.pid).children(recursive=True) if "python" in child.name()]
-    workers[0].kill()
+    (nursery,) = psutil.Process(process.pid).children()
+    nursery.children()[0].kill()
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 1
     (line,) = stderr.splitlines()
@@ -221,13 +222,23 @@ def test_a_worker_that_died_is_said_in_one_line_with_what_to_do(long_build, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_worker_that_dies_at_its_start_ends_the_job_with_its_last_line(long_build, tmp_path, capfd, monkeypatch):
-    worker = tmp_path / "worker.py"
-    worker.write_text("raise SystemExit('no libraries here')")
-    monkeypatch.setattr(launch.local_worker, "__file__", str(worker))
+def test_workers_that_cannot_be_had_end_the_job_with_the_reason(long_build, tmp_path, capfd, monkeypatch):
+    script = tmp_path / "workers.py"
+    script.write_text(Path(local_workers.__file__).read_text().replace("    _import_all()", "    import nothing_here"))
+    monkeypatch.setattr(local_workers, "__file__", str(script))
     monkeypatch.setattr(launch, "_GRACE_SECONDS", 0.1)
-    line = fails(capfd, *long_build, "--output", tmp_path / "out", "--direct_running_mode", "multi_processing")
-    assert "a worker process died; the last line of its log: no libraries here" in line
+    line = fails(capfd, *long_build, "--output", tmp_path / "out", "--direct_num_workers", 2)
+    assert "a worker process died; the last line of its log: ModuleNotFoundError: No module named 'nothing_h" in line
+
+
+def test_no_worker_outlives_a_launcher_that_was_killed(long_build, tmp_path):
+    process = start(*long_build, "--output", tmp_path / "out", "--direct_num_workers", 2)
+    wait_until(lambda: list(tmp_path.glob(f"{WORK}/drafts/*")), process)
+    others = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    assert len(others) == 3
+    assert not psutil.wait_procs(others, timeout=5)[1]
 
 
 @pytest.mark.slow

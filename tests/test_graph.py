@@ -129,5 +129,5 @@ def test_class_statistics_are_the_same_for_any_grouping():
 
 
 def test_the_number_of_shards_follows_the_rows_unless_it_is_given():
-    assert [count_shards(rows, None) for rows in (0, 1, 2999, 3001, 118_287)] == [1, 1, 1, 2, 59]
+    assert [count_shards(rows, None) for rows in (0, 199, 200, 2999, 17_001, 118_287)] == [1, 1, 2, 8, 9, 59]
     assert count_shards(10, 64) == 64

@@ -5,6 +5,7 @@ from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions,
 from builds import status_of
 
 from collavo.errors import UserError
+from pipelines import local_workers
 from pipelines.options import build_parser
 from pipelines.runners import check_file_systems, check_workers, parse_beam_options
 
@@ -51,32 +52,49 @@ def test_a_bad_value_of_beams_is_refused_in_one_line(capsys):
     assert line == "build_crayon.py: error: argument --direct_num_workers: invalid int value: 'two'"
 
 
+@pytest.mark.parametrize(
+    "words, without_model, workers",
+    [
+        ("", True, 3),
+        ("", False, 1),
+        ("--direct_num_workers 0", False, 3),
+        ("--direct_num_workers=1", True, 1),
+        ("--direct_num_workers 5", False, 5),
+        ("--direct_running_mode multi_processing", False, 3),
+        ("--direct_running_mode in_memory", True, 1),
+        ("--direct_running_mode=multi_threading --direct_num_workers 4", True, 1),
+        ("--runner DataflowRunner --direct_num_workers 4", True, 1),
+        ("--direct_num_workers two", True, 1),  # for Beam to refuse
+    ],
+)
+def test_a_build_without_a_model_takes_all_cores_unless_told_otherwise(monkeypatch, words, without_model, workers):
+    monkeypatch.setattr(local_workers, "cores", lambda: 3)
+    assert local_workers.count_workers(words.split(), without_model) == workers
+
+
 def test_workers_in_one_process_are_refused():
-    assert "--direct_num_workers 4 has no effect in one process" in refusal(
-        check_workers, parsed("--direct_num_workers=4"), None, None
-    )
-    check_workers(parsed("--direct_num_workers=4", "--direct_running_mode=multi_threading"), None, None)
+    words = ["--direct_num_workers=4", "--direct_running_mode", "in_memory"]
+    assert "--direct_num_workers 4 has no effect" in refusal(local_workers.count_workers, words, True)
 
 
 def test_a_gpu_is_not_given_a_model_by_every_process():
-    options = parsed("--direct_running_mode=multi_processing", "--direct_num_workers=2")
-    assert "--model_copies 1" in refusal(check_workers, options, "cuda", None)
-    assert "--model_copies 1" in refusal(check_workers, options, "cuda:1", None)
-    check_workers(options, "cuda", 1)
-    check_workers(options, "cpu", None)
-    check_workers(options, None, None)  # no model runs
-    check_workers(parsed(), "cuda", None)
+    assert "--model_copies 1" in refusal(check_workers, parsed(), True, "cuda", None)
+    assert "--model_copies 1" in refusal(check_workers, parsed(), True, "cuda:1", None)
+    check_workers(parsed(), True, "cuda", 1)
+    check_workers(parsed(), True, "cpu", None)
+    check_workers(parsed(), True, None, None)  # no model runs
+    check_workers(parsed(), False, "cuda", None)
 
 
 def test_dataflow_needs_an_image_that_holds_this_package():
-    assert "--sdk_container_image" in refusal(check_workers, parsed(*DATAFLOW), "cuda", None)
-    check_workers(parsed(*DATAFLOW, IMAGE), "cuda", None)
+    assert "--sdk_container_image" in refusal(check_workers, parsed(*DATAFLOW), False, "cuda", None)
+    check_workers(parsed(*DATAFLOW, IMAGE), False, "cuda", None)
 
 
 def test_dataflow_either_shares_a_gpu_or_has_one_process():
-    check_workers(parsed(*DATAFLOW, IMAGE, MPS), "cuda", None)
-    check_workers(parsed(*DATAFLOW, IMAGE, ONE_PROCESS), "cuda", None)
-    message = refusal(check_workers, parsed(*DATAFLOW, IMAGE, MPS, ONE_PROCESS), "cuda", None)
+    check_workers(parsed(*DATAFLOW, IMAGE, MPS), False, "cuda", None)
+    check_workers(parsed(*DATAFLOW, IMAGE, ONE_PROCESS), False, "cuda", None)
+    message = refusal(check_workers, parsed(*DATAFLOW, IMAGE, MPS, ONE_PROCESS), False, "cuda", None)
     assert "use_nvidia_mps" in message and "no_use_multiple_sdk_containers" in message
 
 

@@ -1,0 +1,149 @@
+"""Worker processes of a local run, forked from one that has imported all that they need.
+
+Beam's own worker processes are new interpreters, and each imports for two to three seconds of CPU time, more than a
+small build takes. Here one process does that, the nursery: it starts when the command starts, imports while the
+launcher makes its plan, and forks the workers when Beam asks for them. It never opens a connection itself, so that its
+forks can.
+
+    launcher ──(pipe: environment variables of a worker)──> nursery ──fork──> worker ──grpc──> launcher
+             <──(pipe: why a worker died)──────────────────
+
+The nursery ends all workers when its pipe closes, which happens however the launcher ends.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from collavo.errors import UserError
+
+
+def count_workers(beam_words: Sequence[str], without_model: bool) -> int:
+    """Choose the number of worker processes of a local run; 1 for a run in the launcher itself, or elsewhere.
+
+    Where the user says nothing, a build without a model takes all cores. A model takes them by itself, and each worker
+    would hold one.
+
+    Args:
+        beam_words: the words of the command line that are Beam's; what else is wrong in them is found later.
+
+    Raises:
+        UserError: for several workers in one process.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    for flag in ("--runner", "--direct_running_mode", "--direct_num_workers"):
+        parser.add_argument(flag, nargs="?")
+    beam, _ = parser.parse_known_args(list(beam_words))
+    mode, number = beam.direct_running_mode, beam.direct_num_workers
+    if mode == "in_memory" and number not in (None, "1"):
+        raise UserError(f"--direct_num_workers {number} has no effect in one process; leave --direct_running_mode out")
+    if beam.runner not in (None, "DirectRunner") or mode not in (None, "multi_processing"):
+        return 1
+    if number is None:
+        return cores() if mode or without_model else 1
+    return (int(number) or cores()) if number.isdecimal() else 1
+
+
+def cores() -> int:
+    """Count the processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class LocalWorkers:
+    """The launcher's end of the nursery, as a context.
+
+    Args:
+        count: how many workers Beam is to have.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.pipe, theirs = Pipe()
+        self._logs = TemporaryDirectory(prefix="build-crayon-")
+        # -P, and the script by its path: a folder `pipelines` in the current directory is another's.
+        command = [sys.executable, "-P", __file__, str(theirs.fileno()), self._logs.name]
+        packages = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        threads = max(1, cores() // count)  # torch would start one per core in each worker
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": os.pathsep.join(packages)}
+        self._nursery = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], env=environment, stderr=subprocess.DEVNULL
+        )
+        theirs.close()
+
+    def __enter__(self) -> "LocalWorkers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.pipe.close()
+        self._nursery.wait()
+        self._logs.cleanup()
+
+
+def _tend(launcher: Connection, logs: Path) -> None:
+    """Be the nursery: fork workers as they are asked for, and tell of those that die."""
+    # Ctrl-C reaches all processes of a terminal, and is the launcher's to handle.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    workers: set[int] = set()
+    try:
+        _import_all()
+        while True:
+            if launcher.poll(0.1):
+                environment = launcher.recv()
+                pid = os.fork()
+                if pid == 0:
+                    launcher.close()
+                    _work(environment, logs / str(os.getpid()))
+                workers.add(pid)
+            while workers and (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                pid, status = ended
+                workers.discard(pid)
+                if status:
+                    launcher.send("" if os.WIFSIGNALED(status) else _last_line(logs / str(pid)))
+    except (EOFError, OSError):  # the launcher is done, or is no more
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+    except Exception as error:
+        launcher.send(f"{type(error).__name__}: {error}")
+
+
+def _import_all() -> None:
+    import apache_beam.runners.worker.sdk_worker_main  # noqa: F401
+
+    import pipelines.graph  # noqa: F401
+
+
+def _last_line(log: Path) -> str:
+    return log.read_text(errors="replace").strip().rpartition("\n")[2]
+
+
+def _work(environment: dict[str, str], log: Path) -> None:
+    """Be a worker, to the end of the process: what fails in it is raised in the launcher, with its traceback."""
+    status = 1
+    try:
+        with open(os.devnull, "wb") as nothing, log.open("wb") as file:
+            os.dup2(nothing.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        logging.getLogger().addHandler(logging.NullHandler())  # without a handler, the first warning would set one up
+        os.environ.update(environment)
+        from apache_beam.runners.worker.sdk_worker_main import main
+
+        main([])
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    _tend(Connection(int(sys.argv[1])), Path(sys.argv[2]))
