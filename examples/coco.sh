@@ -21,7 +21,7 @@ TRAIN_FLAGS=${TRAIN_FLAGS:---preset collavo-7b --micro_batch_size 4 --gradient_c
 python pipelines/build_crayon.py \
     --coco_panoptic "$COCO/annotations/panoptic_train2017.json" "$COCO/annotations/panoptic_val2017.json" \
     --coco_images "$COCO/train2017" "$COCO/val2017" --coco_split train validation --segmenter annotations \
-    --direct_running_mode multi_processing --direct_num_workers 0 --max_reject_ratio 0.01 --output "$OUT/data" --overwrite
+    --max_reject_ratio 0.01 --output "$OUT/data" --overwrite
 
 # 2. Train. COCO has no dialogues, so the image adapter alone is trained; llava_7b.sh trains both. Needs a GPU; neither
 #    time nor memory was measured, hence the small micro batch.

@@ -111,6 +111,7 @@ def _tend(launcher: Connection, logs: Path) -> None:
     except (EOFError, OSError):  # the launcher is done, or is no more
         for pid in workers:
             os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
     except Exception as error:
         launcher.send(f"{type(error).__name__}: {error}")
 
