@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from signal import SIGINT
@@ -35,8 +36,8 @@ def world(tmp_path_factory):
 @pytest.fixture
 def ask(world):
     def ask(*messages, **options):
-        options = {"model": "run", "max_tokens": 12, **options}
-        return world[1].chat.completions.create(messages=list(messages or [ASKED]), **options)
+        options = {"model": "run", "messages": list(messages or [ASKED]), "max_tokens": 12, **options}
+        return world[1].chat.completions.create(**options)
 
     return ask
 
@@ -45,7 +46,7 @@ def ask(world):
 def passes(world):
     """Grows by one with every pass through the model, of which a token takes one."""
     seen = []
-    hook = world[2].answerer.model.register_forward_hook(lambda *_: seen.append(1))
+    hook = world[2].answerer.model.get_base_model().register_forward_hook(lambda *_: seen.append(1))
     yield seen
     hook.remove()
 
@@ -70,7 +71,8 @@ def test_the_server_names_its_model_and_counts_tokens(world, ask):
     assert found.model == "run" and found.choices[0].finish_reason == "length"
     assert found.usage.completion_tokens == 7
     assert found.usage.total_tokens == found.usage.prompt_tokens + 7
-    assert ask(user(QUESTION)).usage.prompt_tokens == found.usage.prompt_tokens - 36 - 11
+    prompt = world[2].answerer.processor.render([("human", QUESTION)], "")
+    assert found.usage.prompt_tokens == len(prompt.input_ids)
 
 
 def test_a_streamed_answer_comes_in_pieces_that_make_the_whole(ask):
@@ -101,7 +103,7 @@ def test_words_are_drawn_where_a_temperature_is_given(ask):
     "messages, options, complaint",
     [
         ([ASKED], {"model": "gpt"}, "model: there is no 'gpt'; this server has 'run'"),
-        ([], {}, "messages: "),
+        ([], {"messages": []}, "messages: List should have at least 1 item"),
         ([ASKED], {"n": 2}, "n: Input should be 1"),
         ([ASKED], {"temperature": -1}, "temperature: "),
         ([ASKED], {"max_tokens": 0}, "max_tokens: "),
@@ -124,9 +126,7 @@ def test_words_are_drawn_where_a_temperature_is_given(ask):
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_cannot_be_answered_is_refused_in_openais_way_and_one_line(ask, messages, options, complaint, stream):
     with pytest.raises(openai.APIStatusError) as refusal:
-        ask(*messages, messages=messages, **options, stream=stream) if not messages else ask(
-            *messages, **options, stream=stream
-        )
+        ask(*messages, **options, stream=stream)
     assert refusal.value.status_code == (404 if "model" in options else 400)
     said = refusal.value.body
     assert said["type"] == "invalid_request_error" and complaint in said["message"] and "\n" not in said["message"]
@@ -184,14 +184,14 @@ def test_an_answer_stops_growing_when_its_client_leaves(ask, passes):
     with pytest.raises(openai.APITimeoutError):
         ask(max_tokens=300, timeout=0.3)
     ask(max_tokens=1)  # its turn comes when the others have ended
-    assert len(passes) < 300
+    assert 2 < len(passes) < 300
 
 
 def test_a_request_whose_client_left_before_its_turn_is_not_begun(ask, passes):
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(ask, max_tokens=300)
-        while not passes:
-            pass
+        while not passes and not first.done():
+            time.sleep(0.01)
         with pytest.raises(openai.APITimeoutError):
             ask(user("Left", URL), timeout=0.1)
         assert not first.done()
@@ -199,15 +199,13 @@ def test_a_request_whose_client_left_before_its_turn_is_not_begun(ask, passes):
     assert len(passes) == 300 + 1
 
 
+@pytest.mark.slow
 def test_the_command_serves_until_it_is_interrupted(world):
     command = [sys.executable, "-m", "collavo.serve", "--model", world[0], "--segmenter", "none"]
     with subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         said = run.stdout.readline()
         assert said.startswith("Serving run at http://127.0.0.1:")
         url = said.split()[-1]
-        taken = subprocess.run([*command, "--port", url.split(":")[-1][:-3]], capture_output=True, text=True)
-        assert taken.returncode == 2 and taken.stderr.startswith("collavo.serve: error: --port: ")
-        assert "Address already in use" in taken.stderr and taken.stderr.count("\n") == 1
         with openai.OpenAI(base_url=url, api_key="any", max_retries=0) as client:
             for _ in client.chat.completions.create(model="run", messages=[ASKED], max_tokens=3, stream=True):
                 run.send_signal(SIGINT)
@@ -230,9 +228,14 @@ def test_what_cannot_be_served_is_refused_in_one_line(world, capsys, flags, comp
     assert len(errors) == 1 and complaint in errors[0]
 
 
-def test_a_missing_package_is_named_before_anything_is_loaded(world, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
+def test_a_port_in_use_is_named_before_the_model_is_loaded(capsys):
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-        assert main(["--model", str(world[0]), "--port", str(port)]) == 2
+        port = str(listener.getsockname()[1])
+        assert main(["--model", "nowhere", "--port", port]) == 2
+    assert capsys.readouterr().err == f"collavo.serve: error: --port: {port}: Address already in use\n"
+
+
+def test_a_missing_package_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["--model", "nowhere"]) == 2
     assert "uvicorn missing; pip install 'collavo[serve]'" in capsys.readouterr().err
