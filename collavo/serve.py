@@ -84,7 +84,8 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         of_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
         with naming("port" if of_port else "host"):
-            raise UserError(f"{port if of_port else host}: {error.strerror}") from error
+            reason = (error.strerror or "").partition(" (while")[0]  # Python adds the address, which is said already
+            raise UserError(f"{port if of_port else host}: {reason}") from error
 
 
 if __name__ == "__main__":
