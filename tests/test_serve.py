@@ -207,8 +207,10 @@ def test_the_command_serves_until_it_is_interrupted(world):
         assert said.startswith("Serving run at http://127.0.0.1:")
         url = said.split()[-1]
         with openai.OpenAI(base_url=url, api_key="any", max_retries=0) as client:
-            for _ in client.chat.completions.create(model="run", messages=[ASKED], max_tokens=3, stream=True):
-                run.send_signal(SIGINT)
+            pieces = iter(client.chat.completions.create(model="run", messages=[ASKED], max_tokens=3, stream=True))
+            next(pieces)
+            run.send_signal(SIGINT)
+            assert [*pieces][-1].choices[0].finish_reason == "length"  # what has begun may end
         out, err = run.communicate(timeout=60)
     assert (run.returncode, out, err) == (0, "Stopped.\n", "")
 
