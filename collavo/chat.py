@@ -58,21 +58,13 @@ examples:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Flags:
-    """The command line."""
+class ModelFlags:
+    """What commands ask a model with: the model, its segmenter, and where they run."""
 
     model: str = flag(REQUIRED, "a run directory, or a whole model: folder or hub id", metavar="RUN")
-    image: str | None = flag(None, "an image file, which is segmented", metavar="FILE")
-    data: tuple[str, ...] = flag((), "crayon files, to take image and map from a row", many=True, metavar="PARQUET")
-    image_id: str | None = flag(None, "which row of --data", metavar="ID")
-    image_root: Path | None = flag(None, "folder of the images, if the rows only refer to them", kind=Path,
-        metavar="DIR")  # fmt: skip
-    prompt: str | None = flag(None, "one question; without it a conversation", metavar="TEXT")
-    save_map: Path | None = flag(None, "save the crayon map over the image", kind=Path, metavar="PNG")
     object_list: str = flag("trained", "whether prompts begin with the recognised objects (default: as the model was "
-        "trained)", choices=("trained", "with", "none"))  # fmt: skip
+        "trained)", choices=("trained", "with", "none"), group="answers and segmenter")  # fmt: skip
     max_new_tokens: int = flag(512, "length of an answer at most", least=1)
-    beams: int = flag(1, "1 for greedy decoding, 3 as in the paper", choices=(1, 3))
     segmenter: str = flag("auto", "auto (mask2former), none (nothing is recognised), mask2former or detectron2",
         choices=SEGMENTER_CHOICES)  # fmt: skip
     segmenter_checkpoint: str | None = flag(None, "hub id, folder, or scenes for the embedded network, which knows "
@@ -86,6 +78,20 @@ class Flags:
         "scenes, else 768)", kind=int, metavar="PIXELS", least=1)  # fmt: skip
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     quantize: bool | None = flag(None, "NF4 for the language model (default: as it was trained)", kind=bool)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flags(ModelFlags):
+    """The command line."""
+
+    image: str | None = flag(None, "an image file, which is segmented", metavar="FILE", group="image and questions")
+    data: tuple[str, ...] = flag((), "crayon files, to take image and map from a row", many=True, metavar="PARQUET")
+    image_id: str | None = flag(None, "which row of --data", metavar="ID")
+    image_root: Path | None = flag(None, "folder of the images, if the rows only refer to them", kind=Path,
+        metavar="DIR")  # fmt: skip
+    prompt: str | None = flag(None, "one question; without it a conversation", metavar="TEXT")
+    save_map: Path | None = flag(None, "save the crayon map over the image", kind=Path, metavar="PNG")
+    beams: int = flag(1, "1 for greedy decoding, 3 as in the paper", choices=(1, 3))
     gradio: bool = flag(False, "serve a page instead; needs pip install 'collavo[demo]'")
     port: int = flag(7860, "where the page is served", least=1, most=65535)
 
@@ -99,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _chat(flags: Flags) -> None:
     _check(flags)
-    session = _Session(flags)
+    session = _Conversations(flags, flags.beams)
     if flags.gradio:
         from collavo.chat_page import serve
 
@@ -135,25 +141,24 @@ def _check(flags: Flags) -> None:
             _read_image(flags.image)  # before the model is loaded, which takes its time
 
 
-class _Session:
-    """The model, and conversations about the pictures that a command line or a user names."""
+class Session:
+    """A model and its segmenter, as the flags of a command say; the segmenter is loaded when it is first needed."""
 
-    def __init__(self, flags: Flags) -> None:
+    def __init__(self, flags: ModelFlags, beams: int = 1) -> None:
         from collavo.device import resolve_device
         from collavo.inference import load_answerer
 
-        self._flags = flags
+        self.flags = flags
         with naming("device"):
             device = resolve_device(flags.device)
         with naming("model"):
-            self._answerer = load_answerer(flags.model, device, flags.quantize, flags.beams)
+            self.answerer = load_answerer(flags.model, device, flags.quantize, beams)
 
     @cached_property
-    def _segmenter(self) -> Segmenter:
-        """Load the segmenter when it is first needed; rows of crayon data have their maps."""
+    def segmenter(self) -> Segmenter:
         from collavo.runs import base_of
 
-        flags = self._flags
+        flags = self.flags
         with naming("segmenter"):
             return open_segmenter(
                 flags.segmenter,
@@ -165,16 +170,32 @@ class _Session:
                 base=base_of(flags.model),
             )
 
+    def segmented(self, image: np.ndarray) -> Picture:
+        """Make the map of an image, uint8 RGB [height, width, 3]."""
+        from collavo.inference import Picture
+
+        return Picture(image, self.segmenter.segment([image])[0])
+
+    @property
+    def lists_objects(self) -> bool:
+        """Whether prompts begin with the recognised objects."""
+        return self.answerer.lists_objects("dialogue", self.flags.object_list)
+
+
+class _Conversations(Session):
+    """Conversations about the pictures that a command line or a user names."""
+
+    flags: Flags
+
     def about(self, picture: Picture) -> Conversation:
         from collavo.inference import Conversation
 
-        listed = self._answerer.lists_objects("dialogue", self._flags.object_list)
-        return Conversation(self._answerer, picture, listed, self._flags.max_new_tokens)
+        return Conversation(self.answerer, picture, self.lists_objects, self.flags.max_new_tokens)
 
     def cautions(self, picture: Picture) -> list[str]:
         """Say, a sentence each, why what was recognised in a picture is to be trusted less."""
         said = [UNFAMILIAR] if picture.panoptic.unfamiliar else []
-        known = self._answerer.processor.categories.by_key
+        known = self.answerer.processor.categories.by_key
         names = {segment.category for segment in picture.panoptic.segments if name_key(segment.category) not in known}
         return said + [f"The model has no query for: {', '.join(sorted(names))}."] * bool(names)
 
@@ -184,17 +205,14 @@ class _Session:
         Raises:
             UserError: if it cannot be read.
         """
-        from collavo.inference import Picture
-
-        image = _read_image(path)
-        return self.about(Picture(image, self._segmenter.segment([image])[0]))
+        return self.about(self.segmented(_read_image(path)))
 
     def about_row(self) -> Conversation:
         """Start a conversation about the row that the flags name, with the row's own map."""
         from collavo.dataset import LeftOut, category_set, find_files, read_rows
         from collavo.inference import picture_of_row
 
-        flags = self._flags
+        flags = self.flags
         with naming("data"):
             files = find_files(flags.data)
             damaged = LeftOut()
@@ -217,7 +235,7 @@ def _read_image(path: str) -> np.ndarray:
         raise UserError(f"{path}: {error}") from error
 
 
-def _converse(session: _Session, conversation: Conversation, console: Console) -> None:
+def _converse(session: _Conversations, conversation: Conversation, console: Console) -> None:
     """Take questions and commands from the terminal until the user leaves."""
     console.print(_COMMANDS, style="dim")
     while True:

@@ -19,6 +19,7 @@ COMMANDS = {
     "train": _Command("collavo.train", "train a model on crayon data with Dual QLoRA"),
     "evaluate": _Command("collavo.evaluate", "measure a model on crayon data"),
     "chat": _Command("collavo.chat", "ask a model about a picture, in the terminal or a browser"),
+    "serve": _Command("collavo.serve", "serve a model over HTTP to OpenAI's clients"),
     "export-model": _Command("collavo.export_model", "write a trained model as one folder for transformers"),
     "export-data": _Command("collavo.export_data", "write crayon data in the formats of other trainers"),
     "import-base": _Command("collavo.import_base.__main__", "make a base model out of published checkpoints"),

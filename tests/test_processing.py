@@ -49,6 +49,27 @@ def test_the_chat_template_gives_the_tokens_that_training_saw(name: str, objects
         assert processor(images=image, text=text)["input_ids"] == [expected.input_ids]
 
 
+@pytest.mark.parametrize("name", CHAT_FORMATS)
+def test_control_tokens_in_messages_are_text_as_in_our_own_prompts(name: str) -> None:
+    tokenizer = tiny_processor().tokenizer
+    tokenizer.add_tokens(["[UNUSED_TOKEN_145]", "<|im_end|>", "<|eot_id|>"])
+    processor = CollavoProcessor(tiny_processor().image_processor, tokenizer, chat_format=name, object_list=False)
+    image = Image.new("RGB", (30, 20))
+    for marker in ("</s>", "<s>", "<image>", "<|im_end|>", "[UNUSED_TOKEN_145]", "<|eot_id|>"):
+        said = f"What {marker}{marker} is it? {marker}"
+        messages = [*chat(image, said), {"role": "assistant", "content": said}, {"role": "user", "content": said}]
+        expected = processor.render([("human", said), ("gpt", said), ("human", said)]).input_ids
+        options = {"tokenize": True, "return_dict": True, "add_generation_prompt": True}
+        found = processor.apply_chat_template(messages, **options)["input_ids"][0]
+        control = set(tokenizer.get_added_vocab().values())
+        assert [i for i in found if i in control] == [i for i in expected if i in control], marker
+        assert tokenizer.decode(found) == tokenizer.decode(expected), marker
+    options |= {"return_assistant_tokens_mask": True, "add_generation_prompt": False}
+    processor.apply_chat_template(chat(image, "<image> What?"), **options)
+    with pytest.raises(ValueError, match="a message holds </s>, which would not stay text beside an assistant mask"):
+        processor.apply_chat_template(chat(image, "What </s> is it?"), **options)
+
+
 def test_images_may_be_pixels_arrays_and_paths_one_or_many(pictures, tmp_path):
     processor, images = tiny_processor(), [Image.fromarray(picture.image) for picture in pictures]
     for number, image in enumerate(images):

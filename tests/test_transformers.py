@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import encoded
 from PIL import Image
+from serving import data_url, served, user
 from test_modeling import IMAGE, inputs
 from tiny_model import GRID, scene_rows, tiny_config, tiny_model
 from tiny_run import save_tiny_run
@@ -169,6 +170,9 @@ def test_a_question_gets_the_same_words_from_every_form_in_every_way(forms, tmp_
         batch = processor.apply_chat_template(chat, add_generation_prompt=True, **options)
         tokens = model.generate(**batch, max_new_tokens=8, do_sample=False)[0, batch["input_ids"].shape[1] :]
         answers[form, "generate"] = processor.decode(tokens, skip_special_tokens=True).strip()
+        with served(folder, "--segmenter_checkpoint", "scenes") as (client, _):
+            asked = {"model": folder.name, "messages": [user(question, data_url(image.read_bytes()))], "max_tokens": 8}
+            answers[form, "server"] = client.chat.completions.create(**asked).choices[0].message.content
     assert len(set(answers.values())) == 1 and all(answers.values()), answers
 
 

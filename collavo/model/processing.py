@@ -65,6 +65,7 @@ class CollavoProcessor(ProcessorMixin):
         self.object_list = object_list
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        tokenizer.chat_control_tokens = list(tokenizer.get_added_vocab())  # text in messages, see `apply_chat_template`
         template = chat_template or jinja_template(tokenizer, CHAT_FORMATS[chat_format])
         super().__init__(image_processor, tokenizer, chat_template=template, **kwargs)
 
@@ -122,17 +123,23 @@ class CollavoProcessor(ProcessorMixin):
         """Render chats as transformers' processors do, and with `tokenize=True` make the model's inputs of them.
 
         Maps of the images are made by the processor's segmenter if it has one, unless `processor_kwargs` has `crayon`;
-        see `__call__`. Models trained with the object list get it before the first question.
+        see `__call__`. Models trained with the object list get it before the first question. Control tokens in messages
+        are tokenized as text, such as `</s>`, or left out, `<image>`.
+
+        Raises:
+            ValueError: as `__call__`, and for control tokens in messages with `return_assistant_tokens_mask`.
         """
         options = kwargs["processor_kwargs"] = dict(kwargs.get("processor_kwargs") or {})
         crayon: Any = (
             kwargs.pop("crayon", None) or options.pop("crayon", None) or ("segment" if self.segmenter else "none")
         )
         chats, several = self._normalize_conversations(conversation)
+        if kwargs.get("tokenize"):
+            self._keep_text(chats, kwargs)
         given = options.get("images")
         sources = given if given and several else [given] if given else [_image_sources(chat) for chat in chats]
         if not kwargs.get("tokenize") or not any(sources):
-            return super().apply_chat_template(conversation, *args, **kwargs)
+            return super().apply_chat_template(chats if several else chats[0], *args, **kwargs)
         images = self.image_processor.fetch_images(sources)
         maps = self._maps([image for group in images for image in group], crayon)
         remaining = iter(maps)
@@ -147,6 +154,21 @@ class CollavoProcessor(ProcessorMixin):
         if kwargs.get("return_dict"):
             batch.crayon = crayon if isinstance(crayon, str) else "given"
         return batch
+
+    def _keep_text(self, chats: Sequence[Sequence[dict[str, Any]]], options: dict[str, Any]) -> None:
+        """Have transformers tokenize control tokens in messages as text, which it cannot where it makes a mask."""
+        texts = []
+        for message in (message for chat in chats for message in chat):
+            content = [
+                {**block, "text": block["text"].replace(self.image_token, "")} if "text" in block else block
+                for block in _blocks(message)
+            ]
+            message["content"] = content[0]["text"] if isinstance(message.get("content"), str) else content
+            texts += [block["text"] for block in content if "text" in block]
+        if not options.get("return_assistant_tokens_mask"):
+            options.setdefault("sanitize_control_tokens", True)
+        elif found := [token for token in self.tokenizer.get_added_vocab() if any(token in text for text in texts)]:
+            raise ValueError(f"a message holds {found[0]}, which would not stay text beside an assistant mask")
 
     def replace_image_token(self, image_inputs: dict[str, Any], image_idx: int, **kwargs: Any) -> str:
         """Return one image token per cell; transformers puts them in the place of an image's own."""
