@@ -11,6 +11,7 @@ from collavo.dataset import LeftOut
 from collavo.model.prompt import KINDS, Kind
 from collavo.training.batch_plan import Batch, PlanOptions, plan_epoch
 from collavo.training.batches import micro_batches
+from collavo.training.lengths import NO_LIST
 from collavo.training.row_index import RowGroup, RowIndex, Texts
 
 
@@ -24,8 +25,9 @@ def index(instructions: list[int], dialogues: list[int], group_rows: int = 3) ->
     for kind, counts in zip(KINDS, (instructions, dialogues), strict=True):
         numbers = [n for count in counts for n in range(count)]
         offsets = np.concatenate(([0], np.cumsum(counts)))
-        texts[kind] = Texts(offsets, np.array(numbers, np.int32), np.full(len(numbers), 10, np.int32))
-    return RowIndex(tuple(groups), texts, LeftOut(), False)
+        tens = np.full(len(numbers), 10, np.int32)
+        texts[kind] = Texts(offsets, np.array(numbers, np.int32), tens, np.full(len(numbers), NO_LIST, np.int32))
+    return RowIndex(tuple(groups), texts, LeftOut(), 100, False)
 
 
 def options(**changes: object) -> PlanOptions:

@@ -6,7 +6,6 @@ import shutil
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from collavo.training.arguments import TrainArguments
 from collavo.training.batch_plan import PlanOptions, plan_epoch
 from collavo.training.batches import ExampleDataset
 from collavo.training.display import RunDisplay
+from collavo.training.lengths import LengthLimit
 from collavo.training.loop import StepResult, Trainer, signals_noted
 from collavo.training.phases import ADAPTER_OF, Phase, plan_phases
 from collavo.training.row_index import build_row_index
@@ -69,13 +69,16 @@ class TrainingRun:
             self.dtype,
         )
         self.fingerprint = record.fingerprint(arguments, self.files)
+        self.limit = LengthLimit(
+            self.processor, arguments.max_length, arguments.object_list, arguments.instructions_per_sequence
+        )
         self.train_set = self._examples("train")
         self.validation_set = self._examples("validation")
         self.plan_options = PlanOptions(
             batch_size=arguments.batch_size,
             seed=arguments.seed,
             instructions_per_sequence=arguments.instructions_per_sequence,
-            max_tokens=self._max_text_tokens,
+            max_tokens=self.limit.room,
             crayon_share=arguments.crayon_share,
         )
         self.display = RunDisplay(console, self.folder / METRICS, self.accelerator, arguments.log_steps)
@@ -172,36 +175,11 @@ class TrainingRun:
     def _examples(self, split: str) -> ExampleDataset:
         arguments = self.arguments
         with naming("data"):
-            index = build_row_index(
-                self.files, split, self._count_tokens, self._max_text_tokens, arguments.tasks, len(self.categories)
-            )
+            index = build_row_index(self.files, split, self.limit, arguments.tasks, len(self.categories))
         if index.has_null_images and arguments.image_root is None:
             raise UserError("--data: rows refer to their images; --image_root must name the folder of the images")
         image_root = Path(arguments.image_root) if arguments.image_root else None
-        return ExampleDataset(index, self.processor, arguments.object_list, image_root, self.categories)
-
-    def _count_tokens(self, text: str) -> int:
-        """Count the tokens of a turn, with its share of the markers between turns."""
-        return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]) + self._marker_tokens
-
-    @cached_property
-    def _marker_tokens(self) -> int:
-        once = [("human", ""), ("gpt", "")]
-        lengths = [len(self.processor.render(once * times).input_ids) for times in (1, 2)]
-        return -(-(lengths[1] - lengths[0]) // 2)
-
-    @cached_property
-    def _max_text_tokens(self) -> int:
-        """Tokens that `--max_length` leaves for text beside the image."""
-        empty = self.processor.render([("human", ""), ("gpt", "")], objects="")
-        tokens = self.arguments.max_length - len(empty.input_ids)
-        if tokens < 1:
-            rows, columns = self.processor.grid_hw
-            raise UserError(
-                f"--max_length {self.arguments.max_length} leaves no room for text beside an image of "
-                f"{rows} x {columns} tokens"
-            )
-        return tokens
+        return ExampleDataset(index, self.processor, image_root, self.categories)
 
     def _steps_of_finished_cpt(self) -> int:
         """Return the steps of an earlier `--phase cpt` in the same folder, which this run continues."""
