@@ -141,9 +141,7 @@ def test_no_sequence_is_longer_than_allowed_and_each_text_is_in_one_or_counted(
 
 
 @pytest.mark.parametrize(("spare", "reason"), [(4000, ""), (900, "rest_of_object_list"), (5, "object_list")])
-def test_of_an_object_list_that_does_not_fit_the_largest_objects_stay(
-    tmp_path: Path, spare: int, reason: str
-) -> None:
+def test_of_an_object_list_that_does_not_fit_the_largest_objects_stay(tmp_path: Path, spare: int, reason: str) -> None:
     row = scene_rows(1)[0]
     segments = tuple(replace(row.segments[0], id=n, area=100 + n % 7, numbering=0) for n in range(1, 61))
     row = replace(row, segments=segments, instructions=(), conversations=row.conversations[:1])
