@@ -76,6 +76,11 @@ def load_run(
         UserError: if the folder is not a finished run, the weights do not fit the base, or the model not the device.
     """
     args = read_train_args(run)
+    parts = [CONFIG, CRAYON, *(f"{ADAPTERS}/{name}" for name in args["adapter_names"])]
+    if missing := [part for part in parts if not (run / part).exists()]:
+        raise UserError(
+            f"{run}: its training has not ended, for there is no {missing[0]}; collavo.train --resume goes on with it"
+        )
     # A CPU has no flash attention. SDPA computes the same.
     attention = args["attention"] if device.type == "cuda" else "sdpa"
     categories = CollavoConfig.from_pretrained(run).category_set

@@ -336,8 +336,45 @@ def test_a_base_that_is_not_whole_is_refused(
 def test_a_run_is_not_mixed_with_another(world: Path, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main(command(world, finished)) == 2
     assert "--resume continues it, --overwrite replaces it" in capsys.readouterr().err
-    assert train.main(command(world, finished, "--resume", "--seed", "7")) == 2
-    assert "--resume: " in (error := capsys.readouterr().err) and "other arguments" in error
+
+
+def test_a_refused_resume_names_the_arguments_and_the_files_that_differ(
+    world: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    others = write_crayon_file(tmp_path / "others.parquet", scene_rows(4, first_seed=50))
+    flags = ("--resume", "--seed", "7", "--tasks", "counting", "box_to_class", "--workers", "1")
+    assert train.main([*command(world, finished, *flags), "--data", str(others)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("collavo.train: error: --resume: ") and "workers" not in error
+    assert "--seed was 0, is 7; --tasks was " in error and "is counting box_to_class; " in error
+    assert f"{world / 'rows.parquet'} was among the data; {others} was not among the data; go on with" in error
+
+
+def test_a_finished_run_says_so_and_is_extended(
+    world: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    assert train.main(command(world, run, "--resume")) == 0
+    assert "has taken all of its 12 steps; with --resume, a higher --epochs or" in capsys.readouterr().out
+    assert losses(run) == losses(finished)
+    assert train.main(command(world, run, "--resume", "--max_steps", "3")) == 2
+    assert "6 steps of cit are done, and --epochs and --max_steps allow 3" in capsys.readouterr().err
+    assert train.main(command(world, run, "--resume", "--max_steps", "8", "--epochs", "3")) == 0
+    assert losses(run)[:12] == losses(finished)
+    rates = [(line["step"], line["phase"], line["learning_rate"]) for line in metrics(run) if "loss" in line]
+    expected = [round(learning_rate_at(step, 8, 1e-2, 1e-6), 8) for step in (6, 7)]
+    assert rates[12:] == [(13, "cit", expected[0]), (14, "cit", expected[1])]
+    queries = "crayon.safetensors/numbering_queries.weight"
+    assert not torch.equal(weights(run)[queries], weights(finished)[queries])
+
+
+def test_a_run_that_has_not_ended_is_not_loaded(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "adapters" / "vl_cit")
+    with pytest.raises(UserError, match=r"its training has not ended, for there is no adapters/vl_cit; .*--resume"):
+        load_run(run, torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from collavo.errors import UserError
 from collavo.folders import make_folder
 from collavo.model.prompt import Kind, show_supervision
 from collavo.model_card import write_model_card
-from collavo.runs import ADAPTERS, CRAYON, METRICS, TRAIN_ARGS, base_from, save_run
+from collavo.runs import ADAPTERS, CARD, CRAYON, METRICS, TRAIN_ARGS, base_from, save_run
 from collavo.training import checkpoint, record
 from collavo.training.arguments import TrainArguments
 from collavo.training.batch_plan import PlanOptions, plan_epoch
@@ -29,7 +29,7 @@ from collavo.training.batches import ExampleDataset
 from collavo.training.display import RunDisplay
 from collavo.training.lengths import LengthLimit
 from collavo.training.loop import StepResult, Trainer, signals_noted
-from collavo.training.phases import ADAPTER_OF, Phase, plan_phases
+from collavo.training.phases import ADAPTER_OF, Phase, phases_left, plan_phases
 from collavo.training.row_index import build_row_index
 from collavo.training.trainable import compute_dtype, count_weights, load_trainable
 
@@ -46,6 +46,7 @@ class TrainingRun:
 
     def __init__(self, arguments: TrainArguments, console: Console) -> None:
         self.arguments = arguments
+        self.console = console
         self.folder = Path(arguments.output_dir)
         with naming("data"):
             self.files = find_files(arguments.data)
@@ -55,6 +56,13 @@ class TrainingRun:
             console.print(note, highlight=False, soft_wrap=True)
         self.accelerator = _accelerator(arguments)
         self._prepare_folder()
+        self.learned_from = record.learned_from(arguments, self.files)
+        checkpoints = checkpoint.list_checkpoints(self.folder) if arguments.resume else []
+        self.start = checkpoints[-1] if checkpoints else None
+        self.done = checkpoint.Position("", 0, 0)
+        if self.start:
+            with naming("resume"):  # before a large base is loaded
+                self.done = checkpoint.read_position(self.start, self.learned_from)
         if arguments.report_to:
             self.accelerator.init_trackers("collavo", {k: str(v) for k, v in asdict(arguments).items()})
         self.dtype = compute_dtype(arguments.precision, self.accelerator.device)
@@ -68,7 +76,6 @@ class TrainingRun:
             self.accelerator.device,
             self.dtype,
         )
-        self.fingerprint = record.fingerprint(arguments, self.files)
         self.limit = LengthLimit(
             self.processor, arguments.max_length, arguments.object_list, arguments.instructions_per_sequence
         )
@@ -87,15 +94,27 @@ class TrainingRun:
         """Take all steps, then write the run directory."""
         arguments, is_main = self.arguments, self.accelerator.is_main_process
         phases = plan_phases(arguments, self.train_set.index, self.plan_options, self._steps_of_finished_cpt())
-        start, done = self._resume_point()
+        samples = sum(len(batch.samples) for phase in phases for batch in phase.batches)
+        done = self.done
+        if self.start:
+            with naming("resume"):
+                checkpoint.load_weights(self.start, self.staged.parameters_of(self.adapters))
         trained = {stage.learning for phase in phases for stage in phase.stages.values()}
         saved_adapters = [adapter for adapter in self.adapters if adapter in trained]
+        phases = phases_left(phases, done)
+        if phases[-1].last_step == done.total_steps and (self.folder / CARD).exists():
+            self.console.print(
+                f"{self.folder} has taken all of its {done.total_steps} steps; with --resume, a higher --epochs or "
+                "--max_steps extends it.",
+                soft_wrap=True,
+            )
+            return
         if is_main:
+            (self.folder / CARD).unlink(missing_ok=True)  # written last, it says that the run has ended
             dtype, ranks = str(self.dtype).removeprefix("torch."), self.accelerator.num_processes
             record.write_train_args(self.folder, arguments, self.files, saved_adapters, dtype, ranks)
         shown = self.train_set.prompt_of(phases[-1].batches[0])
         prompt = show_supervision(self.processor.tokenizer, shown) if shown else Text("none of the first batch")
-        samples = sum(len(batch.samples) for phase in phases for batch in phase.batches)
         most_skipped = int(arguments.max_skipped_ratio * samples)
         steps_done = max(done.total_steps, phases[0].steps_before)
         damaged = self.train_set.index.left_out.lines()
@@ -104,18 +123,17 @@ class TrainingRun:
             trainer.skipped, trainer.signals = done.skipped, signals
             for phase in phases:
                 if phase.last_step > done.total_steps:
-                    self._run_phase(trainer, phase, start, done, most_skipped)
+                    self._run_phase(trainer, phase, most_skipped)
         self.display.left_out(trainer.skipped.lines())
         if is_main:
             save_run(self.folder, self.staged.model, saved_adapters, self.processor)
             left_out = self.train_set.index.left_out.counts + trainer.skipped.counts
             base = base_from(self.folder, self.folder)
             write_model_card(self.folder, self.folder, "run", base, left_out=left_out)
+        self.console.print(f"Trained: {self.folder}", soft_wrap=True)
         self.accelerator.end_training()
 
-    def _run_phase(
-        self, trainer: Trainer, phase: Phase, start: Path | None, done: checkpoint.Position, most_skipped: int
-    ) -> None:
+    def _run_phase(self, trainer: Trainer, phase: Phase, most_skipped: int) -> None:
         """Take the steps of a phase that are not done yet."""
         arguments = self.arguments
         # One optimizer knows both adapters from the start. Batches of both kinds alternate, and AdamW skips weights
@@ -123,9 +141,9 @@ class TrainingRun:
         parameters = self.staged.parameters_of(self.adapters if phase.name == "cit" else ())
         optimizer = torch.optim.AdamW(parameters.values(), weight_decay=0.0)
         first_step = 0
-        if start and done.phase == phase.name:
-            checkpoint.load_optimizer(start, parameters, optimizer)
-            first_step = done.phase_steps
+        if self.start and self.done.phase == phase.name:
+            checkpoint.load_optimizer(self.start, parameters, optimizer)
+            first_step = self.done.phase_steps
 
         def after_step(result: StepResult) -> None:
             steps = result.step - phase.steps_before
@@ -154,21 +172,11 @@ class TrainingRun:
         chosen = [batch for batches in of_kind for batch in batches[: self.arguments.eval_batches]]
         return trainer.evaluate(chosen, self.validation_set)
 
-    def _resume_point(self) -> tuple[Path | None, checkpoint.Position]:
-        """Load the weights of the last checkpoint, if `--resume` asks for it; the checkpoint, and where it stands."""
-        checkpoints = checkpoint.list_checkpoints(self.folder) if self.arguments.resume else []
-        if not checkpoints:
-            return None, checkpoint.Position("", 0, 0)
-        with naming("resume"):
-            done = checkpoint.read_position(checkpoints[-1], self.fingerprint)
-            checkpoint.load_weights(checkpoints[-1], self.staged.parameters_of(self.adapters))
-        return checkpoints[-1], done
-
     def _save_checkpoint(self, position: checkpoint.Position, optimizer: torch.optim.Optimizer) -> None:
         if self.accelerator.is_main_process:  # all ranks hold the same weights and moments
             parameters = self.staged.parameters_of(self.adapters)
             checkpoint.save_checkpoint(
-                self.folder, position, parameters, optimizer, self.fingerprint, self.arguments.keep_checkpoints
+                self.folder, position, parameters, optimizer, self.learned_from, self.arguments.keep_checkpoints
             )
         self.accelerator.wait_for_everyone()
 
