@@ -20,8 +20,8 @@ from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.transforms.environments import SubprocessSDKEnvironment
 from rich.console import Console
 
-from collavo.cli import DISK_FAULTS
 from collavo.errors import UserError
+from collavo.folders import DISK_FAULTS
 from collavo.storage import is_local
 from pipelines import local_worker
 from pipelines.graph import build_graph

@@ -2,10 +2,13 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -367,6 +370,48 @@ def test_a_finished_run_says_so_and_is_extended(
     assert rates[12:] == [(13, "cit", expected[0]), (14, "cit", expected[1])]
     queries = "crayon.safetensors/numbering_queries.weight"
     assert not torch.equal(weights(run)[queries], weights(finished)[queries])
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Let the system refuse larger files, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_line_and_leaves_only_what_is_whole(
+    world: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def error() -> str:
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    run = tmp_path / "run"
+    flags = [*command(world, run, "--resume"), "--checkpoint_steps", "3"]
+    run.mkdir()
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 0, "phase": "x" * 4900}) + "\n")
+    with files_of_at_most(5000):
+        assert train.main(command(world, run)) == 1
+    assert error() == f"collavo.train: error: {run / 'metrics.jsonl'}: File too large"
+    shutil.copytree(finished, run, dirs_exist_ok=True)
+    shutil.rmtree(run / "checkpoints" / "step-000012")
+    before = sorted(run.glob("checkpoints/*"))
+    with files_of_at_most(20_000):
+        assert train.main(flags) == 1
+    assert f"error: {run}/checkpoints/step-000009: " in (said := error()) and "File too large" in said
+    assert sorted(run.glob("checkpoints/*")) == before and not list(run.glob("checkpoints/.*"))
+    assert train.main(flags) == 0
+    assert losses(run) == losses(finished)
+    (run / "README.md").unlink()  # as if it had been killed before it saved its weights
+    kept = {file: file.read_bytes() for file in run.rglob("*.safetensors")}
+    with files_of_at_most(20_000):
+        assert train.main(flags) == 1
+    assert f"error: {run}: " in (said := error()) and "File too large" in said
+    assert {file: file.read_bytes() for file in run.rglob("*.safetensors")} == kept
+    assert train.main(flags) == 0 and (run / "README.md").exists()
 
 
 def test_a_run_that_has_not_ended_is_not_loaded(finished: Path, tmp_path: Path) -> None:

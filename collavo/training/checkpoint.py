@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from collavo.dataset import LeftOut
 from collavo.errors import UserError
-from collavo.folders import whole_folder
+from collavo.folders import whole_folder, writing
 from collavo.training import record
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
@@ -51,8 +51,12 @@ def save_checkpoint(
     Args:
         parameters: what has learned or is learning, by name.
         learned_from: data and arguments, see `collavo.training.record`; the checkpoint is refused under others.
+
+    Raises:
+        UserError: if the disk refuses; the checkpoints before are kept.
     """
-    with whole_folder(run / "checkpoints" / f"step-{position.total_steps:06d}") as folder:
+    place = run / "checkpoints" / f"step-{position.total_steps:06d}"
+    with writing(place), whole_folder(place) as folder:
         save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, folder / WEIGHTS)
         # By name, where torch's own state dict counts parameters in the order in which the optimizer was given them.
         moments = {

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from collavo.folders import write_whole
 from collavo.runs import TRAIN_ARGS
 from collavo.training.arguments import TrainArguments
 
@@ -69,7 +70,7 @@ def write_train_args(
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "collavo")},
     }
-    (folder / TRAIN_ARGS).write_text(json.dumps(facts, indent=2) + "\n")
+    write_whole(folder / TRAIN_ARGS, json.dumps(facts, indent=2) + "\n")
 
 
 def _footer_sha256(file: Path) -> str:

@@ -1,6 +1,5 @@
 """A training run, from its arguments to its run directory."""
 
-import json
 import os
 import shutil
 import signal
@@ -21,7 +20,7 @@ from collavo.errors import UserError
 from collavo.folders import make_folder
 from collavo.model.prompt import Kind, show_supervision
 from collavo.model_card import write_model_card
-from collavo.runs import ADAPTERS, CARD, CRAYON, METRICS, TRAIN_ARGS, base_from, save_run
+from collavo.runs import ADAPTERS, CARD, CRAYON, METRICS, TRAIN_ARGS, base_from, read_metrics, save_run
 from collavo.training import checkpoint, record
 from collavo.training.arguments import TrainArguments
 from collavo.training.batch_plan import PlanOptions, plan_epoch
@@ -191,9 +190,7 @@ class TrainingRun:
 
     def _steps_of_finished_cpt(self) -> int:
         """Return the steps of an earlier `--phase cpt` in the same folder, which this run continues."""
-        metrics = self.folder / METRICS
-        lines = map(json.loads, metrics.read_text().splitlines()) if metrics.exists() else ()
-        return max((line["step"] for line in lines if line["phase"] == "cpt"), default=0)
+        return max((line["step"] for line in read_metrics(self.folder) if line["phase"] == "cpt"), default=0)
 
     def _facts(self, phases: Sequence[Phase]) -> dict[str, str]:
         """Say what is printed about a run before it starts."""
