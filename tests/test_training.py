@@ -24,6 +24,7 @@ from collavo import evaluate, train
 from collavo.errors import UserError
 from collavo.runs import load_base, load_run, save_run
 from collavo.training import run as run_module
+from collavo.training.arguments import parse_arguments
 from collavo.training.batches import MicroBatch, collate
 from collavo.training.display import RunDisplay
 from collavo.training.loop import Trainer, learning_rate_at
@@ -250,6 +251,31 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_images(
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     assert train.main(command(world, tmp_path / "run", "--preset", str(base))) == 1
     assert "step 1: the loss is nan; images scene-" in capsys.readouterr().err
+
+
+def test_the_gpu_that_is_asked_for_is_the_current_one_when_devices_are_chosen(
+    world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    class Recorded(Nobody):
+        def __init__(self, cpu: bool, **_: Any) -> None:
+            calls.append(cpu)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(run_module, "Accelerator", Recorded)
+    arguments = parse_arguments([*command(world, world / "gpu"), "--device", "cuda:1"])
+    run_module._accelerator(arguments)
+    assert calls == [torch.device("cuda:1"), False]
+    for processes, said in (("2", "cuda:1 is one GPU, and each of 2 processes"), ("3", "3 processes, but 2 GPUs")):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        with pytest.raises(UserError, match=said):
+            run_module._accelerator(arguments)
+    with pytest.raises(UserError, match=r"cuda:2: .*finds 2 CUDA devices"):
+        run_module._accelerator(replace(arguments, device="cuda:2"))
 
 
 class Nobody:

@@ -17,7 +17,7 @@ from collavo.cli import naming
 from collavo.dataset import category_set, check_splits, find_files, notes
 from collavo.device import resolve_device
 from collavo.errors import UserError
-from collavo.folders import make_folder
+from collavo.folders import make_folder, writing
 from collavo.model.prompt import Kind, show_supervision
 from collavo.model_card import write_model_card
 from collavo.runs import ADAPTERS, CARD, CRAYON, METRICS, TRAIN_ARGS, base_from, read_metrics, save_run
@@ -228,11 +228,12 @@ class TrainingRun:
         # Ranks that delete the same folder trip over one another, so one deletes. The barrier before it lets all look
         # at the old run, the one after it keeps them out until the new folder is there.
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process and replaces:
-            shutil.rmtree(folder)
+        if self.accelerator.is_main_process:
+            with naming("output_dir"), writing(folder):
+                if replaces:
+                    shutil.rmtree(folder)
+                make_folder(folder)
         self.accelerator.wait_for_everyone()
-        with naming("output_dir"):
-            make_folder(folder)
 
 
 def _accelerator(arguments: TrainArguments) -> Accelerator:
@@ -247,7 +248,11 @@ def _accelerator(arguments: TrainArguments) -> Accelerator:
             raise UserError(f"--report_to {tracker}: not installed; pip install {tracker}")
     with naming("device"):
         device = resolve_device(arguments.device)
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    ranks, of_machine = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if device.type == "cuda" and of_machine > (count := torch.cuda.device_count()):
+        raise UserError(
+            f"--device {arguments.device}: {of_machine} processes, but {count} GPUs; start one for each GPU"
+        )
     if arguments.device.startswith("cuda:"):
         if ranks > 1:
             raise UserError(f"--device {device} is one GPU, and each of {ranks} processes needs its own; use cuda")
