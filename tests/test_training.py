@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -139,20 +140,46 @@ def test_a_signal_saves_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(
         assert torch.equal(tensor, weights(run)[name]), name
 
 
-@pytest.mark.slow
-def test_two_processes_take_the_steps_of_one_and_one_of_them_replaces_the_old_run(world: Path, finished: Path) -> None:
-    run = world / "two"
-    run.mkdir()
-    (run / "train_args.json").write_text("{}")
-    code = "import sys; from collavo import train; from accelerate import debug_launcher as launch; "
-    code += "import collavo.training.run; launch(train.main, (sys.argv[1:],), 2)"  # imported once, then forked
-    flags = command(world, run, "--overwrite")
-    subprocess.run([sys.executable, "-c", code, *flags], check=True, capture_output=True)
+def torchrun(processes: int, *flags: str) -> subprocess.Popen[bytes]:
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "collavo.train"]
+    return subprocess.Popen([sys.executable, *launch, *flags], start_new_session=True, stderr=subprocess.DEVNULL)
+
+
+def assert_alike(run: Path, finished: Path, exactly: bool = False) -> None:
+    tolerance = {"rtol": 0.0, "atol": 0.0} if exactly else {"rtol": 1e-2, "atol": 1e-4}
     for (step, stage, loss), (_, of_stage, expected) in zip(losses(run), losses(finished), strict=True):
         assert stage == of_stage
-        assert loss == pytest.approx(expected, rel=1e-4), step
+        # The first steps differ by the order of sums; later ones also by what AdamW makes of gradients near zero.
+        assert loss == pytest.approx(expected, rel=0 if exactly else 1e-5 if step <= 4 else 1e-4, abs=0), step
     for name, tensor in weights(run).items():
-        torch.testing.assert_close(tensor, weights(finished)[name], rtol=1e-2, atol=1e-4, msg=name)
+        torch.testing.assert_close(tensor, weights(finished)[name], **tolerance, msg=name)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_steps_of_one_also_after_they_were_killed(world: Path, finished: Path) -> None:
+    whole, killed = world / "two", world / "killed"
+    whole.mkdir()
+    (whole / "train_args.json").write_text("{}")
+    assert torchrun(2, *command(world, whole, "--overwrite")).wait() == 0  # one of them replaces the old run
+    assert_alike(whole, finished)
+    flags = command(world, killed, "--checkpoint_steps", "2")
+    running = torchrun(2, *flags)
+    while len(list(killed.glob("checkpoints/step-00000[89]"))) == 0 and running.poll() is None:
+        time.sleep(0.02)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not (killed / "crayon.safetensors").exists()
+    shutil.copytree(killed, world / "killed_again")
+    assert torchrun(2, *flags, "--resume").wait() == 0
+    assert_alike(killed, whole, exactly=True)
+    assert train.main([*command(world, world / "killed_again"), "--resume"]) == 0
+    assert_alike(world / "killed_again", finished)
+
+
+@pytest.mark.slow
+def test_four_processes_take_the_steps_of_one(world: Path, finished: Path) -> None:
+    assert torchrun(4, *command(world, world / "four")).wait() == 0
+    assert_alike(world / "four", finished)
 
 
 def test_queries_can_begin_as_names_of_which_the_first_step_is_already_told(world: Path, finished: Path) -> None:

@@ -96,8 +96,8 @@ class RowReader:
     """Reads rows by their number and keeps the last row groups in memory.
 
     Args:
-        kept_rows: how many rows to keep. The plan uses a row group within two windows, so a reader that keeps two
-            windows reads each group once.
+        kept_rows: how many rows to keep. The plan uses a row group within two windows, so a reader that keeps three
+            reads each group once, though windows differ in size.
     """
 
     def __init__(self, row_groups: Sequence[RowGroup], kept_rows: int) -> None:
@@ -142,7 +142,7 @@ class ExampleDataset(Dataset[Example | Skipped | UserError]):
         categories: CategorySet = COCO_PANOPTIC,
     ) -> None:
         self.index = index
-        self._reader = RowReader(index.row_groups, kept_rows=2 * ROWS_PER_WINDOW)
+        self._reader = RowReader(index.row_groups, kept_rows=3 * ROWS_PER_WINDOW)
         self._processor = processor
         self._image_root = image_root
         self._categories = categories
@@ -300,7 +300,8 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> MicroBatch:
 
 def micro_batches(batch: Batch, size: int, rank: int = 0, ranks: int = 1) -> list[list[Sample]]:
     """Cut one rank's share of a batch into pieces that fit into memory."""
-    share = batch.samples[rank::ranks]
+    of_rank = len(batch.samples) // ranks
+    share = batch.samples[rank * of_rank : (rank + 1) * of_rank]
     return [list(share[start : start + size]) for start in range(0, len(share), size)]
 
 

@@ -5,11 +5,13 @@ import shutil
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from rich.console import Console
 from rich.text import Text
 
@@ -29,7 +31,7 @@ from collavo.training.display import RunDisplay
 from collavo.training.lengths import LengthLimit
 from collavo.training.loop import StepResult, Trainer, signals_noted
 from collavo.training.phases import ADAPTER_OF, Phase, phases_left, plan_phases
-from collavo.training.row_index import build_row_index
+from collavo.training.row_index import RowIndex, build_row_index
 from collavo.training.trainable import compute_dtype, count_weights, load_trainable
 
 
@@ -181,8 +183,17 @@ class TrainingRun:
 
     def _examples(self, split: str) -> ExampleDataset:
         arguments = self.arguments
-        with naming("data"):
-            index = build_row_index(self.files, split, self.limit, arguments.tasks, len(self.categories))
+        index: RowIndex | UserError | None = None
+        if self.accelerator.is_main_process:  # the others wait for what it reads
+            try:
+                with naming("data"):
+                    index = build_row_index(self.files, split, self.limit, arguments.tasks, len(self.categories))
+            except UserError as error:
+                index = error
+        (index,) = broadcast_object_list([index])
+        if not isinstance(index, RowIndex):
+            assert index is not None
+            raise index
         if index.has_null_images and arguments.image_root is None:
             raise UserError("--data: rows refer to their images; --image_root must name the folder of the images")
         image_root = Path(arguments.image_root) if arguments.image_root else None
@@ -236,6 +247,10 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
 
 
+_LONGEST_WAIT = timedelta(hours=2)
+"""How long ranks wait for one that indexes the data or writes a checkpoint; ten minutes is the default on GPUs."""
+
+
 def _accelerator(arguments: TrainArguments) -> Accelerator:
     """Processes, device and trackers.
 
@@ -259,7 +274,10 @@ def _accelerator(arguments: TrainArguments) -> Accelerator:
         # Accelerate computes on "cuda", which is the current device; with several ranks it chooses one for each.
         torch.cuda.set_device(device)
     accelerator = Accelerator(
-        cpu=device.type == "cpu", log_with=list(arguments.report_to) or None, project_dir=arguments.output_dir
+        cpu=device.type == "cpu",
+        log_with=list(arguments.report_to) or None,
+        project_dir=arguments.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],
     )
     if arguments.batch_size % accelerator.num_processes:
         raise UserError(
