@@ -26,6 +26,7 @@ from collavo.model.prompt import KINDS
 from collavo.training.arguments import PRESETS
 from collavo.training.batch_plan import PlanOptions, plan_epoch
 from collavo.training.batches import ExampleDataset, build_loader
+from collavo.training.lengths import LengthLimit
 from collavo.training.row_index import build_row_index
 
 
@@ -42,11 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     processor = build_processor(config, AutoProcessor.from_pretrained(arguments.base).tokenizer)
     files = find_files(arguments.data)
     read_before = psutil.Process().io_counters().read_chars
-    index = build_row_index(files, "train", len, max_tokens=3000)
-    options = PlanOptions(1, 0, arguments.instructions_per_sequence, max_tokens=3000)
+    limit = LengthLimit(processor, 4096, "dialogues", arguments.instructions_per_sequence)
+    index = build_row_index(files, "train", limit)
+    options = PlanOptions(1, 0, arguments.instructions_per_sequence, limit.room)
     indexed = psutil.Process().io_counters().read_chars - read_before
     plan = plan_epoch(index, KINDS, options, epoch=0)
-    dataset = ExampleDataset(index, processor, "dialogues")
+    dataset = ExampleDataset(index, processor)
     samples = [list(batch.samples) for batch in plan]
 
     loader = build_loader(dataset, samples, workers=1, pin_memory=False)

@@ -11,7 +11,6 @@ A command declares its flags as a dataclass, one field a flag, and parses them b
 import argparse
 import dataclasses
 import difflib
-import errno
 import math
 import os
 import re
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from collavo.errors import UserError
-from collavo.folders import whole_folder
+from collavo.folders import disk_fault, whole_folder
 
 Flags = TypeVar("Flags")
 
@@ -30,11 +29,6 @@ REQUIRED: Any = dataclasses.MISSING
 """The default of a flag that has to be given."""
 
 _METAVARS = {int: "N", float: "X", str: "NAME"}
-
-DISK_FAULTS = {
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
-}  # fmt: skip
-"""What the disk or its permissions refuse; no command can do anything about them."""
 
 
 def flag(
@@ -199,20 +193,10 @@ def user_line(error: BaseException | None) -> tuple[str | None, int]:
     while error is not None:
         if isinstance(error, UserError):
             return str(error), error.exit_status
-        if line := _disk_fault(error):
+        if line := disk_fault(error):
             return line, 1
         error = error.__cause__ or error.__context__
     return None, 1
-
-
-def _disk_fault(error: BaseException) -> str | None:
-    if isinstance(error, OSError) and error.errno in DISK_FAULTS:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror or error}"
-    # safetensors and torch tell of the operating system's refusal in their message only.
-    if re.search(r"No space left on device|StorageFull|Disk quota exceeded|File too large", str(error)):
-        return str(error).strip().splitlines()[0]
-    return None
 
 
 def program(prog: str) -> str:

@@ -138,7 +138,9 @@ def _evaluate(flags: Flags) -> None:
 def _report_folder(flags: Flags) -> Path:
     """Make the report's folder before any question is asked, so that a bad place does not cost an evaluation."""
     if flags.output is None and not Path(flags.model).is_dir():
-        raise UserError(f"--model {flags.model} is no folder here; --output must name one for the report")
+        raise UserError(
+            f"--model {flags.model}: there is no such folder; for a model of the hub, --output must name the report's"
+        )
     folder = flags.output or Path(flags.model) / "evaluation"
     with naming("output"):
         make_folder(folder)

@@ -11,12 +11,18 @@ Object stores have no renames; `pipelines.publish` says what is done there.
 import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from collavo.errors import UserError
+from collavo.errors import UserError, first_line
+
+DISK_FAULTS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
+}  # fmt: skip
+"""What the disk or its permissions refuse; no command can do anything about them."""
 
 LOST_AND_FOUND = "lost+found"
 """At the root of a mounted disk; it belongs to the file system."""
@@ -64,6 +70,49 @@ def whole_folder(folder: Path, inside: bool = False, kept: str = "") -> Iterator
             _remove([entry for entry in staging.iterdir() if entry.name != kept])
             staging.rmdir()
         os.close(lock)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the path where the disk refuses what the block writes.
+
+    Raises:
+        UserError: for a full disk, a missing permission and the like.
+    """
+    try:
+        yield
+    except Exception as error:
+        if fault := disk_fault(error):
+            named = isinstance(error, OSError) and error.filename
+            raise UserError(fault if named else f"{path}: {fault}", 1) from error
+        raise
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """Return what the disk or its permissions refused, and the file where the error names one; None for other
+    errors."""
+    if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror or error}"
+    # safetensors and torch tell of the operating system's refusal in their message only.
+    if re.search(r"No space left on device|StorageFull|Disk quota exceeded|File too large", str(error)):
+        return first_line(error)
+    return None
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write a file, which a reader finds whole: the old one or the new.
+
+    Raises:
+        UserError: if the disk refuses.
+    """
+    beside = file.with_name(f".{file.name}.unfinished")
+    with writing(file):
+        try:
+            beside.write_text(text)
+            beside.replace(file)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> None:

@@ -22,15 +22,12 @@ from collavo.errors import Rejected, UserError
 from collavo.instructions.text import format_objects_with_boxes
 from collavo.model.adapters import quantize_language_model
 from collavo.model.processing import CollavoProcessor
-from collavo.model.prompt import KINDS, Kind, Turns
+from collavo.model.prompt import LISTED, Kind, Turns
 from collavo.panoptic.index_png import panoptic_map_of
 from collavo.panoptic.maps import PanopticMap
 from collavo.runs import EXPORT, TRAIN_ARGS, load_base, load_run, read_train_args
 from schemas.categories import COCO_PANOPTIC, CategorySet
 from schemas.crayon_row import CrayonRow
-
-_LISTED: dict[str, tuple[Kind, ...]] = {"all": KINDS, "dialogues": ("dialogue",), "none": ()}
-"""Kinds of questions that begin with the object list, by the `object_list` argument of training."""
 
 ShowText = Callable[[str], object]
 """Receives the pieces of an answer."""
@@ -239,7 +236,7 @@ def load_answerer(source: str, device: torch.device, quantize: bool | None = Non
     folder = Path(source)
     if (folder / TRAIN_ARGS).exists():
         model, processor = load_run(folder, device, dtype, quantize)
-        return Answerer(model, processor, _LISTED[read_train_args(folder)["object_list"]], beams)
+        return Answerer(model, processor, LISTED[read_train_args(folder)["object_list"]], beams)
     if folder.is_dir() and not (folder / "config.json").exists():
         raise UserError(f"{source}: holds neither a run's {TRAIN_ARGS} nor a model's config.json")
     whole, processor = load_base(source, dtype)
@@ -248,7 +245,7 @@ def load_answerer(source: str, device: torch.device, quantize: bool | None = Non
     move_to_device(whole, device)
     export = folder / EXPORT
     trained = json.loads(export.read_text())["object_list"] if export.exists() else "dialogues"
-    return Answerer(whole.eval(), processor, _LISTED[trained], beams)
+    return Answerer(whole.eval(), processor, LISTED[trained], beams)
 
 
 def _batches(limits: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]:

@@ -8,8 +8,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
 from collavo.embedded import find_embedded
+from collavo.folders import write_whole
 from collavo.model.configuration import CollavoConfig
-from collavo.runs import CARD, METRICS, base_source, read_train_args
+from collavo.runs import CARD, base_source, read_metrics, read_train_args
 
 _NAMED = 20
 """Classes that the card lists."""
@@ -107,7 +108,7 @@ def write_model_card(
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
         use=_USES["run" if form == "run" else "whole"].format(name=name),
     )
-    (folder / CARD).write_text(f"---\n{metadata.to_yaml()}\n---\n\n{text}")
+    write_whole(folder / CARD, f"---\n{metadata.to_yaml()}\n---\n\n{text}")
 
 
 def _tally(counts: Mapping[str, int]) -> str:
@@ -128,18 +129,13 @@ def _metadata(folder: Path) -> dict[str, Any]:
     return {"license": licence, "license_name": found.get("license_name", licence if licence != "other" else "unknown")}
 
 
-def _lines(run: Path) -> list[dict[str, Any]]:
-    file = run / METRICS
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def _steps(run: Path) -> dict[str, int]:
-    return {line["phase"]: line["step"] for line in _lines(run)}
+    return {line["phase"]: line["step"] for line in read_metrics(run)}
 
 
 def _losses(run: Path) -> dict[str, float]:
     """Read the last validation losses by kind."""
-    named = [{k[11:-5]: v for k, v in line.items() if k.startswith("validation_")} for line in _lines(run)]
+    named = [{k[11:-5]: v for k, v in line.items() if k.startswith("validation_")} for line in read_metrics(run)]
     return next(filter(None, reversed(named)), {})
 
 

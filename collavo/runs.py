@@ -12,8 +12,11 @@ The base itself is not copied. It is loaded from the place it came from, and eve
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -26,6 +29,7 @@ from transformers import AutoConfig, AutoProcessor
 from collavo.device import move_to_device
 from collavo.embedded import SCENES, TINY, find_embedded
 from collavo.errors import UserError, first_line
+from collavo.folders import writing
 from collavo.hub import find_checkpoint
 from collavo.import_base.assemble import NEW, assemble_from_llava
 from collavo.model import CollavoForConditionalGeneration
@@ -47,19 +51,29 @@ def save_run(run: Path, model: PeftModel, adapters: Sequence[str], processor: Co
     """Write what was trained, with the model's configuration and the processor, beside `train_args.json`.
 
     The processor is told what the model was trained with: whether prompts list the objects, and which segmenter fits.
+
+    Raises:
+        UserError: if the disk refuses; what an earlier training left is kept whole.
     """
     args = read_train_args(run)
     processor.object_list = args["object_list"] != "none"
     processor.segmenter = SCENES if args["base"] == TINY else "auto"
     prompt = _crayon_prompt(model).state_dict()
-    save_file({name: tensor.cpu().contiguous() for name, tensor in prompt.items()}, run / CRAYON)
-    if adapters:
-        for config in model.peft_config.values():
-            config.base_model_name_or_path = args["base"]  # peft would name the folder that it came from
-        model.save_pretrained(str(run / ADAPTERS), selected_adapters=list(adapters), save_embedding_layers=False)
-        (run / ADAPTERS / CARD).unlink(missing_ok=True)  # peft's own card; the run's says more
-    model.config.save_pretrained(run)
-    processor.save_pretrained(run)
+    with writing(run), TemporaryDirectory(dir=run, prefix=".unfinished") as name:
+        staging = Path(name)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in prompt.items()}, staging / CRAYON)
+        if adapters:
+            for config in model.peft_config.values():
+                config.base_model_name_or_path = args["base"]  # peft would name the folder that it came from
+            folder = staging / ADAPTERS
+            model.save_pretrained(str(folder), selected_adapters=list(adapters), save_embedding_layers=False)
+            (folder / CARD).unlink(missing_ok=True)  # peft's own card; the run's says more
+        model.config.save_pretrained(staging)
+        processor.save_pretrained(staging)
+        for entry in staging.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(run / entry.name, ignore_errors=True)
+            entry.replace(run / entry.name)
 
 
 def load_run(
@@ -76,6 +90,11 @@ def load_run(
         UserError: if the folder is not a finished run, the weights do not fit the base, or the model not the device.
     """
     args = read_train_args(run)
+    parts = [CONFIG, CRAYON, *(f"{ADAPTERS}/{name}" for name in args["adapter_names"])]
+    if missing := [part for part in parts if not (run / part).exists()]:
+        raise UserError(
+            f"{run}: its training has not ended, for there is no {missing[0]}; collavo.train --resume goes on with it"
+        )
     # A CPU has no flash attention. SDPA computes the same.
     attention = args["attention"] if device.type == "cuda" else "sdpa"
     categories = CollavoConfig.from_pretrained(run).category_set
@@ -239,6 +258,16 @@ def read_train_args(run: Path) -> dict[str, Any]:
     if not file.exists():
         raise UserError(f"{run}: not a run directory, for it has no {TRAIN_ARGS}; train one with collavo.train")
     return json.loads(file.read_text())
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Read the lines of a run's metrics, oldest first; a full disk may have cut the last one."""
+    file = run / METRICS
+    lines: list[dict[str, Any]] = []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        with suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
 
 
 def base_source(run: Path) -> str:

@@ -34,7 +34,6 @@ def _train(argv: Sequence[str] | None) -> None:
         TrainingRun(arguments, console).train()
     except KeyboardInterrupt:
         raise UserError("interrupted; --resume continues from the last checkpoint", 130) from None
-    console.print(f"Trained: {arguments.output_dir}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from apache_beam.transforms.environments import Environment
 from google.protobuf import json_format
 from rich.console import Console
 
-from collavo.cli import DISK_FAULTS
 from collavo.errors import UserError
+from collavo.folders import DISK_FAULTS
 from collavo.storage import is_local
 from pipelines.graph import build_graph
 from pipelines.job import Publication

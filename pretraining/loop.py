@@ -24,6 +24,10 @@ TRAIN_SCENES_SEED = 1_000_003
 """Seed of the scenes for pre-training. The build and all evaluations use other seeds."""
 
 
+_NO_DATA: dict[str, Any] = {"arguments": {}, "data": []}
+"""What checkpoints say that a run learns from."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoopOptions:
     """Length and speed of a run. The learning rate rises linearly, then falls along a cosine to 1 % of its peak."""
@@ -89,7 +93,7 @@ def train_from_scratch(
                 losses.clear()
             if done % options.checkpoint_steps == 0 or done == options.steps:
                 checkpoint.save_checkpoint(
-                    run, checkpoint.Position("scratch", done, done), state, optimizer, "", keep=2
+                    run, checkpoint.Position("scratch", done, done), state, optimizer, _NO_DATA, keep=2
                 )
 
 
@@ -100,7 +104,7 @@ def _resume(run: Path, state: dict[str, torch.Tensor], optimizer: torch.optim.Op
         return 0
     checkpoint.load_weights(checkpoints[-1], state)
     checkpoint.load_optimizer(checkpoints[-1], state, optimizer)
-    return checkpoint.read_position(checkpoints[-1], "").total_steps
+    return checkpoint.read_position(checkpoints[-1], _NO_DATA).total_steps
 
 
 def _decay_groups(parameters: dict[str, nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

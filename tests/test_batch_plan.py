@@ -4,13 +4,16 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from collavo.dataset import LeftOut
 from collavo.model.prompt import KINDS, Kind
-from collavo.training.batch_plan import Batch, PlanOptions, plan_epoch
-from collavo.training.batches import micro_batches
+from collavo.training.batch_plan import ROWS_PER_WINDOW, Batch, PlanOptions, plan_epoch
+from collavo.training.batches import RowReader, micro_batches
+from collavo.training.lengths import NO_LIST
 from collavo.training.row_index import RowGroup, RowIndex, Texts
 
 
@@ -24,8 +27,9 @@ def index(instructions: list[int], dialogues: list[int], group_rows: int = 3) ->
     for kind, counts in zip(KINDS, (instructions, dialogues), strict=True):
         numbers = [n for count in counts for n in range(count)]
         offsets = np.concatenate(([0], np.cumsum(counts)))
-        texts[kind] = Texts(offsets, np.array(numbers, np.int32), np.full(len(numbers), 10, np.int32))
-    return RowIndex(tuple(groups), texts, LeftOut(), False)
+        tens = np.full(len(numbers), 10, np.int32)
+        texts[kind] = Texts(offsets, np.array(numbers, np.int32), tens, np.full(len(numbers), NO_LIST, np.int32))
+    return RowIndex(tuple(groups), texts, LeftOut(), 100, False)
 
 
 def options(**changes: object) -> PlanOptions:
@@ -97,3 +101,41 @@ def test_ranks_share_every_batch_and_see_the_same_kind_at_the_same_step() -> Non
         shares = [[s for piece in micro_batches(batch, 1, rank, 2) for s in piece] for rank in range(2)]
         assert sorted(shares[0] + shares[1]) == sorted(batch.samples)
         assert len(shares[0]) == len(shares[1]) == 2
+
+
+@pytest.mark.parametrize(("ranks", "most"), [(1, 1.0), (4, 1.1), (8, 1.1)])
+@pytest.mark.parametrize("group_rows", [100, 60])
+def test_ranks_read_each_row_group_about_once_together(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, most: float, group_rows: int
+) -> None:
+    class File:
+        def __init__(self, _: Path) -> None:
+            pass
+
+        def read_row_group(self, group: int, columns: list[str]) -> pa.Table:
+            reads.append(group)
+            return pa.table({"row": range(rows.row_groups[group].rows)})
+
+    varied = np.random.default_rng(0)
+    rows = index(varied.integers(0, 9, 12_000).tolist(), varied.integers(0, 3, 12_000).tolist(), group_rows)
+    reads: list[int] = []
+    monkeypatch.setattr("collavo.training.batches.pq.ParquetFile", File)
+    plan = plan_epoch(rows, KINDS, options(batch_size=32), epoch=0)
+    for rank in range(ranks):
+        reader = RowReader(rows.row_groups, 3 * ROWS_PER_WINDOW)
+        for batch in plan:
+            for sample in (sample for piece in micro_batches(batch, 4, rank, ranks) for sample in piece):
+                reader.read(sample.row)
+    assert len(reads) <= most * len(rows.row_groups)
+
+
+def test_lanes_have_equal_shares_of_all_batches_but_the_last() -> None:
+    varied = np.random.default_rng(0)
+    rows = index(varied.integers(0, 20, 8000).tolist(), varied.integers(0, 3, 8000).tolist(), group_rows=100)
+    plan = plan_epoch(rows, KINDS, options(batch_size=16), epoch=0)
+    groups: dict[Kind, list[set[int]]] = {kind: [set() for _ in range(8)] for kind in KINDS}
+    for batch in plan[: len(plan) * 8 // 10]:
+        for place, sample in enumerate(batch.samples):
+            groups[batch.kind][place // 2].add(sample.row // 100)
+    for of_lanes in groups.values():
+        assert sum(map(len, of_lanes)) == len(set.union(*of_lanes))

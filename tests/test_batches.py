@@ -2,34 +2,45 @@
 
 import os
 import signal
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from tiny_model import GRID, scene_rows, tiny_model, tiny_processor, write_crayon_file
 
 from collavo.dataset import find_files
 from collavo.errors import UserError
 from collavo.images import decode_rgb
-from collavo.model.prompt import KINDS
+from collavo.instructions.text import format_objects_with_boxes, parse_objects
+from collavo.model.prompt import KINDS, LISTED
 from collavo.panoptic.grid import crayon_grid
 from collavo.panoptic.index_png import decode_index_map
 from collavo.training.batch_plan import PlanOptions, Sample, plan_epoch
-from collavo.training.batches import ExampleDataset, MicroBatch, build_loader
-from collavo.training.row_index import TOO_LONG, build_row_index
+from collavo.training.batches import ExampleDataset, MicroBatch, build_loader, pack_prompts, prompts_of
+from collavo.training.lengths import NO_LIST, TOO_LONG, LengthLimit, object_list
+from collavo.training.row_index import build_row_index
+from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import CrayonRow, Dialogue
 
 PROCESSOR = tiny_processor()
+PACKED = 8
 
 
 def dataset(
-    folder: Path, rows: list[CrayonRow], object_list: str = "dialogues", image_root: Path | None = None
+    folder: Path,
+    rows: list[CrayonRow],
+    object_list: str = "dialogues",
+    image_root: Path | None = None,
+    max_length: int = 9999,
 ) -> ExampleDataset:
     files = find_files([str(write_crayon_file(folder / "rows.parquet", rows))])
-    index = build_row_index(files, "train", len, max_tokens=600)
-    return ExampleDataset(index, PROCESSOR, object_list, image_root)
+    index = build_row_index(files, "train", LengthLimit(PROCESSOR, max_length, object_list, PACKED))
+    return ExampleDataset(index, PROCESSOR, image_root)
 
 
 def text_of(ids: torch.Tensor) -> str:
@@ -88,29 +99,86 @@ def test_text_alone_and_system_turns_are_trained_beside_pictures(tmp_path: Path)
     torch.testing.assert_close(loss, sum(losses), rtol=1e-4, atol=1e-4)
 
 
-def test_texts_that_no_sequence_could_hold_are_left_out_and_counted(tmp_path: Path) -> None:
-    files = [write_crayon_file(tmp_path / "rows.parquet", scene_rows(3))]
-    everything = build_row_index(files, "train", len, max_tokens=10_000)
-    bounded = build_row_index(files, "train", len, max_tokens=60)
-    for kind in KINDS:
-        assert len(bounded.texts[kind]) + bounded.left_out.counts[TOO_LONG[kind]] == len(everything.texts[kind])
-    assert "scene-000[" in bounded.left_out.lines()[0]
+CROWDED = scene_rows(24)
 
 
-def test_tokens_decide_where_bytes_do_not_fit(tmp_path: Path) -> None:
-    turns = [(("human", "gpt")[number % 2], "Where in the image is it? " * 4) for number in range(30)]
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.integers(150, 900),
+    st.sampled_from(sorted(LISTED)),
+    st.integers(1, 12),
+    st.lists(st.text(max_size=150)),
+    st.data(),
+)
+def test_no_sequence_is_longer_than_allowed_and_each_text_is_in_one_or_counted(
+    tmp_path: Path, max_length: int, object_list: str, copies: int, odd: list[str], data: st.DataObject
+) -> None:
+    row = data.draw(st.sampled_from([row for row in CROWDED if row.split == "train"]))
+    said = [turn for text in odd for turn in (("human", text), ("gpt", text[::-1] + " </s><image>"))]
+    asked = [replace(row.instructions[0], question=text, answer=text + "</s>", segment_ids=()) for text in odd]
+    dialogues = (*row.conversations, *([Dialogue("odd", tuple(said))] if said else []))
+    row = replace(
+        row, segments=row.segments * copies, instructions=(*row.instructions, *asked), conversations=dialogues
+    )
+    examples = dataset(tmp_path, [row], object_list, max_length=max_length)
+    limit = LengthLimit(PROCESSOR, max_length, object_list, PACKED)
+    plan = plan_epoch(examples.index, KINDS, PlanOptions(1, 0, PACKED, limit.room), 0)
+    record, trained = row.as_record(), Counter[str]()
+    for sample in (sample for batch in plan for sample in batch.samples):
+        prompts = examples._prompts(sample, record)
+        length = len(pack_prompts(prompts, PROCESSOR.image_token_id)[0])
+        assert length <= max_length
+        trained[sample.kind] += len(sample.numbers)
+        for prompt in prompts:
+            if sample.kind in LISTED[object_list] and "The image includes" in (
+                text := PROCESSOR.tokenizer.decode(prompt.input_ids)
+            ):
+                objects = text.split("The image includes ")[1].split("]. ")[0] + "]"
+                assert parse_objects(objects, COCO_PANOPTIC.by_display_name)
+    counted = examples.index.left_out.counts
+    assert trained["crayon"] + counted[TOO_LONG["crayon"]] == len(row.instructions)
+    assert trained["dialogue"] + counted[TOO_LONG["dialogue"]] == len(row.conversations)
+
+
+@pytest.mark.parametrize(("spare", "reason"), [(4000, ""), (900, "rest_of_object_list"), (5, "object_list")])
+def test_of_an_object_list_that_does_not_fit_the_largest_objects_stay(tmp_path: Path, spare: int, reason: str) -> None:
+    row = scene_rows(1)[0]
+    segments = tuple(replace(row.segments[0], id=n, area=100 + n % 7, numbering=0) for n in range(1, 61))
+    row = replace(row, segments=segments, instructions=(), conversations=row.conversations[:1])
+    record = row.as_record()
+
+    def length(most: int) -> int:
+        return len(prompts_of(PROCESSOR, record, "dialogue", (0,), [most], has_image=True)[0].input_ids)
+
+    max_length = length(NO_LIST) + spare
+    examples = dataset(tmp_path, [row], max_length=max_length)
+    (kept,) = examples.index.texts["dialogue"].objects.tolist()
+    assert examples.index.left_out.counts == ({reason: 1} if reason else {})
+    if reason == "object_list":
+        assert kept == NO_LIST
+        return
+    assert length(kept) <= max_length and (kept == 60 or length(kept + 1) > max_length)
+    largest = sorted(segments, key=lambda segment: -segment.area)[:kept]
+    expected = [segment for segment in segments if segment in largest]
+    assert object_list(record, kept) == format_objects_with_boxes(expected, (96, 72))
+
+
+def test_thirty_turns_of_few_tokens_and_many_bytes_are_kept(tmp_path: Path) -> None:
+    turns = [(("human", "gpt")[number % 2], "What is in the image? " * 15) for number in range(30)]
     rows = [replace(scene_rows(1)[0], conversations=(Dialogue("long", tuple(turns)),))]
-    files = [write_crayon_file(tmp_path / "rows.parquet", rows)]
-    for tokens_each, kept in ((20, 1), (40, 0)):
-        index = build_row_index(files, "train", lambda text, n=tokens_each: n, 1000)  # type: ignore[misc]
-        assert len(index.texts["dialogue"]) == kept
+    length = len(PROCESSOR.render(turns).input_ids)
+    assert sum(len(text) for _, text in turns) > 2 * length
+    for max_length, kept in ((length, 1), (length - 1, 0)):
+        examples = dataset(tmp_path, rows, "none", max_length=max_length)
+        assert len(examples.index.texts["dialogue"]) == kept
+    assert "scene-000[0]" in examples.index.left_out.lines()[0]
 
 
 def test_only_the_rows_of_the_split_are_learned_from(tmp_path: Path) -> None:
     files = [write_crayon_file(tmp_path / "rows.parquet", scene_rows(8))]
     options = PlanOptions(batch_size=1, seed=0, instructions_per_sequence=8, max_tokens=600)
     for split, rows in (("train", {0, 1, 2, 4, 5, 6}), ("validation", {3, 7})):
-        plan = plan_epoch(build_row_index(files, split, len, 600), KINDS, options, 0)
+        plan = plan_epoch(build_row_index(files, split, LengthLimit(PROCESSOR, 9999, "none", 8)), KINDS, options, 0)
         assert {sample.row for batch in plan for sample in batch.samples} == rows
 
 

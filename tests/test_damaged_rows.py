@@ -19,8 +19,9 @@ from collavo.evaluation.judge import Judge
 from collavo.evaluation.questions import EVALUATED_TASKS, questions_of
 from collavo.inference import picture_of_row
 from collavo.model.prompt import KINDS
-from collavo.training.batch_plan import PlanOptions, plan_epoch
+from collavo.training.batch_plan import PlanOptions, Sample, plan_epoch
 from collavo.training.batches import ExampleDataset, Skipped
+from collavo.training.lengths import LengthLimit
 from collavo.training.row_index import build_row_index
 from pipelines.records import REJECT_REASONS, Draft
 from pipelines.sources import read_crayon_rows
@@ -47,9 +48,10 @@ def read_as_all_do(path: Path, folder: Path) -> LeftOut:
     files = find_files([str(path)])
     categories = category_set(files)
     check_splits(files)
-    index = build_row_index(files, "train", lambda text: len(text.encode()), 2000, classes=len(categories))
-    examples = ExampleDataset(index, PROCESSOR, "dialogues", None, categories)
-    options = PlanOptions(batch_size=1, seed=0, instructions_per_sequence=8, max_tokens=2000)
+    limit = LengthLimit(PROCESSOR, 2000, "dialogues", instructions_per_sequence=8)
+    index = build_row_index(files, "train", limit, classes=len(categories))
+    examples = ExampleDataset(index, PROCESSOR, None, categories)
+    options = PlanOptions(batch_size=1, seed=0, instructions_per_sequence=8, max_tokens=limit.room)
     for batch in plan_epoch(index, KINDS, options, 0):
         examples.collate_or_error([examples[sample] for sample in batch.samples])
     judge, left_out = Judge(categories), LeftOut()
@@ -170,9 +172,8 @@ def test_a_damaged_map_is_a_skipped_sample(tmp_path: Path) -> None:
     found = lists(records())
     found[0]["panoptic_map"]["bytes"] = found[1]["panoptic_map"]["bytes"][:50]
     files = [save(tmp_path / "rows.parquet", found)]
-    index = build_row_index(files, "train", len, 600)
-    examples = ExampleDataset(index, PROCESSOR, "none")
-    (sample,) = plan_epoch(index, ("crayon",), PlanOptions(1, 0, 99, 99_999), 0)[0].samples
-    results = [examples[sample._replace(row=row)] for row in (0, 1)]
+    index = build_row_index(files, "train", LengthLimit(PROCESSOR, 9999, "none", 99))
+    examples = ExampleDataset(index, PROCESSOR)
+    results = [examples[Sample("crayon", row, (0,))] for row in (0, 1)]
     assert isinstance(results[0], Skipped) and results[0].reason == "broken_map"
     assert not isinstance(results[1], Skipped)

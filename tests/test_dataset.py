@@ -5,10 +5,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import crayon_row, segment
-from tiny_model import OWN_CLASSES, own_rows, scene_rows, write_crayon_file
+from tiny_model import OWN_CLASSES, own_rows, scene_rows, tiny_processor, write_crayon_file
 
 from collavo.dataset import category_set, check_splits, count_rows, find_files, notes, read_rows
 from collavo.errors import UserError
+from collavo.training.lengths import LengthLimit
 from collavo.training.row_index import build_row_index
 from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import CRAYON_SCHEMA, CrayonRow
@@ -140,7 +141,8 @@ def test_files_that_other_tools_wrote_again_hold_the_same_rows(
     found = category_set(files)
     for s in (s for row in rows for s in row.segments):
         assert (found[s.label].display_name, found[s.label].is_thing) == (s.category, s.is_thing)
-    assert len(build_row_index(files, "train", len, 600).texts["crayon"])
+    limit = LengthLimit(tiny_processor(), 600, "none", 8)
+    assert len(build_row_index(files, "train", limit).texts["crayon"])
 
 
 def test_a_file_states_its_set_and_sets_are_not_mixed(tmp_path):

@@ -93,7 +93,7 @@ def test_classes_that_the_model_has_no_query_for_are_named_and_asked_about_all_t
 @pytest.mark.parametrize(
     "flags, complaint",
     [
-        (["--model", "nowhere"], "--model nowhere is no folder here; --output must name one for the report"),
+        (["--model", "nowhere"], "--model nowhere: there is no such folder"),
         (["--model", "nowhere", "--output", "o"], "nowhere: neither a folder nor a whole model in the cache"),
         (["--data", "nowhere.parquet"], "--data: nowhere.parquet: there is no such file"),
         (["--batch_size", "0"], "--batch_size is 0, but must be at least 1"),

@@ -23,6 +23,9 @@ which adapter learns, and whether the prompt begins with the object list."""
 
 KINDS: tuple[Kind, ...] = ("crayon", "dialogue")
 
+LISTED: Mapping[str, tuple[Kind, ...]] = {"all": KINDS, "dialogues": ("dialogue",), "none": ()}
+"""Kinds of texts whose prompts begin with the recognised objects, by the `object_list` argument of training."""
+
 Turns = Sequence[tuple[str, str]]
 """(`human` | `gpt`, text) in turn, beginning with human, before which a `system` turn may stand; a human turn at the
 end asks for an answer."""

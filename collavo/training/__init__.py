@@ -2,6 +2,7 @@
 
 How a row becomes a loss, in this order:
 
+`lengths`      what fits into a sequence
 `row_index`    what the files hold: rows, instructions, dialogues, without their images
 `batch_plan`   which samples make up which step; the same for a given seed, so that a run can resume at any step
 `batches`      rows read, decoded, rendered, packed and padded, in the loader's worker processes

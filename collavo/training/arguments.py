@@ -54,7 +54,9 @@ class TrainArguments:
     tasks: tuple[str, ...] = flag(TASKS, f"{', '.join(TASKS)} (default: all)", many=True, choices=TASKS, metavar="TASK")
     object_list: str = flag("dialogues", "prompts that begin with the objects", choices=("dialogues", "all", "none"))
     instructions_per_sequence: int = flag(8, "instructions of an image packed into one sequence; 1 for none", least=1)
-    max_length: int = flag(4096, "tokens of a sequence; longer ones are left out, never cut", least=1)
+    max_length: int = flag(
+        4096, "tokens of a sequence, object list included; what does not fit is left out and counted", least=1
+    )
 
     device: str = flag("auto", "auto, cpu, cuda or cuda:N; a missing GPU is an error", group="machine")
     quantize: bool = flag(True, "NF4 for the language model's linear layers")

@@ -21,13 +21,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from collavo.dataset import check_record, decoded_image
 from collavo.errors import Rejected, UserError, first_line
-from collavo.instructions.text import format_objects_with_boxes
 from collavo.model.packing import PADDING, SHARED, packed_positions
 from collavo.model.processing import CollavoProcessor
-from collavo.model.prompt import KINDS, Kind, RenderedPrompt
+from collavo.model.prompt import Kind, RenderedPrompt
 from collavo.panoptic.index_png import panoptic_map_of
 from collavo.panoptic.maps import PanopticMap
 from collavo.training.batch_plan import ROWS_PER_WINDOW, Batch, Sample
+from collavo.training.lengths import object_list, turns_of
 from collavo.training.row_index import RowGroup, RowIndex
 from schemas.categories import COCO_PANOPTIC, CategorySet
 from schemas.crayon_row import Segment
@@ -96,8 +96,8 @@ class RowReader:
     """Reads rows by their number and keeps the last row groups in memory.
 
     Args:
-        kept_rows: how many rows to keep. The plan uses a row group within two windows, so a reader that keeps two
-            windows reads each group once.
+        kept_rows: how many rows to keep. The plan uses a row group within two windows, so a reader that keeps three
+            reads each group once, though windows differ in size.
     """
 
     def __init__(self, row_groups: Sequence[RowGroup], kept_rows: int) -> None:
@@ -130,7 +130,6 @@ class ExampleDataset(Dataset[Example | Skipped | UserError]):
     """Samples, as examples; the index is the sample itself.
 
     Args:
-        object_list: which prompts begin with the recognised objects: `dialogues`, `all` or `none`.
         image_root: the folder that image paths in the rows start from.
         categories: the set of the rows' classes.
     """
@@ -139,14 +138,12 @@ class ExampleDataset(Dataset[Example | Skipped | UserError]):
         self,
         index: RowIndex,
         processor: CollavoProcessor,
-        object_list: str,
         image_root: Path | None = None,
         categories: CategorySet = COCO_PANOPTIC,
     ) -> None:
         self.index = index
-        self._reader = RowReader(index.row_groups, kept_rows=2 * ROWS_PER_WINDOW)
+        self._reader = RowReader(index.row_groups, kept_rows=3 * ROWS_PER_WINDOW)
         self._processor = processor
-        self._listed: tuple[Kind, ...] = {"all": KINDS, "dialogues": ("dialogue",), "none": ()}[object_list]
         self._image_root = image_root
         self._categories = categories
 
@@ -164,12 +161,15 @@ class ExampleDataset(Dataset[Example | Skipped | UserError]):
 
         Raises:
             UserError: if rows refer to their images and there is no root.
-            Rejected: if its image or map is missing or damaged, or its text cannot be rendered.
+            Rejected: if its image or map is missing or damaged, or its text cannot be rendered or is too long.
         """
         record = self._reader.read(sample.row)
         try:
             check_record({name: record[name] for name in _LATE_COLUMNS}, len(self._categories))
             prompts = self._prompts(sample, record)
+            packed = pack_prompts(prompts, self._processor.image_token_id)
+            if (length := len(packed[0])) > self.index.max_length:
+                raise Rejected("too_long_sequence", f"{length:,} tokens")
             if not _has_map(record):
                 return example_of(self._processor, sample.kind, record["image_id"], prompts)
             pixels = decoded_image(record["image"]["path"], record["image"]["bytes"], self._image_root)
@@ -201,8 +201,8 @@ class ExampleDataset(Dataset[Example | Skipped | UserError]):
         return batch
 
     def _prompts(self, sample: Sample, record: dict[str, Any]) -> list[RenderedPrompt]:
-        has_image, listed = _has_map(record), sample.kind in self._listed
-        return prompts_of(self._processor, record, sample.kind, sample.numbers, listed, has_image)
+        objects = self.index.texts[sample.kind].objects_of(sample.row, sample.numbers)
+        return prompts_of(self._processor, record, sample.kind, sample.numbers, objects, _has_map(record))
 
 
 def prompts_of(
@@ -210,7 +210,7 @@ def prompts_of(
     record: Mapping[str, Any],
     kind: Kind,
     numbers: Sequence[int],
-    listed: bool,
+    objects: Sequence[int],
     has_image: bool,
 ) -> list[RenderedPrompt]:
     """Render texts of a row.
@@ -218,20 +218,15 @@ def prompts_of(
     Args:
         record: the row, as plain values.
         numbers: the row's instructions to render, or its one dialogue.
-        listed: whether prompts begin with the recognised objects.
+        objects: how many recognised objects each prompt begins with; `NO_LIST` for a prompt without a list.
 
     Raises:
         Rejected: if a text cannot be rendered.
     """
-    objects = None
-    if listed and has_image:
-        segments = list(map(Segment.from_record, record["segments"]))
-        objects = format_objects_with_boxes(segments, (record["width"], record["height"]))
-    if kind == "dialogue":
-        turns = record["conversations"][numbers[0]]["turns"]
-        return [processor.render([(turn["from"], turn["value"]) for turn in turns], objects, has_image)]
-    asked = [record["instructions"][number] for number in numbers]
-    return [processor.render([("human", i["question"]), ("gpt", i["answer"])], objects, has_image) for i in asked]
+    return [
+        processor.render(turns_of(record, kind, number), object_list(record, listed) if has_image else None, has_image)
+        for number, listed in zip(numbers, objects, strict=True)
+    ]
 
 
 def example_of(
@@ -305,7 +300,8 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> MicroBatch:
 
 def micro_batches(batch: Batch, size: int, rank: int = 0, ranks: int = 1) -> list[list[Sample]]:
     """Cut one rank's share of a batch into pieces that fit into memory."""
-    share = batch.samples[rank::ranks]
+    of_rank = len(batch.samples) // ranks
+    share = batch.samples[rank * of_rank : (rank + 1) * of_rank]
     return [list(share[start : start + size]) for start in range(0, len(share), size)]
 
 

@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step-000500/weights.safetensors      queries, connector and adapters
     RUN/checkpoints/step-000500/optimizer.safetensors    AdamW's moments, by the weight's name
-    RUN/checkpoints/step-000500/state.json               where the run stands, and its fingerprint
+    RUN/checkpoints/step-000500/state.json               where the run stands, and what it learns from
 
 There is no state of a random generator to save: the plan of the batches follows from the seed (`batch_plan`), and the
 model has no dropout. Position, weights and moments are all. No pickles, which could run code when they are loaded.
@@ -14,13 +14,15 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from collavo.dataset import LeftOut
 from collavo.errors import UserError
-from collavo.folders import whole_folder
+from collavo.folders import whole_folder, writing
+from collavo.training import record
 
 WEIGHTS, OPTIMIZER, STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 
@@ -41,16 +43,20 @@ def save_checkpoint(
     position: Position,
     parameters: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
-    fingerprint: str,
+    learned_from: Mapping[str, Any],
     keep: int,
 ) -> None:
     """Write a checkpoint, whole or not at all, and remove all but the last `keep`.
 
     Args:
         parameters: what has learned or is learning, by name.
-        fingerprint: identifies data and arguments; the checkpoint is refused under others.
+        learned_from: data and arguments, see `collavo.training.record`; the checkpoint is refused under others.
+
+    Raises:
+        UserError: if the disk refuses; the checkpoints before are kept.
     """
-    with whole_folder(run / "checkpoints" / f"step-{position.total_steps:06d}") as folder:
+    place = run / "checkpoints" / f"step-{position.total_steps:06d}"
+    with writing(place), whole_folder(place) as folder:
         save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, folder / WEIGHTS)
         # By name, where torch's own state dict counts parameters in the order in which the optimizer was given them.
         moments = {
@@ -61,7 +67,8 @@ def save_checkpoint(
         save_file(moments, folder / OPTIMIZER)
         state = {name: getattr(position, name) for name in ("phase", "phase_steps", "total_steps")}
         skipped = {"counts": position.skipped.counts, "named": position.skipped.named}
-        (folder / STATE).write_text(json.dumps({**state, "skipped": skipped, "fingerprint": fingerprint}, indent=2))
+        state |= {"skipped": skipped, "learned_from": learned_from}
+        (folder / STATE).write_text(json.dumps(state, indent=2))
     for old in list_checkpoints(run)[:-keep]:
         shutil.rmtree(old)
 
@@ -71,18 +78,17 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step-*"))
 
 
-def read_position(checkpoint: Path, fingerprint: str) -> Position:
+def read_position(checkpoint: Path, learned_from: Mapping[str, Any]) -> Position:
     """Read where a checkpoint stands.
 
     Raises:
-        UserError: if it was made from other data or with other arguments.
+        UserError: if it was made from other data or with other arguments; it names them.
     """
     state = json.loads((checkpoint / STATE).read_text())
     skipped = state.pop("skipped")
-    if state.pop("fingerprint") != fingerprint:
+    if differing := record.differences(state.pop("learned_from"), learned_from):
         raise UserError(
-            f"{checkpoint}: made from other data or with other arguments; repeat those in the run's train_args.json, "
-            "or train into another folder"
+            f"{checkpoint}: {'; '.join(differing)}; go on with what the run began with, or train into another folder"
         )
     return Position(**state, skipped=LeftOut(Counter(skipped["counts"]), skipped["named"]))
 

@@ -19,6 +19,7 @@ from collavo.model.processing import CollavoProcessor
 from collavo.model.prompt import Kind
 from collavo.panoptic.maps import PanopticMap
 from collavo.training.batches import Example, collate, example_of, prompts_of
+from collavo.training.lengths import NO_LIST
 from schemas.categories import COCO_PANOPTIC, CategorySet
 from schemas.crayon_row import Segment
 
@@ -53,8 +54,9 @@ class CrayonCollator:
             raise ValueError(f"row {row['image_id']} has neither instructions nor dialogues; leave it out by a filter")
         kind, number = choices[int(torch.randint(len(choices), ()))]
         some = torch.randperm(len(asked))[: self.instructions].tolist() if kind == "crayon" else [number]
-        has_image, listed = row["image"] is not None, kind == "dialogue" and self.processor.object_list
-        prompts = prompts_of(self.processor, row, kind, some, listed, has_image)
+        has_image = row["image"] is not None
+        listed = len(row["segments"]) if has_image and kind == "dialogue" and self.processor.object_list else NO_LIST
+        prompts = prompts_of(self.processor, row, kind, some, [listed] * len(some), has_image)
         if not has_image:
             return example_of(self.processor, kind, row["image_id"], prompts)
         segments = tuple(map(Segment.from_record, row["segments"] or []))

@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from collavo.folders import write_whole, writing
 from collavo.model.prompt import Kind
 from collavo.progress import Progress
+from collavo.runs import read_metrics
 from collavo.training.loop import StepResult
 from collavo.training.phases import Phase
 
@@ -48,9 +50,9 @@ class RunDisplay:
         self._progress.console.print(table, highlight=False)
         self.left_out(left_out)
         self._progress.console.print(Text("A prompt, the supervised part in green: ") + example, soft_wrap=True)
-        if self._metrics.exists() and self._accelerator.is_main_process:
-            lines = [line for line in self._metrics.read_text().splitlines() if json.loads(line)["step"] <= steps_done]
-            self._metrics.write_text("".join(f"{line}\n" for line in lines))
+        if self._accelerator.is_main_process:
+            lines = [json.dumps(line) for line in read_metrics(self._metrics.parent) if line["step"] <= steps_done]
+            write_whole(self._metrics, "".join(f"{line}\n" for line in lines))
         for phase in phases:
             done = min(max(steps_done - phase.steps_before, 0), len(phase.batches))
             self._bars[phase.name] = self._progress.add(phase.name, len(phase.batches), done)
@@ -81,6 +83,6 @@ class RunDisplay:
 
     def _log(self, values: dict[str, Any]) -> None:
         if self._accelerator.is_main_process:
-            with self._metrics.open("a") as file:
+            with writing(self._metrics), self._metrics.open("a") as file:
                 file.write(json.dumps(values) + "\n")
             self._accelerator.log({k: v for k, v in values.items() if isinstance(v, float)}, step=values["step"])

@@ -1,13 +1,14 @@
 """The phases of a run: Crayon Prompt Tuning, then instruction tuning, each with its batches and its learning rate."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from collavo.errors import UserError
 from collavo.model.adapters import DIALOGUE_ADAPTER, IMAGE_ADAPTER
 from collavo.model.prompt import Kind
 from collavo.training.arguments import TrainArguments
 from collavo.training.batch_plan import Batch, PlanOptions, plan_epoch
+from collavo.training.checkpoint import Position
 from collavo.training.row_index import RowIndex
 from collavo.training.stages import CPT, Stage
 
@@ -65,6 +66,27 @@ def plan_phases(
         before = phases[0].last_step if phases else steps_of_finished_cpt
         phases.append(Phase("cit", stages, batches, arguments.cit_learning_rate, before))
     return phases
+
+
+def phases_left(phases: Sequence[Phase], done: Position) -> list[Phase]:
+    """Return the phases from the one on in which a run stands; a longer run goes on with that phase.
+
+    Raises:
+        UserError: if that phase has taken more steps than it is to have.
+    """
+    names = [phase.name for phase in phases]
+    if done.phase not in names:
+        return list(phases)
+    left: list[Phase] = []
+    for phase in phases[names.index(done.phase) :]:
+        before = left[-1].last_step if left else done.total_steps - done.phase_steps
+        left.append(replace(phase, steps_before=before))
+    if left[0].last_step < done.total_steps:
+        raise UserError(
+            f"--resume: {done.phase_steps} steps of {done.phase} are done, and --epochs and --max_steps allow "
+            f"{len(left[0].batches)}"
+        )
+    return left
 
 
 def _plan(arguments: TrainArguments, index: RowIndex, kinds: tuple[Kind, ...], options: PlanOptions) -> list[Batch]:

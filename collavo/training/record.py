@@ -1,30 +1,53 @@
-"""What a run records about itself: `train_args.json`, and the fingerprint of its checkpoints."""
+"""What a run records about itself: `train_args.json`, and in its checkpoints what a resumed run must not change."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+from collavo.folders import write_whole
 from collavo.runs import TRAIN_ARGS
 from collavo.training.arguments import TrainArguments
 
-# Arguments that change neither what is learned nor in which order, so that a resumed run may change them. The place of
-# the data is one of them: checksums identify the data.
+# Arguments that change neither what is learned nor in which order, so that a resumed run may change them; the length of
+# the run, which it may extend; and the place of the data, which are known by their checksums.
 _FREE_ARGUMENTS = (
+    "epochs", "max_steps",
     "data", "image_root", "resume", "overwrite", "output_dir", "micro_batch_size", "device", "gradient_checkpointing",
     "attention", "workers", "max_skipped_ratio", "log_steps", "eval_steps", "eval_batches", "checkpoint_steps",
     "keep_checkpoints", "report_to",
 )  # fmt: skip
 
 
-def fingerprint(arguments: TrainArguments, files: Sequence[Path]) -> str:
-    """Identify what a run learns from what, and in which order: its data and the arguments that matter."""
+def learned_from(arguments: TrainArguments, files: Sequence[Path]) -> dict[str, Any]:
+    """Say what a run learns from and in which order: the arguments that matter, and the checksum of each data file."""
     kept = {name: value for name, value in asdict(arguments).items() if name not in _FREE_ARGUMENTS}
-    facts = {"arguments": kept, "data": [_footer_sha256(file) for file in files]}
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    facts = {"arguments": kept, "data": [[str(file), _footer_sha256(file)] for file in files]}
+    return dict(json.loads(json.dumps(facts)))  # as a checkpoint gives it back
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Name the arguments and data files in which two runs differ, see `learned_from`."""
+    names = dict.fromkeys([*before["arguments"], *now["arguments"]])
+    pairs = {name: (before["arguments"].get(name), now["arguments"].get(name)) for name in names}
+    found = [f"--{name} was {_said(old)}, is {_said(new)}" for name, (old, new) in pairs.items() if old != new]
+    # A file may have moved, and two files may be alike.
+    (old_sums, new_sums) = (Counter(checksum for _, checksum in facts["data"]) for facts in (before, now))
+    gone = [file for file, checksum in before["data"] if old_sums[checksum] > new_sums[checksum]]
+    new = [file for file, checksum in now["data"] if new_sums[checksum] > old_sums[checksum]]
+    changed = [file for file in new if file in gone]
+    found += [f"{file} has changed" for file in changed]
+    found += [f"{file} was among the data" for file in gone if file not in changed]
+    return found + [f"{file} was not among the data" for file in new if file not in changed]
+
+
+def _said(value: Any) -> str:
+    return " ".join(value) or "nothing" if isinstance(value, list) else str(value)
 
 
 def write_train_args(
@@ -47,7 +70,7 @@ def write_train_args(
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "collavo")},
     }
-    (folder / TRAIN_ARGS).write_text(json.dumps(facts, indent=2) + "\n")
+    write_whole(folder / TRAIN_ARGS, json.dumps(facts, indent=2) + "\n")
 
 
 def _footer_sha256(file: Path) -> str:

@@ -3,7 +3,7 @@
 The text columns are read once, at the start. The plan of the batches follows from this index alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from collavo.dataset import LeftOut, check_record, opened_parquet, read_records
 from collavo.errors import Rejected
 from collavo.model.prompt import KINDS, Kind
+from collavo.training.lengths import NO_LIST, LengthLimit
 from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import TASKS
 
@@ -22,9 +23,6 @@ _COLUMNS = (
 )  # fmt: skip
 
 _NO_ROW: dict[str, Any] = {"image_id": "", "instructions": (), "conversations": ()}
-
-TOO_LONG: dict[Kind, str] = {"crayon": "too_long_instruction", "dialogue": "too_long_dialogue"}
-"""By what name texts that do not fit into a sequence are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +39,14 @@ class RowGroup:
 class Texts:
     """All instructions, or all dialogues, in order of their rows.
 
-    Those of a row are `offsets[row]:offsets[row + 1]`. `numbers` are their places in the row's own list, `lengths` are
-    upper bounds of their tokens.
+    Those of a row are `offsets[row]:offsets[row + 1]`. `numbers` are their places in the row's own list, `lengths` and
+    `objects` what they take of a sequence, see `collavo.training.lengths.Fitted`.
     """
 
     offsets: np.ndarray
     numbers: np.ndarray
     lengths: np.ndarray
+    objects: np.ndarray
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -57,6 +56,12 @@ class Texts:
         part = slice(self.offsets[row], self.offsets[row + 1])
         return self.numbers[part], self.lengths[part]
 
+    def objects_of(self, row: int, numbers: Sequence[int]) -> list[int]:
+        """Return how many objects the prompts of some texts of a row list."""
+        part = slice(self.offsets[row], self.offsets[row + 1])
+        listed = dict(zip(self.numbers[part].tolist(), self.objects[part].tolist(), strict=True))
+        return [listed[number] for number in numbers]
+
 
 @dataclass(frozen=True, slots=True)
 class RowIndex:
@@ -65,7 +70,10 @@ class RowIndex:
     row_groups: tuple[RowGroup, ...]
     texts: dict[Kind, Texts]
     left_out: LeftOut
-    """Damaged rows of all splits, and texts that do not fit into a sequence."""
+    """Damaged rows of all splits, texts that do not fit into a sequence, and object lists that do not fit in whole."""
+
+    max_length: int
+    """Tokens of a sequence at most."""
 
     has_null_images: bool
     """Whether some row refers to its image instead of holding it."""
@@ -74,8 +82,7 @@ class RowIndex:
 def build_row_index(
     files: Sequence[Path],
     split: str,
-    count_tokens: Callable[[str], int],
-    max_tokens: int,
+    limit: LengthLimit,
     tasks: Sequence[str] = TASKS,
     classes: int = len(COCO_PANOPTIC),
 ) -> RowIndex:
@@ -84,8 +91,7 @@ def build_row_index(
     Args:
         files: crayon data, already checked by `collavo.dataset.find_files`.
         split: `train` or `validation`.
-        count_tokens: returns the tokens of a text, with those of the markers around it.
-        max_tokens: longer texts are left out and counted.
+        limit: tells what fits; what does not is left out and counted.
         tasks: instructions of other tasks are ignored.
         classes: how many the data have.
 
@@ -94,7 +100,7 @@ def build_row_index(
     """
     groups: list[RowGroup] = []
     left_out = LeftOut()
-    collected: dict[Kind, _Collector] = {kind: _Collector(kind, count_tokens, max_tokens, left_out) for kind in KINDS}
+    collected: dict[Kind, _Collector] = {kind: _Collector(kind, limit, left_out) for kind in KINDS}
     null_images = False
     rows = 0
     for file in files:
@@ -107,18 +113,15 @@ def build_row_index(
                     rows += 1
                     usable = _usable(record, classes, f"row {rows} of {file.name}", left_out)
                     wanted = usable if usable and usable["split"] == split else _NO_ROW
-                    asked, said = enumerate(wanted["instructions"]), enumerate(wanted["conversations"])
-                    collected["crayon"].add_row(
-                        wanted["image_id"], [(i, [r["question"], r["answer"]]) for i, r in asked if r["task"] in tasks]
-                    )
-                    collected["dialogue"].add_row(
-                        wanted["image_id"], [(i, [t["value"] for t in d["turns"]]) for i, d in said]
-                    )
+                    asked = [i for i, asked in enumerate(wanted["instructions"]) if asked["task"] in tasks]
+                    collected["crayon"].add_row(wanted, asked)
+                    collected["dialogue"].add_row(wanted, range(len(wanted["conversations"])))
                 groups.append(RowGroup(file, group, first_row, rows - first_row))
     return RowIndex(
         tuple(groups),
         {kind: collector.texts() for kind, collector in collected.items()},
         left_out,
+        limit.max_length,
         null_images,
     )
 
@@ -128,28 +131,26 @@ class _Collector:
     """Gathers the `Texts` of one kind, row by row."""
 
     kind: Kind
-    count_tokens: Callable[[str], int]
-    max_tokens: int
+    limit: LengthLimit
     left_out: LeftOut
     offsets: list[int] = field(default_factory=lambda: [0])
-    numbers: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
+    columns: list[tuple[int, int, int]] = field(default_factory=list)
 
-    def add_row(self, name: str, texts: Sequence[tuple[int, Sequence[str]]]) -> None:
-        for number, parts in texts:
-            # Bytes bound the tokens and cost nothing; where they do not fit, the tokens themselves decide.
-            length = sum(len(part.encode()) for part in parts)
-            if length > self.max_tokens:
-                length = sum(map(self.count_tokens, parts))
-            if length > self.max_tokens:
-                self.left_out.add(TOO_LONG[self.kind], f"{name}[{number}]")
-            else:
-                self.numbers.append(number)
-                self.lengths.append(length)
-        self.offsets.append(len(self.numbers))
+    def add_row(self, record: dict[str, Any], numbers: Sequence[int]) -> None:
+        for number, fitted in zip(numbers, self.limit.fit(self.kind, numbers, record), strict=True):
+            name = f"{record['image_id']}[{number}]"
+            if isinstance(fitted, Rejected):
+                self.left_out.add(fitted.reason, name, str(fitted))
+                continue
+            if fitted.shortened:
+                reason = "object_list" if fitted.objects == NO_LIST else "rest_of_object_list"
+                self.left_out.add(reason, name, f"{max(fitted.objects, 0)} of {len(record['segments'])} kept")
+            self.columns.append((number, fitted.tokens, fitted.objects))
+        self.offsets.append(len(self.columns))
 
     def texts(self) -> Texts:
-        return Texts(np.array(self.offsets), np.array(self.numbers, np.int32), np.array(self.lengths, np.int32))
+        columns = np.array(self.columns, np.int32).reshape(-1, 3)
+        return Texts(np.array(self.offsets), *columns.T)
 
 
 def _usable(record: dict[str, Any] | Rejected, classes: int, place: str, left_out: LeftOut) -> dict[str, Any] | None:

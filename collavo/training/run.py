@@ -1,17 +1,17 @@
 """A training run, from its arguments to its run directory."""
 
-import json
 import os
 import shutil
 import signal
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import cached_property
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from rich.console import Console
 from rich.text import Text
 
@@ -19,18 +19,19 @@ from collavo.cli import naming
 from collavo.dataset import category_set, check_splits, find_files, notes
 from collavo.device import resolve_device
 from collavo.errors import UserError
-from collavo.folders import make_folder
+from collavo.folders import make_folder, writing
 from collavo.model.prompt import Kind, show_supervision
 from collavo.model_card import write_model_card
-from collavo.runs import ADAPTERS, CRAYON, METRICS, TRAIN_ARGS, base_from, save_run
+from collavo.runs import ADAPTERS, CARD, CRAYON, METRICS, TRAIN_ARGS, base_from, read_metrics, save_run
 from collavo.training import checkpoint, record
 from collavo.training.arguments import TrainArguments
 from collavo.training.batch_plan import PlanOptions, plan_epoch
 from collavo.training.batches import ExampleDataset
 from collavo.training.display import RunDisplay
+from collavo.training.lengths import LengthLimit
 from collavo.training.loop import StepResult, Trainer, signals_noted
-from collavo.training.phases import ADAPTER_OF, Phase, plan_phases
-from collavo.training.row_index import build_row_index
+from collavo.training.phases import ADAPTER_OF, Phase, phases_left, plan_phases
+from collavo.training.row_index import RowIndex, build_row_index
 from collavo.training.trainable import compute_dtype, count_weights, load_trainable
 
 
@@ -46,6 +47,7 @@ class TrainingRun:
 
     def __init__(self, arguments: TrainArguments, console: Console) -> None:
         self.arguments = arguments
+        self.console = console
         self.folder = Path(arguments.output_dir)
         with naming("data"):
             self.files = find_files(arguments.data)
@@ -55,6 +57,13 @@ class TrainingRun:
             console.print(note, highlight=False, soft_wrap=True)
         self.accelerator = _accelerator(arguments)
         self._prepare_folder()
+        self.learned_from = record.learned_from(arguments, self.files)
+        checkpoints = checkpoint.list_checkpoints(self.folder) if arguments.resume else []
+        self.start = checkpoints[-1] if checkpoints else None
+        self.done = checkpoint.Position("", 0, 0)
+        if self.start:
+            with naming("resume"):  # before a large base is loaded
+                self.done = checkpoint.read_position(self.start, self.learned_from)
         if arguments.report_to:
             self.accelerator.init_trackers("collavo", {k: str(v) for k, v in asdict(arguments).items()})
         self.dtype = compute_dtype(arguments.precision, self.accelerator.device)
@@ -68,14 +77,16 @@ class TrainingRun:
             self.accelerator.device,
             self.dtype,
         )
-        self.fingerprint = record.fingerprint(arguments, self.files)
+        self.limit = LengthLimit(
+            self.processor, arguments.max_length, arguments.object_list, arguments.instructions_per_sequence
+        )
         self.train_set = self._examples("train")
         self.validation_set = self._examples("validation")
         self.plan_options = PlanOptions(
             batch_size=arguments.batch_size,
             seed=arguments.seed,
             instructions_per_sequence=arguments.instructions_per_sequence,
-            max_tokens=self._max_text_tokens,
+            max_tokens=self.limit.room,
             crayon_share=arguments.crayon_share,
         )
         self.display = RunDisplay(console, self.folder / METRICS, self.accelerator, arguments.log_steps)
@@ -84,15 +95,27 @@ class TrainingRun:
         """Take all steps, then write the run directory."""
         arguments, is_main = self.arguments, self.accelerator.is_main_process
         phases = plan_phases(arguments, self.train_set.index, self.plan_options, self._steps_of_finished_cpt())
-        start, done = self._resume_point()
+        samples = sum(len(batch.samples) for phase in phases for batch in phase.batches)
+        done = self.done
+        if self.start:
+            with naming("resume"):
+                checkpoint.load_weights(self.start, self.staged.parameters_of(self.adapters))
         trained = {stage.learning for phase in phases for stage in phase.stages.values()}
         saved_adapters = [adapter for adapter in self.adapters if adapter in trained]
+        phases = phases_left(phases, done)
+        if phases[-1].last_step == done.total_steps and (self.folder / CARD).exists():
+            self.console.print(
+                f"{self.folder} has taken all of its {done.total_steps} steps; with --resume, a higher --epochs or "
+                "--max_steps extends it.",
+                soft_wrap=True,
+            )
+            return
         if is_main:
+            (self.folder / CARD).unlink(missing_ok=True)  # written last, it says that the run has ended
             dtype, ranks = str(self.dtype).removeprefix("torch."), self.accelerator.num_processes
             record.write_train_args(self.folder, arguments, self.files, saved_adapters, dtype, ranks)
         shown = self.train_set.prompt_of(phases[-1].batches[0])
         prompt = show_supervision(self.processor.tokenizer, shown) if shown else Text("none of the first batch")
-        samples = sum(len(batch.samples) for phase in phases for batch in phase.batches)
         most_skipped = int(arguments.max_skipped_ratio * samples)
         steps_done = max(done.total_steps, phases[0].steps_before)
         damaged = self.train_set.index.left_out.lines()
@@ -101,18 +124,17 @@ class TrainingRun:
             trainer.skipped, trainer.signals = done.skipped, signals
             for phase in phases:
                 if phase.last_step > done.total_steps:
-                    self._run_phase(trainer, phase, start, done, most_skipped)
+                    self._run_phase(trainer, phase, most_skipped)
         self.display.left_out(trainer.skipped.lines())
         if is_main:
             save_run(self.folder, self.staged.model, saved_adapters, self.processor)
             left_out = self.train_set.index.left_out.counts + trainer.skipped.counts
             base = base_from(self.folder, self.folder)
             write_model_card(self.folder, self.folder, "run", base, left_out=left_out)
+        self.console.print(f"Trained: {self.folder}", soft_wrap=True)
         self.accelerator.end_training()
 
-    def _run_phase(
-        self, trainer: Trainer, phase: Phase, start: Path | None, done: checkpoint.Position, most_skipped: int
-    ) -> None:
+    def _run_phase(self, trainer: Trainer, phase: Phase, most_skipped: int) -> None:
         """Take the steps of a phase that are not done yet."""
         arguments = self.arguments
         # One optimizer knows both adapters from the start. Batches of both kinds alternate, and AdamW skips weights
@@ -120,9 +142,9 @@ class TrainingRun:
         parameters = self.staged.parameters_of(self.adapters if phase.name == "cit" else ())
         optimizer = torch.optim.AdamW(parameters.values(), weight_decay=0.0)
         first_step = 0
-        if start and done.phase == phase.name:
-            checkpoint.load_optimizer(start, parameters, optimizer)
-            first_step = done.phase_steps
+        if self.start and self.done.phase == phase.name:
+            checkpoint.load_optimizer(self.start, parameters, optimizer)
+            first_step = self.done.phase_steps
 
         def after_step(result: StepResult) -> None:
             steps = result.step - phase.steps_before
@@ -151,63 +173,35 @@ class TrainingRun:
         chosen = [batch for batches in of_kind for batch in batches[: self.arguments.eval_batches]]
         return trainer.evaluate(chosen, self.validation_set)
 
-    def _resume_point(self) -> tuple[Path | None, checkpoint.Position]:
-        """Load the weights of the last checkpoint, if `--resume` asks for it; the checkpoint, and where it stands."""
-        checkpoints = checkpoint.list_checkpoints(self.folder) if self.arguments.resume else []
-        if not checkpoints:
-            return None, checkpoint.Position("", 0, 0)
-        with naming("resume"):
-            done = checkpoint.read_position(checkpoints[-1], self.fingerprint)
-            checkpoint.load_weights(checkpoints[-1], self.staged.parameters_of(self.adapters))
-        return checkpoints[-1], done
-
     def _save_checkpoint(self, position: checkpoint.Position, optimizer: torch.optim.Optimizer) -> None:
         if self.accelerator.is_main_process:  # all ranks hold the same weights and moments
             parameters = self.staged.parameters_of(self.adapters)
             checkpoint.save_checkpoint(
-                self.folder, position, parameters, optimizer, self.fingerprint, self.arguments.keep_checkpoints
+                self.folder, position, parameters, optimizer, self.learned_from, self.arguments.keep_checkpoints
             )
         self.accelerator.wait_for_everyone()
 
     def _examples(self, split: str) -> ExampleDataset:
         arguments = self.arguments
-        with naming("data"):
-            index = build_row_index(
-                self.files, split, self._count_tokens, self._max_text_tokens, arguments.tasks, len(self.categories)
-            )
+        index: RowIndex | UserError | None = None
+        if self.accelerator.is_main_process:  # the others wait for what it reads
+            try:
+                with naming("data"):
+                    index = build_row_index(self.files, split, self.limit, arguments.tasks, len(self.categories))
+            except UserError as error:
+                index = error
+        (index,) = broadcast_object_list([index])
+        if not isinstance(index, RowIndex):
+            assert index is not None
+            raise index
         if index.has_null_images and arguments.image_root is None:
             raise UserError("--data: rows refer to their images; --image_root must name the folder of the images")
         image_root = Path(arguments.image_root) if arguments.image_root else None
-        return ExampleDataset(index, self.processor, arguments.object_list, image_root, self.categories)
-
-    def _count_tokens(self, text: str) -> int:
-        """Count the tokens of a turn, with its share of the markers between turns."""
-        return len(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]) + self._marker_tokens
-
-    @cached_property
-    def _marker_tokens(self) -> int:
-        once = [("human", ""), ("gpt", "")]
-        lengths = [len(self.processor.render(once * times).input_ids) for times in (1, 2)]
-        return -(-(lengths[1] - lengths[0]) // 2)
-
-    @cached_property
-    def _max_text_tokens(self) -> int:
-        """Tokens that `--max_length` leaves for text beside the image."""
-        empty = self.processor.render([("human", ""), ("gpt", "")], objects="")
-        tokens = self.arguments.max_length - len(empty.input_ids)
-        if tokens < 1:
-            rows, columns = self.processor.grid_hw
-            raise UserError(
-                f"--max_length {self.arguments.max_length} leaves no room for text beside an image of "
-                f"{rows} x {columns} tokens"
-            )
-        return tokens
+        return ExampleDataset(index, self.processor, image_root, self.categories)
 
     def _steps_of_finished_cpt(self) -> int:
         """Return the steps of an earlier `--phase cpt` in the same folder, which this run continues."""
-        metrics = self.folder / METRICS
-        lines = map(json.loads, metrics.read_text().splitlines()) if metrics.exists() else ()
-        return max((line["step"] for line in lines if line["phase"] == "cpt"), default=0)
+        return max((line["step"] for line in read_metrics(self.folder) if line["phase"] == "cpt"), default=0)
 
     def _facts(self, phases: Sequence[Phase]) -> dict[str, str]:
         """Say what is printed about a run before it starts."""
@@ -245,11 +239,16 @@ class TrainingRun:
         # Ranks that delete the same folder trip over one another, so one deletes. The barrier before it lets all look
         # at the old run, the one after it keeps them out until the new folder is there.
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process and replaces:
-            shutil.rmtree(folder)
+        if self.accelerator.is_main_process:
+            with naming("output_dir"), writing(folder):
+                if replaces:
+                    shutil.rmtree(folder)
+                make_folder(folder)
         self.accelerator.wait_for_everyone()
-        with naming("output_dir"):
-            make_folder(folder)
+
+
+_LONGEST_WAIT = timedelta(hours=2)
+"""How long ranks wait for one that indexes the data or writes a checkpoint; ten minutes is the default on GPUs."""
 
 
 def _accelerator(arguments: TrainArguments) -> Accelerator:
@@ -264,14 +263,21 @@ def _accelerator(arguments: TrainArguments) -> Accelerator:
             raise UserError(f"--report_to {tracker}: not installed; pip install {tracker}")
     with naming("device"):
         device = resolve_device(arguments.device)
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    ranks, of_machine = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if device.type == "cuda" and of_machine > (count := torch.cuda.device_count()):
+        raise UserError(
+            f"--device {arguments.device}: {of_machine} processes, but {count} GPUs; start one for each GPU"
+        )
     if arguments.device.startswith("cuda:"):
         if ranks > 1:
             raise UserError(f"--device {device} is one GPU, and each of {ranks} processes needs its own; use cuda")
         # Accelerate computes on "cuda", which is the current device; with several ranks it chooses one for each.
         torch.cuda.set_device(device)
     accelerator = Accelerator(
-        cpu=device.type == "cpu", log_with=list(arguments.report_to) or None, project_dir=arguments.output_dir
+        cpu=device.type == "cpu",
+        log_with=list(arguments.report_to) or None,
+        project_dir=arguments.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],
     )
     if arguments.batch_size % accelerator.num_processes:
         raise UserError(
