@@ -36,7 +36,9 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[1500, 6000])
     parser.add_argument("--size", default="640x480")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--cache", type=Path, default=Path("/tmp/collavo-benchmarks"), help="scenes are drawn here once")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("/tmp/collavo-benchmarks"), help="scenes are drawn here once"
+    )
     parser.add_argument("--peers_python", type=Path, help="a Python that has ray, daft and this package")
     parser.add_argument("--steps", nargs="+", default=["own", "plain"], choices=("own", "plain"))
     parser.add_argument("--model", action="store_true", help="segment by a small model, instead of by annotation")
@@ -173,7 +175,10 @@ class ByModel:
         for first in range(0, len(paths), BATCH_SIZE):
             data = [Path(path).read_bytes() for path in paths[first : first + BATCH_SIZE]]
             for path, image, panoptic in zip(
-                paths[first : first + BATCH_SIZE], data, self.segmenter.segment(list(map(decode_rgb, data))), strict=True
+                paths[first : first + BATCH_SIZE],
+                data,
+                self.segmenter.segment(list(map(decode_rgb, data))),
+                strict=True,
             ):
                 segments = json.dumps([segment.as_record() for segment in panoptic.segments])
                 rows.append({"path": path, "image": image, "map": encode_index_map(panoptic), "segments": segments})
@@ -227,7 +232,7 @@ def with_loop(steps: str, scenes: Path, output: str) -> None:
     here = str(Path(__file__).parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])}
     started = [subprocess.Popen(part, env=environment) for part in parts]
-    if any([process.wait() for process in started]):
+    if sum(process.wait() for process in started):
         raise SystemExit("a part of the loop failed")
 
 
