@@ -126,6 +126,7 @@ def assemble_from_parts(
             vision_weights | text_weights,
             tokenizer,
             new=(*NEW, "model.multi_modal_projector."),
+            collavo_entries={"projector_untrained": True},
             normalisation=normalisation,
             chat_template=read_chat_template(folder),
         )

@@ -17,11 +17,13 @@ from collavo.errors import Rejected
 
 IMAGE_TOKEN = "<image>"
 
-Kind = Literal["crayon", "dialogue"]
-"""The two kinds of text that a model learns from: instructions about a crayon map, and free dialogues. The kind decides
-which adapter learns, and whether the prompt begins with the object list."""
+Kind = Literal["crayon", "dialogue", "caption"]
+"""The kinds of text that a model learns from: instructions about a crayon map, free dialogues, and captions, which are
+the first question of a dialogue about an image and its answer. The kind decides which weights learn, and whether the
+prompt begins with the object list."""
 
 KINDS: tuple[Kind, ...] = ("crayon", "dialogue")
+"""The kinds that instruction tuning mixes. Alignment alone uses captions."""
 
 Turns = Sequence[tuple[str, str]]
 """(`human` | `gpt`, text) in turn, beginning with human, before which a `system` turn may stand; a human turn at the

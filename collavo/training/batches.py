@@ -26,9 +26,9 @@ from collavo.model.packing import PADDING, SHARED, packed_positions
 from collavo.model.processing import CollavoProcessor
 from collavo.model.prompt import KINDS, Kind, RenderedPrompt
 from collavo.panoptic.index_png import panoptic_map_of
-from collavo.panoptic.maps import PanopticMap
+from collavo.panoptic.maps import PanopticMap, build_panoptic_map
 from collavo.training.batch_plan import ROWS_PER_WINDOW, Batch, Sample
-from collavo.training.row_index import RowGroup, RowIndex
+from collavo.training.row_index import RowGroup, RowIndex, turns_of
 from schemas.categories import COCO_PANOPTIC, CategorySet
 from schemas.crayon_row import Segment
 
@@ -173,6 +173,9 @@ class ExampleDataset(Dataset[Example | Skipped | UserError]):
             if not _has_map(record):
                 return example_of(self._processor, sample.kind, record["image_id"], prompts)
             pixels = decoded_image(record["image"]["path"], record["image"]["bytes"], self._image_root)
+            if sample.kind == "caption":  # the signal has no part in alignment
+                unknown = build_panoptic_map(np.zeros(pixels.shape[:2], np.int32), (), self._categories)
+                return example_of(self._processor, sample.kind, record["image_id"], prompts, pixels, unknown)
             segments = tuple(map(Segment.from_record, record["segments"]))
             size_wh = (pixels.shape[1], pixels.shape[0])
             panoptic = panoptic_map_of(record["panoptic_map"]["bytes"], segments, self._categories, size_wh)
@@ -227,9 +230,8 @@ def prompts_of(
     if listed and has_image:
         segments = list(map(Segment.from_record, record["segments"]))
         objects = format_objects_with_boxes(segments, (record["width"], record["height"]))
-    if kind == "dialogue":
-        turns = record["conversations"][numbers[0]]["turns"]
-        return [processor.render([(turn["from"], turn["value"]) for turn in turns], objects, has_image)]
+    if kind != "crayon":
+        return [processor.render(turns_of(record["conversations"][numbers[0]], kind), objects, has_image)]
     asked = [record["instructions"][number] for number in numbers]
     return [processor.render([("human", i["question"]), ("gpt", i["answer"])], objects, has_image) for i in asked]
 

@@ -3,7 +3,7 @@
 The text columns are read once, at the start. The plan of the batches follows from this index alone.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,13 @@ _COLUMNS = (
     "image_id", "image_sha256", "width", "height", "license_id", "split", "segments", "instructions", "conversations",
 )  # fmt: skip
 
-_NO_ROW: dict[str, Any] = {"image_id": "", "instructions": (), "conversations": ()}
+_NO_ROW: dict[str, Any] = {"image_id": "", "width": None, "instructions": (), "conversations": ()}
 
-TOO_LONG: dict[Kind, str] = {"crayon": "too_long_instruction", "dialogue": "too_long_dialogue"}
+TOO_LONG: dict[Kind, str] = {
+    "crayon": "too_long_instruction",
+    "dialogue": "too_long_dialogue",
+    "caption": "too_long_caption",
+}
 """By what name texts that do not fit into a sequence are counted."""
 
 
@@ -78,6 +82,7 @@ def build_row_index(
     max_tokens: int,
     tasks: Sequence[str] = TASKS,
     classes: int = len(COCO_PANOPTIC),
+    kinds: Sequence[Kind] = KINDS,
 ) -> RowIndex:
     """Index the rows of a split.
 
@@ -88,13 +93,14 @@ def build_row_index(
         max_tokens: longer texts are left out and counted.
         tasks: instructions of other tasks are ignored.
         classes: how many the data have.
+        kinds: of the texts to index.
 
     Raises:
         UserError: if a file cannot be read.
     """
     groups: list[RowGroup] = []
     left_out = LeftOut()
-    collected: dict[Kind, _Collector] = {kind: _Collector(kind, count_tokens, max_tokens, left_out) for kind in KINDS}
+    collected: dict[Kind, _Collector] = {kind: _Collector(kind, count_tokens, max_tokens, left_out) for kind in kinds}
     null_images = False
     rows = 0
     for file in files:
@@ -107,13 +113,8 @@ def build_row_index(
                     rows += 1
                     usable = _usable(record, classes, f"row {rows} of {file.name}", left_out)
                     wanted = usable if usable and usable["split"] == split else _NO_ROW
-                    asked, said = enumerate(wanted["instructions"]), enumerate(wanted["conversations"])
-                    collected["crayon"].add_row(
-                        wanted["image_id"], [(i, [r["question"], r["answer"]]) for i, r in asked if r["task"] in tasks]
-                    )
-                    collected["dialogue"].add_row(
-                        wanted["image_id"], [(i, [t["value"] for t in d["turns"]]) for i, d in said]
-                    )
+                    for kind, collector in collected.items():
+                        collector.add_row(wanted["image_id"], _texts_of(wanted, kind, tasks))
                 groups.append(RowGroup(file, group, first_row, rows - first_row))
     return RowIndex(
         tuple(groups),
@@ -150,6 +151,24 @@ class _Collector:
 
     def texts(self) -> Texts:
         return Texts(np.array(self.offsets), np.array(self.numbers, np.int32), np.array(self.lengths, np.int32))
+
+
+def turns_of(dialogue: Mapping[str, Any], kind: Kind) -> list[tuple[str, str]]:
+    """Return what a text of a row's dialogue holds: all its turns, or for a caption those up to the first answer."""
+    turns = [(turn["from"], turn["value"]) for turn in dialogue["turns"]]
+    answers = [number for number, (speaker, _) in enumerate(turns, start=1) if speaker == "gpt"]
+    return turns[: answers[0]] if kind == "caption" and answers else turns
+
+
+def _texts_of(record: Mapping[str, Any], kind: Kind, tasks: Sequence[str]) -> list[tuple[int, list[str]]]:
+    """List the texts of one kind in a row: their places, and their parts."""
+    if kind == "crayon":
+        asked = enumerate(record["instructions"])
+        return [(number, [i["question"], i["answer"]]) for number, i in asked if i["task"] in tasks]
+    if kind == "caption" and record["width"] is None:  # a dialogue about no image shows the projector nothing
+        return []
+    said = enumerate(record["conversations"])
+    return [(number, [text for _, text in turns_of(dialogue, kind)]) for number, dialogue in said]
 
 
 def _usable(record: dict[str, Any] | Rejected, classes: int, place: str, left_out: LeftOut) -> dict[str, Any] | None:
