@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import encoded
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_model import save_tiny_base, scene_rows, tiny_config, tiny_model, write_crayon_file
 
@@ -15,6 +18,7 @@ from collavo.runs import load_base, load_run
 from collavo.training.batches import Batch, ExampleDataset
 from collavo.training.display import RunDisplay
 from collavo.training.loop import learning_rate_at
+from pipelines.command import main as build_crayon
 
 COMMON = (
     "--device cpu --precision fp32 --batch_size 4 --align_batch_size 3 --micro_batch_size 4 --lora_rank 4 "
@@ -174,10 +178,41 @@ def test_captions_are_the_first_answers_and_need_neither_map_nor_list(
         assert "The image includes" not in text
 
 
+def test_captions_that_no_segmenter_has_seen_align_a_projector(world: Path, tmp_path: Path) -> None:
+    entries = []
+    for number in range(8):
+        file = tmp_path / f"{number}.jpg"
+        file.write_bytes(encoded(Image.new("RGB", (50, 40), (number * 30, 0, 99)), "JPEG"))
+        turns = [("human", "Describe the image concisely.\n<image>"), ("gpt", f"a field of colour {number}")]
+        said = [{"from": speaker, "value": value} for speaker, value in turns]
+        entries.append({"id": str(number), "image": file.name, "conversations": said})
+    (tmp_path / "captions.json").write_text(json.dumps(entries))
+    flags = ["--llava_json", str(tmp_path / "captions.json"), "--image_root", str(tmp_path), "--segmenter", "none"]
+    build_crayon([*flags, "--output", str(tmp_path / "out")])
+    rows = [row for file in (tmp_path / "out").glob("*.parquet") for row in pq.read_table(file).to_pylist()]
+    assert len(rows) == 8 and not any(row["segments"] or row["instructions"] for row in rows)
+    assert run(world, tmp_path / "run", "--phase", "align", "--data", str(tmp_path / "out")) == 0
+    assert {phase for _, phase, _ in steps(tmp_path / "run")} == {"align"}
+
+
 def test_the_learning_rate_warms_up() -> None:
     rates = [learning_rate_at(step, 14, 1.0, 0.0, warmup=3) for step in range(14)]
     assert rates[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
     assert rates[-1] == pytest.approx(0.0) and rates[3:] == sorted(rates[3:], reverse=True)
+
+
+def test_the_preset_on_internlm2_says_what_makes_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--data", "x", "--preset", "collavo-internlm2-7b"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "starts from the folder models/internlm2; make it once: python -m collavo.import_base --vision" in error
+    (tmp_path / "models" / "internlm2").mkdir(parents=True)
+    arguments = train.parse_arguments(["--data", "x", "--preset", "collavo-internlm2-7b"])
+    assert (arguments.lora_rank, arguments.lora_alpha, arguments.batch_size, arguments.epochs) == (64, 64, 32, 1)
+    rates = (arguments.cpt_learning_rate, arguments.cit_learning_rate, arguments.final_learning_rate)
+    assert rates == (1e-4, 1e-5, 1e-6) and arguments.quantize
 
 
 def test_alignment_has_llavas_figures() -> None:

@@ -9,15 +9,14 @@ import pytest
 import sentencepiece
 import torch
 from internlm_reference import internlm2_shapes, random_weights
-from test_import_base import VISION, save_language_model
 from test_import_base import clip as clip_fixture
 from test_import_base import llava as llava_fixture
+from test_import_base import save_language_model
 from test_internlm import MARKERS, checkpoint, internlm2_config
 from tiny_model import scene_rows, write_crayon_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoTokenizer, SiglipVisionConfig, SiglipVisionModel, pipeline
 
-import collavo.model
 from collavo import evaluate, export_model, train
 from collavo.errors import UserError
 from collavo.import_base import internlm_tokenizer
@@ -26,7 +25,6 @@ from collavo.import_base.assemble import assemble_from_parts
 from collavo.import_base.published import read_tokenizer
 from collavo.model.prompt import CHAT_FORMATS, render_conversation, show_supervision
 
-assert collavo.model is not None
 clip, llava = clip_fixture, llava_fixture
 
 VICUNA_TEXTS = [
@@ -164,19 +162,13 @@ def test_vicunas_prompts_have_the_tokens_that_llava_was_trained_with(
     turns = [("human", "<image>\nWhat colour?"), ("gpt", "Red."), ("human", "Where?"), ("gpt", "On the left.")]
     prompt = render_conversation(tokenizer, CHAT_FORMATS["vicuna"], turns, 2)
     system, image, end = VICUNA_TEXTS[0], tokenizer.convert_tokens_to_ids("<image>"), model.eos_id()
-    first, second = (
-        model.encode(text) for text in ("\nWhat colour? ASSISTANT: Red.", "USER: Where? ASSISTANT: On the left.")
-    )
+    first, second = "\nWhat colour? ASSISTANT: Red.", "USER: Where? ASSISTANT: On the left."
     opening = [model.bos_id(), *model.encode(f"{system} USER: "), image, image]
-    assert prompt.input_ids == [*opening, *first, end, *second, end]
+    assert prompt.input_ids == [*opening, *model.encode(first), end, *model.encode(second), end]
     answers = [i for i in prompt.labels if i != -100]
     assert answers == [*model.encode("Red."), end, *model.encode("On the left."), end]
     shown = show_supervision(tokenizer, prompt).plain
-    assert (
-        shown
-        == f"<s> {system} USER: <image> x 2 \nWhat colour? ASSISTANT: Red.</s> USER: Where? ASSISTANT: On the left.</s>"
-        or ("ASSISTANT: Red.</s>" in shown and "Where? ASSISTANT: On the left.</s>" in shown)
-    )
+    assert "ASSISTANT: Red.</s>" in shown and "Where? ASSISTANT: On the left.</s>" in shown
 
 
 def test_control_tokens_in_a_text_bring_no_spaces(vicuna: tuple[Path, sentencepiece.SentencePieceProcessor]) -> None:
@@ -224,6 +216,3 @@ def test_a_published_layout_goes_all_the_way(layout: str, tmp_path: Path, reques
     chat = [{"role": "user", "content": content}]
     said = answers(chat, return_full_text=False, max_new_tokens=3)
     assert isinstance(said[0]["generated_text"], str)
-
-
-assert VISION.patch_size == 14
