@@ -39,10 +39,10 @@ from collavo.model.adapters import (
     quantize_language_model,
 )
 from collavo.model.packing import SHARED, packed_positions
-from collavo.training.stages import Stage, StagedModel
+from collavo.training.stages import CRAYON_PROMPT, StagedModel, cit_stage
 
 ADAPTERS = ("image_cit", "vl_cit")
-IMAGE_CIT = Stage("image_cit", ADAPTERS, "image_cit")
+IMAGE_CIT = cit_stage("image_cit", ADAPTERS)
 IMAGE_TOKEN = 0
 
 
@@ -94,7 +94,7 @@ def with_two_adapters(model: CollavoForConditionalGeneration, sizes: Sizes, devi
     """Ours: NF4 and two adapters, in the stage of a crayon batch."""
     quantize_language_model(model, _dtype(device), device)
     staged = StagedModel(add_adapters(model, ADAPTERS, sizes.rank, sizes.rank).to(device).train(), ADAPTERS)
-    for parameter in staged.parameters_of(ADAPTERS).values():
+    for parameter in staged.parameters_of((CRAYON_PROMPT, *ADAPTERS)).values():
         parameter.data = parameter.data.float()
     staged.enter(IMAGE_CIT)
     return staged

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.processing import CollavoProcessor
-from collavo.runs import CRAYON, TRAIN_ARGS, load_run, save_run
+from collavo.runs import CRAYON, PROJECTOR, TRAIN_ARGS, load_run, save_run
 from schemas.categories import MAX_NUMBERING
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -87,7 +87,8 @@ def export_adapter(
     kept |= {"base": base, "adapter_names": [_ONE_ADAPTER]}
     (folder / TRAIN_ARGS).write_text(json.dumps(kept, indent=2) + "\n")
     save_run(folder, model, [_ONE_ADAPTER], processor)
-    shutil.copyfile(run / CRAYON, folder / CRAYON)  # the trained one, in full precision
+    for file in (run / name for name in (PROJECTOR, CRAYON) if (run / name).exists()):
+        shutil.copyfile(file, folder / file.name)  # as trained, in full precision
     del model, tuner
     found = _logits(load_run(folder, device, dtype)[0], processor)
     return {"the one adapter and the run": _difference(found, wanted)}

@@ -75,6 +75,7 @@ def write_model_card(
         "classes": f"{len(classes)}: {', '.join(classes[:_NAMED])}" + ", ..." * (len(classes) > _NAMED),
         "language model": f"{'NF4 in training' if args['quantize'] else args.get('dtype', 'float32')}, "
         f"LoRA rank {args.get('lora_rank', '?')}, adapters {', '.join(args['adapter_names']) or 'none'}",
+        **({"projector": "trained on captions"} if args.get("projector_trained") else {}),
         "queries": args["queries"],
         "prompts with the object list": args["object_list"],
         "steps": ", ".join(f"{phase} up to {step}" for phase, step in _steps(run).items()) or "none",
@@ -98,7 +99,9 @@ def write_model_card(
         ],
     )
     about = {
-        "run": f"Crayon Prompt and QLoRA adapters on `{base}`.",
+        "run": f"A projector for `{base}`."
+        if args.get("phase") == "align"
+        else f"Crayon Prompt and QLoRA adapters on `{base}`.",
         "adapter": f"Crayon Prompt and one LoRA adapter on `{base}`.",
         "merged": f"A whole model: `{base}` with the Crayon Prompt, the adapters merged into its weights.",
     }

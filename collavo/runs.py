@@ -3,7 +3,8 @@
     RUN/config.json          the model's configuration
     RUN/train_args.json      every argument, the base, checksums of the data, library versions
     RUN/metrics.jsonl        a line per step
-    RUN/crayon.safetensors   queries and crayon connector
+    RUN/projector.safetensors  the projector, where alignment trained it
+    RUN/crayon.safetensors   queries and crayon connector; a run of alignment alone has none
     RUN/adapters/NAME/       each adapter in peft's own format
     RUN/README.md            the model card
 
@@ -41,7 +42,7 @@ from collavo.quiet import without_loading_report
 from schemas.categories import CategorySet
 
 CONFIG, TRAIN_ARGS, METRICS = "config.json", "train_args.json", "metrics.jsonl"
-CRAYON, ADAPTERS, CARD = "crayon.safetensors", "adapters", "README.md"
+PROJECTOR, CRAYON, ADAPTERS, CARD = "projector.safetensors", "crayon.safetensors", "adapters", "README.md"
 
 EXPORT = "export.json"
 """What `collavo.export_model` writes beside the weights of a merged model: its base, and how it was trained."""
@@ -58,10 +59,12 @@ def save_run(run: Path, model: PeftModel, adapters: Sequence[str], processor: Co
     args = read_train_args(run)
     processor.object_list = args["object_list"] != "none"
     processor.segmenter = SCENES if args["base"] == TINY else "auto"
-    prompt = _crayon_prompt(model).state_dict()
     with writing(run), TemporaryDirectory(dir=run, prefix=".unfinished") as name:
         staging = Path(name)
-        save_file({name: tensor.cpu().contiguous() for name, tensor in prompt.items()}, staging / CRAYON)
+        if args.get("projector_trained"):
+            _save_weights(_projector(model), staging / PROJECTOR)
+        if args.get("phase") != "align":
+            _save_weights(_crayon_prompt(model), staging / CRAYON)
         if adapters:
             for config in model.peft_config.values():
                 config.base_model_name_or_path = args["base"]  # peft would name the folder that it came from
@@ -90,7 +93,9 @@ def load_run(
         UserError: if the folder is not a finished run, the weights do not fit the base, or the model not the device.
     """
     args = read_train_args(run)
-    parts = [CONFIG, CRAYON, *(f"{ADAPTERS}/{name}" for name in args["adapter_names"])]
+    trained = [PROJECTOR] if args.get("projector_trained") else []
+    trained += [] if args.get("phase") == "align" else [CRAYON]
+    parts = [CONFIG, *trained, *(f"{ADAPTERS}/{name}" for name in args["adapter_names"])]
     if missing := [part for part in parts if not (run / part).exists()]:
         raise UserError(
             f"{run}: its training has not ended, for there is no {missing[0]}; collavo.train --resume goes on with it"
@@ -102,7 +107,10 @@ def load_run(
         model, _ = load_base(base_source(run), dtype, args["queries"], attention, categories)
     except UserError as error:
         raise UserError(f"{run}: its base, {error}") from error
-    load_crayon_prompt(run / CRAYON, model)
+    if args.get("projector_trained"):
+        load_projector(run / PROJECTOR, model)
+    if args.get("phase") != "align":
+        load_crayon_prompt(run / CRAYON, model)
     if quantize == "dequantized":
         round_to_nf4(model, device)
     elif args["quantize"] if quantize is None else quantize:
@@ -202,19 +210,37 @@ def load_crayon_prompt(file: Path, model: CollavoForConditionalGeneration | Peft
     prompt = _crayon_prompt(model)
     if not prompt.state_dict():
         return
+    _load_weights(file, prompt, "Crayon Prompt Tuning (cpt)")
+
+
+def load_projector(file: Path, model: CollavoForConditionalGeneration | PeftModel) -> None:
+    """Put a trained projector into a model, in place, which is untrained no longer.
+
+    Raises:
+        UserError: if the file is missing, damaged, or holds other weights.
+    """
+    _load_weights(file, _projector(model), "alignment (align)")
+    model.config.projector_untrained = False
+
+
+def _load_weights(file: Path, module: nn.Module, written_by: str) -> None:
     if not file.exists():
-        raise UserError(f"{file}: there is no such file; Crayon Prompt Tuning (cpt) writes it")
+        raise UserError(f"{file}: there is no such file; {written_by} writes it")
     try:
         weights = load_file(file)
     except SafetensorError as error:
         raise UserError(f"{file}: damaged weights ({first_line(error)})") from error
-    if differing := set(weights) ^ set(prompt.state_dict()):
+    if differing := set(weights) ^ set(module.state_dict()):
         raise UserError(f"{file}: {len(differing)} weights do not match the model's, such as {min(differing)}")
-    for name, own in prompt.state_dict().items():
+    for name, own in module.state_dict().items():
         if weights[name].shape != own.shape:
             found, expected = (" x ".join(map(str, tensor.shape)) for tensor in (weights[name], own))
             raise UserError(f"{file}: {name} is {found}, but {expected} in a model of these classes and this base")
-    prompt.load_state_dict(weights)
+    module.load_state_dict(weights)
+
+
+def _save_weights(module: nn.Module, file: Path) -> None:
+    save_file({name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}, file)
 
 
 def load_adapters(model: CollavoForConditionalGeneration, folders: dict[str, Path]) -> PeftModel:
@@ -293,5 +319,12 @@ def base_of(model: str) -> str | None:
 
 
 def _crayon_prompt(model: CollavoForConditionalGeneration | PeftModel) -> nn.Module:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return getattr(base.model, "crayon_prompt", nn.Module())
+    return getattr(_without_adapters(model).model, "crayon_prompt", nn.Module())
+
+
+def _projector(model: CollavoForConditionalGeneration | PeftModel) -> nn.Module:
+    return _without_adapters(model).model.multi_modal_projector
+
+
+def _without_adapters(model: CollavoForConditionalGeneration | PeftModel) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model

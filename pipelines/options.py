@@ -115,8 +115,9 @@ class SourceFlags:
 class SegmentationFlags:
     segmenter: str = flag(
         "auto",
-        "auto (annotations where a named source has them, else mask2former), annotations, mask2former or detectron2",
-        choices=("auto", "annotations", *SEGMENTERS),
+        "auto (annotations where a named source has them, else mask2former), annotations, mask2former, detectron2, or "
+        "none, for captions to align a projector with",
+        choices=("auto", "annotations", *SEGMENTERS, "none"),
         metavar="NAME",
         group="segmentation",
     )

@@ -33,7 +33,7 @@ from collavo.errors import Rejected, UserError, first_line
 from collavo.folders import staging_of
 from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, Phrasebook, load_phrasebook
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
-from collavo.segmenters import Segmenter, checkpoint_categories, load_segmenter
+from collavo.segmenters import NoSegmenter, Segmenter, checkpoint_categories, load_segmenter
 from collavo.sources.json_files import open_json
 from collavo.sources.records import count_records, ignored_columns, is_record_file
 from collavo.storage import (
@@ -155,7 +155,8 @@ def _check_unused(flags: Flags) -> None:
         ("image_root", sources.llava_json or sources.images, "with --llava_json or --images"),
         *((name, not sources.named, "where no source is named") for name in ("scenes", "scene_size")),
         ("segmenter_config", segmenter == "detectron2", "with --segmenter detectron2"),
-        *((name, segmenter != "detectron2", "with mask2former") for name in _MASK2FORMER_FLAGS),
+        *((name, segmenter not in ("detectron2", "none"), "with mask2former") for name in _MASK2FORMER_FLAGS),
+        ("segmenter_checkpoint", segmenter != "none", "with a segmenter"),
         ("extend", sources.named, "with sources to add"),
         ("max_images", not sources.from_crayon and not output.extend, "on images that no finished row holds"),
         *((name, not only_rows, "on images; --from_crayon reads finished rows") for name in _IMAGE_FLAGS),
@@ -484,6 +485,8 @@ def _job(flags: Flags, sources: Sources, sets: _Sets, publication: Publication) 
         raise UserError("--segmenter annotations needs --coco_panoptic; auto, mask2former and detectron2 do not")
     phrasebook = _phrasebook(flags)
     options = flags.instructions.options
+    if segmenter == "none":  # of an image that none has seen, no class may be called absent
+        options = replace(options, tasks=())
     model = _model(flags.segmentation, sources, sets)
     return CrayonJob(
         publication=publication,
@@ -531,6 +534,8 @@ def _model(flags: SegmentationFlags, sources: Sources, sets: _Sets) -> ModelConf
         return None
     if flags.segmenter == "auto" and not unannotated:
         return None
+    if flags.segmenter == "none":
+        return ModelConfig(NoSegmenter, flags.batch_size, flags.max_batch_pixels, flags.model_copies)
     name = "mask2former" if flags.segmenter == "auto" else flags.segmenter
     options: dict[str, Any] = {"checkpoint": flags.segmenter_checkpoint, "device": flags.device}
     if name == "mask2former":

@@ -15,11 +15,10 @@ from collavo.model.adapters import (
     quantize_language_model,
 )
 from collavo.training.batches import MicroBatch, collate
-from collavo.training.stages import CPT, Stage, StagedModel, StageError
+from collavo.training.stages import ALIGN, CPT, CRAYON_PROMPT, PROJECTOR, Stage, StagedModel, StageError, cit_stage
 
 ADAPTERS = ("image_cit", "vl_cit")
-IMAGE_CIT = Stage("image_cit", ADAPTERS, "image_cit")
-VL_CIT = Stage("vl_cit", ADAPTERS, "vl_cit")
+IMAGE_CIT, VL_CIT = (cit_stage(adapter, ADAPTERS) for adapter in ADAPTERS)
 
 
 def staged_model(quantized: bool = True, checkpointing: bool = False) -> StagedModel:
@@ -55,11 +54,12 @@ def take_steps(staged: StagedModel, optimizer: torch.optim.Optimizer, steps: int
 @pytest.mark.parametrize(("quantized", "checkpointing"), [(True, True), (False, False)])
 def test_each_stage_moves_its_own_weights_and_leaves_the_rest_bit_for_bit(quantized: bool, checkpointing: bool) -> None:
     staged = staged_model(quantized, checkpointing)
-    optimizer = torch.optim.AdamW(staged.parameters_of(ADAPTERS).values(), lr=1e-2)
+    optimizer = torch.optim.AdamW(staged.parameters_of((PROJECTOR, CRAYON_PROMPT, *ADAPTERS)).values(), lr=1e-2)
     for stage, expected in (
         (IMAGE_CIT, ("crayon_prompt", ".image_cit.")),
         (VL_CIT, ("crayon_prompt", ".vl_cit.")),
         (CPT, ("crayon_prompt",)),
+        (ALIGN, ("multi_modal_projector",)),
         (IMAGE_CIT, ("crayon_prompt", ".image_cit.")),  # after a stage in which it had to rest
     ):
         before = snapshot(staged)
@@ -86,7 +86,7 @@ def test_both_adapters_are_active_while_one_learns_and_none_in_crayon_prompt_tun
     assert torch.equal(both, logits(VL_CIT))
     assert not torch.allclose(both, logits(CPT))
     for adapter in ADAPTERS:
-        assert not torch.allclose(both, logits(Stage("alone", (adapter,), adapter)))
+        assert not torch.allclose(both, logits(Stage("alone", (adapter,), (adapter,))))
 
 
 def test_a_model_that_does_not_follow_its_stage_is_found_out() -> None:

@@ -12,9 +12,10 @@ Make a CoLLaVO model from published checkpoints, each a folder or a hub id:
 
   --llava                  a LLaVA checkpoint in transformers' layout; its
                            projector stays
-  --vision and --language  a CLIP vision encoder, and a language model: Llama,
-                           Mistral, Qwen 2 and 3, InternLM 1 to 3; the projector
-                           between them is new and has to be trained
+  --vision and --language  a vision encoder, CLIP or SigLIP 1 or 2, and a
+                           language model: Llama, Mistral, Qwen 2 and 3,
+                           InternLM 1 to 3; the projector between them is new,
+                           and collavo.train begins with it (--phase align)
   --release                the authors' CoLLaVO-7B, which adds the crayon signal
                            through low-rank branches
 
@@ -43,10 +44,11 @@ class Flags:
 
     output: Path = flag(REQUIRED, "where the model goes; a new or empty folder", kind=Path, metavar="DIR")
     llava: str | None = flag(None, "a LLaVA checkpoint", metavar="ID_OR_DIR")
-    vision: str | None = flag(None, "a CLIP vision encoder", metavar="ID_OR_DIR")
+    vision: str | None = flag(None, "a vision encoder: CLIP, SigLIP or SigLIP 2", metavar="ID_OR_DIR")
     language: str | None = flag(None, "a language model", metavar="ID_OR_DIR")
     release: str | None = flag(None, "CoLLaVO-7B", metavar="ID_OR_DIR")
-    image_size: int = flag(490, "a multiple of the patch size", metavar="PIXELS", least=1)
+    image_size: int | None = flag(None, "a multiple of the patch size (default: 490 with CLIP; SigLIP's own)", kind=int,
+        metavar="PIXELS", least=1)  # fmt: skip
     chat_format: str | None = flag(None, "how the language model converses, such as vicuna or chatml (default: as its "
         "own template says)")  # fmt: skip
     dtype: str = flag("bfloat16", "of the weights", choices=("bfloat16", "float32"))

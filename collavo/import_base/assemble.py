@@ -14,7 +14,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, GenerationConfig, LlavaConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GenerationConfig,
+    LlavaConfig,
+    PreTrainedModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 
 from collavo.errors import UserError
 from collavo.hub import find_checkpoint
@@ -35,7 +44,8 @@ from collavo.quiet import without_loading_report
 
 NATIVE_LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "internlm3")
 INTERNLM = ("internlm", "internlm2")
-VISION_ENCODERS = ("clip", "clip_vision_model")
+CLIP, SIGLIP = ("clip", "clip_vision_model"), ("siglip", "siglip_vision_model")
+VISION_ENCODERS = (*CLIP, *SIGLIP)
 NEW = ("model.crayon_prompt.", "model.low_rank_branches.")
 """Beginnings of the names of tensors that other people's models lack."""
 
@@ -48,7 +58,7 @@ _VISION_NAME = re.compile(r"(?:vision_model\.)?((?:embeddings|pre_layrnorm|encod
 class Ingredients:
     """Tensors under this project's names, with their configurations and tokenizer."""
 
-    vision_config: CLIPVisionConfig
+    vision_config: CLIPVisionConfig | SiglipVisionConfig
     text_config: Any
     weights: dict[str, torch.Tensor]
     tokenizer: Any
@@ -58,8 +68,8 @@ class Ingredients:
     collavo_entries: dict[str, Any] = field(default_factory=dict)
     """Entries of CollavoConfig that the weights need."""
 
-    normalisation: dict[str, list[float]] = field(default_factory=dict)
-    """`image_mean` and `image_std`; CLIP's where they are missing."""
+    image_options: dict[str, Any] = field(default_factory=dict)
+    """`image_mean`, `image_std` and `resample` of the image processor; CLIP's where they are missing."""
 
     chat_template: str = ""
     """The checkpoint's own; its chat format is read from it."""
@@ -81,18 +91,26 @@ def assemble_from_llava(llava: str | Path, **options: Any) -> tuple[CollavoForCo
         if entries.get("model_type") != "llava" or "text_config" not in entries:
             raise ValueError(f"type {entries.get('model_type')!r} is not supported; 'llava' in transformers' layout is")
         config: Any = LlavaConfig.from_pretrained(folder)
-        if config.vision_feature_select_strategy != "default":
-            raise ValueError("its image tokens include the class token, for which a crayon map has no cell")
         _check_type(config.vision_config.model_type, VISION_ENCODERS)
+        has_class_token = config.vision_config.model_type in CLIP
+        if has_class_token and config.vision_feature_select_strategy != "default":
+            raise ValueError("its image tokens include the class token, for which a crayon map has no cell")
+        if not has_class_token and config.vision_feature_select_strategy != "full":
+            raise ValueError("its image tokens lack the first patch, in place of a class token that SigLIP has not")
         _check_type(config.text_config.model_type, NATIVE_LANGUAGE_MODELS)
-        kept = ("projector_hidden_act", "multimodal_projector_bias", "vision_feature_layer")
+        kept = (
+            "projector_hidden_act",
+            "multimodal_projector_bias",
+            "vision_feature_layer",
+            "vision_feature_select_strategy",
+        )
         ingredients = Ingredients(
             config.vision_config,
             config.text_config,
             {_llava_name(name): tensor for name, tensor in read_weights(folder).items()},
             read_tokenizer(folder),
             collavo_entries={name: getattr(config, name) for name in kept},
-            normalisation=_normalisation(folder),
+            image_options=_image_options(folder),
             chat_template=read_chat_template(folder),
         )
         return build(ingredients, **options)
@@ -101,7 +119,10 @@ def assemble_from_llava(llava: str | Path, **options: Any) -> tuple[CollavoForCo
 def assemble_from_parts(
     vision: str | Path, language: str | Path, **options: Any
 ) -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
-    """Make CoLLaVO of a CLIP vision encoder, whose last layer is used, and a language model, with a new projector.
+    """Make CoLLaVO of a vision encoder and a language model, with a new projector.
+
+    The image's features are CLIP's last layer, as the paper's, or SigLIP's last but one, as LLaVA-OneVision's: SigLIP's
+    last one serves its pooling head.
 
     Args:
         vision, language: folders or hub ids.
@@ -112,11 +133,8 @@ def assemble_from_parts(
     """
     with one_line_errors("vision", vision):
         folder = find_checkpoint(vision)
-        _check_type(read_config(folder).get("model_type"), VISION_ENCODERS)
-        vision_config = CLIPVisionConfig.from_pretrained(folder)
-        vision_weights = vision_tower_weights(read_weights(folder))
-        check_weights(CLIPVisionModel, vision_config, vision_weights, "model.vision_tower.")
-        normalisation = _normalisation(folder)
+        vision_config, vision_weights, entries = _read_vision_encoder(folder)
+        image_options = _image_options(folder)
     with one_line_errors("language", language):
         folder = find_checkpoint(language)
         text_config, text_weights, tokenizer = _read_language_model(folder)
@@ -126,7 +144,8 @@ def assemble_from_parts(
             vision_weights | text_weights,
             tokenizer,
             new=(*NEW, "model.multi_modal_projector."),
-            normalisation=normalisation,
+            collavo_entries={"projector_untrained": True, **entries},
+            image_options=image_options,
             chat_template=read_chat_template(folder),
         )
         return build(ingredients, **options)
@@ -134,7 +153,7 @@ def assemble_from_parts(
 
 def build(
     ingredients: Ingredients,
-    image_size: int = 490,
+    image_size: int | None = None,
     chat_format: str | None = None,
     dtype: torch.dtype = torch.bfloat16,
     attention: str = "sdpa",
@@ -143,7 +162,8 @@ def build(
     """Make the model and its processor.
 
     Args:
-        image_size: in pixels; CLIP's position embeddings are interpolated to its grid.
+        image_size: in pixels; position embeddings are interpolated to its grid. None for 490, the paper's, with CLIP,
+            and for the vision encoder's own with SigLIP, less what is no whole patch.
         chat_format: a key of `collavo.model.prompt.CHAT_FORMATS`; None for the checkpoint's own, or `paper` if that is
             none of them.
         attention: transformers' attention implementation.
@@ -161,8 +181,12 @@ def build(
         chat_format=chat_format,
         **ingredients.collavo_entries | entries,
     )
-    if image_size < config.vision_config.patch_size or image_size % config.vision_config.patch_size:
-        raise UserError(f"image_size {image_size}: no multiple of the patch size, {config.vision_config.patch_size}")
+    patch = config.vision_config.patch_size
+    if image_size is None:
+        own = 490 if config.vision_config.model_type in CLIP else config.vision_config.image_size
+        image_size = own // patch * patch
+    if image_size < patch or image_size % patch:
+        raise UserError(f"image_size {image_size}: no multiple of the patch size, {patch}")
     config.vision_config.image_size = image_size
     config.image_seq_length = math.prod(config.grid_hw)
     if _POSITIONS in weights:
@@ -170,7 +194,7 @@ def build(
 
     tokenizer = ingredients.tokenizer
     generation_config = _generation_config(tokenizer, chat_format)
-    processor = build_processor(config, tokenizer, **ingredients.normalisation)
+    processor = build_processor(config, tokenizer, **ingredients.image_options)
     config.image_token_index = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if config.tie_word_embeddings:
         weights.pop(_HEAD, None)
@@ -220,17 +244,19 @@ def check_weights(
 
 
 def resize_positions(positions: torch.Tensor, grid_hw: tuple[int, int]) -> torch.Tensor:
-    """Interpolate CLIP's position embeddings [1 + cells, width] to another grid; the class token keeps its own."""
-    side = math.isqrt(len(positions) - 1)
+    """Interpolate position embeddings [1 + cells, width], CLIP's, or [cells, width], SigLIP's, to another grid; the
+    class token keeps its own."""
+    side = math.isqrt(len(positions))
+    first = len(positions) - side**2  # 1 with a class token, as no two squares of one cell and more are neighbours
     if (side, side) == grid_hw:
         return positions
-    cells = positions[1:].float().T.unflatten(1, (side, side)).unsqueeze(0)
+    cells = positions[first:].float().T.unflatten(1, (side, side)).unsqueeze(0)
     resized = nn.functional.interpolate(cells, size=grid_hw, mode="bicubic", align_corners=False)
-    return torch.cat([positions[:1], resized[0].flatten(1).T.to(positions.dtype)])
+    return torch.cat([positions[:first], resized[0].flatten(1).T.to(positions.dtype)])
 
 
 def vision_tower_weights(weights: Mapping[str, torch.Tensor], prefix: str = "") -> dict[str, torch.Tensor]:
-    """Rename the tensors of a CLIP vision encoder, whose names begin with `prefix`, and leave out all others."""
+    """Rename the tensors of a vision encoder, whose names begin with `prefix`, and leave out all others."""
     matches = [(_VISION_NAME.fullmatch(name.removeprefix(prefix)), name) for name in weights if name.startswith(prefix)]
     return {f"model.vision_tower.{match[1]}": weights[name] for match, name in matches if match}
 
@@ -238,6 +264,23 @@ def vision_tower_weights(weights: Mapping[str, torch.Tensor], prefix: str = "") 
 def language_model_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename the tensors of a causal language model to our names."""
     return {re.sub(r"^model\.", "model.language_model.", name): tensor for name, tensor in weights.items()}
+
+
+def _read_vision_encoder(folder: Path) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
+    """Read a vision encoder: its configuration, its tensors, and the entries of CollavoConfig that it needs."""
+    model_type = read_config(folder).get("model_type")
+    if model_type in ("siglip2", "siglip2_vision_model"):
+        raise ValueError("SigLIP 2 of any resolution (NaFlex) has no fixed grid; a SigLIP 2 of one resolution has")
+    _check_type(model_type, VISION_ENCODERS)
+    weights = vision_tower_weights(read_weights(folder))
+    if model_type in CLIP:
+        config: Any = CLIPVisionConfig.from_pretrained(folder)
+        check_weights(CLIPVisionModel, config, weights, "model.vision_tower.")
+        return config, weights, {}
+    config = SiglipVisionConfig.from_pretrained(folder)
+    config.vision_use_head = False  # it pools all patches into one vector, for which nobody asks
+    check_weights(SiglipVisionModel, config, weights, "model.vision_tower.")
+    return config, weights, {"vision_feature_select_strategy": "full", "vision_feature_layer": -2}
 
 
 def _read_language_model(folder: Path) -> tuple[Any, dict[str, torch.Tensor], Any]:
@@ -267,12 +310,12 @@ def _check_type(model_type: str | None, supported: tuple[str, ...]) -> None:
         raise ValueError(f"architecture {model_type!r} is not supported; supported are {', '.join(supported)}")
 
 
-def _normalisation(folder: Path) -> dict[str, list[float]]:
+def _image_options(folder: Path) -> dict[str, Any]:
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).is_file():
             entries = json.loads((folder / name).read_text(encoding="utf-8"))
             entries = entries.get("image_processor", entries)
-            return {key: entries[key] for key in ("image_mean", "image_std") if key in entries}
+            return {key: entries[key] for key in ("image_mean", "image_std", "resample") if key in entries}
     return {}
 
 

@@ -74,7 +74,11 @@ def read_tokenizer(folder: Path) -> Any:
         ValueError: if transformers cannot make a fast tokenizer of its files.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        # Vicuna, hence LLaVA, and others with Llama's first tokenizer learned with a space put before each part between
+        # control tokens, which transformers calls legacy. Other tokenizers know no such thing.
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, legacy=True)
+        if hasattr(tokenizer, "legacy"):
+            tokenizer.init_kwargs["legacy"] = True  # so that it is saved
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ValueError(f"no tokenizer that transformers can read: {first_line(error)}") from error
     if not tokenizer.is_fast:

@@ -53,6 +53,9 @@ class CollavoConfig(LlavaConfig):
     """The set of classes that the semantic queries stand for, as `CategorySet.as_records` has it; None for COCO
     panoptic's 133."""
 
+    projector_untrained: bool = False
+    """Whether the projector is new, so that alignment has to train it before anything else is trained."""
+
     chat_format: str = "paper"
     """The language model's chat format, one of `collavo.model.prompt.CHAT_FORMATS`."""
 

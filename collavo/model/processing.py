@@ -270,20 +270,23 @@ def _segmenter(checkpoint: str) -> Segmenter:
 
 
 def build_processor(
-    config: CollavoConfig, tokenizer: Any, image_mean: Any = None, image_std: Any = None
+    config: CollavoConfig, tokenizer: Any, image_mean: Any = None, image_std: Any = None, resample: int | None = None
 ) -> CollavoProcessor:
     """Build the processor that fits a model's image size, grid and chat format.
 
     Args:
         tokenizer: of the language model; `<image>` is added to it where it is missing.
-        image_mean, image_std: of the vision encoder; CLIP's by default.
+        image_mean, image_std, resample: of the vision encoder's image processor; CLIP's by default.
     """
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     side = config.vision_config.image_size
-    normalisation = {k: v for k, v in (("image_mean", image_mean), ("image_std", image_std)) if v is not None}
+    options = {"image_mean": image_mean, "image_std": image_std, "resample": resample}
     image_processor = CLIPImageProcessorPil(
-        size={"height": side, "width": side}, do_center_crop=False, default_to_square=True, **normalisation
+        size={"height": side, "width": side},
+        do_center_crop=False,
+        default_to_square=True,
+        **{name: value for name, value in options.items() if value is not None},
     )
     return CollavoProcessor(
         image_processor, tokenizer, config.vision_config.patch_size, config.chat_format, config.categories

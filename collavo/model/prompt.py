@@ -17,11 +17,13 @@ from collavo.errors import Rejected
 
 IMAGE_TOKEN = "<image>"
 
-Kind = Literal["crayon", "dialogue"]
-"""The two kinds of text that a model learns from: instructions about a crayon map, and free dialogues. The kind decides
-which adapter learns, and whether the prompt begins with the object list."""
+Kind = Literal["crayon", "dialogue", "caption"]
+"""The kinds of text that a model learns from: instructions about a crayon map, free dialogues, and captions, which are
+the first question of a dialogue about an image and its answer. The kind decides which weights learn, and whether the
+prompt begins with the object list."""
 
 KINDS: tuple[Kind, ...] = ("crayon", "dialogue")
+"""The kinds that instruction tuning mixes. Alignment alone uses captions."""
 
 LISTED: Mapping[str, tuple[Kind, ...]] = {"all": KINDS, "dialogues": ("dialogue",), "none": ()}
 """Kinds of texts whose prompts begin with the recognised objects, by the `object_list` argument of training."""
@@ -63,8 +65,8 @@ class ChatFormat:
 
 _RELEASE_SYSTEM = "AI assistant should give helpful and detailed answers to user after fully understanding an image. "
 _VICUNA_SYSTEM = (
-    "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions. "
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
 
 CHAT_FORMATS: Mapping[str, ChatFormat] = {
@@ -88,6 +90,16 @@ CHAT_FORMATS: Mapping[str, ChatFormat] = {
         "\n<|im_start|>user\n",
         system_form="<|im_start|>system\n{}<|im_end|>\n",
     ),
+    # Qwen 3 with its thinking off: each answer is preceded by a thought that is empty. Of its own template's history,
+    # which has none, this differs from the second answer on; in return, each answer is asked for as it was trained.
+    "qwen3": ChatFormat(
+        "<|im_start|>user\n",
+        "\n",
+        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
+        "<|im_end|>",
+        "\n<|im_start|>user\n",
+        system_form="<|im_start|>system\n{}<|im_end|>\n",
+    ),
     "llama3": ChatFormat(
         "<|start_header_id|>user<|end_header_id|>\n\n",
         "\n",
@@ -98,9 +110,15 @@ CHAT_FORMATS: Mapping[str, ChatFormat] = {
     ),
     "mistral": ChatFormat("[INST] ", "\n", " [/INST]", "", "[INST] ", " "),
 }
-"""By name; `chatml` serves Qwen and InternLM2/3 chat models."""
+"""By name; `chatml` serves Qwen 2 and InternLM2/3 chat models."""
 
-_MARKERS = {"<|im_start|>": "chatml", "<|start_header_id|>": "llama3", "[INST]": "mistral", "ASSISTANT:": "vicuna"}
+_MARKERS = {
+    "enable_thinking": "qwen3",
+    "<|im_start|>": "chatml",
+    "<|start_header_id|>": "llama3",
+    "[INST]": "mistral",
+    "ASSISTANT:": "vicuna",
+}
 
 _OBJECTS_KNOWN = "The image includes {objects}. "
 _OBJECTS_UNKNOWN = "None of detailed object information for image. "
@@ -149,12 +167,17 @@ def render_conversation(
         if token_id not in control or not piece.is_data:
             ids = [token_id] * (image_tokens if token_id == image_token_id else 1)
         else:  # what data or a user wrote is text, whatever it looks like; character by character it is no marker
-            ids = [
-                i for character in text[start:end] for i in tokenizer(character, add_special_tokens=False)["input_ids"]
-            ]
+            ids = [i for character in text[start:end] for i in _ids_within(tokenizer, character)]
         input_ids += ids
         supervised += [piece.supervised and end > start] * len(ids)
     return RenderedPrompt(input_ids, supervised)
+
+
+def _ids_within(tokenizer: Any, character: str) -> list[int]:
+    """Tokenize a character as it stands within a text, where sentencepiece puts no space before it."""
+    before, both = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("\n", f"\n{character}"))
+    ids: list[int] = both[len(before) :]
+    return ids
 
 
 _CHAT_TEMPLATE = """\
@@ -225,12 +248,15 @@ def chat_format_of(template: str) -> str:
 
 def show_supervision(tokenizer: Any, prompt: RenderedPrompt) -> Text:
     """Show a rendered prompt on the terminal: supervised tokens in green, the image's tokens as one."""
-    shown = Text()
+    shown, before, decoded = Text(), "", list[int]()
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     pairs = zip(prompt.input_ids, prompt.supervised, strict=True)
     for (is_image, supervised), alike in groupby(pairs, key=lambda pair: (pair[0] == image_token_id, pair[1])):
         ids = [token_id for token_id, _ in alike]
-        text = f"{IMAGE_TOKEN} x {len(ids)}" if is_image else tokenizer.decode(ids)
+        # A part decoded alone would lose the space at its beginning.
+        decoded += [] if is_image else ids
+        after = tokenizer.decode(decoded)
+        text, before = f"{IMAGE_TOKEN} x {len(ids)}" if is_image else after[len(before) :], after
         shown.append(text, style="bold blue" if is_image else "bold green" if supervised else "dim")
     return shown
 

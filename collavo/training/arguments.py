@@ -5,6 +5,7 @@ Nothing here imports torch, so that `--help` and mistakes on the command line ar
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from collavo.cli import REQUIRED, Parser, flag
@@ -24,18 +25,30 @@ class TrainArguments:
     )
     image_root: str | None = flag(None, "folder that image paths in the rows start from", metavar="DIR")
     output_dir: str = flag("runs/collavo", "the run directory", metavar="DIR")
-    preset: str = flag("", "tiny, collavo-7b, or a base: folder or hub id (default: collavo-7b on a GPU, else tiny)")
-    phase: str = flag("all", "all, cpt, or cit (which continues a finished cpt)", choices=("all", "cpt", "cit"))
+    preset: str = flag(
+        "",
+        "tiny, collavo-7b, collavo-internlm2-7b, or a base: folder or hub id (default: collavo-7b on a GPU, else tiny)",
+    )
+    phase: str = flag(
+        "all",
+        "all, or one alone: align; cpt, which continues a finished align; cit, which continues a finished cpt",
+        choices=("all", "align", "cpt", "cit"),
+    )
+    projector: str | None = flag(
+        None, "a trained projector for the base: projector.safetensors, or the run that holds it", metavar="FILE_OR_RUN"
+    )
     resume: bool = flag(False, "continue from the last checkpoint in --output_dir")
     overwrite: bool = flag(False, "replace the run in --output_dir")
 
     epochs: int = flag(1, "passes over the data, in each phase", least=1, group="optimisation")
     max_steps: int | None = flag(None, "steps of each phase at most", kind=int, least=1)
     batch_size: int = flag(32, "sequences per step, over all ranks", least=1)
+    align_batch_size: int = flag(256, "the same in alignment", least=1)
     micro_batch_size: int = flag(8, "sequences per forward pass; gradients accumulate over the rest", least=1)
+    align_learning_rate: float = flag(1e-3, "of alignment, after a warm-up of 3 % of its steps")
     cpt_learning_rate: float = flag(1e-4, "at the start of Crayon Prompt Tuning")
     cit_learning_rate: float = flag(1e-5, "at the start of instruction tuning")
-    final_learning_rate: float = flag(1e-6, "at the end of both phases; the decay is a cosine")
+    final_learning_rate: float = flag(1e-6, "at the end of every phase; the decay is a cosine")
     max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm")
     seed: int = flag(0, "for initial weights and the order of the data", least=0)
 
@@ -96,7 +109,11 @@ class Preset:
     base: str
     about: str
     arguments: dict[str, Any]
+    made_by: str = ""
+    """The command that makes the base, where it is in no place that everyone reaches."""
 
+
+_INTERNLM2 = "models/internlm2"
 
 PRESETS = {
     "tiny": Preset(
@@ -117,16 +134,26 @@ PRESETS = {
             "tasks": ("class_to_binary", "counting", "box_to_class"),
         },
     ),
-    # The paper starts from InternLM-7B with an aligned projector, which is not published. This base is.
+    # The defaults of `TrainArguments` are the paper's, so that both presets below add nothing to them. The first starts
+    # from a projector that is trained; the second, like the paper and its authors' release, from InternLM, for which
+    # none is published.
     "collavo-7b": Preset(
         "llava-hf/llava-1.5-7b-hf", "CLIP-L/14 at 490 px and a 7B language model, with the paper's arguments", {}
+    ),
+    "collavo-internlm2-7b": Preset(
+        _INTERNLM2,
+        "CLIP-L/14 at 490 px and InternLM2-7B, aligned first, with the paper's arguments",
+        {},
+        "python -m collavo.import_base --vision openai/clip-vit-large-patch14-336 --language internlm/internlm2-7b "
+        f"--output {_INTERNLM2}",
     ),
 }
 
 _DESCRIPTION = """\
 Train CoLLaVO on crayon data: first the Crayon Prompt alone (cpt), then two
 QLoRA adapters (cit); crayon batches train one of them, dialogue batches the
-other."""
+other. Where the base has a new projector, alignment (align) trains that before,
+on the first question and answer of each dialogue about an image."""
 
 _DEFAULTS_OF_TINY = "\n".join(
     f"  --{name} {' '.join(value) if isinstance(value, tuple) else value}"
@@ -171,6 +198,9 @@ def _has_gpu() -> bool:
 
 
 def _check(arguments: TrainArguments) -> None:
+    made_by = PRESETS[arguments.preset].made_by if arguments.preset in PRESETS else ""
+    if made_by and not Path(arguments.base).is_dir():
+        raise UserError(f"--preset {arguments.preset} starts from the folder {arguments.base}; make it once: {made_by}")
     if arguments.queries == "none" and arguments.phase == "cpt":
         raise UserError("--phase cpt trains the queries, and --queries none has none; use --phase cit or all")
     if arguments.attention == "flash_attention_2" and arguments.instructions_per_sequence > 1:

@@ -81,7 +81,7 @@ def plan_epoch(index: RowIndex, kinds: Sequence[Kind], options: PlanOptions, epo
     The last samples of each kind, which fill no batch, are left out; which samples these are differs by epoch.
 
     Args:
-        kinds: both for instruction tuning, `crayon` alone for Crayon Prompt Tuning.
+        kinds: of the samples; the phase decides.
     """
     # Philox gives the same numbers on every machine, and an independent stream for each key.
     rng = np.random.Generator(np.random.Philox(key=[options.seed, epoch]))
@@ -184,9 +184,9 @@ def _samples_of(
             numbers, lengths = index.texts["crayon"].of_row(row)
             order = rng.permutation(len(numbers))  # other instructions share a sequence in each epoch
             yield from (Sample("crayon", row, pack) for pack in _packs(numbers[order], lengths[order], options))
-        if "dialogue" in kinds:
-            numbers, _ = index.texts["dialogue"].of_row(row)
-            yield from (Sample("dialogue", row, (number,)) for number in numbers.tolist())
+        for kind in (kind for kind in kinds if kind != "crayon"):
+            numbers, _ = index.texts[kind].of_row(row)
+            yield from (Sample(kind, row, (number,)) for number in numbers.tolist())
 
 
 def _packs(numbers: np.ndarray, lengths: np.ndarray, options: PlanOptions) -> Iterator[tuple[int, ...]]:
@@ -207,7 +207,7 @@ def _kept_shares(counts: Counter[Kind], crayon_share: float | None) -> dict[Kind
     """Return the share of each kind's samples to keep, so that the rest has the wanted mix; the scarcer kind stays
     whole."""
     if crayon_share is None or len(counts) < 2:
-        return {"crayon": 1.0, "dialogue": 1.0}
+        return dict.fromkeys(counts, 1.0)
     wanted_ratio = crayon_share / (1 - crayon_share)
     ratio = counts["crayon"] / counts["dialogue"]
     return {"crayon": min(1.0, wanted_ratio / ratio), "dialogue": min(1.0, ratio / wanted_ratio)}

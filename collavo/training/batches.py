@@ -25,7 +25,7 @@ from collavo.model.packing import PADDING, SHARED, packed_positions
 from collavo.model.processing import CollavoProcessor
 from collavo.model.prompt import Kind, RenderedPrompt
 from collavo.panoptic.index_png import panoptic_map_of
-from collavo.panoptic.maps import PanopticMap
+from collavo.panoptic.maps import PanopticMap, build_panoptic_map
 from collavo.training.batch_plan import ROWS_PER_WINDOW, Batch, Sample
 from collavo.training.lengths import object_list, turns_of
 from collavo.training.row_index import RowGroup, RowIndex
@@ -173,6 +173,9 @@ class ExampleDataset(Dataset[Example | Skipped | UserError]):
             if not _has_map(record):
                 return example_of(self._processor, sample.kind, record["image_id"], prompts)
             pixels = decoded_image(record["image"]["path"], record["image"]["bytes"], self._image_root)
+            if sample.kind == "caption":  # the signal has no part in alignment
+                unknown = build_panoptic_map(np.zeros(pixels.shape[:2], np.int32), (), self._categories)
+                return example_of(self._processor, sample.kind, record["image_id"], prompts, pixels, unknown)
             segments = tuple(map(Segment.from_record, record["segments"]))
             size_wh = (pixels.shape[1], pixels.shape[0])
             panoptic = panoptic_map_of(record["panoptic_map"]["bytes"], segments, self._categories, size_wh)

@@ -16,7 +16,11 @@ from schemas.crayon_row import Segment
 
 NO_LIST = -1
 
-TOO_LONG: dict[Kind, str] = {"crayon": "too_long_instruction", "dialogue": "too_long_dialogue"}
+TOO_LONG: dict[Kind, str] = {
+    "crayon": "too_long_instruction",
+    "dialogue": "too_long_dialogue",
+    "caption": "too_long_caption",
+}
 """By what name texts that do not fit into a sequence are counted."""
 
 
@@ -111,11 +115,13 @@ class LengthLimit:
 
 
 def turns_of(record: Mapping[str, Any], kind: Kind, number: int) -> Turns:
-    """Return an instruction or a dialogue of a row, as plain values, turn by turn."""
-    if kind == "dialogue":
-        return [(turn["from"], turn["value"]) for turn in record["conversations"][number]["turns"]]
-    asked = record["instructions"][number]
-    return [("human", asked["question"]), ("gpt", asked["answer"])]
+    """Return a text of a row, as plain values, turn by turn; a caption is a dialogue up to its first answer."""
+    if kind == "crayon":
+        asked = record["instructions"][number]
+        return [("human", asked["question"]), ("gpt", asked["answer"])]
+    turns = [(turn["from"], turn["value"]) for turn in record["conversations"][number]["turns"]]
+    answers = [place for place, (speaker, _) in enumerate(turns, start=1) if speaker == "gpt"]
+    return turns[: answers[0]] if kind == "caption" and answers else turns
 
 
 def object_list(record: Mapping[str, Any], most: int) -> str | None:

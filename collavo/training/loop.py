@@ -74,9 +74,11 @@ def signals_noted() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def learning_rate_at(step: int, steps: int, first: float, last: float) -> float:
-    """Return a cosine from `first`, at step 0, to `last`, at the final step."""
-    progress = step / max(steps - 1, 1)
+def learning_rate_at(step: int, steps: int, first: float, last: float, warmup: int = 0) -> float:
+    """Return a cosine from `first` to `last`, at the final step; in the steps of a warm-up, a line that rises to it."""
+    if step < warmup:
+        return first * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(steps - warmup - 1, 1)
     return last + (first - last) * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -133,7 +135,8 @@ class Trainer:
         loader = build_loader(dataset, [*chain.from_iterable(micro)], arguments.workers, pin_memory=on_gpu)
         for step, of_step in enumerate(micro, start=first_step):
             batch = phase.batches[step]
-            rate = learning_rate_at(step, len(phase.batches), phase.learning_rate, arguments.final_learning_rate)
+            steps, final = len(phase.batches), arguments.final_learning_rate
+            rate = learning_rate_at(step, steps, phase.learning_rate, final, phase.warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             stage = phase.stages[batch.kind]

@@ -1,5 +1,9 @@
-"""The phases of a run: Crayon Prompt Tuning, then instruction tuning, each with its batches and its learning rate."""
+"""The phases of a run: alignment where the base needs it, Crayon Prompt Tuning, instruction tuning.
 
+Each has its batches, its stages and its learning rate.
+"""
+
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +14,7 @@ from collavo.training.arguments import TrainArguments
 from collavo.training.batch_plan import Batch, PlanOptions, plan_epoch
 from collavo.training.checkpoint import Position
 from collavo.training.row_index import RowIndex
-from collavo.training.stages import CPT, Stage
+from collavo.training.stages import ALIGN, CPT, Stage, cit_stage
 
 ADAPTER_OF: dict[str, dict[Kind, str]] = {
     "dual": {"crayon": IMAGE_ADAPTER, "dialogue": DIALOGUE_ADAPTER},
@@ -22,7 +26,7 @@ ADAPTER_OF: dict[str, dict[Kind, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Crayon Prompt Tuning (`cpt`) or instruction tuning (`cit`). Each has an optimizer of its own."""
+    """Alignment (`align`), Crayon Prompt Tuning (`cpt`) or instruction tuning (`cit`), with an optimizer of its own."""
 
     name: str
     stages: dict[Kind, Stage]
@@ -33,27 +37,51 @@ class Phase:
     steps_before: int
     """Steps of earlier phases, so that steps are counted over the whole run."""
 
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises to its height."""
+
     @property
     def last_step(self) -> int:
         return self.steps_before + len(self.batches)
 
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups of weights that learn in any of its stages, see `collavo.training.stages`."""
+        return tuple(dict.fromkeys(group for stage in self.stages.values() for group in stage.learning))
+
+
+ALIGN_WARMUP = 0.03
+"""Share of the steps of an alignment in which the learning rate rises, as in LLaVA's pre-training."""
+
 
 def plan_phases(
-    arguments: TrainArguments, index: RowIndex, options: PlanOptions, steps_of_finished_cpt: int
+    arguments: TrainArguments, index: RowIndex, options: PlanOptions, aligns: bool, steps_before: int
 ) -> list[Phase]:
     """Plan the phases that `--phase` asks for.
 
     Args:
-        steps_of_finished_cpt: steps before those of this run, where it continues a finished cpt.
+        aligns: whether the projector is trained first, or alone.
+        steps_before: those of the finished phases that this run continues.
 
     Raises:
         UserError: if a kind has too few samples for a single batch.
     """
-    phases = []
+    phases: list[Phase] = []
+
+    def add(name: str, stages: dict[Kind, Stage], learning_rate: float, options: PlanOptions = options) -> None:
+        batches = _plan(arguments, index, tuple(stages), options)
+        before = phases[-1].last_step if phases else steps_before
+        warmup = math.ceil(ALIGN_WARMUP * len(batches)) if name == "align" else 0
+        phases.append(Phase(name, stages, batches, learning_rate, before, warmup))
+
+    if aligns:
+        of_align = replace(options, batch_size=arguments.align_batch_size)
+        add("align", {"caption": ALIGN}, arguments.align_learning_rate, of_align)
+    if arguments.phase == "align":
+        return phases
     tunes = arguments.phase == "cpt" or (arguments.phase == "all" and len(index.texts["crayon"]))
     if tunes and arguments.queries != "none":
-        batches = _plan(arguments, index, ("crayon",), options)
-        phases.append(Phase("cpt", {"crayon": CPT}, batches, arguments.cpt_learning_rate, 0))
+        add("cpt", {"crayon": CPT}, arguments.cpt_learning_rate)
     if arguments.phase != "cpt":
         adapter_of = {
             kind: adapter for kind, adapter in ADAPTER_OF[arguments.adapters].items() if len(index.texts[kind])
@@ -61,10 +89,8 @@ def plan_phases(
         if not adapter_of:
             raise UserError("--data: no row of the split 'train' has anything that --adapters could learn from")
         active = tuple(dict.fromkeys(adapter_of.values()))
-        stages = {kind: Stage(adapter, active, adapter) for kind, adapter in adapter_of.items()}
-        batches = _plan(arguments, index, tuple(stages), options)
-        before = phases[0].last_step if phases else steps_of_finished_cpt
-        phases.append(Phase("cit", stages, batches, arguments.cit_learning_rate, before))
+        stages = {kind: cit_stage(adapter, active) for kind, adapter in adapter_of.items()}
+        add("cit", stages, arguments.cit_learning_rate)
     return phases
 
 
@@ -92,10 +118,11 @@ def phases_left(phases: Sequence[Phase], done: Position) -> list[Phase]:
 def _plan(arguments: TrainArguments, index: RowIndex, kinds: tuple[Kind, ...], options: PlanOptions) -> list[Batch]:
     batches = [b for epoch in range(arguments.epochs) for b in plan_epoch(index, kinds, options, epoch)]
     for kind in set(kinds) - {batch.kind for batch in batches}:
-        texts = "instructions" if kind == "crayon" else "dialogues"
+        texts = {"crayon": "instructions", "dialogue": "dialogues", "caption": "dialogues about images"}[kind]
+        size = "align_batch_size" if kind == "caption" else "batch_size"
         packed = f" of up to {arguments.instructions_per_sequence} instructions each" if kind == "crayon" else ""
         raise UserError(
             f"--data: {len(index.texts[kind])} {texts} of the split 'train' make no batch of {options.batch_size} "
-            f"sequences{packed}; lower --batch_size, build more data, or leave out the phase"
+            f"sequences{packed}; lower --{size}, build more data, or leave out the phase"
         )
     return batches[: arguments.max_steps]

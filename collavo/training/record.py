@@ -51,12 +51,19 @@ def _said(value: Any) -> str:
 
 
 def write_train_args(
-    folder: Path, arguments: TrainArguments, files: Sequence[Path], adapters: Sequence[str], dtype: str, ranks: int
+    folder: Path,
+    arguments: TrainArguments,
+    files: Sequence[Path],
+    adapters: Sequence[str],
+    projector_trained: bool,
+    dtype: str,
+    ranks: int,
 ) -> None:
     """Write `train_args.json`: all arguments, and on what and with which libraries the run was trained.
 
     Args:
         adapters: names of the adapters that the run will hold.
+        projector_trained: whether it will hold a projector.
         dtype: of the computation.
         ranks: processes.
     """
@@ -64,6 +71,7 @@ def write_train_args(
         **asdict(arguments),
         "base": arguments.base,
         "adapter_names": list(adapters),
+        "projector_trained": projector_trained,
         "dtype": dtype,
         "files": {str(file): _footer_sha256(file) for file in files},
         "ranks": ranks,

@@ -3,7 +3,7 @@
 The text columns are read once, at the start. The plan of the batches follows from this index alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ _COLUMNS = (
     "image_id", "image_sha256", "width", "height", "license_id", "split", "segments", "instructions", "conversations",
 )  # fmt: skip
 
-_NO_ROW: dict[str, Any] = {"image_id": "", "instructions": (), "conversations": ()}
+_NO_ROW: dict[str, Any] = {"image_id": "", "width": None, "instructions": (), "conversations": ()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +85,7 @@ def build_row_index(
     limit: LengthLimit,
     tasks: Sequence[str] = TASKS,
     classes: int = len(COCO_PANOPTIC),
+    kinds: Sequence[Kind] = KINDS,
 ) -> RowIndex:
     """Index the rows of a split.
 
@@ -94,13 +95,14 @@ def build_row_index(
         limit: tells what fits; what does not is left out and counted.
         tasks: instructions of other tasks are ignored.
         classes: how many the data have.
+        kinds: of the texts to index.
 
     Raises:
         UserError: if a file cannot be read.
     """
     groups: list[RowGroup] = []
     left_out = LeftOut()
-    collected: dict[Kind, _Collector] = {kind: _Collector(kind, limit, left_out) for kind in KINDS}
+    collected: dict[Kind, _Collector] = {kind: _Collector(kind, limit, left_out) for kind in kinds}
     null_images = False
     rows = 0
     for file in files:
@@ -113,9 +115,8 @@ def build_row_index(
                     rows += 1
                     usable = _usable(record, classes, f"row {rows} of {file.name}", left_out)
                     wanted = usable if usable and usable["split"] == split else _NO_ROW
-                    asked = [i for i, asked in enumerate(wanted["instructions"]) if asked["task"] in tasks]
-                    collected["crayon"].add_row(wanted, asked)
-                    collected["dialogue"].add_row(wanted, range(len(wanted["conversations"])))
+                    for kind, collector in collected.items():
+                        collector.add_row(wanted, _numbers_of(wanted, kind, tasks))
                 groups.append(RowGroup(file, group, first_row, rows - first_row))
     return RowIndex(
         tuple(groups),
@@ -151,6 +152,15 @@ class _Collector:
     def texts(self) -> Texts:
         columns = np.array(self.columns, np.int32).reshape(-1, 3)
         return Texts(np.array(self.offsets), *columns.T)
+
+
+def _numbers_of(record: Mapping[str, Any], kind: Kind, tasks: Sequence[str]) -> Sequence[int]:
+    """List the places of the texts of one kind in a row."""
+    if kind == "crayon":
+        return [number for number, asked in enumerate(record["instructions"]) if asked["task"] in tasks]
+    if kind == "caption" and record["width"] is None:  # a dialogue about no image shows the projector nothing
+        return []
+    return range(len(record["conversations"]))
 
 
 def _usable(record: dict[str, Any] | Rejected, classes: int, place: str, left_out: LeftOut) -> dict[str, Any] | None:

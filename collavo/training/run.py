@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -20,9 +21,10 @@ from collavo.dataset import category_set, check_splits, find_files, notes
 from collavo.device import resolve_device
 from collavo.errors import UserError
 from collavo.folders import make_folder, writing
-from collavo.model.prompt import Kind, show_supervision
+from collavo.model.configuration import CollavoConfig
+from collavo.model.prompt import KINDS, Kind, show_supervision
 from collavo.model_card import write_model_card
-from collavo.runs import ADAPTERS, CARD, CRAYON, METRICS, TRAIN_ARGS, base_from, read_metrics, save_run
+from collavo.runs import ADAPTERS, CARD, CRAYON, METRICS, PROJECTOR, TRAIN_ARGS, base_from, read_metrics, save_run
 from collavo.training import checkpoint, record
 from collavo.training.arguments import TrainArguments
 from collavo.training.batch_plan import PlanOptions, plan_epoch
@@ -74,9 +76,13 @@ class TrainingRun:
             self.adapters,
             self.categories,
             self.folder / CRAYON,
+            projector_file := self._projector_file(),
             self.accelerator.device,
             self.dtype,
         )
+        self.config = cast(CollavoConfig, self.staged.model.get_base_model().config)
+        self.aligns = arguments.phase == "align" or self.config.projector_untrained
+        self.projector_trained = self.aligns or projector_file is not None
         self.limit = LengthLimit(
             self.processor, arguments.max_length, arguments.object_list, arguments.instructions_per_sequence
         )
@@ -94,14 +100,14 @@ class TrainingRun:
     def train(self) -> None:
         """Take all steps, then write the run directory."""
         arguments, is_main = self.arguments, self.accelerator.is_main_process
-        phases = plan_phases(arguments, self.train_set.index, self.plan_options, self._steps_of_finished_cpt())
+        phases = plan_phases(arguments, self.train_set.index, self.plan_options, self.aligns, self._steps_before())
         samples = sum(len(batch.samples) for phase in phases for batch in phase.batches)
+        learning = list(dict.fromkeys(group for phase in phases for group in phase.groups))
         done = self.done
         if self.start:
             with naming("resume"):
-                checkpoint.load_weights(self.start, self.staged.parameters_of(self.adapters))
-        trained = {stage.learning for phase in phases for stage in phase.stages.values()}
-        saved_adapters = [adapter for adapter in self.adapters if adapter in trained]
+                checkpoint.load_weights(self.start, self.staged.parameters_of(learning))
+        saved_adapters = [adapter for adapter in self.adapters if adapter in learning]
         phases = phases_left(phases, done)
         if phases[-1].last_step == done.total_steps and (self.folder / CARD).exists():
             self.console.print(
@@ -113,7 +119,9 @@ class TrainingRun:
         if is_main:
             (self.folder / CARD).unlink(missing_ok=True)  # written last, it says that the run has ended
             dtype, ranks = str(self.dtype).removeprefix("torch."), self.accelerator.num_processes
-            record.write_train_args(self.folder, arguments, self.files, saved_adapters, dtype, ranks)
+            record.write_train_args(
+                self.folder, arguments, self.files, saved_adapters, self.projector_trained, dtype, ranks
+            )
         shown = self.train_set.prompt_of(phases[-1].batches[0])
         prompt = show_supervision(self.processor.tokenizer, shown) if shown else Text("none of the first batch")
         most_skipped = int(arguments.max_skipped_ratio * samples)
@@ -124,8 +132,9 @@ class TrainingRun:
             trainer.skipped, trainer.signals = done.skipped, signals
             for phase in phases:
                 if phase.last_step > done.total_steps:
-                    self._run_phase(trainer, phase, most_skipped)
+                    self._run_phase(trainer, phase, learning, most_skipped)
         self.display.left_out(trainer.skipped.lines())
+        self.config.projector_untrained = False
         if is_main:
             save_run(self.folder, self.staged.model, saved_adapters, self.processor)
             left_out = self.train_set.index.left_out.counts + trainer.skipped.counts
@@ -134,12 +143,12 @@ class TrainingRun:
         self.console.print(f"Trained: {self.folder}", soft_wrap=True)
         self.accelerator.end_training()
 
-    def _run_phase(self, trainer: Trainer, phase: Phase, most_skipped: int) -> None:
-        """Take the steps of a phase that are not done yet."""
+    def _run_phase(self, trainer: Trainer, phase: Phase, learning: Sequence[str], most_skipped: int) -> None:
+        """Take the steps of a phase that are not done yet; `learning` are the groups of weights of all phases."""
         arguments = self.arguments
         # One optimizer knows both adapters from the start. Batches of both kinds alternate, and AdamW skips weights
         # without a gradient, so an adapter keeps its moments and its own count of steps while the other one learns.
-        parameters = self.staged.parameters_of(self.adapters if phase.name == "cit" else ())
+        parameters = self.staged.parameters_of(phase.groups)
         optimizer = torch.optim.AdamW(parameters.values(), weight_decay=0.0)
         first_step = 0
         if self.start and self.done.phase == phase.name:
@@ -155,7 +164,7 @@ class TrainingRun:
             # After the evaluation of its step, which a run resumed from here does not repeat.
             if last or steps % arguments.checkpoint_steps == 0 or trainer.stopped_by:
                 position = checkpoint.Position(phase.name, steps, result.step, trainer.skipped)
-                self._save_checkpoint(position, optimizer)
+                self._save_checkpoint(position, optimizer, learning)
             if trainer.stopped_by:
                 name = signal.Signals(trainer.stopped_by).name
                 raise UserError(
@@ -173,9 +182,11 @@ class TrainingRun:
         chosen = [batch for batches in of_kind for batch in batches[: self.arguments.eval_batches]]
         return trainer.evaluate(chosen, self.validation_set)
 
-    def _save_checkpoint(self, position: checkpoint.Position, optimizer: torch.optim.Optimizer) -> None:
+    def _save_checkpoint(
+        self, position: checkpoint.Position, optimizer: torch.optim.Optimizer, learning: Sequence[str]
+    ) -> None:
         if self.accelerator.is_main_process:  # all ranks hold the same weights and moments
-            parameters = self.staged.parameters_of(self.adapters)
+            parameters = self.staged.parameters_of(learning)
             checkpoint.save_checkpoint(
                 self.folder, position, parameters, optimizer, self.learned_from, self.arguments.keep_checkpoints
             )
@@ -185,9 +196,10 @@ class TrainingRun:
         arguments = self.arguments
         index: RowIndex | UserError | None = None
         if self.accelerator.is_main_process:  # the others wait for what it reads
+            kinds = (*(() if arguments.phase == "align" else KINDS), *(("caption",) if self.aligns else ()))
             try:
                 with naming("data"):
-                    index = build_row_index(self.files, split, self.limit, arguments.tasks, len(self.categories))
+                    index = build_row_index(self.files, split, self.limit, arguments.tasks, len(self.categories), kinds)
             except UserError as error:
                 index = error
         (index,) = broadcast_object_list([index])
@@ -199,30 +211,37 @@ class TrainingRun:
         image_root = Path(arguments.image_root) if arguments.image_root else None
         return ExampleDataset(index, self.processor, image_root, self.categories)
 
-    def _steps_of_finished_cpt(self) -> int:
-        """Return the steps of an earlier `--phase cpt` in the same folder, which this run continues."""
-        return max((line["step"] for line in read_metrics(self.folder) if line["phase"] == "cpt"), default=0)
+    def _projector_file(self) -> Path | None:
+        """Find the trained projector that this run begins with: one that is named, or that of a finished align."""
+        if self.arguments.projector is not None:
+            named = Path(self.arguments.projector)
+            return named / PROJECTOR if named.is_dir() else named
+        own = self.folder / PROJECTOR
+        return own if self.arguments.phase in ("cpt", "cit") and own.exists() else None
+
+    def _steps_before(self) -> int:
+        """Return the steps of earlier phases in the same folder, which this run continues."""
+        earlier = {"cpt": ("align",), "cit": ("align", "cpt")}.get(self.arguments.phase, ())
+        return max((line["step"] for line in read_metrics(self.folder) if line["phase"] in earlier), default=0)
 
     def _facts(self, phases: Sequence[Phase]) -> dict[str, str]:
         """Say what is printed about a run before it starts."""
         index = self.train_set.index
-        queries, all_learning = (
-            sum(p.numel() for p in self.staged.parameters_of(names).values()) for names in ((), self.adapters)
-        )
+        learning = {p.name: sum(w.numel() for w in self.staged.parameters_of(p.groups).values()) for p in phases}
         texts = ", ".join(f"{len(texts)} {kind} texts" for kind, texts in index.texts.items())
-        only = [kind for kind, texts in index.texts.items() if len(texts)]
+        alone = [stage.name for stage in phases[-1].stages.values()] if phases[-1].name == "cit" else []
         return {
             "classes": f"{len(self.categories)}, {self.categories.name}",
             "base": f"{self.arguments.base}, computing in {self.dtype} on {self.accelerator.device}",
             "weights": ", ".join(f"{count:,} in {kind}" for kind, count in count_weights(self.staged.model).items()),
-            "learning": f"{queries:,} queries and connector, {all_learning:,} with adapters",
-            "data": f"{len(self.files)} files, {texts}"
-            + (f"; so only {ADAPTER_OF['dual'][only[0]]} learns" if len(only) == 1 else ""),
+            "learning": ", ".join(f"{name} {count:,}" for name, count in learning.items()),
+            "data": f"{len(self.files)} files, {texts}" + (f"; so only {alone[0]} learns" if len(alone) == 1 else ""),
             "validation": "losses of rows that are not trained on"
             if any(map(len, self.validation_set.index.texts.values()))
             else "none: no row is in that split, and no loss of it is measured",
-            "steps": ", ".join(f"{phase.name} {len(phase.batches)}" for phase in phases)
-            + f" of {self.arguments.batch_size} sequences",
+            "steps": ", ".join(
+                f"{phase.name} {len(phase.batches)} of {len(phase.batches[0].samples)} sequences" for phase in phases
+            ),
         }
 
     def _prepare_folder(self) -> None:
@@ -232,7 +251,8 @@ class TrainingRun:
             UserError: if it holds a run that is neither resumed, replaced nor continued, or cannot be written to.
         """
         folder, arguments = self.folder, self.arguments
-        continues = arguments.phase == "cit" and (folder / CRAYON).exists() and not (folder / ADAPTERS).exists()
+        aligned, tuned, instructed = ((folder / name).exists() for name in (PROJECTOR, CRAYON, ADAPTERS))
+        continues = {"cpt": aligned and not tuned, "cit": tuned and not instructed}.get(arguments.phase, False)
         replaces = (folder / TRAIN_ARGS).exists() and not (arguments.resume or continues)
         if replaces and not arguments.overwrite:
             raise UserError(f"--output_dir {folder} holds a run; --resume continues it, --overwrite replaces it")

@@ -1,5 +1,6 @@
 """The stages of training, and the one object that knows what is active and what learns in each.
 
+    align       the projector learns; no adapter is active
     cpt         queries and connector learn; no adapter is active
     image_cit   queries, connector and the first adapter learn; the second is active, but frozen
     vl_cit      queries, connector and the second adapter learn; the first is active, but frozen
@@ -21,8 +22,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-CRAYON_PROMPT = "crayon_prompt"
-"""A part of the full names of queries and connector, and of no other weight."""
+CRAYON_PROMPT, PROJECTOR = "crayon_prompt", "multi_modal_projector"
+"""Groups of weights that learn, beside the adapters: queries and connector, and what turns image features into words.
+Each is a part of the full names of its weights, and of no other weight's."""
 
 
 class StageError(RuntimeError):
@@ -31,14 +33,20 @@ class StageError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Which adapters are active, and which of them learns. The Crayon Prompt always does both."""
+    """Which adapters are active, and which groups of weights learn: `PROJECTOR`, `CRAYON_PROMPT`, adapters by name."""
 
     name: str
     active: tuple[str, ...]
-    learning: str | None
+    learning: tuple[str, ...]
 
 
-CPT = Stage("cpt", (), None)
+ALIGN = Stage("align", (), (PROJECTOR,))
+CPT = Stage("cpt", (), (CRAYON_PROMPT,))
+
+
+def cit_stage(adapter: str, active: tuple[str, ...]) -> Stage:
+    """Make the stage of instruction tuning in which one of the active adapters learns, with the Crayon Prompt."""
+    return Stage(adapter, active, (CRAYON_PROMPT, adapter))
 
 
 class StagedModel:
@@ -52,9 +60,9 @@ class StagedModel:
     def __init__(self, model: PeftModel, adapters: Sequence[str]) -> None:
         self.model = model
         self.stage: Stage | None = None
-        self._prompt = {name: p for name, p in model.named_parameters() if CRAYON_PROMPT in name}
-        self._adapters = {
-            adapter: {name: p for name, p in model.named_parameters() if f".{adapter}." in name} for adapter in adapters
+        self._groups = {
+            group: {name: p for name, p in model.named_parameters() if f".{group}." in name}
+            for group in (PROJECTOR, CRAYON_PROMPT, *adapters)
         }
         self._layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
         for parameter in model.parameters():
@@ -63,13 +71,11 @@ class StagedModel:
     @property
     def learning(self) -> dict[str, nn.Parameter]:
         """The parameters that learn in the present stage, by full name."""
-        adapter = self._adapters[self.stage.learning] if self.stage and self.stage.learning else {}
-        return {**self._prompt, **adapter}
+        return self.parameters_of(self.stage.learning if self.stage else ())
 
-    def parameters_of(self, adapters: Sequence[str]) -> dict[str, nn.Parameter]:
-        """Return the parameters of the Crayon Prompt and of some adapters, by full name: what an optimizer is made
-        for."""
-        return {**self._prompt, **{name: p for adapter in adapters for name, p in self._adapters[adapter].items()}}
+    def parameters_of(self, groups: Sequence[str]) -> dict[str, nn.Parameter]:
+        """Return the parameters of some groups, by full name: what an optimizer is made for."""
+        return {name: parameter for group in groups for name, parameter in self._groups[group].items()}
 
     def enter(self, stage: Stage) -> None:
         """Change to a stage.
@@ -92,11 +98,9 @@ class StagedModel:
             else:
                 tuner.disable_adapter_layers()
         self.stage = stage
-        for parameter in self._prompt.values():
-            parameter.requires_grad_(True)
-        for adapter, parameters in self._adapters.items():
+        for group, parameters in self._groups.items():
             for parameter in parameters.values():
-                parameter.requires_grad_(adapter == stage.learning)
+                parameter.requires_grad_(group in stage.learning)
         self.check()
 
     def check(self) -> None:
@@ -119,8 +123,8 @@ class StagedModel:
     def check_gradients(self) -> None:
         """Make sure, after a backward pass, that exactly the learning weights have gradients.
 
-        Those of the Crayon Prompt must not all be zero, nor those of the learning adapter. Zeros are what checkpointing
-        leaves behind where it loses track of a gradient.
+        Those of a group must not all be zero. Zeros are what checkpointing leaves behind where it loses track of a
+        gradient.
 
         Raises:
             StageError: naming a weight.
@@ -131,8 +135,7 @@ class StagedModel:
             if (parameter.grad is not None) != (name in learning):
                 state = "a" if parameter.grad is not None else "no"
                 raise StageError(f"stage {self.stage.name}: {name} got {state} gradient")
-        adapter = self._adapters[self.stage.learning] if self.stage.learning else {}
-        for group in (self._prompt, adapter):
+        for group in (self._groups[name] for name in self.stage.learning):
             # Single ones may be zero: LoRA starts with B = 0, through which no gradient reaches A in the first step.
             if group and not any(p.grad.any() for p in group.values() if p.grad is not None):
                 raise StageError(f"stage {self.stage.name}: {min(group)} and its like got gradients of zero")

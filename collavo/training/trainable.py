@@ -12,9 +12,9 @@ from collavo.model.adapters import add_adapters, enable_checkpointing, quantize_
 from collavo.model.configuration import CollavoConfig
 from collavo.model.processing import CollavoProcessor
 from collavo.model.query_init import begin_with_names
-from collavo.runs import CONFIG, load_base, load_crayon_prompt
+from collavo.runs import CONFIG, load_base, load_crayon_prompt, load_projector
 from collavo.training.arguments import TrainArguments
-from collavo.training.stages import StagedModel
+from collavo.training.stages import CRAYON_PROMPT, PROJECTOR, StagedModel
 from schemas.categories import CategorySet
 
 
@@ -23,6 +23,7 @@ def load_trainable(
     adapters: Sequence[str],
     categories: CategorySet,
     crayon_file: Path,
+    projector_file: Path | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[StagedModel, CollavoProcessor]:
@@ -32,20 +33,30 @@ def load_trainable(
         adapters: names of the adapters to add.
         categories: the set of the data's classes.
         crayon_file: queries and connector of a finished cpt, which `--phase cit` begins with.
+        projector_file: a trained projector; None for the base's own.
         dtype: of the computation.
 
     Raises:
-        UserError: if base or file cannot be used, or do not fit the arguments.
+        UserError: if base or files cannot be used, or do not fit the arguments.
     """
     # What is not quantised takes half the memory in bfloat16, which matters on a GPU only.
     base_dtype = dtype if device.type == "cuda" else torch.float32
     with naming("preset"):
         model, processor = load_base(arguments.base, base_dtype, arguments.queries, arguments.attention, categories)
+    if projector_file:
+        model.model.multi_modal_projector.float()  # it is saved again, as precise as it came
+        with naming("projector"):
+            load_projector(projector_file, model)
+    elif model.config.projector_untrained and arguments.phase in ("cpt", "cit"):
+        raise UserError(
+            f"--phase {arguments.phase}: the projector of {arguments.base} is new; --phase align trains it in the same "
+            "--output_dir, --phase all begins with that, and --projector names one that is trained"
+        )
     if arguments.phase == "cit":
         with naming("phase"):
             _check_classes(crayon_file, categories)
             load_crayon_prompt(crayon_file, model)
-    elif arguments.query_start == "names":
+    elif arguments.query_start == "names" and arguments.phase != "align":
         with naming("query_start"):
             begin_with_names(model, processor.tokenizer)
     if arguments.quantize:
@@ -55,7 +66,7 @@ def load_trainable(
     adapted = add_adapters(model, adapters, arguments.lora_rank, arguments.lora_alpha)
     staged = StagedModel(adapted.to(device).train(), adapters)
     # In bfloat16, with 8 bits of mantissa, a weight would not notice an update of less than 1/256 of itself.
-    for parameter in staged.parameters_of(adapters).values():
+    for parameter in staged.parameters_of((PROJECTOR, CRAYON_PROMPT, *adapters)).values():
         parameter.data = parameter.data.float()
     return staged, processor
 

@@ -1,0 +1,218 @@
+"""Whole ways from published layouts to answers, at toy width; and the tokens that the bases were trained with."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from internlm_reference import internlm2_shapes, random_weights
+from test_import_base import clip as clip_fixture
+from test_import_base import llava as llava_fixture
+from test_import_base import save_language_model
+from test_internlm import MARKERS, checkpoint, internlm2_config
+from tiny_model import scene_rows, write_crayon_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from transformers import AutoTokenizer, SiglipVisionConfig, SiglipVisionModel, pipeline
+
+from collavo import evaluate, export_model, train
+from collavo.errors import UserError
+from collavo.import_base import internlm_tokenizer
+from collavo.import_base.__main__ import main as import_base
+from collavo.import_base.assemble import assemble_from_parts
+from collavo.import_base.published import read_tokenizer
+from collavo.model.prompt import CHAT_FORMATS, render_conversation, show_supervision
+
+clip, llava = clip_fixture, llava_fixture
+
+VICUNA_TEXTS = [
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
+    "and polite answers to the user's questions.",
+    "USER: What colour is the car? ASSISTANT: Red. USER: Where? ASSISTANT: It is on the left.",
+]
+QWEN3_TEMPLATE = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
+    "{%- endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SigLIP 2 of one resolution, as it is published: the vision half of a `siglip` checkpoint, with pooling head."""
+    folder = tmp_path_factory.mktemp("siglip")
+    torch.manual_seed(5)
+    config = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=60, patch_size=14
+    )
+    SiglipVisionModel(config).save_pretrained(folder)
+    options = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2, "size": {"height": 60, "width": 60}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(options))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("qwen3")
+    save_language_model(folder, "qwen3", tie_word_embeddings=True, max_position_embeddings=1024)
+    tokens = AutoTokenizer.from_pretrained(folder)
+    tokens.add_tokens(["<think>", "</think>"])
+    tokens.save_pretrained(folder)
+    (folder / "chat_template.jinja").write_text(QWEN3_TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def internlm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("internlm2")
+    (folder / "corpus.txt").write_text("\n".join(["hello world, how many people are in the image?"] * 40))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "corpus.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=320,
+        hard_vocab_limit=False, model_type="bpe", byte_fallback=True, add_dummy_prefix=False,
+        remove_extra_whitespaces=False, normalization_rule_name="identity", user_defined_symbols=MARKERS,
+        minloglevel=2,
+    )  # fmt: skip
+    config = internlm2_config(max_position_embeddings=1024)
+    language = folder / "language"
+    language.mkdir()
+    return checkpoint(language, config, random_weights(internlm2_shapes(config)), folder / "tokenizer.model")
+
+
+def test_siglip_gives_its_last_layer_but_one_without_its_head(siglip: Path, qwen3: Path) -> None:
+    model, processor = assemble_from_parts(siglip, qwen3, dtype=torch.float32)
+    assert model.config.grid_hw == processor.grid_hw == (4, 4) and processor.image_processor.size["height"] == 56
+    assert not any("vision_tower.head" in name for name in model.state_dict())
+    assert processor.image_processor.image_mean == (0.5, 0.5, 0.5) and processor.image_processor.resample == 2
+    pixels = torch.randn(2, 3, 56, 56)
+    original = SiglipVisionModel.from_pretrained(siglip)
+    with torch.inference_mode():
+        expected = original(pixels, output_hidden_states=True).hidden_states[-2]
+        found = torch.stack(model.get_image_features(pixels).pooler_output)
+        torch.testing.assert_close(found, model.model.multi_modal_projector(expected))
+
+
+def test_siglips_positions_are_interpolated_as_transformers_does(siglip: Path, qwen3: Path) -> None:
+    model, _ = assemble_from_parts(siglip, qwen3, image_size=84, dtype=torch.float32)
+    pixels = torch.randn(1, 3, 84, 84)
+    with torch.inference_mode():
+        expected = SiglipVisionModel.from_pretrained(siglip)(pixels, interpolate_pos_encoding=True).last_hidden_state
+        torch.testing.assert_close(model.model.vision_tower(pixels).last_hidden_state, expected, rtol=0, atol=1e-5)
+
+
+def test_a_siglip_of_any_resolution_is_refused_in_one_line(siglip: Path, qwen3: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip2"}))
+    with pytest.raises(UserError, match="has no fixed grid; a SigLIP 2 of one resolution has"):
+        assemble_from_parts(tmp_path, qwen3)
+
+
+def test_qwen3_is_asked_as_its_own_template_asks_without_thinking(siglip: Path, qwen3: Path) -> None:
+    _, processor = assemble_from_parts(siglip, qwen3, dtype=torch.float32)
+    assert processor.chat_format == "qwen3"
+    ours = processor.render([("human", "How many?")], has_image=False).input_ids
+    own = AutoTokenizer.from_pretrained(qwen3)
+    messages = [{"role": "user", "content": "How many?"}]
+    text = own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    assert ours == own(text, add_special_tokens=False).input_ids
+
+
+@pytest.fixture(scope="module")
+def vicuna(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, sentencepiece.SentencePieceProcessor]:
+    """A tokenizer in the form of Llama's, and the sentencepiece model that it was made of."""
+    folder = tmp_path_factory.mktemp("vicuna")
+    (folder / "corpus.txt").write_text("\n".join(VICUNA_TEXTS * 30))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "corpus.txt"), model_prefix=str(folder / "spm"), vocab_size=420, hard_vocab_limit=False,
+        model_type="bpe", byte_fallback=True, remove_extra_whitespaces=False, normalization_rule_name="identity",
+        minloglevel=2,
+    )  # fmt: skip
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spm.model"))
+    kinds = [2 if model.is_unknown(i) else 3 if model.is_control(i) else 6 if model.is_byte(i) else 1
+             for i in range(len(model))]  # fmt: skip
+    pieces = [(model.id_to_piece(i), model.get_score(i), kind) for i, kind in enumerate(kinds)]
+    vocabulary = {text: i for i, (text, _, _) in enumerate(pieces)}
+    merges = internlm_tokenizer._merges(pieces)
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    space = "\N{LOWER ONE EIGHTH BLOCK}"
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])
+    parts = [decoders.Replace(space, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    backend.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", model.bos_id())])
+    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in ("<unk>", "<s>", "</s>")])
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "legacy": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    return folder, model
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_vicunas_prompts_have_the_tokens_that_llava_was_trained_with(
+    saved: bool, vicuna: tuple[Path, sentencepiece.SentencePieceProcessor], tmp_path: Path
+) -> None:
+    """LLaVA tokenizes what stands before and behind the image apart, and so does its tokenizer around `</s>`."""
+    folder, model = vicuna
+    tokenizer = read_tokenizer(folder)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    if saved:
+        tokenizer.save_pretrained(tmp_path)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    turns = [("human", "<image>\nWhat colour?"), ("gpt", "Red."), ("human", "Where?"), ("gpt", "On the left.")]
+    prompt = render_conversation(tokenizer, CHAT_FORMATS["vicuna"], turns, 2)
+    system, image, end = VICUNA_TEXTS[0], tokenizer.convert_tokens_to_ids("<image>"), model.eos_id()
+    first, second = "\nWhat colour? ASSISTANT: Red.", "USER: Where? ASSISTANT: On the left."
+    opening = [model.bos_id(), *model.encode(f"{system} USER: "), image, image]
+    assert prompt.input_ids == [*opening, *model.encode(first), end, *model.encode(second), end]
+    answers = [i for i in prompt.labels if i != -100]
+    assert answers == [*model.encode("Red."), end, *model.encode("On the left."), end]
+    shown = show_supervision(tokenizer, prompt).plain
+    assert "ASSISTANT: Red.</s>" in shown and "Where? ASSISTANT: On the left.</s>" in shown
+
+
+def test_control_tokens_in_a_text_bring_no_spaces(vicuna: tuple[Path, sentencepiece.SentencePieceProcessor]) -> None:
+    tokenizer = read_tokenizer(vicuna[0])
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    prompt = render_conversation(tokenizer, CHAT_FORMATS["vicuna"], [("human", "Why</s>is it?"), ("gpt", "So")], 0)
+    assert prompt.input_ids.count(tokenizer.eos_token_id) == 1
+    assert "Why</s>" in tokenizer.decode(prompt.input_ids)
+
+
+TRAIN = (
+    "--device cpu --precision fp32 --batch_size 2 --align_batch_size 2 --micro_batch_size 2 --lora_rank 2 "
+    "--max_length 1000 --max_steps 2 --workers 0 --checkpoint_steps 1 --no-quantize --object_list none "
+    "--tasks class_to_binary counting"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["llava", "clip+internlm2", "siglip2+qwen3"])
+def test_a_published_layout_goes_all_the_way(layout: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if layout == "llava":
+        source = ["--llava", str(request.getfixturevalue("llava")), "--image_size", "56"]
+        steps = ["cpt"] * 2 + ["cit"] * 2
+    else:
+        vision, language = layout.split("+")
+        folders = (request.getfixturevalue(vision.removesuffix("2")), request.getfixturevalue(language))
+        source = ["--vision", str(folders[0]), "--language", str(folders[1]), "--image_size", "56"]
+        steps = ["align"] * 2 + ["cpt"] * 2 + ["cit"] * 2
+    base, run, merged = (str(tmp_path / name) for name in ("base", "run", "merged"))
+    assert import_base([*source, "--output", base, "--dtype", "float32"]) == 0
+    data = str(write_crayon_file(tmp_path / "rows.parquet", scene_rows(6)))
+    flags = ["--data", data, "--preset", base, "--output_dir", run, *TRAIN.split()]
+    assert train.main(flags) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["phase"] for line in lines if "loss" in line] == steps
+    assert (tmp_path / "run" / "projector.safetensors").exists() == ("align" in steps)
+    assert train.main([*flags, "--resume"]) == 0
+    ask = ["--data", data, "--device", "cpu", "--max_images", "1", "--tasks", "class_to_binary"]
+    assert evaluate.main(["--model", run, *ask]) == 0
+    export = ["--model", run, "--output", merged, "--as", "merged", "--dtype", "float32", "--device", "cpu"]
+    assert export_model.main(export) == 0
+    answers: Any = pipeline("image-text-to-text", model=merged)
+    answers.processor.segmenter = None
+    content = [{"type": "image", "image": np.zeros((40, 50, 3), np.uint8)}, {"type": "text", "text": "How many?"}]
+    chat = [{"role": "user", "content": content}]
+    said = answers(chat, return_full_text=False, max_new_tokens=3)
+    assert isinstance(said[0]["generated_text"], str)
