@@ -74,11 +74,12 @@ def move_to_device(model: nn.Module, device: torch.device) -> None:
 
 
 @contextmanager
-def memory_named(helpful: str) -> Iterator[None]:
+def memory_named(helpful: str, doing: str = "") -> Iterator[None]:
     """Turn a GPU's lack of memory in the block into one line.
 
     Args:
         helpful: what takes less of it.
+        doing: what the block does.
 
     Raises:
         UserError: with exit status 1.
@@ -86,7 +87,8 @@ def memory_named(helpful: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU has no memory left ({first_line(error)}); what helps: {helpful}", 1) from error
+        line = f"the GPU has no memory left ({first_line(error)}); what helps: {helpful}"
+        raise UserError(f"{doing}: {line}" if doing else line, 1) from error
 
 
 def device_name(device: torch.device) -> str:

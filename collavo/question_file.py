@@ -8,6 +8,7 @@ be asked gets a line with `error` in place of `answer`, and the others go on.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice, zip_longest
@@ -151,13 +152,14 @@ class QuestionAnswerer:
 def _asked(number: int, line: bytes) -> Asked:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return Asked(number, {"id": number}, f"not JSON: {error}")
     if not isinstance(record, dict):
         return Asked(number, {"id": number}, "not a JSON object")
     id_, image, question = record.get("id", number), record.get("image"), record.get("question", record.get("prompt"))
     kept = {"id": id_, "image": image, "question": question}
     for name, value in (("image", image), ("question", question)):
-        if not isinstance(value, str) or not value.strip():
+        # Half of a surrogate pair, which JSON can hold, is no text to a tokenizer, and a NUL no file's name.
+        if not isinstance(value, str) or not value.strip() or re.search("[\0\ud800-\udfff]", value):
             return Asked(number, kept, f"{name} is missing, empty or no text")
     return Asked(number, kept)

@@ -211,6 +211,7 @@ def test_a_file_of_questions_is_answered_in_order_and_an_interrupted_run_goes_on
         {"id": "a", "image": str(image), "question": QUESTION},
         {"image": str(image), "prompt": "Who?"},
         "no JSON",
+        {"id": "s", "image": "a\0b", "question": "\ud800"},
         {"id": "d", "image": "nowhere.jpg", "question": QUESTION},
         {"id": "e", "image": str(image), "question": "x" * 3000},
         {"id": "f", "image": str(image), "question": "Where?"},
@@ -221,19 +222,23 @@ def test_a_file_of_questions_is_answered_in_order_and_an_interrupted_run_goes_on
     flags += ["--questions", str(questions), "--answers", str(answers)]
     assert main(flags) == 0
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
-    assert [line["id"] for line in lines] == ["a", 2, 3, "d", "e", "f"]
-    for line, question in ((lines[0], QUESTION), (lines[1], "Who?"), (lines[5], "Where?")):
+    assert [line["id"] for line in lines] == ["a", 2, 3, "s", "d", "e", "f"]
+    for line, question in ((lines[0], QUESTION), (lines[1], "Who?"), (lines[6], "Where?")):
         assert line["answer"] == answer(run, [("human", question)], BLANK, "") and line["question"] == question
-    for line, error in zip(lines[2:5], ("not JSON", "nowhere.jpg: No such file", "tokens with its image"), strict=True):
+    for line, error in zip(
+        lines[2:6],
+        ("not JSON", "image is missing, empty or no text", "nowhere.jpg: No such file", "tokens with its image"),
+        strict=True,
+    ):
         assert error in line["error"] and "answer" not in line
     out = said(capsys)
-    assert "3 without an answer (line 3: not JSON" in out and "6 questions answered: " in out
+    assert "4 without an answer (line 3: not JSON" in out and "7 questions answered: " in out
 
     whole = answers.read_bytes()
-    answers.write_bytes(whole[: whole.index(b'"id": "d"') + 5])  # killed in the middle of its fourth line
+    answers.write_bytes(whole[: whole.index(b'"id": "d"') + 5])  # killed in the middle of its fifth line
     assert main(flags) == 0
     assert answers.read_bytes() == whole
-    assert "3 of them by an earlier run" in said(capsys)
+    assert "4 of them by an earlier run" in said(capsys)
     asked[1]["prompt"] = "Whom?"
     questions.write_text("\n".join(q if isinstance(q, str) else json.dumps(q) for q in asked))
     assert main(flags) == 2
