@@ -40,8 +40,8 @@ The image is a file or a URL (--image), which is segmented first; or a row of
 crayon data (--data, --image_id), which has its map; or an upload to a page
 (--gradio). The recognised objects are shown in the colours of their crayon map.
 
-Or answer a file of questions (--questions), each a line of JSON with an image and
-a question; an interrupted run goes on after the answers that are there."""
+Or answer a file of questions (--questions), each a line of JSON with an image
+and a question; an interrupted run goes on after the answers that are there."""
 
 _COMMANDS = """\
   /image PATH   take another image
