@@ -5,8 +5,8 @@
 
 The loop decodes each image and hands batches to the segmenter, and does nothing else, so no pipeline can be faster. The
 build also reads, encodes, phrases and writes. Both run in their own processes on the same cores, in turns, with a
-Mask2Former of random weights, in the shape of the embedded one or with Swin-L as its backbone. Their segments have to
-be equal on a CPU; a GPU's last bit hangs on the batch, so there the share of equal images is printed. Start-up
+Mask2Former of random weights, in the shape of the embedded one or with Swin-L as its backbone. On a CPU the segments
+of the embedded shape have to be equal; elsewhere the share of images with equal segments is printed. Start-up
 (imports, loading the model, the graph, the report) is the time for one image. Rates are given without it, with it, and
 without it by CPU time, which other work on the machine hardly changes. Prints a table, and as the last line JSON.
 """
@@ -70,7 +70,7 @@ def main() -> None:
             flush=True,
         )
     agreement = equal_images(ours_output, loop_output)
-    if agreement < 1 and args.device == "cpu":
+    if agreement < 1 and args.device == "cpu" and args.shape == "embedded":
         raise SystemExit("the build and the loop found different segments")
     report(args, figures, agreement)
 

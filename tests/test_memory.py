@@ -63,9 +63,10 @@ def test_the_count_of_a_layer_is_what_a_layer_of_real_width_saves():
     for parameter in staged.parameters_of(ADAPTERS).values():
         parameter.data = parameter.data.float()
     staged.enter(Stage("image_cit", ADAPTERS, "image_cit"))
+    model.enable_input_require_grads()  # as a layer finds it that has others before it
     short, long = 64, 320
     measured = (saved_bytes(staged.model, long) - saved_bytes(staged.model, short)) / (long - short)
-    assert Shape.of(config).saved_per_token(64) == pytest.approx(measured, rel=0.1)
+    assert Shape.of(config).saved_per_token(64) == pytest.approx(measured, rel=0.02)
 
 
 @pytest.mark.parametrize(
