@@ -73,6 +73,8 @@ SIZES = {
                 "num_attention_heads": 16, "image_size": 490, "patch_size": 14}, 64, 1024, 150, 120),
     "proxy": Sizes(512, 8, 8, 2, 1792, 11568, {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6,
                    "num_attention_heads": 2, "image_size": 280, "patch_size": 14}, 8, 128, 50, 40),
+    "toy": Sizes(64, 2, 4, 2, 128, 256, {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+                 "num_attention_heads": 2, "image_size": 56, "patch_size": 14}, 4, 16, 8, 5),  # whether it runs at all
 }  # fmt: skip
 
 
@@ -230,6 +232,7 @@ def sweep(sizes: Sizes, micro_batches: Sequence[int], repeats: int, device: torc
     for micro in micro_batches:
         seconds = hf_defaults_seconds(sizes, micro, repeats, device)
         rows.append(_row("Trainer + peft + bitsandbytes", sizes, micro, 1, seconds, device, peak))
+        print("sweep", rows[-1], flush=True)  # at once, for the command may be out of time before its end
     return rows
 
 
@@ -253,6 +256,7 @@ def our_rows(
             _forget_peak(device)
             step = Step(staged.model, make_inputs(sizes, micro, packed, device), supervised_only=True)
             rows.append(_row(who, sizes, micro, packed, _seconds_of(step, repeats, device), device, peak))
+            print("sweep", rows[-1], flush=True)
             staged.model.zero_grad(set_to_none=True)  # of a step that did not fit
     return rows
 
@@ -338,9 +342,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         results["packing"] = compare_packing(sizes, arguments.batch, 8, arguments.repeats, device)
     if "sweep" in arguments.parts:
         results["sweep"] = sweep(sizes, arguments.micro_batches, arguments.repeats, device)
-    for part, found in results.items():
-        for line in found if isinstance(found, list) else [found]:
-            print(part, line)
+    for part in ("device", "step", "packing"):
+        if part in results:
+            print(part, results[part])
     print(json.dumps(results))
 
 

@@ -8,9 +8,11 @@ Not here: how answers are made, see collavo/inference.py; the page, see collavo/
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,16 +28,20 @@ from collavo.instructions.text import format_object
 from collavo.panoptic.colors import crayon_color, crayon_overlay
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.segmenters import SEGMENTER_CHOICES, UNFAMILIAR, Segmenter, open_segmenter
+from collavo.web import fetch, is_url
 from schemas.categories import name_key
 
 if TYPE_CHECKING:  # it loads torch, which --help does not need
-    from collavo.inference import Conversation, Picture
+    from collavo.inference import Conversation, Picture, Sampling
 
 _DESCRIPTION = """\
 Ask a model about an image: one question with --prompt, or a conversation.
-The image is a file (--image), which is segmented first; or a row of crayon data
-(--data, --image_id), which has its map; or an upload to a page (--gradio). The
-recognised objects are shown in the colours of their crayon map."""
+The image is a file or a URL (--image), which is segmented first; or a row of
+crayon data (--data, --image_id), which has its map; or an upload to a page
+(--gradio). The recognised objects are shown in the colours of their crayon map.
+
+Or answer a file of questions (--questions), each a line of JSON with an image
+and a question; an interrupted run goes on after the answers that are there."""
 
 _COMMANDS = """\
   /image PATH   take another image
@@ -54,6 +60,8 @@ examples:
   python -m collavo.chat --model runs/collavo --data out/*.parquet \\
       --image_id images/scene-000007
   python -m collavo.chat --model runs/collavo --gradio
+  python -m collavo.chat --model runs/collavo --questions questions.jsonl \\
+      --answers answers.jsonl
 """
 
 
@@ -84,14 +92,23 @@ class ModelFlags:
 class Flags(ModelFlags):
     """The command line."""
 
-    image: str | None = flag(None, "an image file, which is segmented", metavar="FILE", group="image and questions")
+    image: str | None = flag(None, "an image file or an http(s) URL, which is segmented", metavar="FILE",
+        group="image and questions")  # fmt: skip
     data: tuple[str, ...] = flag((), "crayon files, to take image and map from a row", many=True, metavar="PARQUET")
     image_id: str | None = flag(None, "which row of --data", metavar="ID")
-    image_root: Path | None = flag(None, "folder of the images, if the rows only refer to them", kind=Path,
-        metavar="DIR")  # fmt: skip
+    image_root: Path | None = flag(None, "folder of the images, if the rows only refer to them, or that the images of "
+        "--questions stand in", kind=Path, metavar="DIR")  # fmt: skip
     prompt: str | None = flag(None, "one question; without it a conversation", metavar="TEXT")
+    questions: Path | None = flag(None, "a file of questions: a line of JSON each, with image, question (or prompt) "
+        "and perhaps id", kind=Path, metavar="JSONL")  # fmt: skip
+    answers: Path | None = flag(None, "where the answers to --questions go, line by line", kind=Path, metavar="JSONL")
+    batch_size: int = flag(16, "questions of --questions answered together", least=1)
     save_map: Path | None = flag(None, "save the crayon map over the image", kind=Path, metavar="PNG")
-    beams: int = flag(1, "1 for greedy decoding, 3 as in the paper", choices=(1, 3))
+    beams: int = flag(1, "beams of the search; 1 for greedy decoding, 3 are the paper's", least=1)
+    temperature: float = flag(0.0, "above 0, tokens are drawn at random, the likeliest less often the higher it is",
+        least=0)  # fmt: skip
+    top_p: float = flag(1.0, "draw among the likeliest tokens that sum up to this probability", least=0, most=1)
+    seed: int = flag(0, "of what is drawn", least=0)
     gradio: bool = flag(False, "serve a page instead; needs pip install 'collavo[demo]'")
     port: int = flag(7860, "where the page is served", least=1, most=65535)
 
@@ -105,7 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _chat(flags: Flags) -> None:
     _check(flags)
-    session = _Conversations(flags, flags.beams)
+    if flags.questions:
+        return _answer_file(flags)
+    session = _conversations(flags)
     if flags.gradio:
         from collavo.chat_page import serve
 
@@ -121,21 +140,28 @@ def _chat(flags: Flags) -> None:
     if flags.save_map:
         with naming("save_map"):
             _save_map(conversation.picture, flags.save_map)
-    if flags.prompt:
-        _tell(conversation, flags.prompt)
-    else:
-        _converse(session, conversation, console)
+    with _memory(flags):
+        if flags.prompt:
+            _tell(conversation, flags.prompt)
+        else:
+            _converse(session, conversation, console)
 
 
 def _check(flags: Flags) -> None:
-    sources = [name for name in ("image", "data", "gradio") if getattr(flags, name)]
+    sources = [name for name in ("image", "data", "questions", "gradio") if getattr(flags, name)]
     if len(sources) != 1:
         found = " and ".join(f"--{name}" for name in sources) or "none of them"
-        raise UserError(f"one of --image, --data with --image_id, or --gradio is needed; given: {found}")
+        raise UserError(f"one of --image, --data with --image_id, --questions, or --gradio is needed; given: {found}")
     if flags.gradio and find_spec("gradio") is None:
         raise UserError("--gradio needs gradio; pip install 'collavo[demo]' brings it")
     if bool(flags.data) != bool(flags.image_id):
         raise UserError("--data and --image_id go together: the files, and which of their rows is meant")
+    if bool(flags.questions) != bool(flags.answers):
+        raise UserError("--questions and --answers go together: what is asked, and where the answers go")
+    if flags.top_p < 1 and not flags.temperature:
+        raise UserError("--top_p says among which tokens --temperature draws; give it a temperature above 0")
+    if flags.temperature and flags.beams > 1:
+        raise UserError("--temperature draws tokens at random, --beams searches the likeliest; choose one")
     if flags.image:
         with naming("image"):
             _read_image(flags.image)  # before the model is loaded, which takes its time
@@ -144,7 +170,7 @@ def _check(flags: Flags) -> None:
 class Session:
     """A model and its segmenter, as the flags of a command say; the segmenter is loaded when it is first needed."""
 
-    def __init__(self, flags: ModelFlags, beams: int = 1) -> None:
+    def __init__(self, flags: ModelFlags, beams: int = 1, sampling: Sampling | None = None) -> None:
         from collavo.device import resolve_device
         from collavo.inference import load_answerer
 
@@ -152,7 +178,9 @@ class Session:
         with naming("device"):
             device = resolve_device(flags.device)
         with naming("model"):
-            self.answerer = load_answerer(flags.model, device, flags.quantize, beams)
+            self.answerer = load_answerer(flags.model, device, flags.quantize, beams, sampling)
+        if line := self.answerer.untrained({"dialogues": "dialogue"}, flags.object_list):
+            print(f"--object_list {flags.object_list}: {line}")
 
     @cached_property
     def segmenter(self) -> Segmenter:
@@ -226,13 +254,66 @@ class _Conversations(Session):
                 raise UserError(f"image of {row.image_id}: {error}") from error
 
 
+def _answer_file(flags: Flags) -> None:
+    """Answer the questions of a file that have no answer yet."""
+    from collavo.dataset import LeftOut, decoded_image
+    from collavo.progress import Progress
+    from collavo.question_file import QuestionAnswerer, count_answers, read_questions
+
+    assert flags.questions is not None and flags.answers is not None
+    with naming("questions"):
+        total = sum(1 for _ in read_questions(flags.questions))
+    with naming("answers"):
+        done = count_answers(flags.questions, flags.answers)
+    left_out = LeftOut()
+    if done < total:
+        session = _conversations(flags)
+        answerer = QuestionAnswerer(
+            session.answerer,
+            lambda images: session.segmenter.segment(images),
+            lambda name: _read_image(name) if flags.image_root is None else decoded_image(name, None, flags.image_root),
+            flags.object_list,
+            flags.max_new_tokens,
+            flags.batch_size,
+        )
+        console = Console(stderr=True)
+        with Progress(console, transient=True) as progress, _memory(flags), naming("answers"):
+            bar = progress.add("Answering", total, done)
+            remaining = islice(read_questions(flags.questions), done, None)
+            for number, of_batch in enumerate(answerer.answer(remaining, flags.answers), start=1):
+                left_out.merge(of_batch)
+                progress.update(bar, min(done + number * flags.batch_size, total))
+    for line in left_out.lines():
+        print(line)
+    before = f", {done:,} of them by an earlier run" if done else ""
+    print(f"{total:,} questions answered{before}: {flags.answers}")
+
+
 def _read_image(path: str) -> np.ndarray:
     try:
-        return decode_rgb(Path(path).read_bytes())
+        return decode_rgb(fetch(path) if is_url(path) else Path(path).read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except Rejected as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def _conversations(flags: Flags) -> _Conversations:
+    from collavo.inference import Sampling
+
+    if not flags.temperature:
+        return _Conversations(flags, flags.beams)
+    import torch
+
+    torch.manual_seed(flags.seed)
+    return _Conversations(flags, flags.beams, Sampling(flags.temperature, flags.top_p))
+
+
+def _memory(flags: Flags) -> AbstractContextManager[None]:
+    from collavo.device import memory_named
+
+    shorter = f"--batch_size below {flags.batch_size}" if flags.questions else "fewer --max_new_tokens"
+    return memory_named(f"{shorter}, fewer --beams, or --quantize")
 
 
 def _converse(session: _Conversations, conversation: Conversation, console: Console) -> None:
@@ -268,8 +349,11 @@ def _converse(session: _Conversations, conversation: Conversation, console: Cons
 
 def _tell(conversation: Conversation, question: str) -> None:
     """Print an answer while it grows."""
+    forgotten = conversation.forgotten
     conversation.ask(question, lambda text: print(text, end="", flush=True))
     print()
+    if conversation.forgotten > forgotten:
+        print(f"(The first {conversation.forgotten} questions and answers no longer fit the model, and are forgotten.)")
 
 
 def _show_objects(picture: Picture, cautions: Sequence[str], console: Console) -> None:

@@ -140,6 +140,12 @@ class LeftOut:
         if len(known := self.named.setdefault(reason, [])) < _NAMED_PER_REASON:
             known.append(f"{name}: {detail}" if detail else name)
 
+    def merge(self, other: "LeftOut") -> None:
+        """Count what another one has counted, after what this one has."""
+        self.counts.update(other.counts)
+        for reason, named in other.named.items():
+            self.named[reason] = [*self.named.get(reason, ()), *named][:_NAMED_PER_REASON]
+
     def lines(self) -> list[str]:
         """Say how much was left out, a line for each reason."""
         return [

@@ -1,9 +1,14 @@
 """Which device a model runs on: asked for by name, never chosen silently."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
 import torch
 from torch import nn
 
-from collavo.errors import UserError
+from collavo.errors import UserError, first_line
 
 
 def resolve_device(name: str) -> torch.device:
@@ -32,6 +37,25 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", int(number or 0))
 
 
+def join_ranks(name: str) -> tuple[torch.device, int, int]:
+    """Join the processes that torchrun started; this one's device, its rank, and how many they are. Alone, as
+    `resolve_device`.
+
+    Raises:
+        UserError: as `resolve_device`, and for one GPU where several processes need one each.
+    """
+    device, ranks = resolve_device(name), int(os.environ.get("WORLD_SIZE", 1))
+    if ranks == 1:
+        return device, 0, 1
+    if device.type == "cuda" and ":" in name:
+        raise UserError(f"{name} is one GPU, and each of {ranks} processes needs its own; use cuda")
+    from accelerate import PartialState
+
+    # A rank may have to wait hours for the one with the longest answers.
+    state = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=1))
+    return state.device, state.process_index, ranks
+
+
 def move_to_device(model: nn.Module, device: torch.device) -> None:
     """Move a model's weights, in place.
 
@@ -47,6 +71,24 @@ def move_to_device(model: nn.Module, device: torch.device) -> None:
             f"{device}: {needed / 1e9:.1f} GB of weights do not fit, {free / 1e9:.1f} of {total / 1e9:.1f} GB "
             "are free; stop what else runs on the GPU, or use cpu"
         ) from error
+
+
+@contextmanager
+def memory_named(helpful: str, doing: str = "") -> Iterator[None]:
+    """Turn a GPU's lack of memory in the block into one line.
+
+    Args:
+        helpful: what takes less of it.
+        doing: what the block does.
+
+    Raises:
+        UserError: with exit status 1.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        line = f"the GPU has no memory left ({first_line(error)}); what helps: {helpful}"
+        raise UserError(f"{doing}: {line}" if doing else line, 1) from error
 
 
 def device_name(device: torch.device) -> str:

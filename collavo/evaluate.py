@@ -36,6 +36,9 @@ The questions are those of the rows: a data set built with more
 --max_instructions or another --negative_ratio makes another test. Answers that
 cannot be read are wrong, and counted.
 
+several GPUs:
+  torchrun --nproc_per_node N -m collavo.evaluate --model RUN --data PARQUET
+
 examples:
   python -m collavo.evaluate --model runs/collavo --data out/*.parquet
   python -m collavo.evaluate --model runs/collavo --data coco/*.parquet \\
@@ -61,7 +64,7 @@ class Flags:
         "of them, all of them, or both", choices=_OBJECT_LISTS)  # fmt: skip
     max_images: int | None = flag(None, "ask about the first N images of the split only", kind=int, least=1)
     output: Path | None = flag(None, "where the report goes (default: RUN/evaluation)", kind=Path, metavar="DIR")
-    beams: int = flag(1, "1 for greedy decoding, 3 as in the paper", choices=(1, 3))
+    beams: int = flag(1, "beams of the search; 1 for greedy decoding, 3 are the paper's", least=1)
     batch_size: int = flag(16, "questions answered together", least=1)
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     quantize: bool | None = flag(None, "NF4 for the language model (default: as it was trained)", kind=bool)
@@ -80,40 +83,61 @@ def _evaluate(flags: Flags) -> None:
     from rich.console import Console
 
     from collavo.dataset import LeftOut, category_set, count_rows, find_files, read_rows
-    from collavo.device import device_name, resolve_device
-    from collavo.evaluation.asking import ask_questions, unknown_classes, untrained_lists
+    from collavo.device import device_name, join_ranks, memory_named
+    from collavo.evaluation.asking import ask_questions, kind_of, unknown_classes
     from collavo.evaluation.judge import Judge
     from collavo.evaluation.report import REPORT, save_report, terminal_report
     from collavo.evaluation.scores import summarise
     from collavo.inference import load_answerer
     from collavo.progress import Progress
 
-    console = Console(highlight=False)
+    with naming("device"):
+        device, rank, ranks = join_ranks(flags.device)
+    console = Console(highlight=False, quiet=rank > 0)
     with naming("data"):
         files = find_files(flags.data)
         judge = Judge(category_set(files))
         images = count_rows(files, flags.split)
     if not images:
         raise UserError(f"--split {flags.split}: none of the {count_rows(files)} rows of --data is in it")
-    left_out = LeftOut()
+    damaged_rows, left_out = LeftOut(), LeftOut()
     folder = _report_folder(flags)
-    with naming("device"):
-        device = resolve_device(flags.device)
     with naming("model"):
         answerer = load_answerer(flags.model, device, flags.quantize, flags.beams)
     object_lists = _OBJECT_LISTS[flags.object_list]
     if line := unknown_classes(answerer, judge.categories):
         console.print(f"--data: {line}", soft_wrap=True)
-    for line in untrained_lists(answerer, flags.tasks, object_lists):
-        console.print(f"--object_list {flags.object_list}: {line}", soft_wrap=True)
+    for object_list in object_lists:
+        if line := answerer.untrained({task: kind_of(task) for task in flags.tasks}, object_list):
+            console.print(f"--object_list {flags.object_list}: {line}", soft_wrap=True)
 
     start = time.perf_counter()
-    with Progress(Console(stderr=True), transient=True) as progress, naming("data"):
-        chosen = islice(read_rows(files, flags.split, left_out), flags.max_images)
-        rows = progress.track(chosen, "Evaluating images", min(images, flags.max_images or images))
+    asked = min(images, flags.max_images or images)
+    first, last = asked * rank // ranks, asked * (rank + 1) // ranks
+    helpful = f"--batch_size below {flags.batch_size}, fewer --beams, or --quantize"
+    with (
+        Progress(Console(stderr=True, quiet=rank > 0), transient=True) as progress,
+        memory_named(helpful),
+        naming("data"),
+    ):
+        chosen = islice(read_rows(files, flags.split, damaged_rows), first, last)
+        rows = progress.track(chosen, "Evaluating images", last - first)
         answers = ask_questions(
             answerer, rows, flags.tasks, object_lists, judge, flags.image_root, flags.batch_size, left_out
         )
+    if ranks > 1:
+        from accelerate.utils import gather_object
+
+        # In the order of the rows, so that the report is that of one process.
+        shares = gather_object([(answers, damaged_rows, left_out)])
+        if rank:
+            return
+        answers = {name: [one for share, *_ in shares for one in share[name]] for name in object_lists}
+        damaged_rows = shares[-1][1]  # the last rank has read all rows, the others only those before their last one
+        left_out = LeftOut()
+        for *_, of_share in shares:
+            left_out.merge(of_share)
+    left_out.merge(damaged_rows)
     for line in left_out.lines():
         console.print(f"left out: {line}", soft_wrap=True, markup=False)
     seconds = time.perf_counter() - start
@@ -143,7 +167,7 @@ def _report_folder(flags: Flags) -> Path:
         )
     folder = flags.output or Path(flags.model) / "evaluation"
     with naming("output"):
-        make_folder(folder)
+        make_folder(folder)  # by every rank, for each may start first
     return folder
 
 

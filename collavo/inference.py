@@ -7,10 +7,11 @@ answers are those that each whole prompt would get alone.
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -83,20 +84,54 @@ class Request:
     max_new_tokens: int
 
 
+class Sampling(NamedTuple):
+    """Tokens drawn at random among the likeliest that sum up to `top_p`, by torch's own generator."""
+
+    temperature: float
+    """Above 0; 1 draws as likely as the model says, less prefers the likely ones."""
+
+    top_p: float = 1.0
+
+
 class Answerer:
-    """A model that answers questions about pictures, the same way every time.
+    """A model that answers questions about pictures, the same way every time unless it samples.
 
     Args:
         model: a CoLLaVO model in evaluation mode, with or without adapters.
         listed: the kinds of questions that it saw with the object list in training.
-        beams: 1 for greedy decoding, 3 for the paper's beam search.
+        beams: of the search; 1 for greedy decoding, 3 for the paper's.
+        sampling: None for the likeliest token each time.
     """
 
-    def __init__(self, model: Any, processor: CollavoProcessor, listed: Sequence[Kind], beams: int = 1) -> None:
+    def __init__(
+        self,
+        model: Any,
+        processor: CollavoProcessor,
+        listed: Sequence[Kind],
+        beams: int = 1,
+        sampling: Sampling | None = None,
+    ) -> None:
         self.model = model
         self.processor = processor
         self.listed = tuple(listed)
         self.beams = beams
+        self.sampling = sampling
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together: as many as the language model was made for."""
+        return int(self.model.config.get_text_config().max_position_embeddings)
+
+    def room_for_answer(self, turns: Turns, objects: str | None, most: int) -> int:
+        """Tokens that the answer to a prompt may have, at most `most`.
+
+        Raises:
+            UserError: if the prompt alone is as long as the context.
+        """
+        tokens = len(self.processor.render(turns, objects).input_ids)
+        if tokens >= self.context:
+            raise UserError(f"the question has {tokens} tokens with its image, and the model takes {self.context}")
+        return min(most, self.context - tokens)
 
     def lists_objects(self, kind: Kind, object_list: str) -> bool:
         """Tell whether prompts of a kind begin with the object list.
@@ -105,6 +140,19 @@ class Answerer:
             object_list: `with`, `none`, or `trained` for what the model saw in training.
         """
         return object_list == "with" or (object_list == "trained" and kind in self.listed)
+
+    def untrained(self, kinds: Mapping[str, Kind], object_list: str) -> str | None:
+        """Say which kinds of questions, by their names, an object list asks in another way than training did."""
+        unusual = [
+            name for name, kind in kinds.items() if self.lists_objects(kind, object_list) != (kind in self.listed)
+        ]
+        if not unusual:
+            return None
+        trained, asked = ("without", "with") if object_list == "with" else ("with", "without")
+        return (
+            f"the model was trained {trained} the object list for {', '.join(unusual)}; answers {asked} it may be "
+            "unreadable"
+        )
 
     @torch.inference_mode()
     def answer(
@@ -172,7 +220,8 @@ class Answerer:
             position_ids=_positions(prompt["attention_mask"]).to(device),
             max_new_tokens=max_new_tokens,
             num_beams=self.beams,
-            do_sample=False,
+            do_sample=self.sampling is not None,
+            **({**self.sampling._asdict(), "top_k": 0} if self.sampling else {}),
             pad_token_id=self.processor.tokenizer.pad_token_id,
             streamer=streamer,
         )
@@ -185,7 +234,7 @@ class Answerer:
 
 
 class Conversation:
-    """Turns about one picture.
+    """Turns about one picture, as many of the last ones as the model's context has room for.
 
     Args:
         with_objects: whether the object list stands before the first question.
@@ -198,13 +247,29 @@ class Conversation:
         self._objects = picture.objects if with_objects else None
         self._max_new_tokens = max_new_tokens
         self._turns: list[tuple[str, str]] = []
+        self.forgotten = 0
+        """Questions, with their answers, that no longer fit into the context: the first ones."""
 
     def ask(self, question: str, show: ShowText | None = None) -> str:
-        """Answer in view of all earlier turns; `show` as in `Answerer.answer`."""
+        """Answer in view of the earlier turns; `show` as in `Answerer.answer`.
+
+        Raises:
+            UserError: if the question alone is longer than the context; nothing is forgotten then.
+        """
+        answerer = self._answerer
+        # An answer gets a quarter of the context where it may be as long, whatever was said before.
+        wanted = min(self._max_new_tokens, answerer.context // 4)
+        answerer.room_for_answer([("human", question)], self._objects, wanted)
         turns = [*self._turns, ("human", question)]
-        request = Request(0, turns, self._objects, self._max_new_tokens)
-        answer = self._answerer.answer([self.picture], [request], show=show)[0]
-        self._turns = [*turns, ("gpt", answer)]
+        forgotten = 0
+        while len(turns) > 1:
+            with suppress(UserError):
+                if answerer.room_for_answer(turns, self._objects, wanted) == wanted:
+                    break
+            turns, forgotten = turns[2:], forgotten + 1
+        limit = answerer.room_for_answer(turns, self._objects, self._max_new_tokens)
+        answer = answerer.answer([self.picture], [Request(0, turns, self._objects, limit)], show=show)[0]
+        self._turns, self.forgotten = [*turns, ("gpt", answer)], self.forgotten + forgotten
         return answer
 
 
@@ -222,7 +287,13 @@ class _Pieces(TextStreamer):
         self._show(text)
 
 
-def load_answerer(source: str, device: torch.device, quantize: bool | None = None, beams: int = 1) -> Answerer:
+def load_answerer(
+    source: str,
+    device: torch.device,
+    quantize: bool | None = None,
+    beams: int = 1,
+    sampling: Sampling | None = None,
+) -> Answerer:
     """Load a trained model, in bfloat16 on a GPU and in float32 on a CPU, save for what is quantised.
 
     Args:
@@ -236,7 +307,7 @@ def load_answerer(source: str, device: torch.device, quantize: bool | None = Non
     folder = Path(source)
     if (folder / TRAIN_ARGS).exists():
         model, processor = load_run(folder, device, dtype, quantize)
-        return Answerer(model, processor, LISTED[read_train_args(folder)["object_list"]], beams)
+        return Answerer(model, processor, LISTED[read_train_args(folder)["object_list"]], beams, sampling)
     if folder.is_dir() and not (folder / "config.json").exists():
         raise UserError(f"{source}: holds neither a run's {TRAIN_ARGS} nor a model's config.json")
     whole, processor = load_base(source, dtype)
@@ -245,7 +316,7 @@ def load_answerer(source: str, device: torch.device, quantize: bool | None = Non
     move_to_device(whole, device)
     export = folder / EXPORT
     trained = json.loads(export.read_text())["object_list"] if export.exists() else "dialogues"
-    return Answerer(whole.eval(), processor, LISTED[trained], beams)
+    return Answerer(whole.eval(), processor, LISTED[trained], beams, sampling)
 
 
 def _batches(limits: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]]:

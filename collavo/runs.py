@@ -147,6 +147,24 @@ def load_run_in_place(
     return model
 
 
+def base_config(base: str) -> Any:
+    """Read a base's configuration, without its weights.
+
+    Args:
+        base: as in `load_base`.
+
+    Raises:
+        UserError: if it cannot be reached or read.
+    """
+    embedded = find_embedded(base)
+    try:
+        return AutoConfig.from_pretrained(embedded.folder if embedded else find_checkpoint(base))
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{base}: {first_line(error)}") from error
+
+
 def load_base(
     base: str,
     dtype: torch.dtype,

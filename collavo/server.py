@@ -12,10 +12,10 @@ import uuid
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from http.client import HTTPException as BadHttp
 from traceback import print_exc
 from typing import Annotated, Any, Literal
-from urllib import request as urls
+from urllib.request import DataHandler
+from urllib.request import Request as UrlRequest
 
 import torch
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
@@ -26,16 +26,10 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from collavo import __version__
 from collavo.chat import Session
 from collavo.errors import Rejected
 from collavo.images import decode_rgb
-
-MAX_BYTES = 32 * 2**20
-"""Bound on a request and on an image that is fetched. Pixels have a bound of their own, see `collavo.images`."""
-
-FETCH_SECONDS = 30
-"""How long an image may take to come."""
+from collavo.web import MAX_BYTES, fetch, is_url
 
 _SPEAKERS = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt"}
 
@@ -120,12 +114,7 @@ class _Served:
         self._started = int(time.time())
         self._worker = ThreadPoolExecutor(1)
         # Not `urllib.request.urlopen`, which opens files of this machine as well.
-        self._opener = urls.OpenerDirector()
-        self._opener.addheaders = [("User-Agent", f"collavo/{__version__}")]
-        web = [urls.ProxyHandler, urls.HTTPHandler, urls.HTTPSHandler, urls.HTTPRedirectHandler,
-               urls.HTTPDefaultErrorHandler, urls.HTTPErrorProcessor]  # fmt: skip
-        for handler in [urls.DataHandler, urls.UnknownHandler, *(web if fetch_images else [])]:
-            self._opener.add_handler(handler())
+        self._fetches = fetch_images
 
     async def models(self, _: Request) -> Response:
         model = {"id": self._name, "object": "model", "created": self._started, "owned_by": "collavo"}
@@ -176,18 +165,15 @@ class _Served:
         return question, self._fetch(images[0]) if images else None
 
     def _fetch(self, url: str) -> bytes:
-        data, end = bytearray(), time.monotonic() + FETCH_SECONDS
         try:
-            with self._opener.open(url, timeout=FETCH_SECONDS) as response:
-                while (chunk := response.read1(2**16)) and len(data) <= MAX_BYTES:
-                    data += chunk
-                    if time.monotonic() > end:
-                        raise TimeoutError(f"it takes more than {FETCH_SECONDS} seconds")
-        except (OSError, ValueError, BadHttp) as error:
-            raise HTTPException(400, f"image_url: {url[:80]}: {getattr(error, 'reason', error)}") from error
-        if len(data) > MAX_BYTES:
-            raise HTTPException(400, f"image_url: {url[:80]}: more than {MAX_BYTES} bytes")
-        return bytes(data)
+            if url.startswith("data:"):
+                return bytes(DataHandler().data_open(UrlRequest(url)).read())
+            if not (self._fetches and is_url(url)):
+                scheme = url.partition(":")[0][:20]
+                raise Rejected("unreachable_url", f"unknown url type: {scheme}")
+            return fetch(url)
+        except (ValueError, Rejected) as error:
+            raise HTTPException(400, f"image_url: {url[:80]}: {error}") from error
 
     async def _answer(self, question: _Question, image: bytes | None) -> AsyncGenerator[Any, None]:
         """Yield an empty text when the request is understood, the answer in pieces, then why it ended and its usage."""

@@ -1,4 +1,8 @@
+import contextlib
+import http.server
 import io
+import json
+import re
 import socket
 import threading
 import time
@@ -122,6 +126,147 @@ def test_a_conversation_remembers_until_told_to_forget(world, tmp_path, monkeypa
     assert saved.exists()
 
 
+def test_a_conversation_forgets_its_first_turns_where_they_do_not_fit_the_model(world, monkeypatch, capsys):
+    run, _, _ = world
+    room = load_answerer(str(run), torch.device("cpu")).room_for_answer([("human", "")], PICTURE.objects, 10**9)
+    long = "ab " * (room // 8)  # a token a letter: three of them leave no room for the fourth
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{long}\n" * 5 + "x" * 2 * room + f"\n{QUESTION}"))
+    assert main(of_row(world)) == 0
+    out = said(capsys)
+    assert "(The first 1 questions and answers no longer fit the model, and are forgotten.)" in out
+    assert re.search(r"the question has \d+ tokens with its image, and the model takes 1024", out)
+    answered = out.index("the question has")
+    assert len(out[answered:].splitlines()) > 1  # and the conversation goes on
+
+
+def test_sampling_differs_by_seed_and_is_repeated_by_it(world, capsys):
+    answers = []
+    for seed in ("1", "1", "2"):
+        assert main(of_row(world, "--prompt", QUESTION, "--temperature", "1.5", "--top_p", "0.95", "--seed", seed)) == 0
+        answers.append(said(capsys).splitlines()[-1])
+    assert answers[0] == answers[1] != answers[2]
+    assert answer(world[0], [("human", QUESTION)]) not in answers
+
+
+def test_an_object_list_that_training_did_not_have_is_said(world, capsys):
+    line = "--object_list none: the model was trained with the object list for dialogues; answers without it may be "
+    for flags, expected in ((["--object_list", "none"], True), ([], False)):
+        assert main(of_row(world, "--prompt", QUESTION, *flags)) == 0
+        assert (line in said(capsys)) == expected
+
+
+@pytest.fixture
+def web(world, monkeypatch):
+    """A server of the world's folder, and of what else a URL may bring."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(world[2].parent))
+
+        def do_GET(self):
+            if self.path == "/endless":
+                self.send_response(200)
+                self.end_headers()
+                with contextlib.suppress(OSError):
+                    while True:
+                        self.wfile.write(bytes(2**16))
+            elif self.path == "/home":
+                self.send_response(302)
+                self.send_header("Location", f"file://{world[2]}")
+                self.end_headers()
+            elif self.path == "/silent":
+                time.sleep(1)
+            else:
+                super().do_GET()
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setattr("collavo.web.FETCH_SECONDS", 0.3)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_an_image_comes_from_a_url_within_bounds(world, web, capsys):
+    flags = ["--model", str(world[0]), "--segmenter", "none", "--max_new_tokens", "12", "--prompt", QUESTION, "--image"]
+    assert main([*flags, f"{web}/scene.jpg"]) == 0
+    assert answer(world[0], [("human", QUESTION)], BLANK, "") in said(capsys)
+    for path, complaint in (
+        ("/nothing", "cannot be fetched: File not found"),
+        ("/endless", "more than 33554432 bytes"),
+        ("/home", "cannot be fetched: "),
+        ("/silent", "cannot be fetched: timed out"),
+        ("/crayon.parquet", "not an image: it is a Parquet file"),
+    ):
+        assert main([*flags, f"{web}{path}"]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"--image: {web}{path}: {complaint}" in line
+
+
+def test_a_file_of_questions_is_answered_in_order_and_an_interrupted_run_goes_on(world, tmp_path, capsys):
+    run, _, image = world
+    asked = [
+        {"id": "a", "image": str(image), "question": QUESTION},
+        {"image": str(image), "prompt": "Who?"},
+        "no JSON",
+        {"id": "s", "image": "a\0b", "question": "\ud800"},
+        {"id": "d", "image": "nowhere.jpg", "question": QUESTION},
+        {"id": "e", "image": str(image), "question": "x" * 3000},
+        {"id": "f", "image": str(image), "question": "Where?"},
+    ]
+    questions, answers = tmp_path / "in.jsonl", tmp_path / "new" / "out.jsonl"
+    questions.write_text("\n".join(q if isinstance(q, str) else json.dumps(q) for q in asked) + "\n\n")
+    flags = ["--model", str(run), "--segmenter", "none", "--max_new_tokens", "12", "--batch_size", "4"]
+    flags += ["--questions", str(questions), "--answers", str(answers)]
+    assert main(flags) == 0
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["a", 2, 3, "s", "d", "e", "f"]
+    for line, question in ((lines[0], QUESTION), (lines[1], "Who?"), (lines[6], "Where?")):
+        assert line["answer"] == answer(run, [("human", question)], BLANK, "") and line["question"] == question
+    for line, error in zip(
+        lines[2:6],
+        ("not JSON", "image is missing, empty or no text", "nowhere.jpg: No such file", "tokens with its image"),
+        strict=True,
+    ):
+        assert error in line["error"] and "answer" not in line
+    out = said(capsys)
+    assert "4 without an answer (line 3: not JSON" in out and "7 questions answered: " in out
+
+    whole = answers.read_bytes()
+    answers.write_bytes(whole[: whole.index(b'"id": "d"') + 5])  # killed in the middle of its fifth line
+    assert main(flags) == 0
+    assert answers.read_bytes() == whole
+    assert "4 of them by an earlier run" in said(capsys)
+    asked[1]["prompt"] = "Whom?"
+    questions.write_text("\n".join(q if isinstance(q, str) else json.dumps(q) for q in asked))
+    assert main(flags) == 2
+    assert f"--answers: {answers}: its line 2 answers no question of {questions}" in capsys.readouterr().err
+    assert answers.read_bytes() == whole
+
+
+def test_the_images_of_questions_stand_inside_their_root(world, tmp_path):
+    run, _, image = world
+    questions, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    images = ("scene.jpg", "../scene.jpg", "/etc/hostname")
+    questions.write_text("".join(json.dumps({"image": name, "question": QUESTION}) + "\n" for name in images))
+    flags = ["--model", str(run), "--segmenter", "none", "--max_new_tokens", "4", "--image_root", str(image.parent)]
+    assert main([*flags, "--questions", str(questions), "--answers", str(answers)]) == 0
+    lines = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [("answer" in line, "error" in line) for line in lines] == [(True, False), (False, True), (False, True)]
+
+
+def test_a_gpu_without_memory_is_one_line_with_what_helps(world, monkeypatch, capsys):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+
+    monkeypatch.setattr("collavo.inference.Answerer.answer", full)
+    assert main(of_row(world, "--prompt", QUESTION)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "Tried to allocate 2.00 GiB" in line and "--max_new_tokens" in line and "--quantize" in line
+
+
 def test_a_conversation_ends_with_its_input(world, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert main(of_row(world)) == 0
@@ -139,8 +284,12 @@ def test_the_map_lies_over_the_image_in_crayon_colours():
 @pytest.mark.parametrize(
     "flags, complaint",
     [
-        ([], "one of --image, --data with --image_id, or --gradio is needed; given: none of them"),
+        ([], "one of --image, --data with --image_id, --questions, or --gradio is needed; given: none of them"),
         (["--image", "scene.jpg", "--gradio"], "given: --image and --gradio"),
+        (["--image", "scene.jpg", "--top_p", "0.9"], "give it a temperature above 0"),
+        (["--image", "scene.jpg", "--temperature", "1", "--beams", "3"], "--beams searches the likeliest; choose one"),
+        (["--questions", "in.jsonl"], "--questions and --answers go together"),
+        (["--questions", "nowhere.jsonl", "--answers", "o"], "--questions: nowhere.jsonl: No such file"),
         (["--data", "crayon.parquet"], "--data and --image_id go together"),
         (["--data", "crayon.parquet", "--image_id", "nobody"], "--data: there is no row of --image_id nobody"),
         (["--image", "nowhere.jpg"], "--image: nowhere.jpg: No such file"),

@@ -1,5 +1,8 @@
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -67,6 +70,27 @@ def test_every_question_of_the_split_is_asked_with_and_without_the_object_list_a
     assert any(answers("none", report, task) != answers("with", report, task) for task in ("counting", "dialogue"))
     assert answers("trained", trained, "counting") == answers("none", report, "counting")
     assert answers("trained", trained, "dialogue") == answers("with", report, "dialogue")
+
+
+@pytest.mark.slow  # two processes that import everything: 30 seconds on two cores
+@pytest.mark.parametrize("more", [(), ("--max_images", "3")])
+def test_several_processes_share_the_questions_and_report_as_one(world, tmp_path, more):
+    run, _ = world
+    rows = [replace(row, image_id=f"{copy}-{row.image_id}") for copy in range(2) for row in VALIDATION]
+    # A damaged row, which every rank reads that has to pass it, and a damaged picture, which one rank opens.
+    rows[0] = replace(rows[0], panoptic_png=b"damaged")
+    data = write_crayon_file(tmp_path / "crayon.parquet", rows)
+    flags = ["--model", str(run), "--data", str(data), "--object_list", "both", *more]
+    reports = []
+    for name, launcher in (("1", []), ("2", ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"])):
+        command = [sys.executable, "-m", *launcher, "collavo.evaluate", *flags, "--output", str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("Object list: none") == 1
+        reports.append(json.loads((tmp_path / name / "evaluation.json").read_text()))
+    first, second = reports
+    assert first["results"] == second["results"]
+    assert first["left_out"] == second["left_out"] and sum(first["left_out"].values()) == 1
 
 
 def test_fewer_images_and_images_by_reference_are_asked_about(world, tmp_path):

@@ -159,7 +159,8 @@ def test_images_are_fetched_from_the_web_within_bounds_and_from_nowhere_else(wor
                 with pytest.raises(openai.BadRequestError, match="unknown url type: http"):
                     client.chat.completions.create(model="run", messages=[user(QUESTION, scene)])
                 client.chat.completions.create(model="run", messages=[ASKED], max_tokens=1)
-            monkeypatch.setattr(server, "MAX_BYTES", 1000)
+            monkeypatch.setattr(web, "MAX_BYTES", 1000)
+            web.fetch.cache_clear()
             with pytest.raises(openai.BadRequestError, match=r"scene.png: more than 1000 bytes"):
                 ask(user(QUESTION, scene))
         finally:

@@ -11,18 +11,9 @@ assert _SPEC is not None and _SPEC.loader is not None
 train_step = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(train_step)
 
-VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-TINY = train_step.Sizes(
-    hidden=64, layers=2, heads=4, kv_heads=2, feed_forward=128, vocabulary=256,
-    vision={**VISION, "image_size": 56, "patch_size": 14}, rank=4, crayon_width=16, text=8, labels=5,
-)  # fmt: skip
 
-
-def test_all_parts_run_and_end_in_a_line_of_json(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(train_step.SIZES, "proxy", TINY)
-    train_step.main(["--parts", "step", "packing", "sweep", "--repeats", "1", "--micro_batches", "1"])
+def test_all_parts_run_and_end_in_a_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
+    train_step.main(["--sizes", "toy", "--parts", "step", "packing", "sweep", "--repeats", "1", "--micro_batches", "1"])
     results = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert all(seconds > 0 for seconds in results["step"]["seconds"].values())
     assert results["packing"]["instructions per s"].keys() == {"packed", "apart"}

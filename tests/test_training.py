@@ -314,25 +314,52 @@ class Nobody:
         return tensor
 
 
-class Full:
-    """A model on a GPU that has no memory left."""
-
-    def model(self, **_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it.")
+def test_a_batch_without_a_supervised_token_stops_the_run_in_one_line() -> None:
+    inputs = {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.full((1, 4), -100)}
+    trainer = Trainer(None, Nobody(), None, torch.float32)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"^step 3: no token of the batch is supervised; images odd$"):
+        trainer._step(3, [MicroBatch("crayon", ["odd"], inputs)], None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("label", "said"),
-    [
-        (-100, "no token of the batch is supervised; images odd"),
-        (1, "the GPU has no memory left .*2.00 GiB.*--resume and a lower --micro_batch_size[^\n]*"),
-    ],
+    ("place", "where"),
+    [("torch.optim.AdamW.step", "step 1"), ("collavo.training.loop.Trainer.evaluate", "after step 6")],
 )
-def test_a_step_that_cannot_be_taken_stops_the_run_in_one_line(label: int, said: str) -> None:
-    inputs = {"input_ids": torch.ones(1, 4, dtype=torch.long), "labels": torch.full((1, 4), label)}
-    trainer = Trainer(Full(), Nobody(), None, torch.float32)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=f"^step 3: {said}$"):
-        trainer._step(3, [MicroBatch("crayon", ["odd"], inputs)], None)  # type: ignore[arg-type]
+def test_a_gpu_without_memory_is_one_line_wherever_in_a_step_it_shows(
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+    where: str,
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it.")
+
+    monkeypatch.setattr(place, full)
+    assert train.main(command(world, tmp_path / "run", "--phase", "cpt")) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert (
+        f"{where}: the GPU has no memory left (CUDA out of memory. Tried to allocate 2.00 GiB.); what helps: " in error
+    )
+    assert "--micro_batch_size" in error and "--gradient_checkpointing" in error
+
+
+def test_the_memory_of_a_gpu_is_reckoned_and_tried_before_the_first_step(
+    world: Path, finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def gpu_of(size: int) -> None:
+        for module in ("trainable", "run"):
+            monkeypatch.setattr(f"collavo.training.{module}.memory_of", lambda device: size)
+
+    gpu_of(10**10)
+    assert train.main(command(world, world / "reckoned")) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "of 10.0 GB for the longest batch, 2 x " in said and "activations" in said
+    assert losses(world / "reckoned") == losses(finished)  # trying changes nothing
+    gpu_of(10**9)
+    assert train.main(command(world, world / "refused")) == 2
+    assert "--micro_batch_size 2: the longest batch, 2 x 36 tokens, needs about" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

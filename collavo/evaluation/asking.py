@@ -50,7 +50,7 @@ def ask_questions(
                 Request(
                     number,
                     question.turns,
-                    pictures[number].objects if answerer.lists_objects(_kind(question.task), object_list) else None,
+                    pictures[number].objects if answerer.lists_objects(kind_of(question.task), object_list) else None,
                     _MAX_NEW_TOKENS[question.task],
                 )
                 for number, question in questions
@@ -58,24 +58,6 @@ def ask_questions(
             texts = answerer.answer(pictures, requests, batch_size)
             answered += [judged(question, text, judge) for (_, question), text in zip(questions, texts, strict=True)]
     return answers
-
-
-def untrained_lists(answerer: Answerer, tasks: Sequence[str], object_lists: Sequence[str]) -> list[str]:
-    """Say, a line each, which object lists ask tasks in a way that the model was not trained with."""
-    lines = []
-    for object_list in object_lists:
-        listed = object_list == "with"
-        unusual = [
-            task
-            for task in tasks
-            if answerer.lists_objects(_kind(task), object_list) != (_kind(task) in answerer.listed)
-        ]
-        if unusual:
-            lines.append(
-                f"the model was trained {'without' if listed else 'with'} the object list for {', '.join(unusual)}; "
-                f"answers {'with' if listed else 'without'} it may be unreadable"
-            )
-    return lines
 
 
 def unknown_classes(answerer: Answerer, categories: CategorySet) -> str | None:
@@ -117,5 +99,6 @@ def _groups(
         yield pictures, questions
 
 
-def _kind(task: str) -> Kind:
+def kind_of(task: str) -> Kind:
+    """Return the kind of sequence that a task is trained with."""
     return "dialogue" if task == DIALOGUE else "crayon"

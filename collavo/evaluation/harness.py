@@ -65,6 +65,8 @@ class CollavoHarness(lmms):
             base=base_of(pretrained),
         )
         self._listed = self._answerer.lists_objects("dialogue", object_list)
+        if line := self._answerer.untrained({"dialogues": "dialogue"}, object_list):
+            warnings.warn(f"object_list={object_list}: {line}", stacklevel=2)
         self._batch_size = int(batch_size)
 
     def generate_until(self, requests: list[Instance]) -> list[str]:

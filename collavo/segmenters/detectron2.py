@@ -1,6 +1,6 @@
 """Panoptic-FPN through detectron2, for machines on which Mask2Former is too slow.
 
-An optional extra: detectron2 is on no package index and has to be built from source, see `INSTALL`.
+Optional: detectron2 is on no package index and has to be built from source, see `INSTALL`.
 
 The weights of its model zoo are Python pickles, and loading a pickle can run code: use zoo weights or your own files
 only. Configs are read as plain YAML; detectron2 itself would run code in them.

@@ -44,7 +44,8 @@ class TrainArguments:
     max_steps: int | None = flag(None, "steps of each phase at most", kind=int, least=1)
     batch_size: int = flag(32, "sequences per step, over all ranks", least=1)
     align_batch_size: int = flag(256, "the same in alignment", least=1)
-    micro_batch_size: int = flag(8, "sequences per forward pass; gradients accumulate over the rest", least=1)
+    micro_batch_size: int = flag(8, "sequences per forward pass; gradients accumulate over the rest (default: 2 "
+        "for collavo-7b, 1 for collavo-internlm2-7b, else 8)", least=1)  # fmt: skip
     align_learning_rate: float = flag(1e-3, "of alignment, after a warm-up of 3 % of its steps")
     cpt_learning_rate: float = flag(1e-4, "at the start of Crayon Prompt Tuning")
     cit_learning_rate: float = flag(1e-5, "at the start of instruction tuning")
@@ -138,12 +139,14 @@ PRESETS = {
     # from a projector that is trained; the second, like the paper and its authors' release, from InternLM, for which
     # none is published.
     "collavo-7b": Preset(
-        "llava-hf/llava-1.5-7b-hf", "CLIP-L/14 at 490 px and a 7B language model, with the paper's arguments", {}
+        "llava-hf/llava-1.5-7b-hf",
+        "CLIP-L/14 at 490 px and a 7B language model, with the paper's arguments",
+        {"micro_batch_size": 2},  # sequences of --max_length then fit into 80 GB with a tenth to spare
     ),
     "collavo-internlm2-7b": Preset(
         _INTERNLM2,
         "CLIP-L/14 at 490 px and InternLM2-7B, aligned first, with the paper's arguments",
-        {},
+        {"micro_batch_size": 1},
         "python -m collavo.import_base --vision openai/clip-vit-large-patch14-336 --language internlm/internlm2-7b "
         f"--output {_INTERNLM2}",
     ),

@@ -6,9 +6,10 @@ All of it happens in the loader's worker processes.
 import signal
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from heapq import nlargest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +39,10 @@ IGNORED = -100
 _COLUMNS = ("image_id", "image", "width", "height", "panoptic_map", "segments", "instructions", "conversations")
 _LATE_COLUMNS = ("image_id", "image", "width", "height", "panoptic_map")
 """What the index could not check, since it does not read pictures and maps."""
+
+
+_RENDERED_AT_MOST = 16
+"""Samples among which the longest is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +187,24 @@ class ExampleDataset(Dataset[Example | Skipped | UserError]):
         except Rejected as error:
             raise Rejected(error.reason, str(error), record["image_id"]) from error
         return example_of(self._processor, sample.kind, record["image_id"], prompts, pixels, panoptic)
+
+    def longest(self, samples: Iterable[Sample]) -> tuple[Sample, int, int] | None:
+        """Find the sample with the longest sequence, its tokens, and how many of them are supervised; None without any.
+
+        The index knows bounds of the lengths. The samples with the highest are rendered, for their tokens.
+        """
+        bounds = (
+            (int(lengths[np.isin(numbers, sample.numbers)].sum()), sample)
+            for sample in samples
+            for numbers, lengths in [self.index.texts[sample.kind].of_row(sample.row)]
+        )
+        found = []
+        for _, sample in nlargest(_RENDERED_AT_MOST, bounds, key=lambda one: one[0]):
+            with suppress(Rejected):
+                prompts = self._prompts(sample, self._reader.read(sample.row))
+                input_ids, labels, _ = pack_prompts(prompts, self._processor.image_token_id)
+                found.append((sample, len(input_ids), int((labels != IGNORED).sum())))
+        return max(found, key=lambda one: one[1], default=None)
 
     def prompt_of(self, batch: Batch) -> RenderedPrompt | None:
         """Return the first prompt of a batch, to show it; None if no sample of it can be rendered."""

@@ -22,10 +22,11 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from collavo.dataset import LeftOut
+from collavo.device import memory_named
 from collavo.errors import UserError
 from collavo.model.prompt import Kind
 from collavo.training.arguments import TrainArguments
-from collavo.training.batch_plan import Batch
+from collavo.training.batch_plan import Batch, Sample
 from collavo.training.batches import ExampleDataset, MicroBatch, Skipped, build_loader, micro_batches
 from collavo.training.phases import Phase
 from collavo.training.stages import StagedModel
@@ -133,6 +134,10 @@ class Trainer:
             for batch in phase.batches[first_step:]
         ]
         loader = build_loader(dataset, [*chain.from_iterable(micro)], arguments.workers, pin_memory=on_gpu)
+        helpful = (
+            "--resume with a lower --micro_batch_size, or --gradient_checkpointing; in a new run also a lower "
+            "--max_length or fewer --instructions_per_sequence"
+        )
         for step, of_step in enumerate(micro, start=first_step):
             batch = phase.batches[step]
             steps, final = len(phase.batches), arguments.final_learning_rate
@@ -150,21 +155,38 @@ class Trainer:
             self.stopped_by, most = accelerator.gather(said).max(0).values.tolist()
             if most:
                 self._count_skipped(skipped, most_skipped)
-            loss, norm, tokens = self._step(number, [piece for piece in pieces if piece.inputs], optimizer)
+            with memory_named(helpful, f"step {number}"):
+                loss, norm, tokens = self._step(number, [piece for piece in pieces if piece.inputs], optimizer)
             seconds = time.perf_counter() - start
-            after_step(
-                StepResult(
-                    step=number,
-                    phase=phase.name,
-                    stage=stage.name,
-                    loss=loss,
-                    learning_rate=rate,
-                    gradient_norm=norm,
-                    samples_per_s=len(batch.samples) / seconds,
-                    tokens_per_s=tokens / seconds,
-                    peak_memory_gb=torch.cuda.max_memory_allocated(device) / 1e9 if on_gpu else None,
-                )
+            result = StepResult(
+                step=number,
+                phase=phase.name,
+                stage=stage.name,
+                loss=loss,
+                learning_rate=rate,
+                gradient_norm=norm,
+                samples_per_s=len(batch.samples) / seconds,
+                tokens_per_s=tokens / seconds,
+                peak_memory_gb=torch.cuda.max_memory_allocated(device) / 1e9 if on_gpu else None,
             )
+            with memory_named(helpful, f"after step {number}"):  # it may evaluate
+                after_step(result)
+
+    def rehearse(self, phase: Phase, sample: Sample, dataset: ExampleDataset) -> None:
+        """Take the longest sequence of a phase, as often as a micro-batch holds, forward and back, and change nothing.
+
+        Raises:
+            UserError: if the GPU's memory does not suffice, which so shows before the first step.
+        """
+        self._staged.enter(phase.stages[sample.kind])
+        samples = [sample] * self._arguments.micro_batch_size
+        helpful = "a lower --micro_batch_size, --gradient_checkpointing, a lower --max_length"
+        with memory_named(helpful, f"{phase.name}, its longest batch"):
+            for piece in build_loader(dataset, [samples], 0, pin_memory=False):
+                if piece.supervised_tokens:
+                    self._loss(piece, piece.supervised_tokens).backward()
+        for parameter in self._staged.learning.values():
+            parameter.grad = None
 
     def _count_skipped(self, skipped: list[Skipped], most: int) -> None:
         """Count the samples that could not be prepared on this rank, and all others'; they come to the same sum.
@@ -199,17 +221,10 @@ class Trainer:
         if not supervised:
             raise UserError(f"step {step}: no token of the batch is supervised; {images}", 1)
         loss = torch.zeros((), device=self._accelerator.device)
-        try:
-            for piece in pieces:
-                piece_loss = self._loss(piece, supervised)
-                piece_loss.backward()
-                loss += piece_loss.detach()
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"step {step}: the GPU has no memory left ({str(error).splitlines()[0]}); go on with --resume and a "
-                "lower --micro_batch_size, or --gradient_checkpointing",
-                1,
-            ) from error
+        for piece in pieces:
+            piece_loss = self._loss(piece, supervised)
+            piece_loss.backward()
+            loss += piece_loss.detach()
         loss = self._accelerator.reduce(loss, "sum")
         if not torch.isfinite(loss):
             raise UserError(f"step {step}: the loss is {loss.item()}; {images}", 1)

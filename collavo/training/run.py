@@ -3,7 +3,7 @@
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from importlib.util import find_spec
@@ -25,13 +25,15 @@ from collavo.model.configuration import CollavoConfig
 from collavo.model.prompt import KINDS, Kind, show_supervision
 from collavo.model_card import write_model_card
 from collavo.runs import ADAPTERS, CARD, CRAYON, METRICS, PROJECTOR, TRAIN_ARGS, base_from, read_metrics, save_run
+from collavo.storage import size_text
 from collavo.training import checkpoint, record
 from collavo.training.arguments import TrainArguments
-from collavo.training.batch_plan import PlanOptions, plan_epoch
+from collavo.training.batch_plan import PlanOptions, Sample, plan_epoch
 from collavo.training.batches import ExampleDataset
 from collavo.training.display import RunDisplay
 from collavo.training.lengths import LengthLimit
 from collavo.training.loop import StepResult, Trainer, signals_noted
+from collavo.training.memory import Shape, check_memory, memory_of
 from collavo.training.phases import ADAPTER_OF, Phase, phases_left, plan_phases
 from collavo.training.row_index import RowIndex, build_row_index
 from collavo.training.trainable import compute_dtype, count_weights, load_trainable
@@ -127,11 +129,16 @@ class TrainingRun:
         most_skipped = int(arguments.max_skipped_ratio * samples)
         steps_done = max(done.total_steps, phases[0].steps_before)
         damaged = self.train_set.index.left_out.lines()
-        with self.display.shown(phases, self._facts(phases), damaged, prompt, steps_done), signals_noted() as signals:
+        available = memory_of(self.accelerator.device)
+        longest = self._longest(phases) if available else {}
+        facts = {**self._facts(phases), **self._memory_facts(longest, available or 0)}
+        with self.display.shown(phases, facts, damaged, prompt, steps_done), signals_noted() as signals:
             trainer = Trainer(self.staged, self.accelerator, arguments, self.dtype)
             trainer.skipped, trainer.signals = done.skipped, signals
             for phase in phases:
                 if phase.last_step > done.total_steps:
+                    if phase.name in longest:
+                        trainer.rehearse(phase, longest[phase.name][0], self.train_set)
                     self._run_phase(trainer, phase, learning, most_skipped)
         self.display.left_out(trainer.skipped.lines())
         self.config.projector_untrained = False
@@ -142,6 +149,28 @@ class TrainingRun:
             write_model_card(self.folder, self.folder, "run", base, left_out=left_out)
         self.console.print(f"Trained: {self.folder}", soft_wrap=True)
         self.accelerator.end_training()
+
+    def _longest(self, phases: Sequence[Phase]) -> dict[str, tuple[Sample, int, int]]:
+        """Find the longest sequence of each phase, see `ExampleDataset.longest`."""
+        found = {p.name: self.train_set.longest(s for batch in p.batches for s in batch.samples) for p in phases}
+        return {name: longest for name, longest in found.items() if longest}
+
+    def _memory_facts(self, longest: Mapping[str, tuple[Sample, int, int]], available: int) -> dict[str, str]:
+        """Say what a step takes of the GPU's memory at its peak.
+
+        Raises:
+            UserError: if it does not fit, naming the flags with which it does.
+        """
+        if not longest:
+            return {}
+        _, tokens, supervised = max(longest.values(), key=lambda one: one[1])
+        shape = Shape.of(self.staged.model.config)
+        parts = check_memory(shape, self.arguments, len(self.adapters), tokens, supervised, available)
+        return {
+            "memory": f"about {size_text(sum(parts.values()))} of {size_text(available)} for the longest batch, "
+            f"{self.arguments.micro_batch_size} x {tokens:,} tokens: "
+            + ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
+        }
 
     def _run_phase(self, trainer: Trainer, phase: Phase, learning: Sequence[str], most_skipped: int) -> None:
         """Take the steps of a phase that are not done yet; `learning` are the groups of weights of all phases."""

@@ -1,0 +1,165 @@
+"""Answer a file of questions: a JSON object a line in, a JSON object a line out, in the same order.
+
+    {"id": "a", "image": "street.jpg", "question": "What is on the left?"}
+    {"id": "a", "image": "street.jpg", "question": "What is on the left?", "answer": "A bus."}
+
+The answers are written batch by batch. A run that finds some of them goes on after the last one. A question that cannot
+be asked gets a line with `error` in place of `answer`, and the others go on.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from collavo.dataset import LeftOut
+from collavo.errors import Rejected, UserError
+from collavo.inference import Answerer, Picture, Request
+from collavo.panoptic.maps import PanopticMap
+
+
+class Asked(NamedTuple):
+    """A line of the questions: what the answer repeats of it, and why it cannot be asked, if so."""
+
+    number: int
+    record: dict[str, Any]
+    fault: str = ""
+
+
+def read_questions(file: Path) -> Iterator[Asked]:
+    """Read questions, line by line; empty lines are none.
+
+    Raises:
+        UserError: if the file cannot be opened.
+    """
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _asked(number, line)
+    except OSError as error:
+        raise UserError(f"{file}: {error.strerror}") from error
+
+
+def count_answers(questions: Path, answers: Path) -> int:
+    """Count the answers that a file holds; a line that an interrupted run left unfinished is cut off.
+
+    Raises:
+        UserError: if they answer other questions.
+    """
+    data = answers.read_bytes() if answers.exists() else b""
+    lines = data.splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
+        with answers.open("r+b") as file:
+            file.truncate(len(data) - len(lines.pop()))
+    for number, (line, asked) in enumerate(zip_longest(lines, islice(read_questions(questions), len(lines))), start=1):
+        answered: Any = None
+        with suppress(ValueError):
+            answered = json.loads(line)
+        same = asked and isinstance(answered, dict) and {**answered, **asked.record} == answered
+        if not same:
+            raise UserError(f"{answers}: its line {number} answers no question of {questions}; name another file")
+    return len(lines)
+
+
+class QuestionAnswerer:
+    """Answers the questions of a file.
+
+    Args:
+        segment: makes the maps of images, uint8 RGB [height, width, 3].
+        read_image: reads the image that a question names; raises Rejected or UserError.
+        object_list: as in `Answerer.lists_objects`.
+        max_new_tokens: the length of an answer at most.
+        batch_size: questions answered together.
+    """
+
+    def __init__(
+        self,
+        answerer: Answerer,
+        segment: Callable[[Sequence[np.ndarray]], Sequence[PanopticMap]],
+        read_image: Callable[[str], np.ndarray],
+        object_list: str,
+        max_new_tokens: int,
+        batch_size: int,
+    ) -> None:
+        self._answerer = answerer
+        self._segment = segment
+        self._read_image = read_image
+        self._listed = answerer.lists_objects("dialogue", object_list)
+        self._max_new_tokens = max_new_tokens
+        self._batch_size = batch_size
+
+    def answer(self, questions: Iterator[Asked], answers: Path) -> Iterator[LeftOut]:
+        """Add the answers to a file; yields what could not be asked of each batch, when its answers are written."""
+        answers.parent.mkdir(parents=True, exist_ok=True)
+        with answers.open("ab") as file:
+            while batch := list(islice(questions, self._batch_size)):
+                replies, left_out = self._replies(batch), LeftOut()
+                for asked, reply in zip(batch, replies, strict=True):
+                    if "error" in reply:
+                        left_out.add("without an answer", f"line {asked.number}", reply["error"])
+                lines = [json.dumps({**q.record, **r}, ensure_ascii=False) for q, r in zip(batch, replies, strict=True)]
+                file.write("".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
+                file.flush()
+                yield left_out
+
+    def _replies(self, batch: Sequence[Asked]) -> list[dict[str, str]]:
+        pictures = self._pictures([asked.record["image"] for asked in batch if not asked.fault])
+        replies = [{"error": asked.fault} for asked in batch]
+        used: dict[str, int] = {}
+        requests: dict[int, Request] = {}
+        for number, asked in enumerate(batch):
+            if asked.fault:
+                continue
+            name, turns = asked.record["image"], [("human", asked.record["question"])]
+            picture = pictures[name]
+            if isinstance(picture, str):
+                replies[number] = {"error": picture}
+                continue
+            objects = picture.objects if self._listed else None
+            try:
+                limit = self._answerer.room_for_answer(turns, objects, self._max_new_tokens)
+            except UserError as error:
+                replies[number] = {"error": str(error)}
+                continue
+            requests[number] = Request(used.setdefault(name, len(used)), turns, objects, limit)
+        if requests:
+            shown = [pictures[name] for name in used]
+            texts = self._answerer.answer(shown, list(requests.values()), self._batch_size)  # type: ignore[arg-type]
+            for number, text in zip(requests, texts, strict=True):
+                replies[number] = {"answer": text}
+        return replies
+
+    def _pictures(self, names: Sequence[str]) -> Mapping[str, Picture | str]:
+        """Read and segment the distinct images; a sentence for each that cannot be read."""
+        images: dict[str, np.ndarray] = {}
+        pictures: dict[str, Picture | str] = {}
+        for name in dict.fromkeys(names):
+            try:
+                images[name] = self._read_image(name)
+            except (Rejected, UserError) as error:
+                pictures[name] = str(error)
+        maps = self._segment(list(images.values())) if images else []
+        found = zip(images.items(), maps, strict=True)
+        return pictures | {name: Picture(image, panoptic) for (name, image), panoptic in found}
+
+
+def _asked(number: int, line: bytes) -> Asked:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return Asked(number, {"id": number}, f"not JSON: {error}")
+    if not isinstance(record, dict):
+        return Asked(number, {"id": number}, "not a JSON object")
+    id_, image, question = record.get("id", number), record.get("image"), record.get("question", record.get("prompt"))
+    kept = {"id": id_, "image": image, "question": question}
+    for name, value in (("image", image), ("question", question)):
+        # Half of a surrogate pair, which JSON can hold, is no text to a tokenizer, and a NUL no file's name.
+        if not isinstance(value, str) or not value.strip() or re.search("[\0\ud800-\udfff]", value):
+            return Asked(number, kept, f"{name} is missing, empty or no text")
+    return Asked(number, kept)
