@@ -116,7 +116,7 @@ def test_words_are_drawn_where_a_temperature_is_given(ask):
         ([user("?", __file__)], {}, "unknown url type"),
         ([user("?", f"file://{__file__}")], {}, "unknown url type: file"),
         ([user("?", "data:image/png;base64,AAA")], {}, "Incorrect padding"),
-        ([user("?", "http://127.0.0.1:9/a.png")], {}, "image_url: http://127.0.0.1:9/a.png: [Errno 111]"),
+        ([user("?", "http://127.0.0.1:9/a.png")], {}, "image_url: http://127.0.0.1:9/a.png: cannot be fetched: [Errno 111]"),
         ([user("?", data_url(b"%PDF-1.7"))], {}, "not an image: it is a PDF; convert its pages to images"),
         ([user("?", data_url(encoded(Image.fromarray(PICTURE.image))[:900]))], {}, "image file is truncated"),
         ([user("?", data_url(encoded(Image.new("1", (9000, 9000)))))], {}, "9000 x 9000 is more than 50000000 pixels"),
@@ -147,10 +147,10 @@ def test_images_are_fetched_from_the_web_within_bounds_and_from_nowhere_else(wor
         def log_message(self, *_):
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Web, directory=tmp_path)) as web:
-        threading.Thread(target=web.serve_forever).start()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Web, directory=tmp_path)) as site:
+        threading.Thread(target=site.serve_forever).start()
         try:
-            scene, away = (f"http://127.0.0.1:{web.server_port}/{name}" for name in ("scene.png", "away"))
+            scene, away = (f"http://127.0.0.1:{site.server_port}/{name}" for name in ("scene.png", "away"))
             assert text_of(ask(user(QUESTION, scene))) == text_of(ask())
             for url, complaint in ((f"{scene}x", "File not found"), (away, "is not allowed")):
                 with pytest.raises(openai.BadRequestError, match=complaint):
@@ -164,7 +164,7 @@ def test_images_are_fetched_from_the_web_within_bounds_and_from_nowhere_else(wor
             with pytest.raises(openai.BadRequestError, match=r"scene.png: more than 1000 bytes"):
                 ask(user(QUESTION, scene))
         finally:
-            web.shutdown()
+            site.shutdown()
 
 
 def test_requests_at_once_get_the_answers_that_they_get_alone_while_the_server_stays_awake(world, ask):
