@@ -18,7 +18,7 @@ from serving import data_url, served, user
 from test_chat import BLANK, PICTURE, answer
 from tiny_run import save_tiny_run
 
-from collavo import server
+from collavo import server, web
 from collavo.serve import main
 
 QUESTION, URL = "What is in the image?", data_url(encoded(Image.fromarray(PICTURE.image)))
