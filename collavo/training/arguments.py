@@ -128,6 +128,7 @@ PRESETS = {
             "cit_learning_rate": 1e-3,
             "final_learning_rate": 5e-5,
             "max_length": 640,
+            "instructions_per_sequence": 6,  # with more, a step takes longer than the ten minutes allow
             "attention": "eager",  # on a CPU, faster than SDPA with the mask of packed sequences
             "object_list": "none",
             "query_start": "names",
