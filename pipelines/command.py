@@ -17,7 +17,7 @@ from collavo import cli
 from collavo.errors import UserError
 from collavo.folders import whole_folder
 from collavo.storage import FAULTS, MANIFEST, REJECTS, REPORT, delete, is_local, open_read, size_text
-from pipelines.local_workers import LocalWorkers, count_workers
+from pipelines.local_workers import LocalWorkers, cores, count_workers
 from pipelines.options import PROGRAM, Flags, parse_flags
 from schemas.crayon_row import TASKS
 
@@ -86,7 +86,7 @@ def _draw_scenes(scenes: "SceneRequest", console: Console) -> None:
     from collavo.scenes import write_scenes
 
     console.print(f"No source named: drawing {scenes.count} sample scenes into {scenes.folder}", highlight=False)
-    write_scenes(scenes.folder, scenes.count, size_wh=scenes.size_wh, overwrite=True)
+    write_scenes(scenes.folder, scenes.count, size_wh=scenes.size_wh, overwrite=True, processes=cores())
 
 
 def _print_summary(output: str, seconds: float, console: Console) -> None:

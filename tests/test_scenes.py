@@ -274,6 +274,16 @@ def test_a_data_set_that_starts_later_holds_the_scenes_of_a_whole_one(data_set: 
     assert np.array_equal(read_ids(data_set / "panoptic" / "scene-000010.png"), drawn.ids)
 
 
+def test_processes_draw_what_one_draws(tmp_path: Path) -> None:
+    for processes in (1, 2):
+        write_scenes(tmp_path / str(processes), 9, (64, 48), seed=3, processes=processes)
+    one, two = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "1", tmp_path / "2")
+    )
+    assert one == two and len(one) == 20
+
+
 def test_dialogues_are_llava_entries(data_set: Path) -> None:
     entries = json.loads((data_set / "dialogues.json").read_text())
     assert len({entry["id"] for entry in entries}) == len(entries) >= 12

@@ -116,7 +116,11 @@ def test_words_are_drawn_where_a_temperature_is_given(ask):
         ([user("?", __file__)], {}, "unknown url type"),
         ([user("?", f"file://{__file__}")], {}, "unknown url type: file"),
         ([user("?", "data:image/png;base64,AAA")], {}, "Incorrect padding"),
-        ([user("?", "http://127.0.0.1:9/a.png")], {}, "image_url: http://127.0.0.1:9/a.png: cannot be fetched: [Errno 111]"),
+        (
+            [user("?", "http://127.0.0.1:9/a.png")],
+            {},
+            "http://127.0.0.1:9/a.png: cannot be fetched: [Errno 111]",
+        ),
         ([user("?", data_url(b"%PDF-1.7"))], {}, "not an image: it is a PDF; convert its pages to images"),
         ([user("?", data_url(encoded(Image.fromarray(PICTURE.image))[:900]))], {}, "image file is truncated"),
         ([user("?", data_url(encoded(Image.new("1", (9000, 9000)))))], {}, "9000 x 9000 is more than 50000000 pixels"),

@@ -2,7 +2,12 @@
 
 import json
 import re
+import signal
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +38,14 @@ def write_scenes(
     start: int = 0,
     overwrite: bool = False,
     progress: Callable[[range], Iterable[int]] = iter,
+    processes: int = 1,
 ) -> None:
     """Draw scenes `start` to `start + count - 1` into a folder, which appears whole or not at all.
 
     Args:
         overwrite: replace the scenes that an earlier call left in the folder.
         progress: wraps the numbers of the scenes, to show how many are drawn.
+        processes: that draw; more than one import the program's main module, as `multiprocessing` does.
 
     Raises:
         UserError: if the output is a file or cannot be written to, if the folder is not empty and `overwrite` is not
@@ -53,15 +60,23 @@ def write_scenes(
     with whole_folder(output) as folder:
         for kind in ("images", "panoptic"):
             (folder / kind).mkdir()
-        for index in progress(range(start, start + count)):
-            scene, name = draw_scene(scene_seed(seed, index), size_wh), f"scene-{index:06d}"
-            Image.fromarray(scene.image).save(folder / "images" / f"{name}.jpg", quality=90)
-            rgb = np.stack([scene.ids & 255, scene.ids >> 8 & 255, scene.ids >> 16], -1).astype(np.uint8)
-            Image.fromarray(rgb).save(folder / "panoptic" / f"{name}.png")
-            width, height = size_wh
-            images.append({"id": index, "file_name": f"{name}.jpg", "width": width, "height": height, "license": 1})
-            annotations.append({"image_id": index, "file_name": f"{name}.png", "segments_info": _segments_info(scene)})
-            dialogues += _llava_entries(scene, name)
+        numbers = range(start, start + count)
+        draw = partial(_draw, folder, size_wh, seed)
+        with ExitStack() as stack:
+            drawn = map(draw, numbers)
+            if processes > 1:
+                ignore_interrupt = (
+                    signal.SIGINT,
+                    signal.SIG_IGN,
+                )  # Ctrl-C reaches all, and is this process's to handle
+                context = get_context("spawn")
+                pool = ProcessPoolExecutor(processes, context, initializer=signal.signal, initargs=ignore_interrupt)
+                stack.callback(pool.shutdown, cancel_futures=True)
+                drawn = pool.map(draw, numbers, chunksize=4)
+            for _, (image, annotation, entries) in zip(progress(numbers), drawn, strict=True):
+                images.append(image)
+                annotations.append(annotation)
+                dialogues += entries
         panoptic = {
             "info": {"description": f"Sample scenes of CoLLaVO, seed {seed}", "version": "1"},
             "licenses": [_LICENSE],
@@ -74,6 +89,20 @@ def write_scenes(
         }
         (folder / "dialogues.json").write_text(json.dumps(dialogues), encoding="utf-8")
         (folder / "panoptic.json").write_text(json.dumps(panoptic), encoding="utf-8")
+
+
+def _draw(
+    folder: Path, size_wh: tuple[int, int], seed: int, index: int
+) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
+    """Draw a scene and write its picture and its mask; returns its image, its annotation and its dialogues."""
+    scene, name = draw_scene(scene_seed(seed, index), size_wh), f"scene-{index:06d}"
+    Image.fromarray(scene.image).save(folder / "images" / f"{name}.jpg", quality=90)
+    rgb = np.stack([scene.ids & 255, scene.ids >> 8 & 255, scene.ids >> 16], -1).astype(np.uint8)
+    Image.fromarray(rgb).save(folder / "panoptic" / f"{name}.png")
+    width, height = size_wh
+    image = {"id": index, "file_name": f"{name}.jpg", "width": width, "height": height, "license": 1}
+    annotation = {"image_id": index, "file_name": f"{name}.png", "segments_info": _segments_info(scene)}
+    return image, annotation, list(_llava_entries(scene, name))
 
 
 def _check_replaceable(output: Path, overwrite: bool) -> None:
