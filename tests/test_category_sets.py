@@ -59,6 +59,12 @@ def test_a_class_of_another_kind_does_not_join() -> None:
     assert joined(read_categories(door, "doors.json")) is not COCO_PANOPTIC
 
 
+@pytest.mark.parametrize("thing, stuff", [(1, 0), ("1", "0"), (True, False), ("true", "False"), (1.0, 0.0)])
+def test_kinds_and_ids_are_read_as_people_write_them(thing: object, stuff: object) -> None:
+    listed = [{"id": "3", "name": "sky", "isthing": stuff}, {"id": 4.0, "name": "car", "isthing": thing}]
+    assert [(c.category_id, c.is_thing) for c in read_categories(listed, "x")] == [(3, False), (4, True)]
+
+
 @pytest.mark.parametrize("categories", [None, []])
 def test_a_file_may_state_no_classes(categories: object) -> None:
     assert categories_of_annotations(annotations(categories), "bare.json") is None
@@ -115,6 +121,9 @@ def test_a_set_travels_as_plain_values() -> None:
     [
         ([{"id": 1, "name": "car"}], "does not say 'isthing'"),
         ([{"id": "one", "name": "car", "isthing": 1}], "whole number 'id'"),
+        ([{"id": 1, "name": "car", "isthing": "stuff"}], "'isthing' of category 'car' should be 1 or 0, it is 'stuff'"),
+        ([{"id": 1, "name": "car", "isthing": 2}], "should be 1 or 0"),
+        ([*ROAD, {"id": "7", "name": "van", "isthing": 1}], "have the same id, 7"),
         ([*ROAD, {"id": 9, "name": "Bus", "isthing": 1}], "have the same name"),
         ([*ROAD, {"id": 0, "name": "van", "isthing": 1}], "have the same id, 0"),
     ],

@@ -2,16 +2,22 @@
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from builds import DataSet, build
+from conftest import encoded as image_bytes
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from collavo.errors import Rejected, UserError
 from collavo.panoptic.instances import Instance, instances_map
 from collavo.panoptic.maps import SegmentInfo
+from collavo.panoptic.index_png import decode_index_map
 from collavo.sources.coco_instances import stream_image_instances
+from schemas.categories import COCO_PANOPTIC
 
 SIZE_WH = (20, 10)
 
@@ -96,6 +102,52 @@ def test_one_bad_annotation_leaves_the_others() -> None:
     *rejects, image = stream({"images": images, "annotations": bad})
     assert [r.reason for r in rejects] == ["malformed_entry", "unknown_image", "malformed_entry", "unknown_category"]
     assert [i[0] for i in json.loads(image.instances)] == [4]
+
+
+COCO_THINGS = [{"id": c.category_id, "name": c.name, "supercategory": "any"} for c in COCO_PANOPTIC.things]
+"""As `instances_train2017.json` has them: 80, none of which says that it is a thing."""
+
+
+def build_instances(
+    folder: Path, categories: list[dict[str, Any]], annotations: list[dict[str, Any]], *flags: object
+) -> DataSet:
+    """Build from one picture, `a.jpg`."""
+    (folder / "train2017").mkdir()
+    (folder / "train2017" / "a.jpg").write_bytes(image_bytes(Image.new("RGB", SIZE_WH), "JPEG"))
+    images = [{"id": 1, "file_name": "a.jpg", "width": SIZE_WH[0], "height": SIZE_WH[1], "license": 4}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "instances_train2017.json").write_text(json.dumps(content))
+    sources = ["--coco_instances", folder / "instances_train2017.json", "--coco_images", folder / "train2017"]
+    return build(folder / "out", *sources, "--coco_split", "validation", *flags)
+
+
+def test_cocos_own_instance_file_becomes_rows_of_the_built_in_set(tmp_path: Path) -> None:
+    assert len(COCO_THINGS) == 80
+    counts = [0, 30, 170]  # uncompressed: the first three columns
+    annotations = [
+        annotation(10, 1, segmentation=rectangle(4, 0, 14, 10)),
+        annotation(11, 1, segmentation=encoded((10, 4, 18, 8)), category_id=3),  # car, in front of the person
+        annotation(12, 1, segmentation={"size": [10, 20], "counts": counts}, category_id=1, iscrowd=1),
+    ]
+    data = build_instances(tmp_path, COCO_THINGS, annotations)
+    (row,) = data.rows.values()
+    assert (row.image_id, row.split, row.license_id, data.rejects) == ("a.jpg", "validation", 4, [])
+    assert [(s.id, s.category, s.category_id, s.is_crowd, s.numbering, s.box_xyxy, s.area) for s in row.segments] == [
+        (10, "person", 1, False, 1, (4, 0, 14, 10), 100),
+        (12, "person", 1, True, 0, (0, 0, 3, 10), 30),
+        (11, "car", 3, False, 1, (10, 4, 18, 8), 32),
+    ]
+    assert row.panoptic_png
+    assert decode_index_map(row.panoptic_png)[5].tolist() == [2] * 3 + [0] + [1] * 6 + [3] * 8 + [0] * 2
+    assert "How many cars" in " ".join(i.question for i in row.instructions if i.task == "counting")
+
+
+def test_classes_of_ones_own_are_things_in_an_instance_file(tmp_path: Path) -> None:
+    own = [{"id": 1, "name": "Safety Helmet"}, {"id": 3, "name": "Forklift", "supercategory": "none"}]
+    (row,) = build_instances(tmp_path, own, [annotation(10, 1, segmentation=rectangle(0, 0, 5, 5))]).rows.values()
+    (segment,) = row.segments
+    assert (segment.category, segment.is_thing, segment.numbering) == ("safety helmet", True, 1)
+    assert "1 safety helmet" in " ".join(i.answer for i in row.instructions if i.task == "counting")
 
 
 @pytest.mark.parametrize("content", [{}, {"images": []}, []])
