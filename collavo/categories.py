@@ -16,7 +16,7 @@ import ijson
 
 from collavo.errors import UserError
 from collavo.sources import whole_id
-from schemas.categories import COCO_PANOPTIC, CategorySet, name_key, without_suffixes
+from schemas.categories import COCO_PANOPTIC, LEFT_OUT, CategorySet, name_key, without_suffixes
 
 _TAIL_BYTES = 4 << 20
 """Where the `categories` of COCO's files stand; reading 300 MB for them would take half a minute."""
@@ -193,7 +193,7 @@ def common_set(sets: Sequence[CategorySet]) -> CategorySet:
 
 
 def labels_by_id(source: CategorySet, target: CategorySet, renamed: Mapping[str, str] | None = None) -> dict[int, int]:
-    """Find the target's label of each category id of a source.
+    """Find the target's label of each category id of a source; `LEFT_OUT` for a class that the map leaves out.
 
     Args:
         renamed: the target's names by the source's, of a user's category map; an empty text leaves a class out.
@@ -206,8 +206,8 @@ def labels_by_id(source: CategorySet, target: CategorySet, renamed: Mapping[str,
     for key, category in source.by_key.items():
         wanted = by_key.get(key, category.name)
         if not wanted:
-            continue
-        if found := target.by_key.get(name_key(wanted)):
+            labels[category.category_id] = LEFT_OUT
+        elif found := target.by_key.get(name_key(wanted)):
             labels[category.category_id] = found.label
         else:
             foreign.append(repr(category.name))

@@ -18,7 +18,7 @@ from collavo.categories import (
     read_categories,
 )
 from collavo.errors import UserError
-from schemas.categories import COCO_PANOPTIC, CategorySet, name_key
+from schemas.categories import COCO_PANOPTIC, LEFT_OUT, CategorySet, name_key
 
 ROAD = [
     {"id": 0, "name": "sky", "isthing": 0},
@@ -165,7 +165,7 @@ def test_a_map_brings_a_source_into_another_set() -> None:
     renamed = {"traffic sign": "stop sign", "pedestrian": "person"}
     labels = labels_by_id(road, COCO_PANOPTIC, renamed)
     assert [COCO_PANOPTIC[labels[i]].display_name for i in (0, 7, 3, 4)] == ["sky", "stop sign", "person", "bus"]
-    assert 7 not in labels_by_id(road, COCO_PANOPTIC, {**renamed, "traffic sign": ""})
+    assert labels_by_id(road, COCO_PANOPTIC, {**renamed, "traffic sign": ""})[7] == LEFT_OUT
     with pytest.raises(UserError, match="COCO panoptic has no 'traffic sign', 'pedestrian'; --category_map"):
         labels_by_id(road, COCO_PANOPTIC)
 

@@ -13,9 +13,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from collavo.errors import Rejected, UserError
+from collavo.panoptic.index_png import decode_index_map
 from collavo.panoptic.instances import Instance, instances_map
 from collavo.panoptic.maps import SegmentInfo
-from collavo.panoptic.index_png import decode_index_map
 from collavo.sources.coco_instances import stream_image_instances
 from schemas.categories import COCO_PANOPTIC
 
@@ -148,6 +148,18 @@ def test_classes_of_ones_own_are_things_in_an_instance_file(tmp_path: Path) -> N
     (segment,) = row.segments
     assert (segment.category, segment.is_thing, segment.numbering) == ("safety helmet", True, 1)
     assert "1 safety helmet" in " ".join(i.answer for i in row.instructions if i.task == "counting")
+
+
+def test_a_class_that_the_map_leaves_out_is_unknown(tmp_path: Path) -> None:
+    own = [{"id": 0, "name": "helmet"}, {"id": 3, "name": "ignore"}]
+    (tmp_path / "map.json").write_text('{"ignore": ""}')
+    annotations = [
+        annotation(10, 1, segmentation=rectangle(0, 0, 10, 10), category_id=0),
+        annotation(11, 1, segmentation=rectangle(4, 0, 8, 10), category_id=3),
+    ]
+    data = build_instances(tmp_path, own, annotations, "--category_map", tmp_path / "map.json")
+    (row,) = data.rows.values()
+    assert [(s.id, s.category, s.area) for s in row.segments] == [(10, "helmet", 100)] and data.rejects == []
 
 
 @pytest.mark.parametrize("content", [{}, {"images": []}, []])

@@ -304,7 +304,6 @@ def _labels_in_set(
     id2label = {int(label): name for label, name in dict(config.id2label or {}).items()}
     own = categories_of_labels(id2label, checkpoint, categories)
     target = categories or joined(own)
-    table = np.full(len(own), -1)
-    for label, target_label in labels_by_id(own, target, renamed).items():
-        table[label] = target_label
+    labels = labels_by_id(own, target, renamed)
+    table = np.array([labels[category.category_id] for category in own])
     return target, None if np.array_equal(table, np.arange(len(target))) else table
