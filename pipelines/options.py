@@ -91,7 +91,9 @@ class SourceFlags:
     dataset: tuple[str, ...] = _paths(
         "data sets that hold their images: Parquet files, tar shards, or folders of them", "PATH"
     )
-    image_column: str | None = flag(None, "the images' column in the Parquet files of --dataset (default: image)")
+    image_column: str | None = flag(
+        None, "the column of images in --dataset (default: image; in tar shards, the only image of a record)"
+    )
     from_crayon: tuple[str, ...] = _paths(
         "finished rows, to get new instructions, or several data sets to merge", "PARQUET"
     )

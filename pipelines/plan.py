@@ -7,13 +7,14 @@ import json
 import posixpath
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from posixpath import basename, join
-from typing import Any
+from typing import Any, BinaryIO
 
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
@@ -26,7 +27,7 @@ from collavo.categories import (
     labels_by_id,
 )
 from collavo.cli import naming
-from collavo.dataset import category_set, opened_parquet
+from collavo.dataset import category_set
 from collavo.dataset import notes as file_notes
 from collavo.embedded import SCENES
 from collavo.errors import Rejected, UserError, first_line
@@ -449,24 +450,28 @@ def _record_files(path: str) -> list[str]:
 
 
 def _unused_columns(path: str, image_column: str | None) -> str | None:
-    """Name the columns of a data set that nothing is taken from; its first Parquet file stands for all."""
-    uri = next((uri for uri in _record_files(path) if uri.endswith(".parquet")), None)
-    if uri is None:
-        return None
-    with naming("dataset"), open_random(uri) as file, opened_parquet(file, uri) as parquet:
-        unused = ignored_columns(parquet.schema_arrow.names, image_column)
+    """Name the columns of a data set that nothing is taken from; its first file stands for all."""
+    uri = _record_files(path)[0]
+    with _opened_records(uri) as file:
+        unused = ignored_columns(file, uri, image_column)
     return f"{path}: nothing is taken from the columns {', '.join(unused)}" if unused else None
 
 
 def _count_records(sources: Sequence[RecordSource]) -> int:
     total = 0
     for source in sources:
-        try:
-            with naming("dataset"), open_random(source.uri) as file:
-                total += count_records(file, source.uri)
-        except FAULTS as error:
-            raise UserError(f"--dataset {source.uri}: {first_line(error)}") from error
+        with _opened_records(source.uri) as file:
+            total += count_records(file, source.uri)
     return total
+
+
+@contextmanager
+def _opened_records(uri: str) -> Iterator[BinaryIO]:
+    try:
+        with naming("dataset"), open_random(uri) as file:
+            yield file
+    except FAULTS as error:
+        raise UserError(f"--dataset {uri}: {first_line(error)}") from error
 
 
 def _crayon_files(pattern: str) -> list[str]:

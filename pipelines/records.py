@@ -18,7 +18,7 @@ SOURCES = ("crayon", "coco", "scenes", "coco_instances", "llava", "folder", "dat
 
 REJECT_REASONS = {
     "list": {
-        "several_images": "the dialogue names several images, but a row holds one",
+        "several_images": "the entry names or holds several images, a row one; `--image_column` chooses in a tar shard",
         "malformed_entry": "the entry lacks fields or turns that its format demands",
         "turns_do_not_alternate": "human and gpt do not speak in turn, so nobody knows what answers what",
         "duplicate_id": "the COCO file lists the same image, or its annotation, twice",

@@ -18,7 +18,7 @@ from collavo.errors import Rejected, UserError
 from collavo.sources.coco_instances import ImageInstances, stream_image_instances
 from collavo.sources.coco_panoptic import AnnotatedImage, stream_annotated_images
 from collavo.sources.dialogues import DialogueEntry, stream_dialogues
-from collavo.sources.image_paths import checked_relative, image_names, is_utf8
+from collavo.sources.image_paths import checked_relative, image_names, is_hidden, is_utf8
 from collavo.sources.json_files import open_json
 from collavo.sources.records import ImageRecord, stream_records
 from collavo.storage import FAULTS, canonical, exists, list_files, open_random, open_read
@@ -300,14 +300,9 @@ def listed_paths(pattern: str) -> tuple[list[str], int]:
             lines = file.read().removeprefix(codecs.BOM_UTF8).splitlines()
         return [path for line in lines if (path := line.decode(errors="surrogateescape").strip())], 0
     found = list_files(pattern)
-    if paths := [path for path in found if not is_hidden(path, pattern)]:
+    if paths := [path for path in found if not is_hidden(path.removeprefix(pattern))]:
         return paths, len(found) - len(paths)
     raise UserError("names no file; a folder, a glob in quotes, or a .txt list would work")
-
-
-def is_hidden(path: str, pattern: str) -> bool:
-    """Tell whether a file, or a folder below the one named, begins with a dot, as `.ipynb_checkpoints` does."""
-    return any(part.startswith(".") for part in path.removeprefix(pattern).split("/") if part not in ("", ".", ".."))
 
 
 def is_list(pattern: str) -> bool:

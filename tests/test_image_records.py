@@ -41,7 +41,7 @@ def test_a_parquet_column_of_images_in_any_shape(tmp_path: Path, image: Any) -> 
         assert (first.path, first.data) == ("data.parquet/000000", b"jpeg")
         assert first.dialogue.turns == (("human", "Who?"), ("gpt", "A person."))
         assert second == ImageRecord("data.parquet/000001", b"jpeg", None)
-        assert ignored_columns(pq.read_schema(stream).names) == ["caption"]
+        assert ignored_columns(stream, "data.parquet") == ["caption"]
 
 
 def test_rows_that_cannot_be_used_are_rejects(tmp_path: Path) -> None:
@@ -72,6 +72,35 @@ def test_a_tar_shard_is_read_as_webdataset_reads_it(mode: str, name: str) -> Non
     assert first.path == f"{name}/train/0001.jpg"
     assert isinstance(second, ImageRecord) and (second.data, second.dialogue) == (b"two", None)
     assert isinstance(third, Rejected) and third.reason == "not_an_image"
+
+
+@pytest.mark.parametrize(
+    "members, column, outcome",
+    [
+        (["0.depth.png", "0.jpg"], None, "0.jpg"),  # what has nothing but an extension is the picture
+        (["0.jpg", "0.seg.png"], None, "0.jpg"),
+        (["0.jpg", "0.seg.png"], "seg.png", "0.seg.png"),
+        (["0.rgb.jpg", "0.depth.png", "0.json"], "RGB", "0.rgb.jpg"),
+        (["0.left.jpg"], None, "0.left.jpg"),
+        (["a.v1.jpg", "a.v2.jpg"], None, "several_images"),
+        (["0.jpg", "0.png"], None, "several_images"),
+        (["0.jpg", "0.png"], "png", "0.png"),
+        (["0.rgb.jpg", "0.rgb.png"], "rgb", "several_images"),
+        (["0.jpg"], "depth", "not_an_image"),
+        (["._0.jpg", "0.jpg", "__MACOSX/._0.jpg", ".thumbs/0.jpg"], None, "0.jpg"),
+        (["./a/0.jpg"], None, "./a/0.jpg"),
+    ],
+)
+def test_of_several_images_of_a_key_one_is_the_picture(members: list[str], column: str | None, outcome: str) -> None:
+    content = {name: b"{}" if name.endswith("json") else name.encode() for name in members}
+    (found,) = stream_records(tar(content), "s.tar", column)
+    assert (found.reason if isinstance(found, Rejected) else found.data.decode()) == outcome
+
+
+def test_members_that_nothing_is_taken_from_are_named_once() -> None:
+    members = dict.fromkeys(("0.depth.png", "0.jpg", "0.txt", "1.jpg", "1.txt", "1.json"), b"x")
+    assert ignored_columns(tar(members), "s.tar") == ["depth.png", "txt"]
+    assert ignored_columns(tar(members), "s.tar", "depth") == ["jpg", "txt"]
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.tar", "x.tar.gz"])
