@@ -14,6 +14,16 @@ TURNS = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "
 MESSAGES = [{"role": "user", "content": "<image>\nWho?"}, {"role": "assistant", "content": "A person."}]
 OTHER_NAMES = [{"from": "User", "value": "<image>\nWho?"}, {"from": "model", "value": "A person."}]
 PARTS = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWho?"}]}, MESSAGES[1]]
+# As Parquet has them: every key in every turn and part, null where there is none.
+NULLS = [
+    {"from": "human", "value": "<image>\nWho?", "role": None, "content": None},
+    {"from": None, "value": None, "role": "assistant", "content": "A person."},
+]
+NULL_PARTS = [
+    {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "\nWho?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A person."}]},
+]
+URL_PARTS = [{"type": "image_url", "image_url": {"url": "a.jpg"}, "text": None}, {"type": "text", "text": "\nWho?"}]
 SAID = (("human", "<image>\nWho?"), ("gpt", "A person."))
 
 
@@ -33,6 +43,10 @@ def stream(content: Any) -> list[DialogueEntry | Rejected]:
         [{"id": "q", "images": ["a.jpg"], "messages": MESSAGES}],
         [{"id": "q", "image": "a.jpg", "conversations": OTHER_NAMES}],
         [{"id": "q", "image": "a.jpg", "messages": PARTS}],
+        [{"id": "q", "image": "a.jpg", "messages": NULLS}],
+        [{"id": "q", "image": "a.jpg", "messages": NULL_PARTS}],
+        [{"id": "q", "image": "a.jpg", "messages": [{"role": "user", "content": URL_PARTS}, MESSAGES[1]]}],
+        [{"id": "q", "image": "a.jpg", "messages": [{"role": "user", "content": ["<image>\n", "Who?"]}, MESSAGES[1]]}],
     ],
 )
 def test_every_shape_says_the_same(content: Any) -> None:
@@ -78,6 +92,8 @@ def test_turns_alternate_or_the_entry_is_one_reject(
         ({"image": 7, "conversations": TURNS}, "malformed_entry"),
         ({"image": "a.jpg", "conversations": [{"from": "narrator", "value": "Once"}]}, "malformed_entry"),
         ({"image": "a.jpg", "conversations": [{"from": "human", "value": None}]}, "malformed_entry"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "malformed_entry"),
+        ({"image": "a.jpg", "messages": [{"role": "user", "content": [7, None]}]}, "malformed_entry"),
         ({"video": "a.mp4", "conversations": TURNS}, "malformed_entry"),
         ({"image": ["a.jpg", "b.jpg"], "conversations": TURNS}, "several_images"),
         ("text", "malformed_entry"),

@@ -27,6 +27,9 @@ SPEAKERS = {
 }  # fmt: skip
 """LLaVA's name of each speaker."""
 
+_IMAGE_PARTS = ("image", "image_url", "input_image")
+"""What the `type` of a part that is an image may be."""
+
 _LISTS = ("item", "data.item", "annotations.item")
 """Where the list of entries stands in a JSON file."""
 
@@ -147,12 +150,22 @@ def _turns(said: list[Any], entry_id: str) -> tuple[tuple[str, str], ...]:
 
 def _turn(turn: Any, entry_id: str) -> tuple[str, str]:
     fields = turn if isinstance(turn, dict) else {}
-    speaker = SPEAKERS.get(str(fields.get("from", fields.get("role"))).lower())
-    value = fields.get("value", fields.get("content"))
-    if isinstance(value, list):  # OpenAI's parts: text, and images that the entry names beside
-        parts = [part.get("text", "<image>" if part.get("type") == "image" else None) for part in value]
-        value = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+    # Parquet has every key in every turn, and null where the turn has none.
+    speaker = SPEAKERS.get(str(fields.get("from") or fields.get("role")).lower())
+    value = fields["value"] if fields.get("value") is not None else fields.get("content")
+    if isinstance(value, list):
+        parts = [_part(part) for part in value]
+        value = None if None in parts else "".join(map(str, parts))
     if speaker is None or not isinstance(value, str):
         detail = f"expected turns with 'from' and 'value', or 'role' and 'content', found {str(turn)[:80]}"
         raise Rejected("malformed_entry", detail, entry_id)
     return speaker, value
+
+
+def _part(part: Any) -> str | None:
+    """Return the text of one of OpenAI's parts, `<image>` for an image that the entry names beside; else None."""
+    fields = part if isinstance(part, dict) else {"text": part}
+    if fields.get("type") in _IMAGE_PARTS:
+        return "<image>"
+    text = fields.get("text")
+    return text if isinstance(text, str) else None
