@@ -20,10 +20,9 @@ from collavo.panoptic.instances import Instance, instances_map
 from collavo.panoptic.maps import IdRuns, PanopticMap, SegmentInfo, build_panoptic_map
 from collavo.sources.coco_panoptic import segment_infos
 from collavo.sources.image_paths import other_extensions, without_extension
-from collavo.sources.records import ImageRecord
 from collavo.storage import exists, read_bytes
 from pipelines.job import CrayonJob
-from pipelines.records import Draft, ImageTask, Input, LoadedImage, Mention, Reject, Segmented, SegmentedImage
+from pipelines.records import Draft, ImageTask, LoadedImage, Mention, Reject, Segmented, SegmentedImage
 from pipelines.sources import finished_pictures
 from pipelines.spill import read_drafts, spilled_pictures
 from schemas.crayon_row import CrayonRow
@@ -55,10 +54,9 @@ def read_images(task: ImageTask, max_pixels: int, with_rgb: bool) -> tuple[list[
     return loaded, rejects
 
 
-def load_record(record: ImageRecord, max_pixels: int) -> LoadedImage | list[Reject]:
+def load_record(mention: Mention, image_bytes: bytes, max_pixels: int) -> LoadedImage | list[Reject]:
     """Decode an image of a data set that holds its images."""
-    mention = Mention(Input("dataset", record.path), record.path, record.path, dialogue=record.dialogue)
-    return _decode_image(ImageTask((mention,)), record.path, record.data, max_pixels, True, {})
+    return _decode_image(ImageTask((mention,)), mention.image_path, image_bytes, max_pixels, True, {})
 
 
 def segment_by_annotation(image: LoadedImage, job: CrayonJob) -> Segmented:

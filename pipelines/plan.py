@@ -36,7 +36,7 @@ from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, Phrasebook, load
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.segmenters import NoSegmenter, Segmenter, checkpoint_categories, load_segmenter
 from collavo.sources.json_files import open_json
-from collavo.sources.records import count_records, ignored_columns, is_record_file
+from collavo.sources.records import NoImageColumn, count_records, ignored_columns, is_record_file
 from collavo.storage import (
     FAULTS,
     MANIFEST,
@@ -152,7 +152,7 @@ def _check_unused(flags: Flags) -> None:
         ("coco_masks", sources.coco_panoptic, "with --coco_panoptic"),
         ("llava_split", sources.llava_json, "with --llava_json"),
         ("images_split", sources.images, "with --images"),
-        ("image_column", sources.dataset, "with --dataset"),
+        *((name, sources.dataset, "with --dataset") for name in ("dataset_split", "image_column")),
         ("image_root", sources.llava_json or sources.images, "with --llava_json or --images"),
         *((name, not sources.named, "where no source is named") for name in ("scenes", "scene_size")),
         ("segmenter_config", segmenter == "detectron2", "with --segmenter detectron2"),
@@ -367,13 +367,20 @@ def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources
     )
     image_splits = _parallel("images_split", flags.images_split, flags.images, notes)
     images = tuple(ImagesSource(pattern, root, s) for pattern, s in zip(flags.images, image_splits, strict=True))
-    notes.extend(note for path in flags.dataset if (note := _unused_columns(path, flags.image_column)))
+    shards = [_record_files(path) for path in flags.dataset]
+    dataset_splits = _parallel("dataset_split", flags.dataset_split, flags.dataset, notes, shards)
+    for path, uris in zip(flags.dataset, shards, strict=True):
+        notes += _columns_note(path, uris[0], flags.image_column)
     return Sources(
         root=_common_root([*(source.images_root for source in coco), *([root] if llava else [])], images, notes),
         coco=coco,
         llava=llava,
         images=images,
-        records=tuple(RecordSource(uri, flags.image_column) for path in flags.dataset for uri in _record_files(path)),
+        records=tuple(
+            RecordSource(uri, flags.image_column, split)
+            for uris, split in zip(shards, dataset_splits, strict=True)
+            for uri in uris
+        ),
         crayon_files=crayon_files,
     )
 
@@ -382,11 +389,24 @@ def _mask_folder(json_uri: str) -> str:
     return json_uri.removesuffix(".gz").removesuffix(".json")
 
 
-def _parallel(flag: str, given: tuple[str, ...], sources: Sequence[str], notes: list[str]) -> tuple[str, ...]:
-    """Choose a split for each source; an empty one stands for a choice by content."""
+def _parallel(
+    flag: str,
+    given: tuple[str, ...],
+    sources: Sequence[str],
+    notes: list[str],
+    files: Sequence[Sequence[str]] = (),
+) -> tuple[str, ...]:
+    """Choose a split for each source; an empty one stands for a choice by content.
+
+    Args:
+        files: of each source, where it has several.
+    """
     if not given:
-        for uri in sources:
-            if match := re.search(r"(?<![a-z])(train|val|validation|test)(?![a-z])", basename(uri.rstrip("/")).lower()):
+        names = {uri: basename(uri.rstrip("/")) for uri in sources}
+        for source, uris in zip(sources, files, strict=False):
+            names |= {uri: uri.removeprefix(f"{source.rstrip('/')}/") for uri in uris if uri.startswith(source)}
+        for uri, name in names.items():
+            if match := re.search(r"(?<![a-z])(train|val|validation|test)(?![a-z])", name.lower()):
                 notes.append(
                     f"{uri} says {match[1]!r} in its name, but pictures are split by their content; --{flag} keeps a "
                     "source's own split"
@@ -449,12 +469,14 @@ def _record_files(path: str) -> list[str]:
     return found
 
 
-def _unused_columns(path: str, image_column: str | None) -> str | None:
+def _columns_note(path: str, uri: str, image_column: str | None) -> list[str]:
     """Name the columns of a data set that nothing is taken from; its first file stands for all."""
-    uri = _record_files(path)[0]
     with _opened_records(uri) as file:
-        unused = ignored_columns(file, uri, image_column)
-    return f"{path}: nothing is taken from the columns {', '.join(unused)}" if unused else None
+        try:
+            unused = ignored_columns(file, uri, image_column)
+        except NoImageColumn as error:
+            raise UserError(f"{error}; --image_column names the one with the images") from error
+    return [f"{path}: nothing is taken from the columns {', '.join(unused)}"] if unused else []
 
 
 def _count_records(sources: Sequence[RecordSource]) -> int:

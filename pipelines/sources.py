@@ -20,7 +20,7 @@ from collavo.sources.coco_panoptic import AnnotatedImage, stream_annotated_image
 from collavo.sources.dialogues import DialogueEntry, stream_dialogues
 from collavo.sources.image_paths import checked_relative, image_names, is_hidden, is_utf8
 from collavo.sources.json_files import open_json
-from collavo.sources.records import ImageRecord, stream_records
+from collavo.sources.records import stream_records
 from collavo.storage import FAULTS, canonical, exists, list_files, open_random, open_read
 from pipelines.records import Draft, Input, Mention, Reject
 
@@ -78,6 +78,7 @@ class RecordSource(NamedTuple):
 
     uri: str
     image_column: str | None
+    split: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +130,17 @@ def read_images(source: ImagesSource, root: str) -> Iterator[Mention | RejectOut
         yield _mention_or_reject("folder", path, lambda path: _file_mention(source, root, path))
 
 
-def read_records(source: RecordSource, most: int | None) -> Iterator[ImageRecord | RejectOutput]:
-    """Stream a data set that holds its images, or no more than the first ones."""
+def read_records(source: RecordSource, most: int | None) -> Iterator[tuple[Mention, bytes] | RejectOutput]:
+    """Stream a data set that holds its images, or no more than the first ones, into mentions with the images' bytes,
+    which are empty for a dialogue about none."""
     with _naming("dataset", source.uri), open_random(source.uri) as file:
         for record in islice(stream_records(file, source.uri, source.image_column), most):
             if isinstance(record, Rejected):
                 yield reject_output(Reject(record.entry_id, "dataset", "list", record.reason, str(record)))
             else:
-                yield record
+                uri = record.path if record.data else ""
+                named = Input("dataset", record.path)
+                yield Mention(named, record.path, uri, dialogue=record.dialogue, split=source.split), record.data or b""
 
 
 @lru_cache(maxsize=1)

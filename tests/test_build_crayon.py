@@ -477,6 +477,25 @@ def test_finished_data_sets_become_one_with_each_picture_once(built, tmp_path):
     check_sums(both)
 
 
+def test_a_data_set_keeps_its_split_and_its_rows_of_text(by_tiny_model, tmp_path):
+    says = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    rows = [{"image": {"bytes": numbered(1), "path": "a.png"}, "messages": says}, {"image": None, "messages": says}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "validation-0.parquet")
+    data = build(
+        tmp_path / "out",
+        *by_tiny_model,
+        "--dataset",
+        tmp_path / "validation-0.parquet",
+        "--dataset_split",
+        "validation",
+    )
+    picture, text = (data.rows[f"validation-0.parquet/00000{i}"] for i in (0, 1))
+    assert picture.width and text.width is None and text.image_bytes is None
+    assert picture.split == text.split == "validation"
+    assert picture.conversations[0].turns == text.conversations[0].turns == (("human", "Hi"), ("gpt", "Hello"))
+    check_sums(data)
+
+
 def test_images_of_a_data_set_that_no_model_sees_are_rejected(by_tiny_model, tmp_path):
     coco = coco_of(tmp_path / "coco", {"a.png": 1})
     pq.write_table(pa.Table.from_pylist([{"image": numbered(2)}]), tmp_path / "d.parquet")

@@ -48,14 +48,35 @@ def test_rows_that_cannot_be_used_are_rejects(tmp_path: Path) -> None:
     rows = [{"image": [b"a", b"b"]}, {"image": []}, {"image": None}, {"image": [b"jpeg"]}]
     with parquet(tmp_path, rows).open("rb") as stream:
         found = list(stream_records(stream, "data.parquet"))
-    assert [f.reason for f in found if isinstance(f, Rejected)] == ["several_images", "several_images", "missing_file"]
+    assert [f.reason for f in found if isinstance(f, Rejected)] == ["several_images", "missing_file", "missing_file"]
+
+
+@pytest.mark.parametrize("image", [None, {"bytes": None, "path": None}])
+def test_a_row_of_text_alone_is_a_dialogue_about_no_image(tmp_path: Path, image: Any) -> None:
+    there = {"bytes": b"jpeg", "path": None} if image else b"jpeg"
+    rows = [{"image": there, "conversations": TURNS}, {"image": image, "conversations": TURNS}]
+    with parquet(tmp_path, rows).open("rb") as stream:
+        _, found = stream_records(stream, "data.parquet")
+    assert isinstance(found, ImageRecord) and found.data is None and found.dialogue
+
+
+def test_a_path_or_text_in_place_of_an_image_is_no_row_of_text(tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": None, "path": "a.jpg"}, "conversations": TURNS}]
+    with parquet(tmp_path, rows).open("rb") as stream:
+        (found,) = stream_records(stream, "data.parquet")
+    assert isinstance(found, Rejected) and (found.reason, str(found)[-7:]) == ("missing_file", "'a.jpg'")
 
 
 def test_a_column_of_another_name(tmp_path: Path) -> None:
-    with parquet(tmp_path, [{"photo": b"jpeg"}]).open("rb") as stream:
-        assert [r.data for r in stream_records(stream, "d.parquet", "photo") if isinstance(r, ImageRecord)] == [b"jpeg"]
-        with pytest.raises(UserError, match="has no column 'image'; its columns are photo"):
-            list(stream_records(stream, "d.parquet"))
+    with parquet(tmp_path, [{"images": [b"jpeg"], "caption": "x"}]).open("rb") as stream:
+        for asked in (None, "images"):  # the only one that can be meant
+            assert list(stream_records(stream, "d.parquet", asked)) == [ImageRecord("d.parquet/000000", b"jpeg", None)]
+        assert ignored_columns(stream, "d.parquet") == ["caption"]
+        with pytest.raises(UserError, match="has no column 'image2'; its columns are images, caption"):
+            list(stream_records(stream, "d.parquet", "image2"))
+    several = parquet(tmp_path, [{"left": {"bytes": b"jpeg"}, "right": b"jpeg"}]).open("rb")
+    with several, pytest.raises(UserError, match="has no column 'image', and images may be in left or right; its"):
+        list(stream_records(several, "d.parquet"))
 
 
 @pytest.mark.parametrize("mode, name", [("w", "shard-0.tar"), ("w:gz", "shard-0.tar.gz")])

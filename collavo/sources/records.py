@@ -28,11 +28,15 @@ _ROWS_IN_MEMORY = 50
 _PARQUET, _TAR = b"PAR1", (".tar", ".tar.gz", ".tgz")
 
 
+class NoImageColumn(UserError):
+    """A Parquet file has no column of the name asked for, or several may hold its images."""
+
+
 class ImageRecord(NamedTuple):
-    """An image with its bytes; `path` is what the record calls it, unique within its file."""
+    """An image, or a dialogue about none, whose `data` are None; `path` names the record, uniquely within its file."""
 
     path: str
-    data: bytes
+    data: bytes | None
     dialogue: Dialogue | None
 
 
@@ -47,8 +51,8 @@ def stream_records(file: BinaryIO, name: str, image_column: str | None = None) -
     Args:
         file: open for reading; seekable for Parquet.
         name: its path, for messages and for the paths of its records.
-        image_column: the column with the images. None for Parquet's `image`; in a tar, for the only image of a record,
-            or the only one whose column is a mere extension.
+        image_column: the column with the images. None for Parquet's `image`, or else its only column of images; in a
+            tar, for the only image of a record, or the only one whose column is a mere extension.
 
     Raises:
         UserError: where the file is neither, is damaged, or has no images.
@@ -59,7 +63,7 @@ def stream_records(file: BinaryIO, name: str, image_column: str | None = None) -
             for key, members in _members_by_key(file):
                 yield _tar_record(stem, key, members, image_column)
         else:
-            yield from _parquet_records(file, name, stem, image_column or "image")
+            yield from _parquet_records(file, name, stem, image_column)
 
 
 def count_records(file: BinaryIO, name: str) -> int:
@@ -80,8 +84,9 @@ def ignored_columns(file: BinaryIO, name: str, image_column: str | None = None) 
     """
     with _damage_named(name):
         if not name.lower().endswith(_TAR):
-            used = {image_column or "image", "id", *DIALOGUE_COLUMNS}
-            return [column for column in pq.read_schema(file).names if column not in used]
+            schema = pq.read_schema(file)
+            used = {_image_column(schema, name, image_column), "id", *DIALOGUE_COLUMNS}
+            return [column for column in schema.names if column not in used]
         unused: dict[str, None] = {}
         for _, members in islice(_members_by_key(file), _ROWS_IN_MEMORY):
             images = _images_of(members, image_column)
@@ -98,11 +103,30 @@ def _damage_named(name: str) -> Iterator[None]:
         raise UserError(f"{name}: cannot be read ({str(error).strip().splitlines()[0]})") from error
 
 
-def _parquet_records(file: BinaryIO, name: str, stem: str, image_column: str) -> Iterator[ImageRecord | Rejected]:
+def _image_column(schema: pa.Schema, name: str, asked: str | None) -> str:
+    """Choose the column of images of a Parquet file: the one asked for, `image`, or the only one that holds bytes."""
+    wanted = asked or "image"
+    if wanted in schema.names:
+        return wanted
+    found = [field.name for field in schema if not asked and _holds_bytes(field.type)]
+    if len(found) == 1:
+        return found[0]
+    which = f", and images may be in {' or '.join(found)}" if found else ""
+    raise NoImageColumn(f"{name}: has no column {wanted!r}{which}; its columns are {', '.join(schema.names)}")
+
+
+def _holds_bytes(type_: pa.DataType) -> bool:
+    if pa.types.is_list(type_) or pa.types.is_large_list(type_):
+        return _holds_bytes(type_.value_type)
+    if pa.types.is_struct(type_):
+        return any(field.name == "bytes" and _holds_bytes(field.type) for field in type_)
+    return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_))
+
+
+def _parquet_records(file: BinaryIO, name: str, stem: str, asked: str | None) -> Iterator[ImageRecord | Rejected]:
     parquet = pq.ParquetFile(file)
     names = parquet.schema_arrow.names
-    if image_column not in names:
-        raise UserError(f"{name}: has no column {image_column!r}; its columns are {', '.join(names)}")
+    image_column = _image_column(parquet.schema_arrow, name, asked)
     columns = [column for column in (image_column, "id", *DIALOGUE_COLUMNS) if column in names]
     row = 0
     for batch in parquet.iter_batches(batch_size=_ROWS_IN_MEMORY, columns=columns):
@@ -159,14 +183,14 @@ def _tar_record(stem: str, key: str, members: Mapping[str, bytes], image_column:
 def _record(path: str, image: Any, said: Mapping[str, Any]) -> ImageRecord | Rejected:
     # A list of one is what chat data sets have; of several, none is the picture that a row is about.
     if isinstance(image, list):
-        if len(image) != 1:
+        if len(image) > 1:
             return Rejected("several_images", f"the record holds {len(image)} images, a row holds one", path)
-        image = image[0]
-    data = image.get("bytes") if isinstance(image, Mapping) else image
-    if not isinstance(data, bytes):
-        found = f"only the path {image['path']!r}" if isinstance(image, Mapping) and image.get("path") else "nothing"
-        return Rejected("missing_file", f"the record holds no image bytes, {found}", path)
+        image = image[0] if image else None
+    data, named = (image.get("bytes"), image.get("path")) if isinstance(image, Mapping) else (image, None)
     has_dialogue = any(said.get(column) for column in DIALOGUE_COLUMNS)
+    if not isinstance(data, bytes) and (data or named or not has_dialogue):
+        found = f"only the path {named!r}" if named else f"only {data!r:.80}" if data else "nothing"
+        return Rejected("missing_file", f"the record holds no image bytes, {found}", path)
     try:
         dialogue = dialogue_of(said, str(said.get("id") or path)) if has_dialogue else None
     except Rejected as error:
