@@ -85,13 +85,13 @@ def read_categories(records: Any, name: str, are_things: bool = False) -> Catego
         raise UserError(f"{name}: expected a list of categories, each with 'id', 'name' and 'isthing'")
     parsed = [_record(record, position, name, are_things) for position, record in enumerate(records)]
     for what in ("id", "key", "display_name"):
+        same = "the same id" if what == "id" else "the same name but for case, suffixes and a comma's tail"
+        remedy = "" if what == "id" else "; rename one of them there"
         seen: dict[Any, str] = {}
         for record in parsed:
             if record[what] in seen:
-                raise UserError(
-                    f"{name}: categories {seen[record[what]]!r} and {record['name']!r} have the same "
-                    f"{'name' if what != 'id' else 'id'}, {record[what]}"
-                )
+                two = f"categories {seen[record[what]]!r} and {record['name']!r}"
+                raise UserError(f"{name}: {two} have {same}, {record[what]}{remedy}")
             seen[record[what]] = record["name"]
     colors = _colors([record["color"] or _known_color(record["key"]) for record in parsed])
     for record, color in zip(parsed, colors, strict=True):

@@ -125,7 +125,15 @@ def test_a_set_travels_as_plain_values() -> None:
         ([{"id": 1, "name": "car", "isthing": 2}], "should be 1 or 0"),
         ([*ROAD, {"id": "7", "name": "van", "isthing": 1}], "have the same id, 7"),
         ([*ROAD, {"id": 9, "name": "Bus", "isthing": 1}], "have the same name"),
-        ([*ROAD, {"id": 0, "name": "van", "isthing": 1}], "have the same id, 0"),
+        (
+            [*ROAD, {"id": 9, "name": "bus-other", "isthing": 1}],
+            "the same name but for .*, bus; rename one of",
+        ),
+        (
+            [*ROAD, {"id": 9, "name": "bus, red", "isthing": 1}],
+            "the same name but for .*, bus; rename one of",
+        ),
+        ([*ROAD, {"id": 0, "name": "van", "isthing": 1}], "have the same id, 0$"),
     ],
 )
 def test_what_is_no_set_is_refused_in_one_line(categories: object, complaint: str) -> None:

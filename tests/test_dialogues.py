@@ -58,6 +58,23 @@ def test_lines_are_read_one_by_one() -> None:
     assert [entry.dialogue.id for entry in stream(lines)] == ["0", "1", "2"]  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("damaged", ['{"id": 9, "conversations": [{"from": "hum', "nonsense", '"\ud800"}'])
+def test_a_damaged_line_leaves_the_others(place: int, damaged: str) -> None:
+    lines = [json.dumps({"id": i, "conversations": TURNS}) for i in range(2)]
+    lines.insert(place, damaged)
+    found = stream_dialogues(io.BytesIO("\n".join(lines).encode(errors="surrogatepass")), "talk.json")
+    bad, *good = sorted(found, key=lambda entry: isinstance(entry, DialogueEntry))
+    assert isinstance(bad, Rejected)
+    assert (bad.reason, bad.entry_id) == ("malformed_entry", f"line {place + 1}") and f"line {place + 1} is" in str(bad)
+    assert [entry.dialogue.id for entry in good] == ["0", "1"]  # type: ignore[union-attr]
+
+
+def test_a_list_below_a_key_may_have_its_entries_in_lines() -> None:
+    entry = json.dumps({"id": "q", "image": "a.jpg", "conversations": TURNS})
+    assert stream(f'{{"data": [\n{entry}\n]}}') == [DialogueEntry("a.jpg", Dialogue("q", SAID))]
+
+
 def test_text_alone_is_an_entry_without_an_image() -> None:
     assert stream([{"id": "q", "conversations": TURNS}]) == [DialogueEntry(None, Dialogue("q", SAID))]
 
@@ -112,7 +129,7 @@ def test_an_unusable_entry_does_not_stop_the_others(record: Any, reason: str) ->
         ('{"images": []}', "no entries"),
         ("", "no entries"),
         ('[{"id": 1, "conversations": []}, {"id', "not JSON to its end, after 1 entries"),
-        ('{"id": 1, "conversations": []}\nnonsense\n', "line 2: not a JSON object"),
+        ("nonsense\n" * 3, "not JSON to its end, after 0 entries"),
     ],
 )
 def test_what_is_no_file_of_dialogues_is_refused_in_one_line(content: str, complaint: str) -> None:
