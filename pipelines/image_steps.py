@@ -263,14 +263,21 @@ def _mask_runs(
 
 
 def _map_of_instances(annotated: Mention, image: LoadedImage, job: CrayonJob) -> PanopticMap:
-    if image.orientation != 1 and job.mask_frame != "upright":
-        detail = (
-            f"EXIF orientation {image.orientation} turns the image; --mask_frame upright says that instances are so too"
-        )
-        raise Rejected("ambiguous_orientation", detail)
-    listed = json.loads(annotated.instances)
+    stated_wh, listed = json.loads(annotated.instances)
+    width, height = image.size_wh
+    frame = job.mask_frame
+    if frame == "auto" and image.orientation != 1:
+        turned_by_90 = image.orientation >= 5 and width != height
+        frames = {(width, height): "upright", (height, width): "stored"} if turned_by_90 and stated_wh else {}
+        if (found := frames.get(tuple(stated_wh or ()))) is None:
+            detail = f"EXIF orientation {image.orientation} turns the image, and nothing says whether its instances are"
+            raise Rejected(
+                "ambiguous_orientation", f"{detail} turned; --mask_frame stored or upright says how they were made"
+            )
+        frame = found
     instances = [Instance(SegmentInfo(id_, label, bool(crowd)), mask) for id_, label, crowd, mask in listed]
-    return instances_map(instances, image.size_wh, job.categories)
+    orientation = image.orientation if frame == "stored" else 1
+    return instances_map(instances, image.size_wh, job.categories, orientation)
 
 
 @contextmanager

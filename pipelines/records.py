@@ -85,8 +85,8 @@ class Mention(NamedTuple):
     """An input that names an image, or a dialogue about none, whose `uri` is empty.
 
     `image_path` is relative to the root of all sources, `uri` is where the file lies, `mask_uri` where the annotation's
-    mask lies. `instances` is the JSON text of instance
-    annotations, and `split` is the source's own.
+    mask lies. `instances` is the JSON text of the image's size that the file states, [width, height] or null, and of
+    its instance annotations. `split` is the source's own.
     """
 
     input: Input

@@ -2,6 +2,7 @@
 
 import codecs
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -257,7 +258,7 @@ def _instances_mention(source: CocoSource, images: _ImageFolder, root: str, imag
         path_below(root, uri),
         uri,
         image.license_id,
-        instances=image.instances or "[]",
+        instances=f"[{json.dumps(image.size_wh)},{image.instances or '[]'}]",
         split=source.split,
     )
 

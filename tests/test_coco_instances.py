@@ -65,6 +65,7 @@ def test_crowds_are_not_numbered() -> None:
     "segmentation, reason",
     [
         ([[1, 2]], "broken_mask"),
+        ([[1, 2, 3, 4]], "broken_mask"),  # no box
         ({"size": [10, 20], "counts": 7}, "broken_mask"),
         ({"counts": "abc"}, "broken_mask"),
         ({"size": [20, 10], "counts": [0, 200]}, "mask_size_mismatch"),
@@ -109,12 +110,19 @@ COCO_THINGS = [{"id": c.category_id, "name": c.name, "supercategory": "any"} for
 
 
 def build_instances(
-    folder: Path, categories: list[dict[str, Any]], annotations: list[dict[str, Any]], *flags: object
+    folder: Path,
+    categories: list[dict[str, Any]],
+    annotations: list[dict[str, Any]],
+    *flags: object,
+    orientation: int = 1,
+    stated_wh: tuple[int, int] = SIZE_WH,
 ) -> DataSet:
-    """Build from one picture, `a.jpg`."""
-    (folder / "train2017").mkdir()
-    (folder / "train2017" / "a.jpg").write_bytes(image_bytes(Image.new("RGB", SIZE_WH), "JPEG"))
-    images = [{"id": 1, "file_name": "a.jpg", "width": SIZE_WH[0], "height": SIZE_WH[1], "license": 4}]
+    """Build from one picture, `a.jpg`, which EXIF may turn, and of which the JSON states a size."""
+    (folder / "train2017").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (folder / "train2017" / "a.jpg").write_bytes(image_bytes(Image.new("RGB", SIZE_WH), "JPEG", exif=exif))
+    images = [{"id": 1, "file_name": "a.jpg", "width": stated_wh[0], "height": stated_wh[1], "license": 4}]
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "instances_train2017.json").write_text(json.dumps(content))
     sources = ["--coco_instances", folder / "instances_train2017.json", "--coco_images", folder / "train2017"]
@@ -139,7 +147,8 @@ def test_cocos_own_instance_file_becomes_rows_of_the_built_in_set(tmp_path: Path
     ]
     assert row.panoptic_png
     assert decode_index_map(row.panoptic_png)[5].tolist() == [2] * 3 + [0] + [1] * 6 + [3] * 8 + [0] * 2
-    assert "How many cars" in " ".join(i.question for i in row.instructions if i.task == "counting")
+    asked = " ".join(i.question for i in row.instructions if i.task == "counting")
+    assert " cars" in asked and " people" not in asked  # of whom there is a crowd
 
 
 def test_classes_of_ones_own_are_things_in_an_instance_file(tmp_path: Path) -> None:
@@ -160,6 +169,21 @@ def test_a_class_that_the_map_leaves_out_is_unknown(tmp_path: Path) -> None:
     data = build_instances(tmp_path, own, annotations, "--category_map", tmp_path / "map.json")
     (row,) = data.rows.values()
     assert [(s.id, s.category, s.area) for s in row.segments] == [(10, "helmet", 100)] and data.rejects == []
+
+
+def test_the_stated_size_says_whether_instances_are_turned_as_exif_turns_the_image(tmp_path: Path) -> None:
+    corner = [annotation(10, 1, segmentation=rectangle(0, 0, 6, 4))]
+    stored = build_instances(tmp_path / "stored", COCO_THINGS, corner, orientation=6)
+    upright = build_instances(tmp_path / "upright", COCO_THINGS, corner, orientation=6, stated_wh=SIZE_WH[::-1])
+    flag = ["--mask_frame", "stored"]
+    upside_down = build_instances(tmp_path / "down", COCO_THINGS, corner, *flag, orientation=3)
+    for data, size_wh, box_xyxy in [
+        (stored, (10, 20), (6, 0, 10, 6)),  # turned to the right: what was top left is top right
+        (upright, (10, 20), (0, 0, 6, 4)),
+        (upside_down, (20, 10), (14, 6, 20, 10)),
+    ]:
+        (row,) = data.rows.values()
+        assert ((row.width, row.height), row.segments[0].box_xyxy) == (size_wh, box_xyxy)
 
 
 @pytest.mark.parametrize("content", [{}, {"images": []}, []])
