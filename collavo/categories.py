@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 import ijson
 
 from collavo.errors import UserError
-from schemas.categories import COCO_PANOPTIC, CategorySet, name_key, without_suffixes
+from collavo.sources import whole_id
+from schemas.categories import COCO_PANOPTIC, LEFT_OUT, CategorySet, name_key, without_suffixes
 
 _TAIL_BYTES = 4 << 20
 """Where the `categories` of COCO's files stand; reading 300 MB for them would take half a minute."""
@@ -55,6 +56,9 @@ _STUFF = {
     ),
 }
 
+_KINDS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
+"""Whether a class is a thing, by the text of its `isthing`; `bool` would take the text "0" for true."""
+
 _SHADES = ((0.5, 0.75), (0.36, 0.65), (0.66, 0.6))
 """Lightness and saturation, in turn."""
 
@@ -62,13 +66,14 @@ _MOST_NAMED = 20
 """Classes that a message lists."""
 
 
-def read_categories(records: Any, name: str) -> CategorySet:
+def read_categories(records: Any, name: str, are_things: bool = False) -> CategorySet:
     """Make a set from a list like COCO's `categories`.
 
     Args:
         records: a list of objects with `id`, `name`, `isthing` (or `is_thing`), and optionally `color`, `singular`,
-            `plural` and `display_name`; a list of names alone makes ids of positions.
+            `plural` and `display_name`; without ids, positions are taken.
         name: what the set is called in messages; of a path, the last two parts become its name.
+        are_things: whether a class is a thing where the list does not say, as in instance files.
 
     Returns:
         the classes in the list's order, with English forms and colours where the list has none.
@@ -78,15 +83,15 @@ def read_categories(records: Any, name: str) -> CategorySet:
     """
     if not isinstance(records, list) or not records:
         raise UserError(f"{name}: expected a list of categories, each with 'id', 'name' and 'isthing'")
-    parsed = [_record(record, position, name) for position, record in enumerate(records)]
+    parsed = [_record(record, position, name, are_things) for position, record in enumerate(records)]
     for what in ("id", "key", "display_name"):
+        same = "the same id" if what == "id" else "the same name but for case, suffixes and a comma's tail"
+        remedy = "" if what == "id" else "; rename one of them there"
         seen: dict[Any, str] = {}
         for record in parsed:
             if record[what] in seen:
-                raise UserError(
-                    f"{name}: categories {seen[record[what]]!r} and {record['name']!r} have the same "
-                    f"{'name' if what != 'id' else 'id'}, {record[what]}"
-                )
+                two = f"categories {seen[record[what]]!r} and {record['name']!r}"
+                raise UserError(f"{name}: {two} have {same}, {record[what]}{remedy}")
             seen[record[what]] = record["name"]
     colors = _colors([record["color"] or _known_color(record["key"]) for record in parsed])
     for record, color in zip(parsed, colors, strict=True):
@@ -97,13 +102,14 @@ def read_categories(records: Any, name: str) -> CategorySet:
     return CategorySet.from_records("/".join(name.split("/")[-2:]), parsed)
 
 
-def categories_of_annotations(file: BinaryIO, name: str) -> CategorySet | None:
+def categories_of_annotations(file: BinaryIO, name: str, are_things: bool = False) -> CategorySet | None:
     """Read the set that a COCO annotation file states in its `categories`, as the file has it; None where it states
     none.
 
     Args:
         file: open and seekable, see `collavo.sources.json_files`.
         name: the file's path, for messages.
+        are_things: see `read_categories`.
 
     Raises:
         UserError: if the categories cannot be used.
@@ -117,7 +123,7 @@ def categories_of_annotations(file: BinaryIO, name: str) -> CategorySet | None:
             records = next(ijson.items(file, "categories", use_float=True), None)
         except ijson.JSONError as error:
             raise UserError(f"{name}: not JSON to its end ({str(error).splitlines()[0]})") from error
-    return read_categories(records, name) if records else None
+    return read_categories(records, name, are_things) if records else None
 
 
 def categories_of_labels(id2label: Mapping[int, str], name: str, known_set: CategorySet | None = None) -> CategorySet:
@@ -187,7 +193,7 @@ def common_set(sets: Sequence[CategorySet]) -> CategorySet:
 
 
 def labels_by_id(source: CategorySet, target: CategorySet, renamed: Mapping[str, str] | None = None) -> dict[int, int]:
-    """Find the target's label of each category id of a source.
+    """Find the target's label of each category id of a source; `LEFT_OUT` for a class that the map leaves out.
 
     Args:
         renamed: the target's names by the source's, of a user's category map; an empty text leaves a class out.
@@ -200,8 +206,8 @@ def labels_by_id(source: CategorySet, target: CategorySet, renamed: Mapping[str,
     for key, category in source.by_key.items():
         wanted = by_key.get(key, category.name)
         if not wanted:
-            continue
-        if found := target.by_key.get(name_key(wanted)):
+            labels[category.category_id] = LEFT_OUT
+        elif found := target.by_key.get(name_key(wanted)):
             labels[category.category_id] = found.label
         else:
             foreign.append(repr(category.name))
@@ -217,23 +223,24 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:_MOST_NAMED]) + more
 
 
-def _record(record: Any, position: int, name: str) -> dict[str, Any]:
+def _record(record: Any, position: int, name: str, are_things: bool) -> dict[str, Any]:
     fields = record if isinstance(record, Mapping) else {}
-    text, number = fields.get("name"), fields.get("id", position)
-    if isinstance(number, float) and number.is_integer():
-        number = int(number)
-    thing = fields.get("isthing", fields.get("is_thing"))
-    if not isinstance(text, str) or not text.strip() or not isinstance(number, int):
+    text, number = fields.get("name"), whole_id(fields.get("id", position))
+    said = fields.get("isthing", fields.get("is_thing"))
+    if not isinstance(text, str) or not text.strip() or number is None:
         raise UserError(
             f"{name}: category {position} should have a whole number 'id' and a text 'name'; it is {record!r:.80}"
         )
-    if thing is None:
+    if said is None and not are_things:
         raise UserError(f"{name}: category {text!r} does not say 'isthing': 1 for what can be counted, 0 for stuff")
+    thing = True if said is None else _KINDS.get(str(said).strip().lower())
+    if thing is None:
+        raise UserError(f"{name}: 'isthing' of category {text!r} should be 1 or 0, it is {said!r:.80}")
     return {
         "id": number,
         "name": text.strip(),
         "key": name_key(text),
-        "isthing": int(bool(thing)),
+        "isthing": int(thing),
         "display_name": fields.get("display_name") or _display_name(text),
         "color": _checked_color(fields.get("color")),
         "singular": (fields.get("singular") or "") if thing else "",

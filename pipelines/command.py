@@ -49,9 +49,10 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None) -> None:
     from pipelines.earlier import prepare, what_is_left
     from pipelines.job import SEGMENTED
     from pipelines.launch import run_job
-    from pipelines.plan import make_plan
+    from pipelines.plan import check_network, make_plan
 
     plan = make_plan(flags, rest, workers is not None)
+    check_network(flags, plan)
     publication = plan.job.publication
     console = Console()
     start = time.perf_counter()

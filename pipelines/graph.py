@@ -23,7 +23,6 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
 from collavo.instructions.choose import ClassStatistics, stable_hash
-from collavo.sources.records import ImageRecord
 from pipelines.image_steps import (
     draft_dialogue,
     draft_known,
@@ -325,9 +324,15 @@ def _for_model(image: LoadedImage, job: CrayonJob) -> Draft | ToModel:
     return draft_known(image, job) or TaggedOutput(_TO_MODEL, image)
 
 
-def _load_record(record: ImageRecord, job: CrayonJob) -> Iterator[LoadedImage | Draft | RejectOutput | ToModel]:
+def _load_record(
+    record: tuple[Mention, bytes], job: CrayonJob
+) -> Iterator[LoadedImage | Draft | RejectOutput | ToModel]:
     """Decode an image of a data set that holds its images, for the model where there is one."""
-    outcome = load_record(record, job.max_pixels)
+    mention, image_bytes = record
+    if not mention.uri:
+        yield draft_dialogue(ImageTask((mention,)), job)
+        return
+    outcome = load_record(mention, image_bytes, job.max_pixels)
     if isinstance(outcome, LoadedImage):
         yield _for_model(outcome, job) if job.model else outcome
     else:

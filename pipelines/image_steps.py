@@ -20,10 +20,9 @@ from collavo.panoptic.instances import Instance, instances_map
 from collavo.panoptic.maps import IdRuns, PanopticMap, SegmentInfo, build_panoptic_map
 from collavo.sources.coco_panoptic import segment_infos
 from collavo.sources.image_paths import other_extensions, without_extension
-from collavo.sources.records import ImageRecord
 from collavo.storage import exists, read_bytes
 from pipelines.job import CrayonJob
-from pipelines.records import Draft, ImageTask, Input, LoadedImage, Mention, Reject, Segmented, SegmentedImage
+from pipelines.records import Draft, ImageTask, LoadedImage, Mention, Reject, Segmented, SegmentedImage
 from pipelines.sources import finished_pictures
 from pipelines.spill import read_drafts, spilled_pictures
 from schemas.crayon_row import CrayonRow
@@ -55,10 +54,9 @@ def read_images(task: ImageTask, max_pixels: int, with_rgb: bool) -> tuple[list[
     return loaded, rejects
 
 
-def load_record(record: ImageRecord, max_pixels: int) -> LoadedImage | list[Reject]:
+def load_record(mention: Mention, image_bytes: bytes, max_pixels: int) -> LoadedImage | list[Reject]:
     """Decode an image of a data set that holds its images."""
-    mention = Mention(Input("dataset", record.path), record.path, record.path, dialogue=record.dialogue)
-    return _decode_image(ImageTask((mention,)), record.path, record.data, max_pixels, True, {})
+    return _decode_image(ImageTask((mention,)), mention.image_path, image_bytes, max_pixels, True, {})
 
 
 def segment_by_annotation(image: LoadedImage, job: CrayonJob) -> Segmented:
@@ -265,14 +263,21 @@ def _mask_runs(
 
 
 def _map_of_instances(annotated: Mention, image: LoadedImage, job: CrayonJob) -> PanopticMap:
-    if image.orientation != 1 and job.mask_frame != "upright":
-        detail = (
-            f"EXIF orientation {image.orientation} turns the image; --mask_frame upright says that instances are so too"
-        )
-        raise Rejected("ambiguous_orientation", detail)
-    listed = json.loads(annotated.instances)
+    stated_wh, listed = json.loads(annotated.instances)
+    width, height = image.size_wh
+    frame = job.mask_frame
+    if frame == "auto" and image.orientation != 1:
+        turned_by_90 = image.orientation >= 5 and width != height
+        frames = {(width, height): "upright", (height, width): "stored"} if turned_by_90 and stated_wh else {}
+        if (found := frames.get(tuple(stated_wh or ()))) is None:
+            detail = f"EXIF orientation {image.orientation} turns the image, and nothing says whether its instances are"
+            raise Rejected(
+                "ambiguous_orientation", f"{detail} turned; --mask_frame stored or upright says how they were made"
+            )
+        frame = found
     instances = [Instance(SegmentInfo(id_, label, bool(crowd)), mask) for id_, label, crowd, mask in listed]
-    return instances_map(instances, image.size_wh, job.categories)
+    orientation = image.orientation if frame == "stored" else 1
+    return instances_map(instances, image.size_wh, job.categories, orientation)
 
 
 @contextmanager

@@ -91,7 +91,8 @@ class SourceFlags:
     dataset: tuple[str, ...] = _paths(
         "data sets that hold their images: Parquet files, tar shards, or folders of them", "PATH"
     )
-    image_column: str | None = flag(None, "the images' column in the Parquet files of --dataset (default: image)")
+    dataset_split: tuple[str, ...] = _splits("the split of each of --dataset")
+    image_column: str | None = flag(None, "the column of images in --dataset (default: image, or the only one)")
     from_crayon: tuple[str, ...] = _paths(
         "finished rows, to get new instructions, or several data sets to merge", "PARQUET"
     )

@@ -7,13 +7,14 @@ import json
 import posixpath
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from posixpath import basename, join
-from typing import Any
+from typing import Any, BinaryIO
 
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
@@ -26,16 +27,16 @@ from collavo.categories import (
     labels_by_id,
 )
 from collavo.cli import naming
-from collavo.dataset import category_set, opened_parquet
+from collavo.dataset import category_set
 from collavo.dataset import notes as file_notes
 from collavo.embedded import SCENES
 from collavo.errors import Rejected, UserError, first_line
 from collavo.folders import staging_of
 from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, Phrasebook, load_phrasebook
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
-from collavo.segmenters import NoSegmenter, Segmenter, checkpoint_categories, load_segmenter
+from collavo.segmenters import NoSegmenter, Segmenter, check_checkpoint, checkpoint_categories, load_segmenter
 from collavo.sources.json_files import open_json
-from collavo.sources.records import count_records, ignored_columns, is_record_file
+from collavo.sources.records import NoImageColumn, count_records, ignored_columns, is_record_file
 from collavo.storage import (
     FAULTS,
     MANIFEST,
@@ -151,7 +152,7 @@ def _check_unused(flags: Flags) -> None:
         ("coco_masks", sources.coco_panoptic, "with --coco_panoptic"),
         ("llava_split", sources.llava_json, "with --llava_json"),
         ("images_split", sources.images, "with --images"),
-        ("image_column", sources.dataset, "with --dataset"),
+        *((name, sources.dataset, "with --dataset") for name in ("dataset_split", "image_column")),
         ("image_root", sources.llava_json or sources.images, "with --llava_json or --images"),
         *((name, not sources.named, "where no source is named") for name in ("scenes", "scene_size")),
         ("segmenter_config", segmenter == "detectron2", "with --segmenter detectron2"),
@@ -254,7 +255,7 @@ class _Sets:
     def of_annotations(self, flag: str, uri: str) -> CategorySet:
         """Read the set of an annotation file; COCO panoptic's where the file states none."""
         with naming(flag), open_read(uri) as raw, open_json(raw, uri) as file:
-            found = categories_of_annotations(file, uri)
+            found = categories_of_annotations(file, uri, are_things=flag == "coco_instances")
         if found is None:
             self._notes.append(f"{uri} has no 'categories'; its numbers are taken for {COCO_PANOPTIC.name}'s")
         self.add(found or COCO_PANOPTIC)
@@ -366,13 +367,20 @@ def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources
     )
     image_splits = _parallel("images_split", flags.images_split, flags.images, notes)
     images = tuple(ImagesSource(pattern, root, s) for pattern, s in zip(flags.images, image_splits, strict=True))
-    notes.extend(note for path in flags.dataset if (note := _unused_columns(path, flags.image_column)))
+    shards = [_record_files(path) for path in flags.dataset]
+    dataset_splits = _parallel("dataset_split", flags.dataset_split, flags.dataset, notes, shards)
+    for path, uris in zip(flags.dataset, shards, strict=True):
+        notes += _columns_note(path, uris[0], flags.image_column)
     return Sources(
         root=_common_root([*(source.images_root for source in coco), *([root] if llava else [])], images, notes),
         coco=coco,
         llava=llava,
         images=images,
-        records=tuple(RecordSource(uri, flags.image_column) for path in flags.dataset for uri in _record_files(path)),
+        records=tuple(
+            RecordSource(uri, flags.image_column, split)
+            for uris, split in zip(shards, dataset_splits, strict=True)
+            for uri in uris
+        ),
         crayon_files=crayon_files,
     )
 
@@ -381,11 +389,24 @@ def _mask_folder(json_uri: str) -> str:
     return json_uri.removesuffix(".gz").removesuffix(".json")
 
 
-def _parallel(flag: str, given: tuple[str, ...], sources: Sequence[str], notes: list[str]) -> tuple[str, ...]:
-    """Choose a split for each source; an empty one stands for a choice by content."""
+def _parallel(
+    flag: str,
+    given: tuple[str, ...],
+    sources: Sequence[str],
+    notes: list[str],
+    files: Sequence[Sequence[str]] = (),
+) -> tuple[str, ...]:
+    """Choose a split for each source; an empty one stands for a choice by content.
+
+    Args:
+        files: of each source, where it has several.
+    """
     if not given:
-        for uri in sources:
-            if match := re.search(r"(?<![a-z])(train|val|validation|test)(?![a-z])", basename(uri.rstrip("/")).lower()):
+        names = {uri: basename(uri.rstrip("/")) for uri in sources}
+        for source, uris in zip(sources, files, strict=False):
+            names |= {uri: uri.removeprefix(f"{source.rstrip('/')}/") for uri in uris if uri.startswith(source)}
+        for uri, name in names.items():
+            if match := re.search(r"(?<![a-z])(train|val|validation|test)(?![a-z])", name.lower()):
                 notes.append(
                     f"{uri} says {match[1]!r} in its name, but pictures are split by their content; --{flag} keeps a "
                     "source's own split"
@@ -448,25 +469,31 @@ def _record_files(path: str) -> list[str]:
     return found
 
 
-def _unused_columns(path: str, image_column: str | None) -> str | None:
-    """Name the columns of a data set that nothing is taken from; its first Parquet file stands for all."""
-    uri = next((uri for uri in _record_files(path) if uri.endswith(".parquet")), None)
-    if uri is None:
-        return None
-    with naming("dataset"), open_random(uri) as file, opened_parquet(file, uri) as parquet:
-        unused = ignored_columns(parquet.schema_arrow.names, image_column)
-    return f"{path}: nothing is taken from the columns {', '.join(unused)}" if unused else None
+def _columns_note(path: str, uri: str, image_column: str | None) -> list[str]:
+    """Name the columns of a data set that nothing is taken from; its first file stands for all."""
+    with _opened_records(uri) as file:
+        try:
+            unused = ignored_columns(file, uri, image_column)
+        except NoImageColumn as error:
+            raise UserError(f"{error}; --image_column names the one with the images") from error
+    return [f"{path}: nothing is taken from the columns {', '.join(unused)}"] if unused else []
 
 
 def _count_records(sources: Sequence[RecordSource]) -> int:
     total = 0
     for source in sources:
-        try:
-            with naming("dataset"), open_random(source.uri) as file:
-                total += count_records(file, source.uri)
-        except FAULTS as error:
-            raise UserError(f"--dataset {source.uri}: {first_line(error)}") from error
+        with _opened_records(source.uri) as file:
+            total += count_records(file, source.uri)
     return total
+
+
+@contextmanager
+def _opened_records(uri: str) -> Iterator[BinaryIO]:
+    try:
+        with naming("dataset"), open_random(uri) as file:
+            yield file
+    except FAULTS as error:
+        raise UserError(f"--dataset {uri}: {first_line(error)}") from error
 
 
 def _crayon_files(pattern: str) -> list[str]:
@@ -565,6 +592,19 @@ def _model(flags: SegmentationFlags, sources: Sources, sets: _Sets) -> ModelConf
         max_batch_pixels=flags.max_batch_pixels,
         model_copies=flags.model_copies,
     )
+
+
+def check_network(flags: Flags, plan: Plan) -> None:
+    """Refuse a network that cannot be had, where it is certain that this machine will ask one.
+
+    Otherwise it is loaded when the first image needs it: all may be annotated, or known from before.
+    """
+    sources, model = plan.job.sources, plan.job.model
+    is_certain = sources.images and not (sources.coco or sources.crayon_files or plan.job.resumed)
+    if model and is_certain and plan.beam_options.view_as(StandardOptions).runner == "DirectRunner":
+        name = flags.segmentation.segmenter
+        with naming("segmenter_checkpoint"):
+            check_checkpoint("mask2former" if name == "auto" else name, flags.segmentation.segmenter_checkpoint)
 
 
 def _load_segmenter(name: str, **options: Any) -> Segmenter:

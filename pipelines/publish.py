@@ -150,6 +150,8 @@ def _check_rejects(publication: Publication, counts: Counts, inputs: Mapping[str
             raise UserError(
                 f"nothing is left of source {source}: all its {count} inputs were rejected ({tally}); {where}"
             )
+    if not total:
+        raise UserError("no rows: the sources hold no images and no dialogues", exit_status=1)
     if not counts.rows:
         raise UserError(f"no rows: all {total} inputs were rejected ({tally}); {where}")
     if rejected > publication.max_reject_ratio * total:

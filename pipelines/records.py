@@ -18,7 +18,7 @@ SOURCES = ("crayon", "coco", "scenes", "coco_instances", "llava", "folder", "dat
 
 REJECT_REASONS = {
     "list": {
-        "several_images": "the dialogue names several images, but a row holds one",
+        "several_images": "the entry names or holds several images, a row one; `--image_column` chooses in a tar shard",
         "malformed_entry": "the entry lacks fields or turns that its format demands",
         "turns_do_not_alternate": "human and gpt do not speak in turn, so nobody knows what answers what",
         "duplicate_id": "the COCO file lists the same image, or its annotation, twice",
@@ -85,8 +85,8 @@ class Mention(NamedTuple):
     """An input that names an image, or a dialogue about none, whose `uri` is empty.
 
     `image_path` is relative to the root of all sources, `uri` is where the file lies, `mask_uri` where the annotation's
-    mask lies. `instances` is the JSON text of instance
-    annotations, and `split` is the source's own.
+    mask lies. `instances` is the JSON text of the image's size that the file states, [width, height] or null, and of
+    its instance annotations. `split` is the source's own.
     """
 
     input: Input

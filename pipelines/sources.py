@@ -2,6 +2,7 @@
 
 import codecs
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,9 +19,9 @@ from collavo.errors import Rejected, UserError
 from collavo.sources.coco_instances import ImageInstances, stream_image_instances
 from collavo.sources.coco_panoptic import AnnotatedImage, stream_annotated_images
 from collavo.sources.dialogues import DialogueEntry, stream_dialogues
-from collavo.sources.image_paths import checked_relative, image_names, is_utf8
+from collavo.sources.image_paths import checked_relative, image_names, is_hidden, is_utf8
 from collavo.sources.json_files import open_json
-from collavo.sources.records import ImageRecord, stream_records
+from collavo.sources.records import stream_records
 from collavo.storage import FAULTS, canonical, exists, list_files, open_random, open_read
 from pipelines.records import Draft, Input, Mention, Reject
 
@@ -78,6 +79,7 @@ class RecordSource(NamedTuple):
 
     uri: str
     image_column: str | None
+    split: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +131,17 @@ def read_images(source: ImagesSource, root: str) -> Iterator[Mention | RejectOut
         yield _mention_or_reject("folder", path, lambda path: _file_mention(source, root, path))
 
 
-def read_records(source: RecordSource, most: int | None) -> Iterator[ImageRecord | RejectOutput]:
-    """Stream a data set that holds its images, or no more than the first ones."""
+def read_records(source: RecordSource, most: int | None) -> Iterator[tuple[Mention, bytes] | RejectOutput]:
+    """Stream a data set that holds its images, or no more than the first ones, into mentions with the images' bytes,
+    which are empty for a dialogue about none."""
     with _naming("dataset", source.uri), open_random(source.uri) as file:
         for record in islice(stream_records(file, source.uri, source.image_column), most):
             if isinstance(record, Rejected):
                 yield reject_output(Reject(record.entry_id, "dataset", "list", record.reason, str(record)))
             else:
-                yield record
+                uri = record.path if record.data else ""
+                named = Input("dataset", record.path)
+                yield Mention(named, record.path, uri, dialogue=record.dialogue, split=source.split), record.data or b""
 
 
 @lru_cache(maxsize=1)
@@ -253,7 +258,7 @@ def _instances_mention(source: CocoSource, images: _ImageFolder, root: str, imag
         path_below(root, uri),
         uri,
         image.license_id,
-        instances=image.instances or "[]",
+        instances=f"[{json.dumps(image.size_wh)},{image.instances or '[]'}]",
         split=source.split,
     )
 
@@ -300,14 +305,9 @@ def listed_paths(pattern: str) -> tuple[list[str], int]:
             lines = file.read().removeprefix(codecs.BOM_UTF8).splitlines()
         return [path for line in lines if (path := line.decode(errors="surrogateescape").strip())], 0
     found = list_files(pattern)
-    if paths := [path for path in found if not is_hidden(path, pattern)]:
+    if paths := [path for path in found if not is_hidden(path.removeprefix(pattern))]:
         return paths, len(found) - len(paths)
     raise UserError("names no file; a folder, a glob in quotes, or a .txt list would work")
-
-
-def is_hidden(path: str, pattern: str) -> bool:
-    """Tell whether a file, or a folder below the one named, begins with a dot, as `.ipynb_checkpoints` does."""
-    return any(part.startswith(".") for part in path.removeprefix(pattern).split("/") if part not in ("", ".", ".."))
 
 
 def is_list(pattern: str) -> bool:

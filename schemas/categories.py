@@ -158,6 +158,9 @@ _TABLE = """
 
 _NAME_SUFFIXES = ("-merged", "-other", "-stuff")
 
+LEFT_OUT = -1
+"""In place of a label: the user's category map leaves the class out, and its pixels are unknown."""
+
 MAX_NUMBERING = 20
 """The largest ordinal an instance may carry within its class; 21 numbering queries, unknown included."""
 

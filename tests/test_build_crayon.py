@@ -455,6 +455,17 @@ def test_a_sources_split_wins_and_a_picture_that_one_source_holds_out_is_in_no_o
     check_sums(data)
 
 
+def test_a_class_that_the_map_leaves_out_is_unknown_in_a_picture_that_stays(tmp_path):
+    coco = CocoFolder(tmp_path / "coco")
+    coco.add("a.png", numbered(1))
+    (tmp_path / "map.json").write_text('{"sky": ""}')
+    data = build(tmp_path / "out", *coco.flags(), *ANNOTATED, "--category_map", tmp_path / "map.json")
+    (row,) = data.rows.values()
+    assert [(s.id, s.category, s.area) for s in row.segments] == [(7, "person", 24)]
+    assert row.panoptic_png and decode_index_map(row.panoptic_png)[0].tolist() == [1] * 4 + [0] * 4
+    check_sums(data)
+
+
 def test_finished_data_sets_become_one_with_each_picture_once(built, tmp_path):
     row = built.rows["images/scene-000000.jpg"]
     with (tmp_path / "other.parquet").open("wb") as file:
@@ -464,6 +475,25 @@ def test_finished_data_sets_become_one_with_each_picture_once(built, tmp_path):
     both = build(tmp_path / "both", "--from_crayon", built.folder, tmp_path / "other.parquet")
     assert both.rows.keys() == built.rows.keys() and both.rows[row.image_id].other_paths == ("z.jpg",)
     check_sums(both)
+
+
+def test_a_data_set_keeps_its_split_and_its_rows_of_text(by_tiny_model, tmp_path):
+    says = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+    rows = [{"image": {"bytes": numbered(1), "path": "a.png"}, "messages": says}, {"image": None, "messages": says}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "validation-0.parquet")
+    data = build(
+        tmp_path / "out",
+        *by_tiny_model,
+        "--dataset",
+        tmp_path / "validation-0.parquet",
+        "--dataset_split",
+        "validation",
+    )
+    picture, text = (data.rows[f"validation-0.parquet/00000{i}"] for i in (0, 1))
+    assert picture.width and text.width is None and text.image_bytes is None
+    assert picture.split == text.split == "validation"
+    assert picture.conversations[0].turns == text.conversations[0].turns == (("human", "Hi"), ("gpt", "Hello"))
+    check_sums(data)
 
 
 def test_images_of_a_data_set_that_no_model_sees_are_rejected(by_tiny_model, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from builds import PICTURE, CocoFolder, DataSet, build, scene_sources, start
+from builds import PICTURE, CocoFolder, DataSet, build, scene_sources, start, status_of
 
 from collavo import storage
 from collavo.scenes import write_scenes
@@ -279,3 +279,17 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_the_old_data_alone(old, long
     assert process.returncode == 1
     assert stderr.splitlines() == [f"build_crayon.py: error: --output {old.folder}: File too large"]
     assert listing(old.folder) == before and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_network_that_cannot_be_had_is_refused_before_anything_else_where_one_is_surely_asked(tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.jpg").write_bytes(PICTURE)
+    pictures = ["--images", tmp_path / "pictures", "--output", tmp_path / "out"]
+    assert status_of(*pictures) == 2  # the tests are offline
+    assert "error: --segmenter_checkpoint: facebook/mask2former" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    # All of these are annotated, so that no network is asked.
+    coco = CocoFolder(tmp_path / "coco")
+    coco.add("a.jpg", PICTURE)
+    annotated = ["--images", tmp_path / "coco" / "images", *coco.flags(), "--output", tmp_path / "out"]
+    assert status_of(*annotated) == 0

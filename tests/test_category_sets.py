@@ -18,7 +18,7 @@ from collavo.categories import (
     read_categories,
 )
 from collavo.errors import UserError
-from schemas.categories import COCO_PANOPTIC, CategorySet, name_key
+from schemas.categories import COCO_PANOPTIC, LEFT_OUT, CategorySet, name_key
 
 ROAD = [
     {"id": 0, "name": "sky", "isthing": 0},
@@ -57,6 +57,12 @@ def test_a_subset_of_coco_joins_it_whatever_its_numbers() -> None:
 def test_a_class_of_another_kind_does_not_join() -> None:
     door = [{"id": 1, "name": "door", "isthing": 1}]  # COCO's door is stuff
     assert joined(read_categories(door, "doors.json")) is not COCO_PANOPTIC
+
+
+@pytest.mark.parametrize("thing, stuff", [(1, 0), ("1", "0"), (True, False), ("true", "False"), (1.0, 0.0)])
+def test_kinds_and_ids_are_read_as_people_write_them(thing: object, stuff: object) -> None:
+    listed = [{"id": "3", "name": "sky", "isthing": stuff}, {"id": 4.0, "name": "car", "isthing": thing}]
+    assert [(c.category_id, c.is_thing) for c in read_categories(listed, "x")] == [(3, False), (4, True)]
 
 
 @pytest.mark.parametrize("categories", [None, []])
@@ -115,8 +121,19 @@ def test_a_set_travels_as_plain_values() -> None:
     [
         ([{"id": 1, "name": "car"}], "does not say 'isthing'"),
         ([{"id": "one", "name": "car", "isthing": 1}], "whole number 'id'"),
+        ([{"id": 1, "name": "car", "isthing": "stuff"}], "'isthing' of category 'car' should be 1 or 0, it is 'stuff'"),
+        ([{"id": 1, "name": "car", "isthing": 2}], "should be 1 or 0"),
+        ([*ROAD, {"id": "7", "name": "van", "isthing": 1}], "have the same id, 7"),
         ([*ROAD, {"id": 9, "name": "Bus", "isthing": 1}], "have the same name"),
-        ([*ROAD, {"id": 0, "name": "van", "isthing": 1}], "have the same id, 0"),
+        (
+            [*ROAD, {"id": 9, "name": "bus-other", "isthing": 1}],
+            "the same name but for .*, bus; rename one of",
+        ),
+        (
+            [*ROAD, {"id": 9, "name": "bus, red", "isthing": 1}],
+            "the same name but for .*, bus; rename one of",
+        ),
+        ([*ROAD, {"id": 0, "name": "van", "isthing": 1}], "have the same id, 0$"),
     ],
 )
 def test_what_is_no_set_is_refused_in_one_line(categories: object, complaint: str) -> None:
@@ -156,7 +173,7 @@ def test_a_map_brings_a_source_into_another_set() -> None:
     renamed = {"traffic sign": "stop sign", "pedestrian": "person"}
     labels = labels_by_id(road, COCO_PANOPTIC, renamed)
     assert [COCO_PANOPTIC[labels[i]].display_name for i in (0, 7, 3, 4)] == ["sky", "stop sign", "person", "bus"]
-    assert 7 not in labels_by_id(road, COCO_PANOPTIC, {**renamed, "traffic sign": ""})
+    assert labels_by_id(road, COCO_PANOPTIC, {**renamed, "traffic sign": ""})[7] == LEFT_OUT
     with pytest.raises(UserError, match="COCO panoptic has no 'traffic sign', 'pedestrian'; --category_map"):
         labels_by_id(road, COCO_PANOPTIC)
 

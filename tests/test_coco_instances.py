@@ -2,16 +2,22 @@
 
 import io
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from builds import DataSet, build
+from conftest import encoded as image_bytes
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from collavo.errors import Rejected, UserError
+from collavo.panoptic.index_png import decode_index_map
 from collavo.panoptic.instances import Instance, instances_map
 from collavo.panoptic.maps import SegmentInfo
 from collavo.sources.coco_instances import stream_image_instances
+from schemas.categories import COCO_PANOPTIC
 
 SIZE_WH = (20, 10)
 
@@ -59,6 +65,7 @@ def test_crowds_are_not_numbered() -> None:
     "segmentation, reason",
     [
         ([[1, 2]], "broken_mask"),
+        ([[1, 2, 3, 4]], "broken_mask"),  # no box
         ({"size": [10, 20], "counts": 7}, "broken_mask"),
         ({"counts": "abc"}, "broken_mask"),
         ({"size": [20, 10], "counts": [0, 200]}, "mask_size_mismatch"),
@@ -96,6 +103,87 @@ def test_one_bad_annotation_leaves_the_others() -> None:
     *rejects, image = stream({"images": images, "annotations": bad})
     assert [r.reason for r in rejects] == ["malformed_entry", "unknown_image", "malformed_entry", "unknown_category"]
     assert [i[0] for i in json.loads(image.instances)] == [4]
+
+
+COCO_THINGS = [{"id": c.category_id, "name": c.name, "supercategory": "any"} for c in COCO_PANOPTIC.things]
+"""As `instances_train2017.json` has them: 80, none of which says that it is a thing."""
+
+
+def build_instances(
+    folder: Path,
+    categories: list[dict[str, Any]],
+    annotations: list[dict[str, Any]],
+    *flags: object,
+    orientation: int = 1,
+    stated_wh: tuple[int, int] = SIZE_WH,
+) -> DataSet:
+    """Build from one picture, `a.jpg`, which EXIF may turn, and of which the JSON states a size."""
+    (folder / "train2017").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (folder / "train2017" / "a.jpg").write_bytes(image_bytes(Image.new("RGB", SIZE_WH), "JPEG", exif=exif))
+    images = [{"id": 1, "file_name": "a.jpg", "width": stated_wh[0], "height": stated_wh[1], "license": 4}]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "instances_train2017.json").write_text(json.dumps(content))
+    sources = ["--coco_instances", folder / "instances_train2017.json", "--coco_images", folder / "train2017"]
+    return build(folder / "out", *sources, "--coco_split", "validation", *flags)
+
+
+def test_cocos_own_instance_file_becomes_rows_of_the_built_in_set(tmp_path: Path) -> None:
+    assert len(COCO_THINGS) == 80
+    counts = [0, 30, 170]  # uncompressed: the first three columns
+    annotations = [
+        annotation(10, 1, segmentation=rectangle(4, 0, 14, 10)),
+        annotation(11, 1, segmentation=encoded((10, 4, 18, 8)), category_id=3),  # car, in front of the person
+        annotation(12, 1, segmentation={"size": [10, 20], "counts": counts}, category_id=1, iscrowd=1),
+    ]
+    data = build_instances(tmp_path, COCO_THINGS, annotations)
+    (row,) = data.rows.values()
+    assert (row.image_id, row.split, row.license_id, data.rejects) == ("a.jpg", "validation", 4, [])
+    assert [(s.id, s.category, s.category_id, s.is_crowd, s.numbering, s.box_xyxy, s.area) for s in row.segments] == [
+        (10, "person", 1, False, 1, (4, 0, 14, 10), 100),
+        (12, "person", 1, True, 0, (0, 0, 3, 10), 30),
+        (11, "car", 3, False, 1, (10, 4, 18, 8), 32),
+    ]
+    assert row.panoptic_png
+    assert decode_index_map(row.panoptic_png)[5].tolist() == [2] * 3 + [0] + [1] * 6 + [3] * 8 + [0] * 2
+    asked = " ".join(i.question for i in row.instructions if i.task == "counting")
+    assert " cars" in asked and " people" not in asked  # of whom there is a crowd
+
+
+def test_classes_of_ones_own_are_things_in_an_instance_file(tmp_path: Path) -> None:
+    own = [{"id": 1, "name": "Safety Helmet"}, {"id": 3, "name": "Forklift", "supercategory": "none"}]
+    (row,) = build_instances(tmp_path, own, [annotation(10, 1, segmentation=rectangle(0, 0, 5, 5))]).rows.values()
+    (segment,) = row.segments
+    assert (segment.category, segment.is_thing, segment.numbering) == ("safety helmet", True, 1)
+    assert "1 safety helmet" in " ".join(i.answer for i in row.instructions if i.task == "counting")
+
+
+def test_a_class_that_the_map_leaves_out_is_unknown(tmp_path: Path) -> None:
+    own = [{"id": 0, "name": "helmet"}, {"id": 3, "name": "ignore"}]
+    (tmp_path / "map.json").write_text('{"ignore": ""}')
+    annotations = [
+        annotation(10, 1, segmentation=rectangle(0, 0, 10, 10), category_id=0),
+        annotation(11, 1, segmentation=rectangle(4, 0, 8, 10), category_id=3),
+    ]
+    data = build_instances(tmp_path, own, annotations, "--category_map", tmp_path / "map.json")
+    (row,) = data.rows.values()
+    assert [(s.id, s.category, s.area) for s in row.segments] == [(10, "helmet", 100)] and data.rejects == []
+
+
+def test_the_stated_size_says_whether_instances_are_turned_as_exif_turns_the_image(tmp_path: Path) -> None:
+    corner = [annotation(10, 1, segmentation=rectangle(0, 0, 6, 4))]
+    stored = build_instances(tmp_path / "stored", COCO_THINGS, corner, orientation=6)
+    upright = build_instances(tmp_path / "upright", COCO_THINGS, corner, orientation=6, stated_wh=SIZE_WH[::-1])
+    flag = ["--mask_frame", "stored"]
+    upside_down = build_instances(tmp_path / "down", COCO_THINGS, corner, *flag, orientation=3)
+    for data, size_wh, box_xyxy in [
+        (stored, (10, 20), (6, 0, 10, 6)),  # turned to the right: what was top left is top right
+        (upright, (10, 20), (0, 0, 6, 4)),
+        (upside_down, (20, 10), (14, 6, 20, 10)),
+    ]:
+        (row,) = data.rows.values()
+        assert ((row.width, row.height), row.segments[0].box_xyxy) == (size_wh, box_xyxy)
 
 
 @pytest.mark.parametrize("content", [{}, {"images": []}, []])

@@ -14,6 +14,16 @@ TURNS = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "
 MESSAGES = [{"role": "user", "content": "<image>\nWho?"}, {"role": "assistant", "content": "A person."}]
 OTHER_NAMES = [{"from": "User", "value": "<image>\nWho?"}, {"from": "model", "value": "A person."}]
 PARTS = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWho?"}]}, MESSAGES[1]]
+# As Parquet has them: every key in every turn and part, null where there is none.
+NULLS = [
+    {"from": "human", "value": "<image>\nWho?", "role": None, "content": None},
+    {"from": None, "value": None, "role": "assistant", "content": "A person."},
+]
+NULL_PARTS = [
+    {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "\nWho?"}]},
+    {"role": "assistant", "content": [{"type": "text", "text": "A person."}]},
+]
+URL_PARTS = [{"type": "image_url", "image_url": {"url": "a.jpg"}, "text": None}, {"type": "text", "text": "\nWho?"}]
 SAID = (("human", "<image>\nWho?"), ("gpt", "A person."))
 
 
@@ -33,6 +43,10 @@ def stream(content: Any) -> list[DialogueEntry | Rejected]:
         [{"id": "q", "images": ["a.jpg"], "messages": MESSAGES}],
         [{"id": "q", "image": "a.jpg", "conversations": OTHER_NAMES}],
         [{"id": "q", "image": "a.jpg", "messages": PARTS}],
+        [{"id": "q", "image": "a.jpg", "messages": NULLS}],
+        [{"id": "q", "image": "a.jpg", "messages": NULL_PARTS}],
+        [{"id": "q", "image": "a.jpg", "messages": [{"role": "user", "content": URL_PARTS}, MESSAGES[1]]}],
+        [{"id": "q", "image": "a.jpg", "messages": [{"role": "user", "content": ["<image>\n", "Who?"]}, MESSAGES[1]]}],
     ],
 )
 def test_every_shape_says_the_same(content: Any) -> None:
@@ -42,6 +56,23 @@ def test_every_shape_says_the_same(content: Any) -> None:
 def test_lines_are_read_one_by_one() -> None:
     lines = "".join(json.dumps({"id": i, "image": "a.jpg", "conversations": TURNS}) + "\n" for i in range(3))
     assert [entry.dialogue.id for entry in stream(lines)] == ["0", "1", "2"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("damaged", ['{"id": 9, "conversations": [{"from": "hum', "nonsense", '"\ud800"}'])
+def test_a_damaged_line_leaves_the_others(place: int, damaged: str) -> None:
+    lines = [json.dumps({"id": i, "conversations": TURNS}) for i in range(2)]
+    lines.insert(place, damaged)
+    found = stream_dialogues(io.BytesIO("\n".join(lines).encode(errors="surrogatepass")), "talk.json")
+    bad, *good = sorted(found, key=lambda entry: isinstance(entry, DialogueEntry))
+    assert isinstance(bad, Rejected)
+    assert (bad.reason, bad.entry_id) == ("malformed_entry", f"line {place + 1}") and f"line {place + 1} is" in str(bad)
+    assert [entry.dialogue.id for entry in good] == ["0", "1"]  # type: ignore[union-attr]
+
+
+def test_a_list_below_a_key_may_have_its_entries_in_lines() -> None:
+    entry = json.dumps({"id": "q", "image": "a.jpg", "conversations": TURNS})
+    assert stream(f'{{"data": [\n{entry}\n]}}') == [DialogueEntry("a.jpg", Dialogue("q", SAID))]
 
 
 def test_text_alone_is_an_entry_without_an_image() -> None:
@@ -78,6 +109,8 @@ def test_turns_alternate_or_the_entry_is_one_reject(
         ({"image": 7, "conversations": TURNS}, "malformed_entry"),
         ({"image": "a.jpg", "conversations": [{"from": "narrator", "value": "Once"}]}, "malformed_entry"),
         ({"image": "a.jpg", "conversations": [{"from": "human", "value": None}]}, "malformed_entry"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "malformed_entry"),
+        ({"image": "a.jpg", "messages": [{"role": "user", "content": [7, None]}]}, "malformed_entry"),
         ({"video": "a.mp4", "conversations": TURNS}, "malformed_entry"),
         ({"image": ["a.jpg", "b.jpg"], "conversations": TURNS}, "several_images"),
         ("text", "malformed_entry"),
@@ -96,7 +129,7 @@ def test_an_unusable_entry_does_not_stop_the_others(record: Any, reason: str) ->
         ('{"images": []}', "no entries"),
         ("", "no entries"),
         ('[{"id": 1, "conversations": []}, {"id', "not JSON to its end, after 1 entries"),
-        ('{"id": 1, "conversations": []}\nnonsense\n', "line 2: not a JSON object"),
+        ("nonsense\n" * 3, "not JSON to its end, after 0 entries"),
     ],
 )
 def test_what_is_no_file_of_dialogues_is_refused_in_one_line(content: str, complaint: str) -> None:

@@ -41,21 +41,42 @@ def test_a_parquet_column_of_images_in_any_shape(tmp_path: Path, image: Any) -> 
         assert (first.path, first.data) == ("data.parquet/000000", b"jpeg")
         assert first.dialogue.turns == (("human", "Who?"), ("gpt", "A person."))
         assert second == ImageRecord("data.parquet/000001", b"jpeg", None)
-        assert ignored_columns(pq.read_schema(stream).names) == ["caption"]
+        assert ignored_columns(stream, "data.parquet") == ["caption"]
 
 
 def test_rows_that_cannot_be_used_are_rejects(tmp_path: Path) -> None:
     rows = [{"image": [b"a", b"b"]}, {"image": []}, {"image": None}, {"image": [b"jpeg"]}]
     with parquet(tmp_path, rows).open("rb") as stream:
         found = list(stream_records(stream, "data.parquet"))
-    assert [f.reason for f in found if isinstance(f, Rejected)] == ["several_images", "several_images", "missing_file"]
+    assert [f.reason for f in found if isinstance(f, Rejected)] == ["several_images", "missing_file", "missing_file"]
+
+
+@pytest.mark.parametrize("image", [None, {"bytes": None, "path": None}])
+def test_a_row_of_text_alone_is_a_dialogue_about_no_image(tmp_path: Path, image: Any) -> None:
+    there = {"bytes": b"jpeg", "path": None} if image else b"jpeg"
+    rows = [{"image": there, "conversations": TURNS}, {"image": image, "conversations": TURNS}]
+    with parquet(tmp_path, rows).open("rb") as stream:
+        _, found = stream_records(stream, "data.parquet")
+    assert isinstance(found, ImageRecord) and found.data is None and found.dialogue
+
+
+def test_a_path_or_text_in_place_of_an_image_is_no_row_of_text(tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": None, "path": "a.jpg"}, "conversations": TURNS}]
+    with parquet(tmp_path, rows).open("rb") as stream:
+        (found,) = stream_records(stream, "data.parquet")
+    assert isinstance(found, Rejected) and (found.reason, str(found)[-7:]) == ("missing_file", "'a.jpg'")
 
 
 def test_a_column_of_another_name(tmp_path: Path) -> None:
-    with parquet(tmp_path, [{"photo": b"jpeg"}]).open("rb") as stream:
-        assert [r.data for r in stream_records(stream, "d.parquet", "photo") if isinstance(r, ImageRecord)] == [b"jpeg"]
-        with pytest.raises(UserError, match="has no column 'image'; its columns are photo"):
-            list(stream_records(stream, "d.parquet"))
+    with parquet(tmp_path, [{"images": [b"jpeg"], "caption": "x"}]).open("rb") as stream:
+        for asked in (None, "images"):  # the only one that can be meant
+            assert list(stream_records(stream, "d.parquet", asked)) == [ImageRecord("d.parquet/000000", b"jpeg", None)]
+        assert ignored_columns(stream, "d.parquet") == ["caption"]
+        with pytest.raises(UserError, match="has no column 'image2'; its columns are images, caption"):
+            list(stream_records(stream, "d.parquet", "image2"))
+    several = parquet(tmp_path, [{"left": {"bytes": b"jpeg"}, "right": b"jpeg"}]).open("rb")
+    with several, pytest.raises(UserError, match="has no column 'image', and images may be in left or right; its"):
+        list(stream_records(several, "d.parquet"))
 
 
 @pytest.mark.parametrize("mode, name", [("w", "shard-0.tar"), ("w:gz", "shard-0.tar.gz")])
@@ -72,6 +93,35 @@ def test_a_tar_shard_is_read_as_webdataset_reads_it(mode: str, name: str) -> Non
     assert first.path == f"{name}/train/0001.jpg"
     assert isinstance(second, ImageRecord) and (second.data, second.dialogue) == (b"two", None)
     assert isinstance(third, Rejected) and third.reason == "not_an_image"
+
+
+@pytest.mark.parametrize(
+    "members, column, outcome",
+    [
+        (["0.depth.png", "0.jpg"], None, "0.jpg"),  # what has nothing but an extension is the picture
+        (["0.jpg", "0.seg.png"], None, "0.jpg"),
+        (["0.jpg", "0.seg.png"], "seg.png", "0.seg.png"),
+        (["0.rgb.jpg", "0.depth.png", "0.json"], "RGB", "0.rgb.jpg"),
+        (["0.left.jpg"], None, "0.left.jpg"),
+        (["a.v1.jpg", "a.v2.jpg"], None, "several_images"),
+        (["0.jpg", "0.png"], None, "several_images"),
+        (["0.jpg", "0.png"], "png", "0.png"),
+        (["0.rgb.jpg", "0.rgb.png"], "rgb", "several_images"),
+        (["0.jpg"], "depth", "not_an_image"),
+        (["._0.jpg", "0.jpg", "__MACOSX/._0.jpg", ".thumbs/0.jpg"], None, "0.jpg"),
+        (["./a/0.jpg"], None, "./a/0.jpg"),
+    ],
+)
+def test_of_several_images_of_a_key_one_is_the_picture(members: list[str], column: str | None, outcome: str) -> None:
+    content = {name: b"{}" if name.endswith("json") else name.encode() for name in members}
+    (found,) = stream_records(tar(content), "s.tar", column)
+    assert (found.reason if isinstance(found, Rejected) else found.data.decode()) == outcome
+
+
+def test_members_that_nothing_is_taken_from_are_named_once() -> None:
+    members = dict.fromkeys(("0.depth.png", "0.jpg", "0.txt", "1.jpg", "1.txt", "1.json"), b"x")
+    assert ignored_columns(tar(members), "s.tar") == ["depth.png", "txt"]
+    assert ignored_columns(tar(members), "s.tar", "depth") == ["jpg", "txt"]
 
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.tar", "x.tar.gz"])

@@ -10,6 +10,7 @@ import pytest
 from builds import planned, status_of
 
 from collavo.dataset import CrayonFileWriter
+from collavo.errors import UserError
 from pipelines.options import build_parser
 from pipelines.records import Mention
 from pipelines.sources import read_images
@@ -166,6 +167,22 @@ def test_hidden_files_are_left_out_and_counted(workspace):
 def test_columns_of_a_data_set_that_nothing_is_taken_from_are_named(workspace):
     pq.write_table(pa.table({"image": [b"jpeg"], "caption": ["x"], "url": ["y"]}), "d.parquet")
     assert planned("--dataset", "d.parquet").notes == ("d.parquet: nothing is taken from the columns caption, url",)
+
+
+def test_a_data_set_keeps_its_own_split_and_a_line_says_where_none_is_named(workspace):
+    (workspace / "hub" / "data").mkdir(parents=True)
+    for name in ("train-00000-of-00001.parquet", "validation-00000-of-00001.parquet"):
+        pq.write_table(pa.table({"image": [b"jpeg"]}), workspace / "hub" / "data" / name)
+    (note,) = planned("--dataset", "hub").notes
+    assert "hub/data/train-00000-of-00001.parquet says 'train' in its name" in note and "--dataset_split keeps" in note
+    both = planned("--dataset", "hub/data/train-*", "hub/data/val*", "--dataset_split", "train", "validation")
+    assert both.notes == () and [source.split for source in both.job.sources.records] == ["train", "validation"]
+
+
+def test_a_data_set_without_a_column_that_can_be_meant_names_the_flag(workspace):
+    pq.write_table(pa.table({"left": [b"jpeg"], "right": [b"jpeg"]}), "d.parquet")
+    with pytest.raises(UserError, match=r"--dataset: d.parquet: has no column 'image', .*; --image_column names the"):
+        planned("--dataset", "d.parquet")
 
 
 def test_splits_are_those_of_the_sources_where_they_are_named_and_a_line_says_where_they_are_not(workspace):

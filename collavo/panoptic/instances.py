@@ -12,6 +12,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from collavo.errors import Rejected
+from collavo.images import turn_upright
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, assemble_panoptic_map
 from schemas.categories import COCO_PANOPTIC, CategorySet
 
@@ -24,20 +25,25 @@ class Instance(NamedTuple):
 
 
 def instances_map(
-    instances: Sequence[Instance], size_wh: tuple[int, int], categories: CategorySet = COCO_PANOPTIC
+    instances: Sequence[Instance],
+    size_wh: tuple[int, int],
+    categories: CategorySet = COCO_PANOPTIC,
+    orientation: int = 1,
 ) -> PanopticMap:
     """Make the panoptic map of an image's instances.
 
     Args:
         instances: in any order; the result does not depend on it.
-        size_wh: of the image.
+        size_wh: of the upright image.
         categories: the set that the labels are positions in.
+        orientation: EXIF's, by which masks in the frame of the image as stored are turned; 1 for upright ones.
 
     Raises:
         Rejected: `broken_mask` for a segmentation that pycocotools cannot read, `mask_size_mismatch` for an encoding
             of another size, `empty_segment` for an instance without a pixel, `repeated_segment` for an id listed twice.
     """
-    masks = [_mask(instance, size_wh) for instance in instances]
+    mask_wh = size_wh if orientation < 5 else (size_wh[1], size_wh[0])
+    masks = [turn_upright(_mask(instance, mask_wh), orientation) for instance in instances]
     areas = [int(mask.sum()) for mask in masks]
     if empty := [i.info.id for i, area in zip(instances, areas, strict=True) if not area]:
         raise Rejected("empty_segment", f"instance {empty[0]} has no pixel")
@@ -59,6 +65,9 @@ def _mask(instance: Instance, size_wh: tuple[int, int]) -> np.ndarray:
     segmentation = instance.segmentation
     try:
         if isinstance(segmentation, list):
+            # pycocotools takes four numbers for a box.
+            if any(len(polygon) < 6 for polygon in segmentation):
+                raise ValueError("a polygon with less than three corners")
             encoded = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
         else:
             found = [int(side) for side in segmentation["size"]]

@@ -12,7 +12,7 @@ import numpy as np
 
 from collavo.errors import Rejected
 from collavo.panoptic.numbering import number_instances, numbered_order
-from schemas.categories import COCO_PANOPTIC, CategorySet
+from schemas.categories import COCO_PANOPTIC, LEFT_OUT, CategorySet
 from schemas.crayon_row import Segment
 
 
@@ -76,7 +76,8 @@ def build_panoptic_map(
 
     Args:
         ids: integer [height, width], or its runs; 0 is unlabelled, any other value is the id of an entry of `infos`.
-        infos: the segments, in any order; the result does not depend on it.
+        infos: the segments, in any order; the result does not depend on it. The pixels of those whose label is
+            `LEFT_OUT` become unknown.
         categories: the set that their labels are positions in.
 
     Raises:
@@ -84,6 +85,9 @@ def build_panoptic_map(
             listed; `empty_segment` if a listed segment has no pixel.
     """
     runs = ids if isinstance(ids, IdRuns) else id_runs(ids)
+    if left_out := [info.id for info in infos if info.label == LEFT_OUT]:
+        runs = runs._replace(ids=np.where(np.isin(runs.ids, left_out), 0, runs.ids))
+        infos = [info for info in infos if info.label != LEFT_OUT]
     lengths = runs.lengths
     known_ids = np.array(sorted({0, *(info.id for info in infos)}), dtype=np.int64)
     if len(known_ids) != len(infos) + 1:

@@ -14,6 +14,7 @@ import numpy as np
 
 from collavo.categories import categories_of_labels, joined
 from collavo.embedded import SCENES, TINY
+from collavo.errors import UserError, first_line
 from collavo.panoptic.maps import PanopticMap, build_panoptic_map
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from schemas.categories import COCO_PANOPTIC, CategorySet
@@ -26,6 +27,9 @@ SEGMENTERS = tuple(_CLASSES)
 SEGMENTER_CHOICES = ("auto", "none", *SEGMENTERS)
 """What `open_segmenter` takes."""
 
+
+DEFAULT_CHECKPOINT = "facebook/mask2former-swin-large-coco-panoptic"
+"""Of mask2former: the paper's."""
 
 UNFAMILIAR = (
     "The segmenter knows no pictures like this one, so much of what it names will be wrong; choose another one."
@@ -99,6 +103,35 @@ def checkpoint_categories(name: str, checkpoint: str | None, known_set: Category
     id2label = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
     own = categories_of_labels({int(label): each for label, each in id2label.items()}, checkpoint, known_set)
     return joined(own)
+
+
+def check_checkpoint(name: str, checkpoint: str | None) -> None:
+    """Make sure that a segmenter's checkpoint is here or can be downloaded, without the seconds that torch needs.
+
+    Args:
+        name: one of `SEGMENTERS`; only mask2former's is checked.
+        checkpoint: None for the segmenter's default.
+
+    Raises:
+        UserError: if it cannot be had.
+    """
+    if name != "mask2former" or checkpoint == SCENES:
+        return
+    from collavo.hub import find_checkpoint  # as above
+
+    try:
+        find_checkpoint(checkpoint or DEFAULT_CHECKPOINT, weights=())
+    except OSError as error:
+        raise unusable_checkpoint(checkpoint or DEFAULT_CHECKPOINT, error) from error
+
+
+def unusable_checkpoint(checkpoint: str, error: Exception) -> UserError:
+    """Say why a Mask2Former checkpoint cannot be loaded, and what would work."""
+    return UserError(
+        f"{checkpoint}: {first_line(error).rstrip('.')}. Use a folder that holds config.json and model.safetensors, or "
+        f"a Hugging Face model id that can be downloaded from here, such as {DEFAULT_CHECKPOINT}; {SCENES}, the "
+        "embedded one, knows drawn scenes only"
+    )
 
 
 def open_segmenter(

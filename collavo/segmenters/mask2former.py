@@ -39,16 +39,15 @@ from transformers import AutoConfig, Mask2FormerForUniversalSegmentation
 from collavo.categories import categories_of_labels, joined, labels_by_id
 from collavo.device import device_name, move_to_device, resolve_device
 from collavo.embedded import SCENES, find_embedded
-from collavo.errors import UserError, first_line
+from collavo.errors import UserError
 from collavo.hub import SAFETENSORS, find_checkpoint
 from collavo.panoptic.maps import PanopticMap
 from collavo.panoptic.postprocess import panoptic_from_logits
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS, MaskThresholds
 from collavo.quiet import without_loading_report
+from collavo.segmenters import DEFAULT_CHECKPOINT, unusable_checkpoint
 from collavo.segmenters.familiarity import Familiarity, features_of
 from schemas.categories import CategorySet
-
-DEFAULT_CHECKPOINT = "facebook/mask2former-swin-large-coco-panoptic"
 
 DEFAULT_INPUT_SIZE = 768
 """The published quality was measured at a short side of 800, though the processors on the hub shrink images to 384. 768
@@ -272,11 +271,7 @@ def _load_model(checkpoint: str) -> tuple[Mask2FormerForUniversalSegmentation, s
     except UserError as error:
         raise UserError(f"{checkpoint}: {error}") from error
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"{checkpoint}: {first_line(error).rstrip('.')}. Use a folder that holds config.json and "
-            f"model.safetensors, or a Hugging Face model id that can be downloaded from here, such as "
-            f"{DEFAULT_CHECKPOINT}; {SCENES}, the embedded one, knows drawn scenes only"
-        ) from error
+        raise unusable_checkpoint(checkpoint, error) from error
     model, info = loaded
     absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if absent:
@@ -304,7 +299,6 @@ def _labels_in_set(
     id2label = {int(label): name for label, name in dict(config.id2label or {}).items()}
     own = categories_of_labels(id2label, checkpoint, categories)
     target = categories or joined(own)
-    table = np.full(len(own), -1)
-    for label, target_label in labels_by_id(own, target, renamed).items():
-        table[label] = target_label
+    labels = labels_by_id(own, target, renamed)
+    table = np.array([labels[category.category_id] for category in own])
     return target, None if np.array_equal(table, np.arange(len(target))) else table

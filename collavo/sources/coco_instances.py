@@ -16,6 +16,7 @@ import ijson
 
 from collavo.errors import Rejected, UserError
 from collavo.sources import fault_in_json, image_key, whole_id
+from schemas.categories import LEFT_OUT
 
 
 class ImageInstances(NamedTuple):
@@ -60,13 +61,10 @@ def stream_image_instances(file: BinaryIO, name: str, labels: Mapping[int, int])
                 if problem:
                     yield problem
                     continue
-                id_, category_id = (whole_id(record[key]) for key in ("id", "category_id"))
-                kept = [
-                    id_,
-                    labels[category_id if category_id is not None else -1],
-                    int(bool(record.get("iscrowd"))),
-                    record["segmentation"],
-                ]
+                label = labels[whole_id(record["category_id"]) or 0]
+                if label == LEFT_OUT:
+                    continue
+                kept = [whole_id(record["id"]), label, int(bool(record.get("iscrowd"))), record["segmentation"]]
                 text = json.dumps(kept, separators=(",", ":")).encode()
                 places.setdefault(image_key(record["image_id"]) or "", array("Q")).extend([store.tell(), len(text)])
                 store.write(text)

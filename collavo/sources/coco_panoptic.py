@@ -22,7 +22,7 @@ class Annotation(NamedTuple):
     """Path of the PNG below the folder of masks."""
 
     segments: tuple[tuple[int, int, int], ...]
-    """(id, category_id, iscrowd) of each."""
+    """(id, label, iscrowd) of each."""
 
 
 class AnnotatedImage(NamedTuple):

@@ -12,6 +12,8 @@ whole.
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from itertools import islice
 from typing import Any, BinaryIO, NamedTuple
 
 import ijson
@@ -26,6 +28,9 @@ SPEAKERS = {
     "system": "system",
 }  # fmt: skip
 """LLaVA's name of each speaker."""
+
+_IMAGE_PARTS = ("image", "image_url", "input_image")
+"""What the `type` of a part that is an image may be."""
 
 _LISTS = ("item", "data.item", "annotations.item")
 """Where the list of entries stands in a JSON file."""
@@ -51,7 +56,7 @@ def stream_dialogues(file: BinaryIO, name: str) -> Iterator[DialogueEntry | Reje
     position = -1
     for position, record in enumerate(_records(file, name)):
         try:
-            yield _entry(record, position)
+            yield record if isinstance(record, Rejected) else _entry(record, position)
         except Rejected as error:
             yield error
     if position < 0:
@@ -77,8 +82,8 @@ def _records(file: BinaryIO, name: str) -> Iterator[Any]:
         first = file.read(1)
     if not first:
         return
-    if first == b"{" and _is_json_lines(file):
-        yield from _lines(file, name)
+    if first != b"[" and _is_json_lines(file):
+        yield from _lines(file)
         return
     done = 0
     try:
@@ -94,16 +99,24 @@ def _records(file: BinaryIO, name: str) -> Iterator[Any]:
 
 
 def _is_json_lines(file: BinaryIO) -> bool:
-    """Tell whether the first line is an object of its own that has turns; a file with one key `data` begins alike."""
+    """Tell whether one of the first two lines is an object of its own that has turns; the other one may be damaged.
+
+    A file with one key `data` begins alike, and may have an entry in its second line; its first line ends open.
+    """
     file.seek(0)
-    try:
-        record = json.loads(file.readline())
-    except ValueError:
-        return False
-    return isinstance(record, dict) and ("conversations" in record or "messages" in record)
+    lines = islice((line for line in map(bytes.strip, file) if line), 2)
+    for line in lines:
+        with suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and ("conversations" in record or "messages" in record):
+                return True
+        if line.endswith((b"{", b"[", b":", b",")):
+            return False
+    return False
 
 
-def _lines(file: BinaryIO, name: str) -> Iterator[Any]:
+def _lines(file: BinaryIO) -> Iterator[Any]:
+    """Yield what the lines hold; for one that is not JSON, the reject."""
     file.seek(0)
     for number, line in enumerate(file, start=1):
         if not line.strip():
@@ -111,7 +124,7 @@ def _lines(file: BinaryIO, name: str) -> Iterator[Any]:
         try:
             yield json.loads(line)
         except ValueError as error:
-            raise UserError(f"{name}, line {number}: not a JSON object ({error})") from error
+            yield Rejected("malformed_entry", f"line {number} is not JSON ({error})", f"line {number}")
 
 
 def _entry(record: Any, position: int) -> DialogueEntry:
@@ -147,12 +160,22 @@ def _turns(said: list[Any], entry_id: str) -> tuple[tuple[str, str], ...]:
 
 def _turn(turn: Any, entry_id: str) -> tuple[str, str]:
     fields = turn if isinstance(turn, dict) else {}
-    speaker = SPEAKERS.get(str(fields.get("from", fields.get("role"))).lower())
-    value = fields.get("value", fields.get("content"))
-    if isinstance(value, list):  # OpenAI's parts: text, and images that the entry names beside
-        parts = [part.get("text", "<image>" if part.get("type") == "image" else None) for part in value]
-        value = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+    # Parquet has every key in every turn, and null where the turn has none.
+    speaker = SPEAKERS.get(str(fields.get("from") or fields.get("role")).lower())
+    value = fields["value"] if fields.get("value") is not None else fields.get("content")
+    if isinstance(value, list):
+        parts = [_part(part) for part in value]
+        value = None if None in parts else "".join(map(str, parts))
     if speaker is None or not isinstance(value, str):
         detail = f"expected turns with 'from' and 'value', or 'role' and 'content', found {str(turn)[:80]}"
         raise Rejected("malformed_entry", detail, entry_id)
     return speaker, value
+
+
+def _part(part: Any) -> str | None:
+    """Return the text of one of OpenAI's parts, `<image>` for an image that the entry names beside; else None."""
+    fields = part if isinstance(part, dict) else {"text": part}
+    if fields.get("type") in _IMAGE_PARTS:
+        return "<image>"
+    text = fields.get("text")
+    return text if isinstance(text, str) else None

@@ -44,6 +44,11 @@ def is_image_name(name: str) -> bool:
     return posixpath.splitext(name)[1].lower() in _EXTENSIONS
 
 
+def is_hidden(path: str) -> bool:
+    """Tell whether a file, or a folder that it lies in, begins with a dot, as `.ipynb_checkpoints` does."""
+    return any(part.startswith(".") for part in path.split("/") if part not in ("", ".", ".."))
+
+
 def is_utf8(path: str) -> bool:
     """Tell whether a path is proper text; names in file systems need not be."""
     try:

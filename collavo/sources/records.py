@@ -1,15 +1,17 @@
 """Data sets that hold their images: Parquet files, as the hub has them, and WebDataset's tar shards, read as streams.
 
-An image is a column `image` (bytes, or a struct of `bytes` and `path`) or a member such as `000001.jpg` of a tar; what
-has the same name but for its extension belongs to it. Dialogues are taken from `conversations` or `messages`, in any
-shape that `collavo.sources.dialogues` reads. All other columns and members are left alone.
+An image is a column `image` (bytes, or a struct of `bytes` and `path`) or a member such as `000001.jpg` of a tar. Up to
+its first dot, a member's name is its key, the rest its column; neighbours of the same key make a record.
+Dialogues are taken from `conversations` or `messages`, in any shape that `collavo.sources.dialogues` reads. All other
+columns and members are left alone.
 """
 
 import io
 import json
 import posixpath
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -18,7 +20,7 @@ import pyarrow.parquet as pq
 
 from collavo.errors import Rejected, UserError
 from collavo.sources.dialogues import dialogue_of
-from collavo.sources.image_paths import is_image_name
+from collavo.sources.image_paths import is_hidden, is_image_name, without_extension
 from schemas.crayon_row import Dialogue
 
 DIALOGUE_COLUMNS = ("conversations", "messages")
@@ -26,11 +28,15 @@ _ROWS_IN_MEMORY = 50
 _PARQUET, _TAR = b"PAR1", (".tar", ".tar.gz", ".tgz")
 
 
+class NoImageColumn(UserError):
+    """A Parquet file has no column of the name asked for, or several may hold its images."""
+
+
 class ImageRecord(NamedTuple):
-    """An image with its bytes; `path` is what the record calls it, unique within its file."""
+    """An image, or a dialogue about none, whose `data` are None; `path` names the record, uniquely within its file."""
 
     path: str
-    data: bytes
+    data: bytes | None
     dialogue: Dialogue | None
 
 
@@ -45,19 +51,19 @@ def stream_records(file: BinaryIO, name: str, image_column: str | None = None) -
     Args:
         file: open for reading; seekable for Parquet.
         name: its path, for messages and for the paths of its records.
-        image_column: the Parquet column with the images; None for `image`.
+        image_column: the column with the images. None for Parquet's `image`, or else its only column of images; in a
+            tar, for the only image of a record, or the only one whose column is a mere extension.
 
     Raises:
         UserError: where the file is neither, is damaged, or has no images.
     """
     stem = posixpath.basename(name)
-    try:
+    with _damage_named(name):
         if name.lower().endswith(_TAR):
-            yield from _tar_records(file, stem)
+            for key, members in _members_by_key(file):
+                yield _tar_record(stem, key, members, image_column)
         else:
-            yield from _parquet_records(file, name, stem, image_column or "image")
-    except (pa.ArrowException, tarfile.TarError, EOFError) as error:
-        raise UserError(f"{name}: cannot be read ({str(error).strip().splitlines()[0]})") from error
+            yield from _parquet_records(file, name, stem, image_column)
 
 
 def count_records(file: BinaryIO, name: str) -> int:
@@ -70,17 +76,57 @@ def count_records(file: BinaryIO, name: str) -> int:
     return round(first * size / file.tell()) if first == _ROWS_IN_MEMORY else first
 
 
-def ignored_columns(columns: Sequence[str], image_column: str | None = None) -> list[str]:
-    """Return those of a Parquet file's columns that nothing is taken from."""
-    used = {image_column or "image", "id", *DIALOGUE_COLUMNS}
-    return [column for column in columns if column not in used]
+def ignored_columns(file: BinaryIO, name: str, image_column: str | None = None) -> list[str]:
+    """Return the columns of a Parquet file that nothing is taken from, or those of a tar shard's first records.
+
+    Raises:
+        UserError: as `stream_records` does.
+    """
+    with _damage_named(name):
+        if not name.lower().endswith(_TAR):
+            schema = pq.read_schema(file)
+            used = {_image_column(schema, name, image_column), "id", *DIALOGUE_COLUMNS}
+            return [column for column in schema.names if column not in used]
+        unused: dict[str, None] = {}
+        for _, members in islice(_members_by_key(file), _ROWS_IN_MEMORY):
+            images = _images_of(members, image_column)
+            # What is no record is a reject with a reason of its own.
+            unused |= dict.fromkeys(set(members) - {*images, "json"}) if len(images) == 1 else {}
+        return sorted(unused)
 
 
-def _parquet_records(file: BinaryIO, name: str, stem: str, image_column: str) -> Iterator[ImageRecord | Rejected]:
+@contextmanager
+def _damage_named(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (pa.ArrowException, tarfile.TarError, EOFError) as error:
+        raise UserError(f"{name}: cannot be read ({str(error).strip().splitlines()[0]})") from error
+
+
+def _image_column(schema: pa.Schema, name: str, asked: str | None) -> str:
+    """Choose the column of images of a Parquet file: the one asked for, `image`, or the only one that holds bytes."""
+    wanted = asked or "image"
+    if wanted in schema.names:
+        return wanted
+    found = [field.name for field in schema if not asked and _holds_bytes(field.type)]
+    if len(found) == 1:
+        return found[0]
+    which = f", and images may be in {' or '.join(found)}" if found else ""
+    raise NoImageColumn(f"{name}: has no column {wanted!r}{which}; its columns are {', '.join(schema.names)}")
+
+
+def _holds_bytes(type_: pa.DataType) -> bool:
+    if pa.types.is_list(type_) or pa.types.is_large_list(type_):
+        return _holds_bytes(type_.value_type)
+    if pa.types.is_struct(type_):
+        return any(field.name == "bytes" and _holds_bytes(field.type) for field in type_)
+    return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_))
+
+
+def _parquet_records(file: BinaryIO, name: str, stem: str, asked: str | None) -> Iterator[ImageRecord | Rejected]:
     parquet = pq.ParquetFile(file)
     names = parquet.schema_arrow.names
-    if image_column not in names:
-        raise UserError(f"{name}: has no column {image_column!r}; its columns are {', '.join(names)}")
+    image_column = _image_column(parquet.schema_arrow, name, asked)
     columns = [column for column in (image_column, "id", *DIALOGUE_COLUMNS) if column in names]
     row = 0
     for batch in parquet.iter_batches(batch_size=_ROWS_IN_MEMORY, columns=columns):
@@ -89,52 +135,62 @@ def _parquet_records(file: BinaryIO, name: str, stem: str, image_column: str) ->
             row += 1
 
 
-def _tar_records(file: BinaryIO, stem: str) -> Iterator[ImageRecord | Rejected]:
-    """Yield the records of a tar. Their members stand together and share what their names begin with, up to the first
-    dot."""
+def _members_by_key(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """Yield the keys of a tar, each with its members by column. Members of a key stand together. Hidden ones are no
+    part of any: macOS puts a `._0.jpg` beside each `0.jpg`."""
     key = ""
     members: dict[str, bytes] = {}
     with tarfile.open(fileobj=file, mode="r|*") as tar:
         for member in tar:
-            if not member.isfile():
+            if not member.isfile() or is_hidden(member.name):
                 continue
             folder, base = posixpath.split(member.name)
             its_key = posixpath.join(folder, base.partition(".")[0])
             if members and its_key != key:
-                yield from _tar_record(stem, key, members)
+                yield key, members
                 members = {}
             key = its_key
             content = tar.extractfile(member)
             members[base.partition(".")[2].lower()] = content.read() if content else b""
     if members:
-        yield from _tar_record(stem, key, members)
+        yield key, members
 
 
-def _tar_record(stem: str, key: str, members: Mapping[str, bytes]) -> Iterator[ImageRecord | Rejected]:
-    image = next((name for name in members if is_image_name(f"x.{name}")), None)
-    if image is None:
-        yield Rejected("not_an_image", f"its members are {', '.join(f'.{name}' for name in members)}", f"{stem}/{key}")
-        return
+def _images_of(members: Mapping[str, bytes], image_column: str | None) -> list[str]:
+    """Return the columns that may be a record's image: one, unless there is none or nothing says which it is."""
+    if image_column:
+        wanted = image_column.lower()
+        return [wanted] if wanted in members else [column for column in members if without_extension(column) == wanted]
+    images = [column for column in members if is_image_name(f"x.{column}")]
+    plain = [column for column in images if "." not in column]
+    return plain if len(plain) == 1 else images
+
+
+def _tar_record(stem: str, key: str, members: Mapping[str, bytes], image_column: str | None) -> ImageRecord | Rejected:
+    images = _images_of(members, image_column)
+    if len(images) != 1:
+        reason = "several_images" if images else "not_an_image"
+        listed = ", ".join(f".{column}" for column in images or members)
+        return Rejected(reason, f"its {'images' if images else 'members'} are {listed}", f"{stem}/{key}")
     try:
         said = json.loads(members["json"]) if "json" in members else {}
     except ValueError as error:
-        yield Rejected("malformed_entry", f"{key}.json is not JSON ({error})", f"{stem}/{key}")
-        return
+        return Rejected("malformed_entry", f"{key}.json is not JSON ({error})", f"{stem}/{key}")
     said = said if isinstance(said, dict) else {"conversations": said}
-    yield _record(f"{stem}/{key}.{image}", members[image], said)
+    return _record(f"{stem}/{key}.{images[0]}", members[images[0]], said)
 
 
 def _record(path: str, image: Any, said: Mapping[str, Any]) -> ImageRecord | Rejected:
     # A list of one is what chat data sets have; of several, none is the picture that a row is about.
     if isinstance(image, list):
-        if len(image) != 1:
+        if len(image) > 1:
             return Rejected("several_images", f"the record holds {len(image)} images, a row holds one", path)
-        image = image[0]
-    data = image.get("bytes") if isinstance(image, Mapping) else image
-    if not isinstance(data, bytes):
-        found = f"only the path {image['path']!r}" if isinstance(image, Mapping) and image.get("path") else "nothing"
-        return Rejected("missing_file", f"the record holds no image bytes, {found}", path)
+        image = image[0] if image else None
+    data, named = (image.get("bytes"), image.get("path")) if isinstance(image, Mapping) else (image, None)
     has_dialogue = any(said.get(column) for column in DIALOGUE_COLUMNS)
+    if not isinstance(data, bytes) and (data or named or not has_dialogue):
+        found = f"only the path {named!r}" if named else f"only {data!r:.80}" if data else "nothing"
+        return Rejected("missing_file", f"the record holds no image bytes, {found}", path)
     try:
         dialogue = dialogue_of(said, str(said.get("id") or path)) if has_dialogue else None
     except Rejected as error:
