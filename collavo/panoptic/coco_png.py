@@ -39,7 +39,7 @@ def decode_segment_runs(data: bytes, size_wh: tuple[int, int], listed_ids: Colle
     # By bytes, of which few differ from the pixel before: to put ids together for all pixels would take five times
     # as long.
     channels = rgb.reshape(-1)
-    differs = np.ones(channels.size, dtype=bool)
+    differs = np.empty(channels.size, dtype=bool)
     np.not_equal(channels[3:], channels[:-3], out=differs[3:])
     differs[:: 3 * rgb.shape[1]] = True
     places = np.flatnonzero(differs) // 3
@@ -52,12 +52,13 @@ def decode_segment_runs(data: bytes, size_wh: tuple[int, int], listed_ids: Colle
 
 def _check_channels(ids: np.ndarray, colors_rgb: np.ndarray, listed_ids: Collection[int]) -> None:
     """Refuse a mask whose ids are listed only once red and blue are swapped: OpenCV wrote it."""
-    listed = {0, *listed_ids}
-    if set(ids.tolist()) <= listed:
+    listed = np.array(sorted({0, *listed_ids}))
+    strange = ~np.isin(ids, listed)
+    if not strange.any():
         return
     swapped = colors_rgb @ np.array([1 << 16, 1 << 8, 1])
-    if set(swapped.tolist()) <= listed:
-        found = next(id_ for id_ in ids.tolist() if id_ not in listed)
+    if np.isin(swapped, listed).all():
+        found = ids[strange][0]
         detail = "read as blue, green, red, all ids are listed: write the mask with its channels in the order of RGB"
         raise Rejected("unlisted_segment", f"pixels carry id {found}, which no segment has; {detail}")
 
