@@ -61,7 +61,8 @@ def stream_image_instances(file: BinaryIO, name: str, labels: Mapping[int, int])
                 if problem:
                     yield problem
                     continue
-                label = labels[whole_id(record["category_id"]) or 0]
+                category_id = whole_id(record["category_id"])
+                label = labels[-1 if category_id is None else category_id]
                 if label == LEFT_OUT:
                     continue
                 kept = [whole_id(record["id"]), label, int(bool(record.get("iscrowd"))), record["segmentation"]]
