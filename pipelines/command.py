@@ -17,7 +17,7 @@ from collavo import cli
 from collavo.errors import UserError
 from collavo.folders import whole_folder
 from collavo.storage import FAULTS, MANIFEST, REJECTS, REPORT, delete, is_local, open_read, size_text
-from pipelines.local_workers import LocalWorkers, cores, count_workers
+from pipelines.local_workers import LocalWorkers, cores, count_workers, gpus_for
 from pipelines.options import PROGRAM, Flags, parse_flags
 from schemas.crayon_row import TASKS
 
@@ -37,12 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> None:
     flags, rest = parse_flags(argv)
-    count = count_workers(rest, flags.without_model)
-    with LocalWorkers(count) if count > 1 else nullcontext() as workers:
-        _build(flags, rest, workers)
+    gpus = [] if flags.without_model else gpus_for(flags.segmentation.device)
+    count = count_workers(rest, flags.without_model, gpus)
+    with LocalWorkers(count, gpus) if count > 1 else nullcontext() as workers:
+        _build(flags, rest, workers, share_gpu=count > max(1, len(gpus)))
 
 
-def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None) -> None:
+def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gpu: bool) -> None:
     # Only now, since Beam takes seconds to import. It then warns that Google's client libraries are missing, which only
     # a job on Google Cloud needs.
     logging.getLogger().addFilter(lambda record: "apitools not found" not in record.getMessage())
@@ -51,7 +52,7 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None) -> None:
     from pipelines.launch import run_job
     from pipelines.plan import check_network, make_plan
 
-    plan = make_plan(flags, rest, workers is not None)
+    plan = make_plan(flags, rest, share_gpu)
     check_network(flags, plan)
     publication = plan.job.publication
     console = Console()

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
+from itertools import cycle
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,13 +28,14 @@ from tempfile import TemporaryDirectory
 from collavo.errors import UserError
 
 
-def count_workers(beam_words: Sequence[str], without_model: bool) -> int:
+def count_workers(beam_words: Sequence[str], without_model: bool, gpus: Sequence[str] = ()) -> int:
     """Choose the number of worker processes of a local run; 1 for a run in the launcher itself, or elsewhere.
 
-    Where the user says nothing, a build without a model takes all cores. A model takes them by itself, and each worker
-    would hold one.
+    Where the user says nothing, a build without a model takes all cores, and one with a model a worker for each GPU. On
+    a CPU a model takes all cores by itself, and each worker would hold one.
 
     Args:
+        gpus: those that a model may run on.
         beam_words: the words of the command line that are Beam's; what else is wrong in them is found later.
 
     Raises:
@@ -49,7 +51,7 @@ def count_workers(beam_words: Sequence[str], without_model: bool) -> int:
     if beam.runner not in (None, "DirectRunner") or mode not in (None, "multi_processing"):
         return 1
     if number is None:
-        return cores() if mode or without_model else 1
+        return cores() if without_model or (mode and not gpus) else max(1, len(gpus))
     return (int(number) or cores()) if number.isdecimal() else 1
 
 
@@ -58,19 +60,40 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def gpus_for(device: str) -> list[str]:
+    """List the GPUs that `--device` lets a build use, as CUDA_VISIBLE_DEVICES names them. Loads no torch.
+
+    `cuda` and `auto` mean all that are visible. Where it is one or none, torch finds out what that is.
+    """
+    if device not in ("auto", "cuda"):
+        return []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
+    return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
+
+
 class LocalWorkers:
     """The launcher's end of the nursery, as a context.
 
     Args:
         count: how many workers Beam is to have.
+        gpus: of several, each worker sees one, in turns.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, gpus: Sequence[str] = ()) -> None:
         self.count = count
         self.pipe, theirs = Pipe()
         self._logs = TemporaryDirectory(prefix="build-crayon-")
         # -P, and the script by its path: a folder `pipelines` in the current directory is another's.
-        command = [sys.executable, "-P", __file__, str(theirs.fileno()), self._logs.name]
+        command = [
+            sys.executable,
+            "-P",
+            __file__,
+            str(theirs.fileno()),
+            self._logs.name,
+            *(gpus if len(gpus) > 1 else ()),
+        ]
         packages = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         threads = max(1, cores() // count)  # torch would start one per core in each worker
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": os.pathsep.join(packages)}
@@ -88,16 +111,17 @@ class LocalWorkers:
         self._logs.cleanup()
 
 
-def _tend(launcher: Connection, logs: Path) -> None:
+def _tend(launcher: Connection, logs: Path, gpus: Sequence[str]) -> None:
     """Be the nursery: fork workers as they are asked for, and tell of those that die."""
     # Ctrl-C reaches all processes of a terminal, and is the launcher's to handle.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     workers: set[int] = set()
+    of_workers = cycle([{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [{}])
     try:
         _import_all()
         while True:
             if launcher.poll(0.1):
-                environment = launcher.recv()
+                environment = launcher.recv() | next(of_workers)
                 pid = os.fork()
                 if pid == 0:
                     launcher.close()
@@ -147,4 +171,4 @@ def _work(environment: dict[str, str], log: Path) -> None:
 
 
 if __name__ == "__main__":
-    _tend(Connection(int(sys.argv[1])), Path(sys.argv[2]))
+    _tend(Connection(int(sys.argv[1])), Path(sys.argv[2]), sys.argv[3:])

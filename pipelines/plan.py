@@ -104,12 +104,12 @@ class Plan:
     """What the user should know before the job runs, a line each."""
 
 
-def make_plan(flags: Flags, rest: Sequence[str], several_processes: bool) -> Plan:
+def make_plan(flags: Flags, rest: Sequence[str], share_gpu: bool) -> Plan:
     """Check a command line and make a job of it.
 
     Args:
         rest: the words that are not the build's own flags, hence Beam's.
-        several_processes: whether a local run has several.
+        share_gpu: whether several processes of a local run would be on one GPU, if a model runs on GPUs.
 
     Raises:
         UserError: for anything that cannot work, naming the flag.
@@ -135,7 +135,7 @@ def make_plan(flags: Flags, rest: Sequence[str], several_processes: bool) -> Pla
     if flags.output.extend:
         check_extension(publication.output, publication.configuration, job.phrasebook.sha256, job.model is not None)
     device = flags.segmentation.device if job.model else None
-    check_workers(beam_options, several_processes, device, flags.segmentation.model_copies)
+    check_workers(beam_options, share_gpu, device, flags.segmentation.model_copies)
     return Plan(job, beam_options, scenes, tuple(notes))
 
 

@@ -82,11 +82,13 @@ def check_file_systems(options: PipelineOptions, paths: Sequence[tuple[str, str]
             raise UserError(f"--{flag} {path}: Dataflow's workers see no local disk; a gs:// path would work")
 
 
-def check_workers(options: PipelineOptions, several: bool, model_device: str | None, model_copies: int | None) -> None:
+def check_workers(
+    options: PipelineOptions, share_gpu: bool, model_device: str | None, model_copies: int | None
+) -> None:
     """Refuse workers that would lack this package, would share a GPU's memory, or would never start.
 
     Args:
-        several: whether a local run has several processes.
+        share_gpu: whether several processes of a local run would be on one GPU.
         model_device: `--device`, None where no model runs.
         model_copies: `--model_copies`.
     """
@@ -94,10 +96,10 @@ def check_workers(options: PipelineOptions, several: bool, model_device: str | N
         _check_dataflow(options)
     if options.view_as(StandardOptions).runner != "DirectRunner":
         return
-    if several and model_device and not model_copies and _is_cuda(model_device):
+    if share_gpu and model_device and not model_copies and _is_cuda(model_device):
         raise UserError(
             "several processes (--direct_num_workers, --direct_running_mode multi_processing) would each load a model "
-            "into the GPU; add --model_copies 1, or leave the flag out"
+            "into one GPU; add --model_copies 1, or leave the flag out for a process per GPU"
         )
 
 

@@ -81,7 +81,7 @@ class DataSet(NamedTuple):
 
 def planned(*words: object) -> Plan:
     """What a command line asks for."""
-    return make_plan(*parse_flags([*map(str, words)]), several_processes=False)
+    return make_plan(*parse_flags([*map(str, words)]), share_gpu=False)
 
 
 def status_of(*words: object) -> int:

@@ -1,5 +1,8 @@
 """What Beam, its runners and their workers cannot do is refused when the command starts, not hours later."""
 
+import time
+from pathlib import Path
+
 import pytest
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
 from builds import status_of
@@ -70,6 +73,47 @@ def test_a_bad_value_of_beams_is_refused_in_one_line(capsys):
 def test_a_build_without_a_model_takes_all_cores_unless_told_otherwise(monkeypatch, words, without_model, workers):
     monkeypatch.setattr(local_workers, "cores", lambda: 3)
     assert local_workers.count_workers(words.split(), without_model) == workers
+
+
+@pytest.mark.parametrize(
+    "words, without_model, workers",
+    [
+        ("", False, 2),
+        ("--direct_running_mode multi_processing", False, 2),
+        ("", True, 3),
+        ("--direct_num_workers 1", False, 1),
+    ],
+)
+def test_a_model_gets_a_worker_for_each_gpu(monkeypatch, words, without_model, workers):
+    monkeypatch.setattr(local_workers, "cores", lambda: 3)
+    assert local_workers.count_workers(words.split(), without_model, ["0", "1"]) == workers
+
+
+def test_gpus_are_those_that_cuda_is_to_see(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, MIG-5")
+    assert local_workers.gpus_for("cuda") == local_workers.gpus_for("auto") == ["2", "MIG-5"]
+    assert local_workers.gpus_for("cuda:1") == local_workers.gpus_for("cpu") == []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    assert local_workers.gpus_for("cuda") == []
+
+
+def test_each_worker_sees_a_gpu_of_its_own(monkeypatch, tmp_path):
+    """The workers' Beam is stood in for by a line that writes down what they see."""
+    script, seen = tmp_path / "workers.py", tmp_path / "seen"
+    seen.mkdir()
+    says = f"Path({str(seen)!r}, str(os.getpid())).write_text(os.environ['CUDA_VISIBLE_DEVICES'] + os.environ['ID'])"
+    text = Path(local_workers.__file__).read_text().replace("        main([])", f"        {says}")
+    script.write_text(text.replace("    _import_all()", "    pass"))
+    monkeypatch.setattr(local_workers, "__file__", str(script))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    with local_workers.LocalWorkers(4, ["2", "7"]) as workers:
+        for number in range(4):
+            workers.pipe.send({"ID": f":{number}"})
+        deadline = time.monotonic() + 60
+        while len(found := [file.read_text() for file in seen.iterdir()]) < 4 or "" in found:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert sorted(found) == ["2:0", "2:2", "7:1", "7:3"]
 
 
 def test_workers_in_one_process_are_refused():

@@ -63,7 +63,7 @@ def write_scenes(
         numbers = range(start, start + count)
         draw = partial(_draw, folder, size_wh, seed)
         with ExitStack() as stack:
-            drawn = map(draw, numbers)
+            drawn: Iterator[Any] = map(draw, numbers)
             if processes > 1:
                 ignore_interrupt = (
                     signal.SIGINT,
