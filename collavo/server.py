@@ -113,7 +113,6 @@ class _Served:
         self._name = name
         self._started = int(time.time())
         self._worker = ThreadPoolExecutor(1)
-        # Not `urllib.request.urlopen`, which opens files of this machine as well.
         self._fetches = fetch_images
 
     async def models(self, _: Request) -> Response:
