@@ -512,8 +512,6 @@ def _job(flags: Flags, sources: Sources, sets: _Sets, publication: Publication) 
         raise UserError("--segmenter annotations needs --coco_panoptic; auto, mask2former and detectron2 do not")
     phrasebook = _phrasebook(flags)
     options = flags.instructions.options
-    if segmenter == "none":  # of an image that none has seen, no class may be called absent
-        options = replace(options, tasks=())
     model = _model(flags.segmentation, sources, sets)
     return CrayonJob(
         publication=publication,

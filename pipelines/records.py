@@ -1,5 +1,6 @@
 """What travels between the steps of the build: small values, and never pixels across a shuffle."""
 
+import json
 import pickle
 import zlib
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ import numpy as np
 
 from collavo.errors import Rejected
 from collavo.panoptic.maps import PanopticMap
+from collavo.segmenters import NoSegmenter
 from collavo.sources.coco_panoptic import Annotation
 from schemas.crayon_row import CrayonRow, Dialogue
 
@@ -62,6 +64,10 @@ REJECT_REASONS = {
     },
 }
 """All reasons why an input makes no row, by the step that finds them. The documentation prints this table."""
+
+
+UNSEEN = json.dumps(NoSegmenter.facts, sort_keys=True)
+"""The segmenter of a picture that none has looked at. No class may be called absent from it."""
 
 
 class Input(NamedTuple):

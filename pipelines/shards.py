@@ -18,7 +18,7 @@ from pipelines.accounts import Counts
 from pipelines.image_steps import merge_drafts
 from pipelines.job import CrayonJob
 from pipelines.progress import WRITTEN, tick
-from pipelines.records import SOURCES, Draft, Reject
+from pipelines.records import SOURCES, UNSEEN, Draft, Reject
 from pipelines.spill import SpilledDraft, read_drafts
 
 
@@ -69,7 +69,7 @@ def write_shard(
             if draft is None:
                 continue
             row = dataclasses.replace(draft.row, split=shard[0], image_id=_unique_id(draft.row.image_id, key, owners))
-            if row.has_image:
+            if row.has_image and UNSEEN not in draft.segmenters:
                 instructions = write_instructions(
                     row.image_sha256 or row.image_id,
                     row.size_wh,
@@ -119,11 +119,12 @@ def _unique_id(image_id: str, key: str, owners: Mapping[str, str]) -> str:
 
 
 def _rank(draft: Draft) -> tuple[object, ...]:
-    """Order drafts: pictures with a map first, and annotated ones before the others, since their maps are exact; then
-    by kind of source and by path."""
+    """Order drafts: pictures with a map first that something has seen, and annotated ones before the others, since
+    their maps are exact; then by kind of source and by path."""
     source = min(SOURCES.index(entry.source) for entry in draft.inputs)
     scored = any(segment.score is not None for segment in draft.row.segments)
-    return draft.row.panoptic_png is None, scored, source, draft.row.image_path or "", draft.inputs
+    unseen = UNSEEN in draft.segmenters
+    return draft.row.panoptic_png is None, unseen, scored, source, draft.row.image_path or "", draft.inputs
 
 
 def _write_rejects(uri: str, rejects: list[Reject], counts: Counts) -> str:

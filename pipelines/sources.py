@@ -23,7 +23,7 @@ from collavo.sources.image_paths import checked_relative, image_names, is_hidden
 from collavo.sources.json_files import open_json
 from collavo.sources.records import stream_records
 from collavo.storage import FAULTS, canonical, exists, list_files, open_random, open_read
-from pipelines.records import Draft, Input, Mention, Reject
+from pipelines.records import UNSEEN, Draft, Input, Mention, Reject
 
 Entry = TypeVar("Entry")
 
@@ -146,11 +146,13 @@ def read_records(source: RecordSource, most: int | None) -> Iterator[tuple[Menti
 
 @lru_cache(maxsize=1)
 def finished_pictures(crayon_files: tuple[str, ...]) -> frozenset[bytes]:
-    """Read the SHA-256 of all pictures of some data sets; of those of schema version 1, which lack it, none."""
+    """Read the SHA-256 of all pictures of some data sets that a segmenter has seen; of schema version 1, which lacks
+    it, none."""
     found: set[bytes] = set()
     for uri in crayon_files:
         with open_random(uri) as file, opened_parquet(file, uri) as parquet:
-            if "image_sha256" in parquet.schema_arrow.names:
+            seen = stated_facts(parquet.metadata.metadata, uri).get("segmenters") != [UNSEEN]
+            if seen and "image_sha256" in parquet.schema_arrow.names:
                 digests = (digest_of(record) for record in read_crayon_records(parquet, columns=["image_sha256"]))
                 found.update(filter(None, digests))
     return frozenset(found)
@@ -174,7 +176,10 @@ def read_crayon_rows(uri: str, classes: int, keep_image_bytes: bool) -> Iterator
             if row.image_sha256 is None and row.image_bytes is not None:  # of schema version 1
                 row = replace(row, image_sha256=hashlib.sha256(row.image_bytes).hexdigest())
             row = row if keep_image_bytes else replace(row, image_bytes=None)
-            yield Draft(row, (Input("crayon", row.image_id),), segmenters, {}, split_stated=True)
+            # The file says by what its pictures were segmented, not which by what; an empty map may be nobody's.
+            seen_by = tuple(segmenter for segmenter in segmenters if segmenter != UNSEEN)
+            made_by = (UNSEEN,) if seen_by != segmenters and not row.segments else seen_by
+            yield Draft(row, (Input("crayon", row.image_id),), made_by, {}, split_stated=True)
 
 
 @contextmanager

@@ -191,6 +191,13 @@ def test_captions_that_no_segmenter_has_seen_align_a_projector(world: Path, tmp_
     build_crayon([*flags, "--output", str(tmp_path / "out")])
     rows = [row for file in (tmp_path / "out").glob("*.parquet") for row in pq.read_table(file).to_pylist()]
     assert len(rows) == 8 and not any(row["segments"] or row["instructions"] for row in rows)
+    # Written again, they are still pictures of which nobody knows what is not in them; until something looks.
+    build_crayon(["--from_crayon", str(tmp_path / "out"), "--output", str(tmp_path / "again")])
+    looked = ["--images", str(tmp_path / "*.jpg"), "--segmenter_checkpoint", "scenes"]
+    build_crayon(["--from_crayon", str(tmp_path / "out"), *looked, "--output", str(tmp_path / "seen")])
+    for name, asked in (("again", False), ("seen", True)):
+        rows = [row for file in (tmp_path / name).glob("*.parquet") for row in pq.read_table(file).to_pylist()]
+        assert len(rows) == 8 and all(bool(row["instructions"]) == asked and row["conversations"] for row in rows)
     assert run(world, tmp_path / "run", "--phase", "align", "--data", str(tmp_path / "out")) == 0
     assert {phase for _, phase, _ in steps(tmp_path / "run")} == {"align"}
 
