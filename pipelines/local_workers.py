@@ -19,6 +19,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import cycle
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -26,6 +27,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from collavo.errors import UserError
+
+_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+"""Microseconds of processor time in each so many microseconds: the second version of Linux' control groups."""
 
 
 def count_workers(beam_words: Sequence[str], without_model: bool, gpus: Sequence[str] = ()) -> int:
@@ -56,8 +60,12 @@ def count_workers(beam_words: Sequence[str], without_model: bool, gpus: Sequence
 
 
 def cores() -> int:
-    """Count the processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Count the processor cores that this process may use, those that a container has a share of."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no file outside a control group, and `max` where there is no bound
+        quota, period = map(int, _CPU_MAX.read_text().split())
+        count = min(count, max(1, -(-quota // period)))
+    return count
 
 
 def gpus_for(device: str) -> list[str]:

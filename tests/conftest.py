@@ -27,7 +27,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that names a model of the hub wants the refusal, without five attempts
 
 # A build in the tests' own process stays in it, where it does not ask for workers: they would import all once more.
-local_workers.cores = lambda: 1
+cores, local_workers.cores = local_workers.cores, lambda: 1
 
 settings.register_profile("collavo", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("collavo")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
 from builds import status_of
+from conftest import cores
 
 from collavo.errors import UserError
 from pipelines import local_workers
@@ -87,6 +88,15 @@ def test_a_build_without_a_model_takes_all_cores_unless_told_otherwise(monkeypat
 def test_a_model_gets_a_worker_for_each_gpu(monkeypatch, words, without_model, workers):
     monkeypatch.setattr(local_workers, "cores", lambda: 3)
     assert local_workers.count_workers(words.split(), without_model, ["0", "1"]) == workers
+
+
+@pytest.mark.parametrize("text, expected", [("150000 100000", 2), ("10000 100000", 1), ("max 100000", 3), (None, 3)])
+def test_a_container_has_the_cores_of_its_share(monkeypatch, tmp_path, text, expected):
+    monkeypatch.setattr(local_workers.os, "sched_getaffinity", lambda _: {0, 1, 2})
+    monkeypatch.setattr(local_workers, "_CPU_MAX", tmp_path / "cpu.max")
+    if text:
+        (tmp_path / "cpu.max").write_text(text)
+    assert cores() == expected
 
 
 def test_gpus_are_those_that_cuda_is_to_see(monkeypatch):
