@@ -227,7 +227,7 @@ def size_wh(text: str) -> tuple[int, int]:
 def _options(field: Any) -> dict[str, Any]:
     """Make argparse's options of a flag; its help names the default unless it says so itself."""
     meta, default = field.metadata, field.default
-    shown = meta["help"]
+    shown = meta["help"].replace("%", "%%")  # argparse formats it
     if not (default is REQUIRED or default is None or meta["many"] or "default" in shown):
         shown += f" (default: {('off', 'on')[default] if isinstance(default, bool) else default})"
     if isinstance(default, bool) or meta["kind"] is bool:
