@@ -12,7 +12,7 @@ from collavo.model import CollavoForConditionalGeneration
 from collavo.model.adapters import add_adapters, quantize_language_model
 from collavo.training.arguments import PRESETS, TrainArguments
 from collavo.training.memory import Shape, check_memory, estimate
-from collavo.training.stages import Stage, StagedModel
+from collavo.training.stages import CRAYON_PROMPT, StagedModel, cit_stage
 
 ADAPTERS = ("image_cit", "vl_cit")
 LLAVA_7B = Shape(4096, 11008, 32, 4096, 32064, 303_000_000 + 21_000_000)
@@ -60,9 +60,9 @@ def test_the_count_of_a_layer_is_what_a_layer_of_real_width_saves():
     model = CollavoForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
     quantize_language_model(model, torch.bfloat16, torch.device("cpu"))
     staged = StagedModel(add_adapters(model, ADAPTERS, 64, 64).train(), ADAPTERS)
-    for parameter in staged.parameters_of(ADAPTERS).values():
+    for parameter in staged.parameters_of((CRAYON_PROMPT, *ADAPTERS)).values():
         parameter.data = parameter.data.float()
-    staged.enter(Stage("image_cit", ADAPTERS, "image_cit"))
+    staged.enter(cit_stage("image_cit", ADAPTERS))
     model.enable_input_require_grads()  # as a layer finds it that has others before it
     short, long = 64, 320
     measured = (saved_bytes(staged.model, long) - saved_bytes(staged.model, short)) / (long - short)
