@@ -28,6 +28,9 @@ from pipelines.local_workers import LocalWorkers
 from pipelines.plan import Plan
 from pipelines.progress import ProgressDisplay
 
+_FORKED = "collavo:env:forked:v1"
+"""By what name the runner finds how its workers are started."""
+
 _GRACE_SECONDS = 5.0
 """How long a job may go on after a worker has failed: where the worker had begun, Beam notices by itself."""
 
@@ -78,7 +81,7 @@ def _local_runner(
     return FnApiRunner(default_environment=_Forked(workers.pipe.fileno())), stack.enter_context(_WorkerWatch(workers))
 
 
-@Environment.register_urn("collavo:env:forked:v1", bytes)
+@Environment.register_urn(_FORKED, bytes)
 class _Forked(Environment):
     """Tells Beam's runner that `LocalWorkers` starts its workers.
 
@@ -91,7 +94,7 @@ class _Forked(Environment):
         self._pipe = pipe
 
     def to_runner_api_parameter(self, context: Any) -> tuple[str, bytes]:
-        return "collavo:env:forked:v1", str(self._pipe).encode()
+        return _FORKED, str(self._pipe).encode()
 
     @staticmethod
     def from_runner_api_parameter(
@@ -100,7 +103,7 @@ class _Forked(Environment):
         return _Forked(int(payload), capabilities, artifacts, resource_hints)
 
 
-@WorkerHandler.register_environment("collavo:env:forked:v1", bytes)
+@WorkerHandler.register_environment(_FORKED, bytes)
 class _ForkedWorkerHandler(GrpcWorkerHandler):
     """Has workers started. Their end is left to `LocalWorkers`: they have nothing to put away."""
 

@@ -115,6 +115,7 @@ class LocalWorkers:
 
     def __exit__(self, *error: object) -> None:
         self.pipe.close()
+        self._nursery.terminate()  # for one that still imports; later it goes by the pipe
         self._nursery.wait()
         self._logs.cleanup()
 
@@ -127,6 +128,7 @@ def _tend(launcher: Connection, logs: Path, gpus: Sequence[str]) -> None:
     of_workers = cycle([{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [{}])
     try:
         _import_all()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from here on it has workers to end
         while True:
             if launcher.poll(0.1):
                 environment = launcher.recv() | next(of_workers)
