@@ -37,18 +37,30 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", int(number or 0))
 
 
-def join_ranks(name: str) -> tuple[torch.device, int, int]:
-    """Join the processes that torchrun started; this one's device, its rank, and how many they are. Alone, as
-    `resolve_device`.
+def device_of_ranks(name: str) -> tuple[torch.device, int]:
+    """Resolve a device for the processes that torchrun started, and count them. On GPUs each will have its own.
 
     Raises:
-        UserError: as `resolve_device`, and for one GPU where several processes need one each.
+        UserError: as `resolve_device`, and where there is no GPU for each.
     """
-    device, ranks = resolve_device(name), int(os.environ.get("WORLD_SIZE", 1))
+    device = resolve_device(name)
+    ranks, of_machine = (int(os.environ.get(variable, 1)) for variable in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if device.type == "cuda" and of_machine > (count := torch.cuda.device_count()):
+        raise UserError(f"{name}: {of_machine} processes, but {count} GPUs; start one for each GPU")
+    if name.startswith("cuda:") and ranks > 1:
+        raise UserError(f"{name} is one GPU, and each of {ranks} processes needs its own; use cuda")
+    return device, ranks
+
+
+def join_ranks(name: str) -> tuple[torch.device, int, int]:
+    """Join the processes that torchrun started; this one's device, its rank, and how many they are.
+
+    Raises:
+        UserError: as `device_of_ranks`.
+    """
+    device, ranks = device_of_ranks(name)
     if ranks == 1:
         return device, 0, 1
-    if device.type == "cuda" and ":" in name:
-        raise UserError(f"{name} is one GPU, and each of {ranks} processes needs its own; use cuda")
     from accelerate import PartialState
 
     # A rank may have to wait hours for the one with the longest answers.

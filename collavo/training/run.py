@@ -1,6 +1,5 @@
 """A training run, from its arguments to its run directory."""
 
-import os
 import shutil
 import signal
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from rich.text import Text
 
 from collavo.cli import naming
 from collavo.dataset import category_set, check_splits, find_files, notes
-from collavo.device import resolve_device
+from collavo.device import device_of_ranks
 from collavo.errors import UserError
 from collavo.folders import make_folder, writing
 from collavo.model.configuration import CollavoConfig
@@ -311,15 +310,8 @@ def _accelerator(arguments: TrainArguments) -> Accelerator:
         if find_spec(tracker) is None:  # accelerate would go on without it
             raise UserError(f"--report_to {tracker}: not installed; pip install {tracker}")
     with naming("device"):
-        device = resolve_device(arguments.device)
-    ranks, of_machine = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if device.type == "cuda" and of_machine > (count := torch.cuda.device_count()):
-        raise UserError(
-            f"--device {arguments.device}: {of_machine} processes, but {count} GPUs; start one for each GPU"
-        )
+        device, _ = device_of_ranks(arguments.device)
     if arguments.device.startswith("cuda:"):
-        if ranks > 1:
-            raise UserError(f"--device {device} is one GPU, and each of {ranks} processes needs its own; use cuda")
         # Accelerate computes on "cuda", which is the current device; with several ranks it chooses one for each.
         torch.cuda.set_device(device)
     accelerator = Accelerator(
