@@ -92,6 +92,11 @@ class Sampling(NamedTuple):
 
     top_p: float = 1.0
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """The same as arguments of `generate`, which else would draw among the 50 likeliest tokens at most."""
+        return {"do_sample": True, **self._asdict(), "top_k": 0}
+
 
 class Answerer:
     """A model that answers questions about pictures, the same way every time unless it samples.
@@ -220,8 +225,7 @@ class Answerer:
             position_ids=_positions(prompt["attention_mask"]).to(device),
             max_new_tokens=max_new_tokens,
             num_beams=self.beams,
-            do_sample=self.sampling is not None,
-            **({**self.sampling._asdict(), "top_k": 0} if self.sampling else {}),
+            **(self.sampling.options if self.sampling else {"do_sample": False}),
             pad_token_id=self.processor.tokenizer.pad_token_id,
             streamer=streamer,
         )

@@ -29,6 +29,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from collavo.chat import Session
 from collavo.errors import Rejected
 from collavo.images import decode_rgb
+from collavo.inference import Sampling
 from collavo.web import MAX_BYTES, fetch, is_url
 
 _SPEAKERS = {"system": "system", "developer": "system", "user": "human", "assistant": "gpt"}
@@ -209,7 +210,7 @@ class _Served:
         limit = min(
             question.max_completion_tokens or question.max_tokens or self._session.flags.max_new_tokens,
             self._session.flags.max_new_tokens,
-            model.config.get_text_config().max_position_embeddings - len(ids),
+            self._session.answerer.context - len(ids),
         )
         if limit < 1:
             raise HTTPException(400, f"messages: {len(ids)} tokens are more than the model takes")
@@ -217,16 +218,14 @@ class _Served:
         inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
         if picture:
             inputs |= processor.picture_inputs([picture.image], [picture.panoptic])
-        sampling: dict[str, Any] = {"do_sample": bool(question.temperature)}
-        if question.temperature:
-            sampling |= {"temperature": question.temperature, "top_p": question.top_p or 1.0, "top_k": 0}
+        sampling = Sampling(question.temperature, question.top_p or 1.0) if question.temperature else None
         if question.seed is not None:
             torch.manual_seed(question.seed)
         stops = [question.stop] if isinstance(question.stop, str) else question.stop or []
         growing = _Growing(processor.tokenizer, len(ids), [stop for stop in stops if stop], show, left)
         output = model.generate(
             **{name: tensor.to(model.device) for name, tensor in inputs.items()},
-            **sampling,
+            **(sampling.options if sampling else {"do_sample": False}),
             max_new_tokens=limit,
             pad_token_id=processor.tokenizer.pad_token_id,
             stopping_criteria=StoppingCriteriaList([growing]),
