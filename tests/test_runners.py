@@ -57,37 +57,29 @@ def test_a_bad_value_of_beams_is_refused_in_one_line(capsys):
 
 
 @pytest.mark.parametrize(
-    "words, without_model, workers",
+    "words, without_model, gpus, workers",
     [
-        ("", True, 3),
-        ("", False, 1),
-        ("--direct_num_workers 0", False, 3),
-        ("--direct_num_workers=1", True, 1),
-        ("--direct_num_workers 5", False, 5),
-        ("--direct_running_mode multi_processing", False, 3),
-        ("--direct_running_mode in_memory", True, 1),
-        ("--direct_running_mode=multi_threading --direct_num_workers 4", True, 1),
-        ("--runner DataflowRunner --direct_num_workers 4", True, 1),
-        ("--direct_num_workers two", True, 1),  # for Beam to refuse
+        ("", True, "", 3),
+        ("", True, "01", 3),
+        ("", False, "", 1),
+        ("", False, "01", 2),
+        ("--direct_num_workers 0", False, "", 3),
+        ("--direct_num_workers=1", True, "", 1),
+        ("--direct_num_workers 1", False, "01", 1),
+        ("--direct_num_workers 5", False, "", 5),
+        ("--direct_running_mode multi_processing", False, "", 3),
+        ("--direct_running_mode multi_processing", False, "01", 2),
+        ("--direct_running_mode in_memory", True, "", 1),
+        ("--direct_running_mode=multi_threading --direct_num_workers 4", True, "", 1),
+        ("--runner DataflowRunner --direct_num_workers 4", True, "", 1),
+        ("--direct_num_workers two", True, "", 1),  # for Beam to refuse
     ],
 )
-def test_a_build_without_a_model_takes_all_cores_unless_told_otherwise(monkeypatch, words, without_model, workers):
+def test_workers_are_a_core_each_or_with_a_model_a_gpu_unless_told_otherwise(
+    monkeypatch, words, without_model, gpus, workers
+):
     monkeypatch.setattr(local_workers, "cores", lambda: 3)
-    assert local_workers.count_workers(words.split(), without_model) == workers
-
-
-@pytest.mark.parametrize(
-    "words, without_model, workers",
-    [
-        ("", False, 2),
-        ("--direct_running_mode multi_processing", False, 2),
-        ("", True, 3),
-        ("--direct_num_workers 1", False, 1),
-    ],
-)
-def test_a_model_gets_a_worker_for_each_gpu(monkeypatch, words, without_model, workers):
-    monkeypatch.setattr(local_workers, "cores", lambda: 3)
-    assert local_workers.count_workers(words.split(), without_model, ["0", "1"]) == workers
+    assert local_workers.count_workers(words.split(), without_model, list(gpus)) == workers
 
 
 @pytest.mark.parametrize("text, expected", [("150000 100000", 2), ("10000 100000", 1), ("max 100000", 3), (None, 3)])
