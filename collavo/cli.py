@@ -204,17 +204,6 @@ def program(prog: str) -> str:
     return prog.removeprefix("python -m ")
 
 
-def whole_number(least: int) -> Callable[[str], int]:
-    """Return the type of a flag that takes whole numbers from `least` on."""
-
-    def number(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to 999999999")
-        return int(text)
-
-    return number
-
-
 def size_wh(text: str) -> tuple[int, int]:
     """Return the type of a flag that takes a size in pixels, such as `640x480`."""
     match = re.fullmatch(r"([0-9]{1,5})x([0-9]{1,5})", text)

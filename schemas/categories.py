@@ -244,10 +244,6 @@ class CategorySet(Sequence[Category]):
         """By what names are compared by, see `name_key`."""
         return {name_key(category.name): category for category in self.categories}
 
-    def agrees_with(self, other: "CategorySet") -> bool:
-        """Tell whether both have the same classes, in whatever order and under whatever numbers."""
-        return self.is_subset_of(other) and len(self) == len(other)
-
     def is_subset_of(self, other: "CategorySet") -> bool:
         """Tell whether `other` has every class of this set, under the same name and of the same kind."""
         return all(
