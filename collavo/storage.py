@@ -108,6 +108,14 @@ def read_bytes(uri: str) -> bytes:
 
 
 @_one_kind_of_fault()
+def read_range(uri: str, offset: int, length: int) -> bytes:
+    """Read some bytes of a file."""
+    with open_random(uri) as file:
+        file.seek(offset)
+        return file.read(length)
+
+
+@_one_kind_of_fault()
 def size_of(uri: str) -> int:
     """Return the bytes of a file."""
     if is_local(uri):

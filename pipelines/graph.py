@@ -6,7 +6,7 @@
                     └─ inputs, counted                             └──(by shard)─────┴──> shards ──> publish
 
 Images are read, segmented and drafted in one fused stage. What crosses a shuffle does so in packs, and takes some
-hundred bytes per image: mentions wait on disk too, and meet by partitions of the images.
+hundred bytes per image: mentions meet by partitions of the images.
 Instructions are written in the shards, because the choice of absent classes rests on all images.
 """
 
@@ -22,7 +22,7 @@ from apache_beam.transforms.combiners import Top
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
-from collavo.instructions.choose import ClassStatistics, stable_hash
+from collavo.instructions.choose import ClassStatistics
 from pipelines.image_steps import (
     draft_dialogue,
     draft_known,
@@ -61,7 +61,7 @@ from pipelines.sources import (
 from pipelines.sources import (
     read_images as read_image_lists,
 )
-from pipelines.spill import Block, MentionSpillWriter, SpilledDraft, SpillWriter, read_mentions
+from pipelines.spill import SpilledDraft, SpillWriter, shard_of
 
 ROWS_PER_SHARD = 2000
 """Aim of the automatic number of shards: files of 200-400 MB where COCO's images are embedded."""
@@ -69,8 +69,14 @@ ROWS_PER_SHARD = 2000
 _SHARDS_AT_LEAST, _LEAST_ROWS = 8, 100
 """A smaller data set is divided further, so that several workers phrase and write it, and several ranks read it."""
 
-_IMAGES_PER_PACK = 16
-"""Tasks that travel together: few enough that a small data set keeps several workers busy."""
+_PARTITIONS = 256
+"""Parts of the images; the mentions of one part at a time are in memory."""
+
+_MENTIONS_AT_ONCE = 4096
+_LEAST_PER_PACK, _MOST_PER_PACK = 16, 512
+_PACKS_AT_LEAST = 64
+"""Tasks travel together, and a runner may make a bundle of each pack, and so a file of drafts. Packs are small where
+images are few, so that several workers are busy, and soon as large as is good for such a file."""
 
 _COUNTS: Final = "counts"
 Counted = TaggedOutput[Literal["counts"], Any]
@@ -116,19 +122,21 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
         tasks, merge_rejects = (
             mentions
             | "GroupByPartition" >> beam.GroupByKey()
-            | "MergeMentions" >> beam.FlatMap(_merge).with_outputs(REJECT_TAG, main="tasks")
+            | "MergeMentions" >> beam.FlatMapTuple(_merge).with_outputs(REJECT_TAG, main="tasks")
         )
         if job.max_images:
-            listed = tasks | "ImagesListed" >> beam.Map(lambda pack: pack[0]) | "SumListed" >> beam.CombineGlobally(sum)
+            listed = tasks | "ImagesListed" >> beam.MapTuple(lambda _, pack: pack[0])
+            listed = listed | "SumListed" >> beam.CombineGlobally(sum)
             tasks = _first_by_hash(tasks, job.max_images)
             mention_counts = [
-                tasks | "OneInputPerMention" >> beam.FlatMap(_mentions_by_source),
+                tasks | "OneInputPerMention" >> beam.FlatMapTuple(_mentions_by_source),
                 merge_rejects | "OneInputPerRepeat" >> beam.Map(lambda reject: (reject.source, 1)),
             ]
-        _announce("Images", tasks, job)
+        _announce("Images", tasks | "PacksOfImages" >> beam.Values(), job)
         loaded = (
             tasks
-            | "SpreadImages" >> beam.Reshuffle()
+            | "SpreadImages" >> beam.GroupByKey()
+            | "PacksOfGroup" >> beam.FlatMapTuple(lambda _, packs: packs)
             | "ReadImages" >> beam.FlatMap(_read, job).with_outputs(REJECT_TAG, _TO_MODEL, main="annotated")
         )
         inputs += [*mention_counts, list_rejects | "SourceOfReject" >> beam.Map(lambda reject: (reject.source, 1))]
@@ -141,13 +149,13 @@ def _first_by_hash(tasks: beam.PCollection, number: int) -> beam.PCollection:
     """Take some images, the same ones in every run, from all over the sources."""
     return (
         tasks
-        | "OneByOne" >> beam.FlatMap(unpacked)
+        | "OneByOne" >> beam.FlatMapTuple(lambda _, pack: unpacked(pack))
         | "FirstByHash" >> Top.Of(number, key=lambda task: image_key(task.mentions[0]), reverse=True)
-        | "PackAgain" >> beam.FlatMap(_in_packs)
+        | "PackAgain" >> beam.FlatMap(lambda tasks: _in_packs(0, tasks, _LEAST_PER_PACK))
     )
 
 
-def _mentions_by_source(tasks: Packed) -> list[tuple[str, int]]:
+def _mentions_by_source(_: Any, tasks: Packed) -> list[tuple[str, int]]:
     return list(Counter(mention.input.source for task in unpacked(tasks) for mention in task.mentions).items())
 
 
@@ -162,9 +170,9 @@ def _read_sources(
     """Read all sources that name images.
 
     Returns:
-        where the mentions lie, by partition of the images; their numbers by source; and the rejects.
+        the mentions, in packs by partition of the images; their numbers by source; and the rejects.
     """
-    blocks, counts, rejects = [], [], []
+    mentions, counts, rejects = [], [], []
     readers: list[tuple[str, tuple[Any, ...], Any]] = [
         ("Coco", job.sources.coco, read_coco),
         ("Llava", job.sources.llava, read_llava),
@@ -177,12 +185,12 @@ def _read_sources(
                 | f"{name}Sources" >> beam.Create(sources)
                 | f"Read{name}" >> beam.FlatMap(reader, job.sources.root).with_outputs(REJECT_TAG, main="mentions")
             )
-            spill = beam.ParDo(SpillMentions(job.work)).with_outputs(_COUNTS, main="blocks")
-            spilled = read.mentions | f"Spill{name}" >> spill
-            blocks.append(spilled.blocks)
-            counts.append(spilled[_COUNTS])
+            pack = beam.ParDo(PackMentions()).with_outputs(_COUNTS, main="packs")
+            packs = read.mentions | f"Pack{name}" >> pack
+            mentions.append(packs.packs)
+            counts.append(packs[_COUNTS])
             rejects.append(read[REJECT_TAG])
-    return blocks | "AllMentions" >> beam.Flatten(), counts, rejects | "ListRejects" >> beam.Flatten()
+    return mentions | "AllMentions" >> beam.Flatten(), counts, rejects | "ListRejects" >> beam.Flatten()
 
 
 def _segment(
@@ -289,19 +297,27 @@ def _owner(candidates: Iterable[tuple[bool, str, int]]) -> tuple[bool, str, int]
     return unfinished, key, int(any(shared or other != key for _, other, shared in known))
 
 
-def _merge(partition: tuple[int, Iterable[Block]]) -> Iterator[Packed | RejectOutput]:
+def _merge(partition: int, packs: Iterable[Packed]) -> Iterator[tuple[tuple[int, int], Packed] | RejectOutput]:
     """Make the mentions of a partition into one task per image."""
+    by_image: dict[bytes, list[Mention]] = defaultdict(list)
+    for mention in chain.from_iterable(map(unpacked, packs)):
+        by_image[image_key(mention)].append(mention)
     tasks = []
-    for mentions in read_mentions(partition[1]):
+    for mentions in by_image.values():
         task, rejects = merge_mentions(mentions)
         yield from map(reject_output, rejects)
         tasks.append(task)
-    yield from _in_packs(tasks)
+    # Small partitions, which are all of about the same size, share as many keys as there are to be packs.
+    shared = min(_PARTITIONS // _LEAST_PER_PACK * len(tasks), _PACKS_AT_LEAST)
+    together = shared * _MOST_PER_PACK > _PARTITIONS * len(tasks)
+    packs = -(-len(tasks) // _MOST_PER_PACK)
+    yield from _in_packs(partition % shared if together else partition, tasks, -(-len(tasks) // packs))
 
 
-def _in_packs(tasks: Sequence[ImageTask]) -> Iterator[Packed]:
-    for first in range(0, len(tasks), _IMAGES_PER_PACK):
-        yield packed(tasks[first : first + _IMAGES_PER_PACK])
+def _in_packs(group: int, tasks: Sequence[ImageTask], size: int) -> Iterator[tuple[tuple[int, int], Packed]]:
+    """Pack tasks, each pack with a key; packs of the same group and number go on together."""
+    for first in range(0, len(tasks), size):
+        yield (group, first), packed(tasks[first : first + size])
 
 
 def _read(tasks: Packed, job: CrayonJob) -> Iterator[LoadedImage | Draft | RejectOutput | ToModel]:
@@ -364,13 +380,13 @@ def _drafts_by_shard(
     by_shard: dict[tuple[str, int], list[SpilledDraft]] = defaultdict(list)
     for place in unpacked(pack):
         split = stated_splits.get(place.key, place.split)
-        by_shard[split, stable_hash("shard", place.key) % shard_counts[split]].append(place)
+        by_shard[split, shard_of(place.key, shard_counts[split])].append(place)
     for shard, places in by_shard.items():
         yield shard, packed(places)
 
 
 def _reject_by_shard(reject: Reject, shard_counts: dict[str, int]) -> tuple[tuple[str, int], Packed]:
-    return ("train", stable_hash("shard", reject.id) % shard_counts.get("train", 1)), packed([reject])
+    return ("train", shard_of(reject.id, shard_counts.get("train", 1))), packed([reject])
 
 
 def _write_shard(
@@ -390,30 +406,35 @@ def _late(value: Any) -> WindowedValue:
     return WindowedValue(value, window.max_timestamp(), (window,))
 
 
-class SpillMentions(beam.DoFn):
-    """Appends mentions to a file per bundle; their places, and their numbers by source, follow when it is closed."""
-
-    def __init__(self, work: str) -> None:
-        self._work = work
+class PackMentions(beam.DoFn):
+    """Packs mentions, those of a partition together; their numbers by source follow when the bundle is finished."""
 
     def start_bundle(self) -> None:
-        self._writer: MentionSpillWriter | None = None
+        self._waiting: dict[int, list[Mention]] = defaultdict(list)
+        self._waiting_count = 0
         self._counts: Counter[str] = Counter()
 
-    def process(self, mention: Mention) -> None:
-        self._writer = self._writer or MentionSpillWriter(self._work)
-        self._writer.append(mention)
+    def process(self, mention: Mention) -> Iterator[tuple[int, Packed]]:
+        self._waiting[image_key(mention)[0] % _PARTITIONS].append(mention)
+        self._waiting_count += 1
         self._counts[mention.input.source] += 1
+        if self._waiting_count == _MENTIONS_AT_ONCE:
+            yield from self._packs()
 
     def finish_bundle(self) -> Iterator[WindowedValue | Counted]:
-        if self._writer:
-            yield from map(_late, self._writer.close())
-            for count in self._counts.items():
-                yield TaggedOutput(_COUNTS, _late(count))
+        yield from map(_late, self._packs())
+        for count in self._counts.items():
+            yield TaggedOutput(_COUNTS, _late(count))
+
+    def _packs(self) -> list[tuple[int, Packed]]:
+        packs = [(partition, packed(mentions)) for partition, mentions in self._waiting.items()]
+        self._waiting.clear()
+        self._waiting_count = 0
+        return packs
 
 
 class SpillDrafts(beam.DoFn):
-    """Drafts rows and appends them to files of its own; their places follow when the bundle is finished.
+    """Drafts rows and writes them to files of its own; their places follow when the bundle is finished.
 
     What a network has segmented goes to a folder that outlives a build that is stopped.
     """

@@ -11,7 +11,7 @@ from posixpath import join
 from typing import NamedTuple
 
 from collavo.dataset import CrayonFileWriter
-from collavo.instructions.choose import ClassStatistics, stable_hash
+from collavo.instructions.choose import ClassStatistics
 from collavo.instructions.write import write_instructions
 from collavo.storage import open_write
 from pipelines.accounts import Counts
@@ -19,7 +19,7 @@ from pipelines.image_steps import merge_drafts
 from pipelines.job import CrayonJob
 from pipelines.progress import WRITTEN, tick
 from pipelines.records import SOURCES, UNSEEN, Draft, Reject
-from pipelines.spill import SpilledDraft, read_drafts
+from pipelines.spill import SpilledDraft, order_of, read_drafts
 
 
 class WrittenShard(NamedTuple):
@@ -54,14 +54,14 @@ def write_shard(
     """
     counts = Counts()
     all_rejects = list(rejects)
-    ordered = sorted(spilled, key=lambda place: (stable_hash("order", place.key), place.key, place.block))
+    ordered = sorted(spilled, key=lambda place: (order_of(place.key), place.block))
     attempt = f"shards/{shard[0]}-{shard[1]:05d}-{uuid.uuid4().hex}"  # a retried bundle must not write into this one's
     data_uri = join(job.work, f"{attempt}.parquet") if ordered else ""
     size, sha256 = 0, ""
     segmenters: set[str] = set()
     if ordered:
         writer = CrayonFileWriter(open_write(data_uri), job.facts, job.categories)
-        keyed = zip((place.key for place in ordered), read_drafts(place.block for place in ordered), strict=True)
+        keyed = zip((place.key for place in ordered), read_drafts([place.block for place in ordered]), strict=True)
         for key, same in groupby(keyed, key=lambda pair: pair[0]):
             start = time.perf_counter()
             drafts = [draft for _, draft in same]

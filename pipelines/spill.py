@@ -1,139 +1,73 @@
-"""Files in which mentions and drafts wait between two steps, while only their places in these files are shuffled.
+"""Files in which drafts wait for their shard, while only their places in these files are shuffled.
 
-A local runner keeps everything that passes its shuffle in memory, several times over. So each bundle appends to files
-of its own. Mentions are shuffled by partitions of the images, so that those of an image meet; drafts by shards, which
-read them in the order of a hash. A retried bundle writes another file, and nothing refers to the file of the failed
-one.
+What is asked of an image rests on all images, so each draft waits for the last one; and a local runner keeps all that
+passes its shuffle in memory, several times over. A worker gathers drafts for a while and writes them to a file of their
+own, sorted by split and by the hash that orders the rows. A shard is a range of this hash, so that what it needs of a
+file is one piece of it, which is one request to a store. A retried bundle writes other files, and nothing refers to
+those of the failed one.
 
-What a network has segmented is kept in a folder of its own, where a build that goes on after it was stopped finds it by
-the pictures' content.
+A file is a stream of Arrow record batches of one row each. What a network has segmented is kept in a folder of its own,
+where a build that goes on after it was stopped finds it by the pictures' content.
 """
 
 import hashlib
-import io
 import json
-import pickle
+import time
 import uuid
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import groupby
+from itertools import accumulate
 from posixpath import join
-from struct import Struct
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
+import pyarrow as pa
+
+from collavo.instructions.choose import stable_hash
 from collavo.instructions.write import present_things
-from collavo.storage import is_local, list_files, open_random, open_write
-from pipelines.merge import image_key
-from pipelines.records import Draft, Mention, Packed, packed
+from collavo.storage import is_local, list_files, open_random, open_write, read_range, size_of
+from pipelines.records import Draft, Input, Packed, packed
 from schemas.categories import CategorySet
-from schemas.crayon_row import CrayonRow
+from schemas.crayon_row import CRAYON_SCHEMA, CrayonRow
 
-_MAX_OPEN_FILES = 64
-"""On a cluster, a shard may read from thousands of files, one of every bundle, and each holds a buffer while open."""
+_FILE_BYTES = 64 << 20
+_FILE_ROWS = 2000
+_FILE_SECONDS = 30.0
+"""A file is written when its drafts reach one of these: what a killed worker loses was segmented in that time."""
 
-_SMALL_FILE_BYTES = 32 << 20
-_MENTIONS_PER_WRITE = 4096
-_DRAFTS_PER_FILE = 500
-_MAX_FILE_BYTES = 64 << 20
-"""When the next file is begun; on a store, a file is there only once it is closed."""
+_HELD_BYTES = 256 << 20
+"""How much of the files of a store a shard holds at once, unless a draft is larger than an equal part of it."""
 
-_SUFFIX = ".pickle"
-_HEADER = Struct("<32sQ")
-"""SHA-256 of the picture, or zeros; length of the record."""
+_ROWS_AT_ONCE = 32
+_REQUESTS_AT_ONCE = 8
+_SUFFIX = ".arrow"
+_INDEX = b"drafts"
+
+_SCHEMA = pa.schema(
+    [
+        *(column for column in CRAYON_SCHEMA if column.name != "instructions"),
+        ("inputs", pa.list_(pa.struct([(name, pa.string()) for name in Input._fields]))),
+        ("segmenters", pa.list_(pa.string())),
+        ("seconds", pa.map_(pa.string(), pa.float64())),
+        ("unfamiliar", pa.bool_()),
+        ("split_stated", pa.bool_()),
+    ]
+)
 
 
 class Block(NamedTuple):
-    """Where something lies in a file."""
+    """Where a draft lies in a file."""
 
     uri: str
     offset: int
     length: int
 
 
-class _SpillFile:
-    """A new file, to which anything that pickles can be appended. It can be read only after `close`.
-
-    Each record follows a header, by which the file can be read without the list of its blocks.
-    """
-
-    def __init__(self, folder: str) -> None:
-        self._uri = join(folder, f"{uuid.uuid4().hex}{_SUFFIX}")
-        self._file: BinaryIO = open_write(self._uri)
-        self.bytes = 0
-
-    def append(self, element: Any, digest: bytes = b"") -> Block:
-        record = pickle.dumps(element, protocol=pickle.HIGHEST_PROTOCOL)
-        self._file.write(_HEADER.pack(digest, len(record)))
-        self._file.write(record)
-        self._file.flush()  # so that a build that is killed loses nothing that it had segmented
-        block = Block(self._uri, self.bytes + _HEADER.size, len(record))
-        self.bytes += _HEADER.size + len(record)
-        return block
-
-    def close(self) -> None:
-        self._file.close()
-
-
-def _open(uri: str) -> BinaryIO:
-    """Open a file to read here and there. From a store, a small one is fetched once, not in hundreds of pieces."""
-    data = None if is_local(uri) else _small_file(uri)
-    return open_random(uri) if data is None else io.BytesIO(data)
-
-
-@lru_cache(maxsize=4)
-def _small_file(uri: str) -> bytes | None:
-    with open_random(uri) as file:
-        size = file.seek(0, io.SEEK_END)
-        file.seek(0)
-        return file.read() if size <= _SMALL_FILE_BYTES else None
-
-
-class MentionSpillWriter:
-    """Writes mentions to a new file, those of a partition together."""
-
-    def __init__(self, work: str) -> None:
-        self._file = _SpillFile(join(work, "mentions"))
-        self._waiting: dict[int, list[Mention]] = defaultdict(list)
-        self._waiting_count = 0
-        self._blocks: list[tuple[int, Block]] = []
-
-    def append(self, mention: Mention) -> None:
-        partition = image_key(mention)[0]  # one of 256, of which one at a time is read back into memory
-        self._waiting[partition].append(mention)
-        self._waiting_count += 1
-        if self._waiting_count == _MENTIONS_PER_WRITE:
-            self._write()
-
-    def close(self) -> list[tuple[int, Block]]:
-        """Close the file, and return its blocks with their partitions."""
-        self._write()
-        self._file.close()
-        return self._blocks
-
-    def _write(self) -> None:
-        self._blocks += [(partition, self._file.append(mentions)) for partition, mentions in self._waiting.items()]
-        self._waiting.clear()
-        self._waiting_count = 0
-
-
-def read_mentions(blocks: Iterable[Block]) -> list[list[Mention]]:
-    """Read the mentions of a partition; return a list for each image."""
-    by_image: dict[bytes, list[Mention]] = defaultdict(list)
-    for uri, of_file in groupby(sorted(blocks), key=lambda block: block.uri):
-        with _open(uri) as file:
-            for block in of_file:
-                file.seek(block.offset)
-                for mention in pickle.loads(file.read(block.length)):
-                    by_image[image_key(mention)].append(mention)
-    return list(by_image.values())
-
-
 class SpilledDraft(NamedTuple):
     """Where a draft lies, and what has to be known of it before it is read."""
 
     key: str
-    """What its row is found by: the SHA-256 of the picture, or of the id of a row without one."""
+    """What its row is found by: the SHA-256 of the picture, or of the dialogues of a row without one."""
 
     image_id: str
     finished: bool
@@ -147,37 +81,61 @@ class SpilledDraft(NamedTuple):
     block: Block
 
 
+def order_of(key: str) -> tuple[int, str]:
+    """Return what the rows of a split are sorted by: 64 bits of a hash, of which shards are ranges, and the key."""
+    return stable_hash("order", key), key
+
+
+def shard_of(key: str, count: int) -> int:
+    """Return the number of the shard, of `count`, that a key belongs to."""
+    return order_of(key)[0] * count >> 64
+
+
 class SpillWriter:
-    """Appends drafts to new files, one after the other."""
+    """Gathers drafts, and writes them to new files, one after the other."""
 
     def __init__(self, folder: str, categories: CategorySet) -> None:
         self._folder = folder
         self._categories = categories
-        self._file: _SpillFile | None = None
-        self._spilled: list[SpilledDraft] = []
+        self._waiting: list[tuple[str, Draft]] = []
+        self._bytes = 0
+        self._began = 0.0
         self._packs: list[Packed] = []
 
     def append(self, draft: Draft) -> None:
+        """Take a draft, and write those that wait if they are many, large or old."""
         row = draft.row
-        key = row.image_sha256 or _digest_of_dialogues(row)
-        self._file = self._file or _SpillFile(self._folder)
-        block = self._file.append(draft, bytes.fromhex(row.image_sha256 or ""))
-        present = tuple(present_things(row.segments, self._categories))
-        finished = draft.inputs[0].source == "crayon"
-        self._spilled.append(SpilledDraft(key, row.image_id, finished, row.split, draft.split_stated, present, block))
-        if len(self._spilled) == _DRAFTS_PER_FILE or self._file.bytes > _MAX_FILE_BYTES:
-            self._end_file()
+        self._began = self._began if self._waiting else time.monotonic()
+        self._waiting.append((row.image_sha256 or _digest_of_dialogues(row), draft))
+        self._bytes += len(row.image_bytes or b"") + len(row.panoptic_png or b"")
+        old = time.monotonic() - self._began >= _FILE_SECONDS
+        if old or self._bytes >= _FILE_BYTES or len(self._waiting) == _FILE_ROWS:
+            self._write()
 
     def close(self) -> list[Packed]:
-        """Close the last file, and return the places of all drafts, in packs."""
-        self._end_file()
+        """Write what still waits, and return the places of all drafts, a pack for each file."""
+        if self._waiting:
+            self._write()
         return self._packs
 
-    def _end_file(self) -> None:
-        if self._file:
-            self._file.close()
-            self._packs.append(packed(self._spilled))
-        self._file, self._spilled = None, []
+    def _write(self) -> None:
+        drafts = sorted(self._waiting, key=lambda keyed: (keyed[1].row.split, order_of(keyed[0])))
+        self._waiting, self._bytes = [], 0
+        rows = _encoded([draft for _, draft in drafts])
+        index = [[draft.row.image_sha256, row.size] for (_, draft), row in zip(drafts, rows, strict=True)]
+        head = _SCHEMA.with_metadata({_INDEX: json.dumps(index)}).serialize()
+        uri = join(self._folder, f"{uuid.uuid4().hex}{_SUFFIX}")
+        with open_write(uri) as file:
+            for part in (head, *rows):
+                file.write(part)
+        places = zip(drafts, _blocks(uri, head.size, [row.size for row in rows]), strict=True)
+        self._packs.append(packed([self._place(key, draft, block) for (key, draft), block in places]))
+
+    def _place(self, key: str, draft: Draft, block: Block) -> SpilledDraft:
+        row = draft.row
+        present = tuple(present_things(row.segments, self._categories))
+        finished = draft.inputs[0].source == "crayon"
+        return SpilledDraft(key, row.image_id, finished, row.split, draft.split_stated, present, block)
 
 
 def _digest_of_dialogues(row: CrayonRow) -> str:
@@ -185,37 +143,112 @@ def _digest_of_dialogues(row: CrayonRow) -> str:
     return hashlib.sha256(json.dumps([dialogue.as_record() for dialogue in row.conversations]).encode()).hexdigest()
 
 
+def _encoded(drafts: Sequence[Draft]) -> list[pa.Buffer]:
+    """Encode each draft as a record batch of one row; many are converted at once, which takes a fifth of the time."""
+    rows = []
+    for first in range(0, len(drafts), _ROWS_AT_ONCE):
+        records = [*map(_as_record, drafts[first : first + _ROWS_AT_ONCE])]
+        batch = pa.RecordBatch.from_pylist(records, schema=_SCHEMA)
+        rows += [batch.slice(row, 1).serialize() for row in range(batch.num_rows)]
+    return rows
+
+
+def _as_record(draft: Draft) -> dict[str, Any]:
+    return {
+        **draft.row.as_record(),
+        # A row without a map has no image; a draft may get its map when it is merged with another.
+        "image": {"bytes": draft.row.image_bytes, "path": draft.row.image_path},
+        "inputs": [entry._asdict() for entry in draft.inputs],
+        "segmenters": draft.segmenters,
+        "seconds": [*draft.seconds.items()],
+        "unfamiliar": draft.unfamiliar,
+        "split_stated": draft.split_stated,
+    }
+
+
+def _from_record(record: dict[str, Any]) -> Draft:
+    return Draft(
+        CrayonRow.from_record({**record, "instructions": ()}),
+        tuple(Input(**entry) for entry in record["inputs"]),
+        tuple(record["segmenters"]),
+        dict(record["seconds"]),
+        record["unfamiliar"],
+        record["split_stated"],
+    )
+
+
+def _blocks(uri: str, start: int, lengths: Sequence[int]) -> Iterator[Block]:
+    """Yield where drafts of some lengths lie, one after the other."""
+    for offset, length in zip(accumulate(lengths, initial=start), lengths, strict=False):
+        yield Block(uri, offset, length)
+
+
 @lru_cache(maxsize=1)
 def spilled_pictures(folder: str) -> dict[bytes, Block]:
-    """Find the drafts in a folder by the SHA-256 of their pictures. A file whose end is missing is read up to there."""
+    """Find the drafts in a folder by the SHA-256 of their pictures. What a killed writer cut off is left out."""
     found: dict[bytes, Block] = {}
     for uri in list_files(join(folder, "")):
         if uri.endswith(_SUFFIX):
-            with _open(uri) as file:
-                size, offset = file.seek(0, io.SEEK_END), 0
-                while offset + _HEADER.size <= size:
-                    file.seek(offset)
-                    digest, length = _HEADER.unpack(file.read(_HEADER.size))
-                    offset += _HEADER.size + length
-                    if offset <= size:
-                        found[digest] = Block(uri, offset - length, length)
+            size = size_of(uri)
+            try:
+                with open_random(uri) as file, pa.ipc.open_stream(file) as stream:
+                    index, start = json.loads(stream.schema.metadata[_INDEX]), file.tell()
+            except (pa.ArrowInvalid, EOFError):
+                continue
+            digests, lengths = zip(*index, strict=True)
+            for digest, block in zip(digests, _blocks(uri, start, lengths), strict=True):
+                if digest and block.offset + block.length <= size:
+                    found[bytes.fromhex(digest)] = block
     return found
 
 
-def read_drafts(blocks: Iterable[Block]) -> Iterator[Draft]:
-    """Read drafts in the order given."""
-    files: dict[str, BinaryIO] = {}
-    try:
-        for uri, offset, length in blocks:
-            if uri not in files:
-                if len(files) == _MAX_OPEN_FILES:
-                    files.pop(next(iter(files))).close()
-                files[uri] = _open(uri)
-            file = files[uri]
-            file.seek(offset)
-            # Unpickling is safe: the file was written by this run, or by the one that it resumes, in a folder that only
-            # their workers write to.
-            yield pickle.loads(file.read(length))
-    finally:
-        for file in files.values():
-            file.close()
+class _Piece:
+    """Drafts that lie side by side in a file, kept from when the first of them is needed until the last was."""
+
+    def __init__(self, block: Block, most_bytes: int) -> None:
+        self._uri, self._start, self._end = block.uri, block.offset, block.offset + block.length
+        self._most_bytes = most_bytes
+        self._left = 1
+        self._data: pa.Buffer | None = None
+
+    def add(self, block: Block) -> bool:
+        """Take in the draft that follows; return whether it does, and there is room."""
+        end = block.offset + block.length
+        if (block.uri, block.offset) != (self._uri, self._end) or end - self._start > self._most_bytes:
+            return False
+        self._end, self._left = end, self._left + 1
+        return True
+
+    def fetch(self) -> None:
+        """Read the piece, if that was not done yet."""
+        if self._data is None:
+            self._data = pa.py_buffer(read_range(self._uri, self._start, self._end - self._start))
+
+    def take(self, block: Block) -> pa.RecordBatch:
+        """Return a draft, once."""
+        assert self._data is not None
+        message = self._data.slice(block.offset - self._start, block.length)
+        self._left -= 1
+        if not self._left:
+            self._data = None
+        return pa.ipc.read_record_batch(message, _SCHEMA)
+
+
+def read_drafts(blocks: Sequence[Block]) -> Iterator[Draft]:
+    """Read drafts in the order given, which may be that of many files; from a store, in few requests."""
+    pieces: dict[Block, _Piece] = {}
+    piece = None
+    most_bytes = _HELD_BYTES // max(1, len({block.uri for block in blocks}))
+    for block in sorted(blocks):
+        if is_local(block.uri) or piece is None or not piece.add(block):
+            piece = _Piece(block, most_bytes)
+        pieces[block] = piece
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
+        for first in range(0, len(blocks), _ROWS_AT_ONCE):
+            some = blocks[first : first + _ROWS_AT_ONCE]
+            needed = dict.fromkeys(pieces[block] for block in some)
+            fetched = map(_Piece.fetch, needed) if is_local(some[0].uri) else pool.map(_Piece.fetch, needed)
+            for _ in fetched:
+                pass
+            batches = [pieces.pop(block).take(block) for block in some]
+            yield from map(_from_record, pa.Table.from_batches(batches).to_pylist())

@@ -26,6 +26,8 @@ from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import CrayonRow
 
 REPOSITORY = Path(__file__).parents[1]
+_SCRIPT = "pipelines/build_crayon.py"
+_COMMAND = "import sys, pipelines.command as command; sys.exit(command.main())"
 
 
 def _remembered(inspect: Callable[[Any], tuple[list[str], list[Any]]]) -> Callable[[Any], tuple[list[str], list[Any]]]:
@@ -99,8 +101,13 @@ def build(output: Path, *arguments: object) -> DataSet:
     return DataSet(output)
 
 
-def start(*arguments: object, before: Callable[[], None] = lambda: None) -> "subprocess.Popen[str]":
-    """Start the command as a user does, in a process group of its own; `before` is called in the new process."""
+def start(*arguments: object, before: Callable[[], None] = lambda: None, changed: str = "") -> "subprocess.Popen[str]":
+    """Start the command as a user does, in a process group of its own.
+
+    Args:
+        before: called in the new process.
+        changed: statements that change the program before it starts.
+    """
 
     def prepare() -> None:
         # A shell started tests in the background with SIGINT ignored, and so would be what they start.
@@ -108,7 +115,7 @@ def start(*arguments: object, before: Callable[[], None] = lambda: None) -> "sub
         before()
 
     return subprocess.Popen(
-        [sys.executable, "pipelines/build_crayon.py", *map(str, arguments)],
+        [sys.executable, *(("-c", f"{changed}\n{_COMMAND}") if changed else (_SCRIPT,)), *map(str, arguments)],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

@@ -145,6 +145,11 @@ def wait_until(reached, process) -> None:
         time.sleep(0.01)
 
 
+def busy(folder: Path, step: str) -> bool:
+    """Whether a build in a folder has come some way with a step."""
+    return any(file.stat().st_size > 20 for file in folder.glob(f"{WORK}/progress/{step}/*"))
+
+
 @pytest.fixture(scope="module")
 def long_build(tmp_path_factory) -> list[object]:
     """Flags for a job that is busy for a second or two: one drawn scene in many files, each with other last bytes."""
@@ -163,11 +168,7 @@ def long_build(tmp_path_factory) -> list[object]:
 def test_a_killed_run_leaves_nothing_that_looks_whole_and_the_next_clears_it_away(long_build, spoilt, tmp_path):
     output = tmp_path / "out"
     process = start(*long_build, "--output", output, "--num_shards", 2)
-
-    def busy() -> bool:
-        return any(file.stat().st_size > 20 for file in tmp_path.glob(f"{WORK}/progress/written/*"))
-
-    wait_until(busy, process)
+    wait_until(lambda: busy(tmp_path, "written"), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert [path.name for path in tmp_path.iterdir()] == [".out.unfinished"]
@@ -180,7 +181,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole_and_the_next_clears_it_awa
 def test_a_killed_replacement_does_not_touch_the_old_data_before_it_has_new_ones(old, long_build, tmp_path):
     before = listing(old.folder)
     process = start(*long_build, "--output", old.folder, "--overwrite")
-    wait_until(lambda: list(tmp_path.glob(f"{WORK}/drafts/*")), process)
+    wait_until(lambda: busy(tmp_path, "segmented"), process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert listing(old.folder) == before
@@ -199,7 +200,7 @@ def test_an_interrupted_run_says_so_in_one_line_and_cleans_up(long_build, tmp_pa
     output = tmp_path / "out"
     process = start(*long_build, "--output", output, "--direct_running_mode", mode)
     if moment == "busy":
-        wait_until(lambda: list(tmp_path.glob(f"{WORK}/drafts/*")), process)
+        wait_until(lambda: busy(tmp_path, "segmented"), process)
     else:
         wait_until(lambda: psutil.Process(process.pid).children(recursive=True), process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
@@ -212,7 +213,7 @@ def test_an_interrupted_run_says_so_in_one_line_and_cleans_up(long_build, tmp_pa
 def test_a_worker_that_died_is_said_in_one_line_with_what_to_do(long_build, tmp_path):
     output = tmp_path / "out"
     process = start(*long_build, "--output", output, "--direct_running_mode", "multi_processing")
-    wait_until(lambda: list(tmp_path.glob(f"{WORK}/drafts/*")), process)
+    wait_until(lambda: busy(tmp_path, "segmented"), process)
     (nursery,) = psutil.Process(process.pid).children()
     nursery.children()[0].kill()
     _, stderr = process.communicate(timeout=60)
@@ -233,7 +234,7 @@ def test_workers_that_cannot_be_had_end_the_job_with_the_reason(long_build, tmp_
 
 def test_no_worker_outlives_a_launcher_that_was_killed(long_build, tmp_path):
     process = start(*long_build, "--output", tmp_path / "out", "--direct_num_workers", 2)
-    wait_until(lambda: list(tmp_path.glob(f"{WORK}/drafts/*")), process)
+    wait_until(lambda: busy(tmp_path, "segmented"), process)
     others = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.communicate()

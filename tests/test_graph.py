@@ -1,7 +1,9 @@
 """The graph of the build: that its parts travel, and that a cloud runner can be handed it."""
 
+import statistics
 import subprocess
 import sys
+from collections import Counter, defaultdict
 
 import apache_beam as beam
 import numpy as np
@@ -15,8 +17,9 @@ from builds import PICTURE, REPOSITORY, CocoFolder, planned
 from collavo.dataset import CrayonFileWriter
 from collavo.instructions.choose import ClassStatistics
 from collavo.sources.coco_panoptic import Annotation
-from pipelines.graph import CombineStatistics, build_graph, count_shards
+from pipelines.graph import CombineStatistics, _merge, build_graph, count_shards
 from pipelines.job import CrayonJob
+from pipelines.merge import image_key
 from pipelines.records import ImageTask, Input, Mention, packed, unpacked
 from schemas.categories import COCO_PANOPTIC
 
@@ -109,6 +112,20 @@ def test_what_is_shuffled_per_image_is_small():
     count, data = batch = packed(tasks)
     assert count == 16 and len(data) < 16 * 100
     assert unpacked(batch) == tasks
+
+
+@pytest.mark.parametrize(("images", "least", "most"), [(5, 1, 5), (400, 4, 60), (4000, 40, 90), (70_000, 200, 512)])
+def test_a_pack_holds_few_images_of_few_and_many_of_many(images, least, most):
+    partitions = defaultdict(list)
+    for i in range(images):
+        mention = Mention(Input("folder", ""), "", f"/{i}.jpg")
+        partitions[image_key(mention)[0]].append(mention)
+    together = Counter()
+    for number, mentions in partitions.items():
+        for key, (count, _) in _merge(number, [packed(mentions[::2]), packed(mentions[1::2])]):
+            together[key] += count
+    assert together.total() == images
+    assert least <= statistics.median(together.values()) <= max(together.values()) <= most
 
 
 def test_class_statistics_are_the_same_for_any_grouping():
