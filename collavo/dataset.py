@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from posixpath import basename, dirname, join
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -23,7 +24,7 @@ from collavo.categories import read_categories
 from collavo.errors import Rejected, UserError, first_line
 from collavo.images import decode_rgb
 from collavo.sources.image_paths import checked_relative
-from collavo.storage import open_random
+from collavo.storage import FAULTS, MANIFEST, exists, is_folder, is_local, list_files, local_path, open_random
 from schemas.categories import COCO_PANOPTIC, MAX_NUMBERING, CategorySet
 from schemas.crayon_row import (
     CRAYON_SCHEMA,
@@ -54,23 +55,23 @@ _DICTIONARY_COLUMNS = (
 )
 
 
-def find_files(paths: Sequence[str]) -> list[Path]:
+def find_files(paths: Sequence[str]) -> list[str]:
     """Find the Parquet files of one data set or several, checked to be crayon data, with no shard missing.
 
     Files that another tool has written again - `datasets`, pandas, Polars, DuckDB - are as good as our own: columns may
     be of wider types, and metadata may be gone.
 
     Args:
-        paths: files, or folders whose `*.parquet` are meant.
+        paths: files, or folders whose `*.parquet` are meant, on a disk or in a store; there also glob patterns.
 
     Raises:
         UserError: for a path that is not there, a file that is not crayon data, or an incomplete set of shards.
     """
-    files = sorted({file for path in paths for file in _files_of(Path(path))})
+    files = sorted({file for path in paths for file in _files_of(path)})
     for file in files:
-        check_schema(_schema_of(file), str(file))
-    for folder in {file.parent for file in files}:
-        _check_complete(folder, [file.name for file in files if file.parent == folder])
+        check_schema(_schema_of(file), file)
+    for folder in {dirname(file) for file in files}:
+        _check_complete(folder, [basename(file) for file in files if dirname(file) == folder])
     return files
 
 
@@ -82,7 +83,7 @@ def category_set(files: Sequence[Path | str]) -> CategorySet:
     """
     sets = {}
     for uri in map(str, files):
-        with open_random(uri) as file, opened_parquet(file, uri) as parquet:
+        with opened_parquet(uri) as parquet:
             sets[uri] = _category_set_in(parquet, uri)
     first_uri, first = next(iter(sets.items()))
     for uri, other in sets.items():
@@ -99,16 +100,16 @@ def notes(files: Sequence[Path | str]) -> list[str]:
     return [f"{len(old)} files, {old[0]} first, are of schema version 1: their rows have no image_sha256"]
 
 
-def check_splits(files: Sequence[Path]) -> None:
+def check_splits(files: Sequence[str]) -> None:
     """Refuse data sets that hold the same picture in different splits: a model would be judged on what it has seen.
 
     Raises:
         UserError: naming two files and how many pictures they share so.
     """
-    if len({file.parent for file in files}) < 2:  # in one data set, a picture has one row
+    if len({dirname(file) for file in files}) < 2:  # in one data set, a picture has one row
         return
-    seen: dict[bytes, tuple[str, Path]] = {}
-    crossing: list[tuple[Path, Path]] = []
+    seen: dict[bytes, tuple[str, str]] = {}
+    crossing: list[tuple[str, str]] = []
     for file in files:
         if "image_sha256" not in _schema_of(file).names:
             continue
@@ -120,10 +121,10 @@ def check_splits(files: Sequence[Path]) -> None:
                 if other_split != record["split"]:
                     crossing.append((other, file))
     if crossing:
-        other, file = crossing[0]
+        one, other = map(dirname, crossing[0])
         raise UserError(
-            f"{len(crossing)} pictures are in one split of {other.parent} and in the other of {file.parent}; merge the "
-            f"data sets with build_crayon.py --from_crayon {other.parent} {file.parent}"
+            f"{len(crossing)} pictures are in one split of {one} and in the other of {other}; merge the "
+            f"data sets with build_crayon.py --from_crayon {one} {other}"
         )
 
 
@@ -157,7 +158,9 @@ class LeftOut:
 _NAMED_PER_REASON = 3
 
 
-def read_rows(files: Sequence[Path], split: str | None = None, left_out: LeftOut | None = None) -> Iterator[CrayonRow]:
+def read_rows(
+    files: Sequence[Path | str], split: str | None = None, left_out: LeftOut | None = None
+) -> Iterator[CrayonRow]:
     """Read the rows of some files, in order, a bounded number in memory.
 
     Args:
@@ -176,7 +179,7 @@ def read_rows(files: Sequence[Path], split: str | None = None, left_out: LeftOut
                 except Rejected as error:
                     if left_out is None:
                         raise UserError(f"{file}: row {error.entry_id}: {error.reason}: {error}") from error
-                    left_out.add(error.reason, f"row {error.entry_id} of {file.name}", str(error))
+                    left_out.add(error.reason, f"row {error.entry_id} of {basename(file)}", str(error))
                     continue
                 if split in (None, row.split):
                     yield row
@@ -195,7 +198,7 @@ def checked_row(record: Mapping[str, Any] | Rejected, classes: int, with_instruc
     return CrayonRow.from_record(record)
 
 
-def count_rows(files: Sequence[Path], split: str | None = None) -> int:
+def count_rows(files: Sequence[Path | str], split: str | None = None) -> int:
     """Count the rows of some files, of one split or all.
 
     Raises:
@@ -212,17 +215,18 @@ def count_rows(files: Sequence[Path], split: str | None = None) -> int:
 
 
 @contextmanager
-def opened_parquet(file: Path | BinaryIO, name: str = "") -> Iterator[pq.ParquetFile]:
+def opened_parquet(file: Path | str | BinaryIO, name: str = "") -> Iterator[pq.ParquetFile]:
     """Open a Parquet file; whatever damage Arrow finds in the block becomes one line.
 
     Args:
+        file: a path, a URI, or an open file.
         name: what the line calls an open file.
 
     Raises:
         UserError: for a file that cannot be read.
     """
     try:
-        yield pq.ParquetFile(file)
+        yield pq.ParquetFile(open_random(file) if isinstance(file, str) and not is_local(file) else file)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{name or file}: cannot be read as Parquet ({first_line(error)})") from error
 
@@ -586,21 +590,26 @@ def _leaf_columns(column: pa.Field) -> list[str]:
     return [column.name]
 
 
-def _files_of(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"{path}: there is no such file; build data with pipelines/build_crayon.py")
-    files = list(path.glob("*.parquet"))
+def _files_of(path: str) -> list[str]:
+    if is_local(path):
+        file = Path(local_path(path))
+        files = [str(file)] if file.is_file() else [str(found) for found in file.glob("*.parquet")]
+    else:
+        try:
+            files = ([] if is_folder(path) else list_files(path)) or list_files(f"{path.rstrip('/')}/*.parquet")
+        except FAULTS as error:
+            raise UserError(f"{path}: {first_line(error)}") from error
     if not files:
-        raise UserError(f"{path}: the folder holds no .parquet file")
+        raise UserError(f"{path}: there is no .parquet file; build data with pipelines/build_crayon.py")
     return files
 
 
-def _check_complete(folder: Path, names: Sequence[str]) -> None:
+def _check_complete(folder: str, names: Sequence[str]) -> None:
     for kind, total in {(match[1], match[2]) for name in names if (match := _SHARD_NAME.fullmatch(name))}:
         found = sum(name.startswith(f"{kind}-") and name.endswith(f"-of-{total}.parquet") for name in names)
         if found < int(total):
             raise UserError(
                 f"{folder}: {found} of {int(total)} files {kind}-*.parquet; name them all, or build the data again"
             )
+        if not is_local(folder) and not exists(join(folder, MANIFEST)):  # a local data set appears whole
+            raise UserError(f"{folder}: there is no {MANIFEST}, so a build is writing there, or was stopped")

@@ -19,6 +19,7 @@ from collavo.errors import Rejected, UserError
 from collavo.export_formats import DATA_FILES, FORMATS, ExportedImage, WriteRow, entries_of, fault_of, with_image_token
 from collavo.images import format_and_turned
 from collavo.sources.image_paths import checked_relative
+from collavo.storage import is_local
 from schemas.crayon_row import SPLITS, CrayonRow
 
 _EXPORTED = re.compile(
@@ -100,7 +101,9 @@ def _export(flags: Flags) -> None:
     if flags.image_root and not flags.image_root.is_dir():
         raise UserError(f"--image_root {flags.image_root}: there is no such folder")
     with naming("output"):
-        _check_output(flags.output, [*files, *filter(None, [flags.image_root])], flags.overwrite)
+        _check_output(
+            flags.output, [*map(Path, filter(is_local, files)), *filter(None, [flags.image_root])], flags.overwrite
+        )
     account: Account = Counter()
     with output_folder(flags.output.resolve()) as folder, naming("data"):
         with FORMATS[flags.to](folder) as write:
@@ -129,7 +132,7 @@ def _check_output(output: Path, read: Sequence[Path], overwrite: bool) -> None:
         raise UserError(f"{output}: holds an export already; --overwrite would replace it")
 
 
-def _write_rows(flags: Flags, files: Sequence[Path], write: WriteRow, account: Account) -> None:
+def _write_rows(flags: Flags, files: Sequence[str], write: WriteRow, account: Account) -> None:
     from rich.console import Console
 
     from collavo.progress import Progress

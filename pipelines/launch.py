@@ -1,4 +1,7 @@
-"""Hands a job to a runner, watches over the workers of a local run, and makes one line of what goes wrong there."""
+"""Hands a job to a runner, watches over the workers of a local run, and makes one line of what goes wrong there.
+
+What any other runner says, and its workers through it, goes to a log file, which is named where the job fails.
+"""
 
 import io
 import json
@@ -6,12 +9,15 @@ import logging
 import os
 import re
 import signal
+import tempfile
 import threading
-from contextlib import ExitStack, redirect_stderr
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
 import apache_beam as beam
+import grpc
 from apache_beam.options.pipeline_options import DirectOptions, StandardOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.runners.portability.fn_api_runner.worker_handlers import GrpcWorkerHandler, WorkerHandler
@@ -31,6 +37,8 @@ from pipelines.progress import ProgressDisplay
 _FORKED = "collavo:env:forked:v1"
 """By what name the runner finds how its workers are started."""
 
+_MAX_LINE = 400
+
 _GRACE_SECONDS = 5.0
 """How long a job may go on after a worker has failed: where the worker had begun, Beam notices by itself."""
 
@@ -46,22 +54,60 @@ def run_job(plan: Plan, workers: LocalWorkers | None, console: Console) -> None:
             else the runner raises comes as it is.
     """
     runner: Any = plan.beam_options.view_as(StandardOptions).runner
-    publication = plan.job.publication
+    name, publication = runner, plan.job.publication
     with ExitStack() as stack:
-        watch = None
-        if runner == "DirectRunner":
+        watch = log = result = None
+        if runner != "DirectRunner":
+            log = stack.enter_context(_runner_log())
+            console.print(f"{runner} runs the job; what it says goes to {log}", highlight=False, soft_wrap=True)
+        else:
             runner, watch = _local_runner(plan.beam_options.view_as(DirectOptions), workers, stack)
             if is_local(publication.work):
                 stack.enter_context(ProgressDisplay(publication.work, console))
         try:
             pipeline = beam.Pipeline(runner=runner, options=plan.beam_options)
             build_graph(pipeline, plan.job)
-            pipeline.run().wait_until_finish()
+            result = pipeline.run()
+            result.wait_until_finish()
         except (Exception, KeyboardInterrupt) as error:
             explained = (watch and watch.explained(error)) or _explained(error, publication)
+            if log:
+                logging.getLogger(__name__).error("the job failed", exc_info=error)
+                if result:
+                    with suppress(Exception):  # the job may be over, or its runner gone; else it would go on
+                        result.cancel()
+                explained = explained or UserError(f"--runner {name}: {_end_of_job(error)}; its log: {log}", 1)
             if explained is None:
                 raise
             raise explained from error
+
+
+@contextmanager
+def _runner_log() -> Iterator[str]:
+    """Keep what Beam and its runner say in a file, which vanishes where the block ends well."""
+    handle, path = tempfile.mkstemp(prefix="build-crayon-", suffix=".log")
+    os.close(handle)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    before, root.handlers, level = root.handlers, [handler], root.level
+    root.setLevel(logging.INFO)
+    try:
+        yield path
+        os.unlink(path)
+    finally:
+        root.handlers = before
+        root.setLevel(level)
+
+
+def _end_of_job(error: BaseException) -> str:
+    """Say in what state a job ended, with the last line of what its runner said of it."""
+    if isinstance(error, grpc.RpcError) and isinstance(error, grpc.Call):
+        return f"the runner cannot be reached any more ({error.code().name}): {(error.details() or '')[:_MAX_LINE]}"
+    text = str(error).strip()
+    state = re.search(r"\bstate:? ([A-Z_]+)", text, re.IGNORECASE)
+    last = re.sub(r" \[while running .*", "", text.rpartition("\n")[2]) or type(error).__name__
+    return f"the job ended in state {state[1] if state else 'unknown'}: {last[:_MAX_LINE]}"
 
 
 def _local_runner(

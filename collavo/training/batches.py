@@ -15,13 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from collavo.dataset import check_record, decoded_image
-from collavo.errors import Rejected, UserError, first_line
+from collavo.dataset import check_record, decoded_image, opened_parquet
+from collavo.errors import Rejected, UserError
 from collavo.model.packing import PADDING, SHARED, packed_positions
 from collavo.model.processing import CollavoProcessor
 from collavo.model.prompt import Kind, RenderedPrompt
@@ -121,9 +120,10 @@ class RowReader:
         if number not in self._tables:
             group = self._groups[number]
             try:
-                self._tables[number] = pq.ParquetFile(group.file).read_row_group(group.group, columns=list(_COLUMNS))
-            except (OSError, pa.ArrowException) as error:
-                detail = f"{group.file}, row group {group.group}: {first_line(error)}"
+                with opened_parquet(group.file) as parquet:
+                    self._tables[number] = parquet.read_row_group(group.group, columns=list(_COLUMNS))
+            except UserError as error:
+                detail = f"row group {group.group} of {error}"
                 raise Rejected("unreadable_rows", detail, f"row {row}") from error
             while len(self._tables) > 1 and sum(map(len, self._tables.values())) > self._kept_rows:
                 self._tables.popitem(last=False)

@@ -12,6 +12,7 @@ from typing import Any
 
 from collavo.folders import write_whole
 from collavo.runs import TRAIN_ARGS
+from collavo.storage import open_random
 from collavo.training.arguments import TrainArguments
 
 # Arguments that change neither what is learned nor in which order, so that a resumed run may change them; the length of
@@ -24,10 +25,10 @@ _FREE_ARGUMENTS = (
 )  # fmt: skip
 
 
-def learned_from(arguments: TrainArguments, files: Sequence[Path]) -> dict[str, Any]:
+def learned_from(arguments: TrainArguments, files: Sequence[str]) -> dict[str, Any]:
     """Say what a run learns from and in which order: the arguments that matter, and the checksum of each data file."""
     kept = {name: value for name, value in asdict(arguments).items() if name not in _FREE_ARGUMENTS}
-    facts = {"arguments": kept, "data": [[str(file), _footer_sha256(file)] for file in files]}
+    facts = {"arguments": kept, "data": [[file, _footer_sha256(file)] for file in files]}
     return dict(json.loads(json.dumps(facts)))  # as a checkpoint gives it back
 
 
@@ -53,7 +54,7 @@ def _said(value: Any) -> str:
 def write_train_args(
     folder: Path,
     arguments: TrainArguments,
-    files: Sequence[Path],
+    files: Sequence[str],
     adapters: Sequence[str],
     projector_trained: bool,
     dtype: str,
@@ -73,7 +74,7 @@ def write_train_args(
         "adapter_names": list(adapters),
         "projector_trained": projector_trained,
         "dtype": dtype,
-        "files": {str(file): _footer_sha256(file) for file in files},
+        "files": {file: _footer_sha256(file) for file in files},
         "ranks": ranks,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "collavo")},
@@ -81,12 +82,12 @@ def write_train_args(
     write_whole(folder / TRAIN_ARGS, json.dumps(facts, indent=2) + "\n")
 
 
-def _footer_sha256(file: Path) -> str:
+def _footer_sha256(file: str) -> str:
     """SHA-256 of a Parquet file's footer, which says where every page lies and how large it is.
 
     It stands for the whole file, which may be hundreds of gigabytes.
     """
-    with file.open("rb") as stream:
+    with open_random(file) as stream:
         stream.seek(-8, 2)
         length = int.from_bytes(stream.read(4), "little")
         stream.seek(-8 - length, 2)

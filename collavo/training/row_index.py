@@ -5,7 +5,7 @@ The text columns are read once, at the start. The plan of the batches follows fr
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from posixpath import basename
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ _NO_ROW: dict[str, Any] = {"image_id": "", "width": None, "instructions": (), "c
 class RowGroup:
     """A row group of a file, the unit of reading. Row numbers count over the whole data set, from `first_row` on."""
 
-    file: Path
+    file: str
     group: int
     first_row: int
     rows: int
@@ -80,7 +80,7 @@ class RowIndex:
 
 
 def build_row_index(
-    files: Sequence[Path],
+    files: Sequence[str],
     split: str,
     limit: LengthLimit,
     tasks: Sequence[str] = TASKS,
@@ -113,7 +113,7 @@ def build_row_index(
                 first_row = rows
                 for record in read_records(parquet, columns, group):
                     rows += 1
-                    usable = _usable(record, classes, f"row {rows} of {file.name}", left_out)
+                    usable = _usable(record, classes, f"row {rows} of {basename(file)}", left_out)
                     wanted = usable if usable and usable["split"] == split else _NO_ROW
                     for kind, collector in collected.items():
                         collector.add_row(wanted, _numbers_of(wanted, kind, tasks))
