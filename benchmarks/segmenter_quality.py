@@ -69,7 +69,7 @@ def main() -> None:
 
     scenes = cached_scenes(args.cache, args.count, args.size, args.seed)
     thresholds = THRESHOLD_PRESETS[args.thresholds] if args.thresholds else None
-    segmenter = load_segmenter("mask2former", checkpoint=args.checkpoint, thresholds=thresholds, device=args.device)
+    segmenter = load_segmenter("transformers", checkpoint=args.checkpoint, thresholds=thresholds, device=args.device)
     truth = json.loads((scenes / "panoptic.json").read_text())
     predictions = args.cache / "predictions" / scenes.name
     start = time.perf_counter()
