@@ -48,7 +48,7 @@ _TABLE = re.compile(r"(<!-- figures -->\n).*?(<!-- end of figures -->)", re.DOTA
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--checkpoint", default=SCENES, help="a Mask2Former: folder, hub id, or scenes, the embedded one"
+        "--checkpoint", default=SCENES, help="of transformers: folder, hub id, or scenes, the embedded one"
     )
     parser.add_argument("--count", type=int, default=500, help="scenes")
     parser.add_argument(

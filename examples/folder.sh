@@ -12,8 +12,9 @@
 set -euo pipefail
 
 IMAGES=${IMAGES:?name a folder of pictures}
-# A Mask2Former: hub id or folder. Its classes become those of the data set and of the model; the checkpoints of ADE20K,
-# Cityscapes and Mapillary Vistas have other ones than COCO's. `scenes` is the small one of this package.
+# A network of transformers for universal segmentation, hub id or folder: docs/segmenters.md says which. Its classes
+# become those of the data set and of the model; the checkpoints of ADE20K, Cityscapes and Mapillary Vistas have other
+# ones than COCO's. `scenes` is the small one of this package.
 CHECKPOINT=${CHECKPOINT:-facebook/mask2former-swin-large-coco-panoptic}
 DIALOGUES=${DIALOGUES:-}              # a file of dialogues about these pictures, in LLaVA's format or as messages
 VALIDATION_RATIO=${VALIDATION_RATIO:-0.05}  # share of pictures that evaluation asks about
