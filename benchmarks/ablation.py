@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch_size", type=int, default=8, help="sequences per step")
     add("--base", default="tiny", help="a preset of collavo.train, or a base of yours")
     add("--train_flags", default=TRAIN_FLAGS, help="further flags of collavo.train, in quotes")
-    add("--segmenter", choices=("mask2former", "annotations"), default="mask2former")
+    add("--segmenter", choices=("transformers", "annotations"), default="transformers")
     add("--segmenter_checkpoint", default="scenes", help="default: the embedded network")
     add("--report_only", action="store_true", help="train nothing; report on what is finished")
     return parser

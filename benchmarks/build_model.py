@@ -89,7 +89,7 @@ def bare_loop(images: Path, output: Path, checkpoint: Path, input_size: int, dev
     from collavo.segmenters import load_segmenter
 
     segmenter = load_segmenter(
-        "mask2former", checkpoint=str(checkpoint), input_size=input_size, device=device, batch_size=BATCH_SIZE
+        "transformers", checkpoint=str(checkpoint), input_size=input_size, device=device, batch_size=BATCH_SIZE
     )
     files = sorted(images.iterdir())
     areas: dict[str, list[int]] = {}

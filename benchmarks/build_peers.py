@@ -165,7 +165,7 @@ class ByModel:
 
         torch.set_num_threads(1)
         options = {"input_size": 192, "device": "cpu", "batch_size": BATCH_SIZE}
-        self.segmenter = load_segmenter("mask2former", checkpoint=os.environ["BENCHMARK_CHECKPOINT"], **options)
+        self.segmenter = load_segmenter("transformers", checkpoint=os.environ["BENCHMARK_CHECKPOINT"], **options)
 
     def rows(self, paths: list[str]) -> list[dict[str, Any]]:
         from collavo.images import decode_rgb

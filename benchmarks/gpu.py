@@ -8,6 +8,7 @@ Parts, each a command of its own within its own time:
     postprocess_cpu, postprocess_gpu   mask logits -> panoptic map, beside transformers' function
     segmenter_embedded                 images/s of the build job beside a bare loop over the same Mask2Former
     segmenter_swin_l                   the same in the shape of the paper's segmenter, at 768 pixels
+    segmenter_shapes                   images/s of the segmenter alone in the shapes of EoMT, Mask2Former and DETR
     step                               a 7B-shaped dual-adapter step beside LLaVA's with one plain QLoRA
     sweep                              samples/s, percent of the measured bf16 matrix product rate and peak memory of
                                        that step, packed and not, with and without checkpointing, beside
@@ -47,14 +48,19 @@ PARTS = {
     "postprocess_cpu": Part("postprocess.py --threads 1 --images 4 --repeats 5", "--images 1 --repeats 3", 30),
     "postprocess_gpu": Part("postprocess.py --threads 1 --device cuda", "--images 1 --repeats 3 --device cpu", 30),
     "segmenter_embedded": Part(
-        "build_model.py --device cuda --size 640x480 --input_size 320 --count 1000 --repeats 1",
+        "build_model.py --device cuda --size 640x480 --input_size 320 --count 700 --repeats 1",
         "--device cpu --size 64x64 --input_size 64 --count 2",
-        110,
+        80,
     ),
     "segmenter_swin_l": Part(
-        "build_model.py --device cuda --shape swin_l --size 640x480 --input_size 768 --count 300 --repeats 1",
+        "build_model.py --device cuda --shape swin_l --size 640x480 --input_size 768 --count 200 --repeats 1",
         "--device cpu --shape swin_toy --size 64x64 --input_size 64 --count 2",
-        130,
+        100,
+    ),
+    "segmenter_shapes": Part(
+        "segmenter_shapes.py --device cuda --batches 10 --shapes eomt_l mask2former_swin_l detr_r50",
+        "--device cpu --batches 1 --shapes toy",
+        60,
     ),
     "step": Part(
         "train_step.py --sizes 7b --device cuda --parts step --batch 4 --repeats 5",

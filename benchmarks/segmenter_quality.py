@@ -48,7 +48,7 @@ _TABLE = re.compile(r"(<!-- figures -->\n).*?(<!-- end of figures -->)", re.DOTA
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--checkpoint", default=SCENES, help="a Mask2Former: folder, hub id, or scenes, the embedded one"
+        "--checkpoint", default=SCENES, help="of transformers: folder, hub id, or scenes, the embedded one"
     )
     parser.add_argument("--count", type=int, default=500, help="scenes")
     parser.add_argument(
@@ -69,7 +69,7 @@ def main() -> None:
 
     scenes = cached_scenes(args.cache, args.count, args.size, args.seed)
     thresholds = THRESHOLD_PRESETS[args.thresholds] if args.thresholds else None
-    segmenter = load_segmenter("mask2former", checkpoint=args.checkpoint, thresholds=thresholds, device=args.device)
+    segmenter = load_segmenter("transformers", checkpoint=args.checkpoint, thresholds=thresholds, device=args.device)
     truth = json.loads((scenes / "panoptic.json").read_text())
     predictions = args.cache / "predictions" / scenes.name
     start = time.perf_counter()

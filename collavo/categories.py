@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import count
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import ijson
@@ -17,6 +18,9 @@ import ijson
 from collavo.errors import UserError
 from collavo.sources import whole_id
 from schemas.categories import COCO_PANOPTIC, LEFT_OUT, CategorySet, name_key, without_suffixes
+
+CATEGORIES_FILE = "categories.json"
+"""In a segmenter's folder: the set it was trained on, as COCO's `categories` with a name."""
 
 _TAIL_BYTES = 4 << 20
 """Where the `categories` of COCO's files stand; reading 300 MB for them would take half a minute."""
@@ -126,8 +130,27 @@ def categories_of_annotations(file: BinaryIO, name: str, are_things: bool = Fals
     return read_categories(records, name, are_things) if records else None
 
 
+def categories_of_checkpoint(folder: Path, name: str, known_set: CategorySet | None = None) -> CategorySet:
+    """Read the set of a segmenter's checkpoint, where a category id is the number of a class in the network.
+
+    Args:
+        folder: with `config.json`, and `categories.json` where the checkpoint says itself which classes are things.
+        known_set: where it has all of these classes, it says which of them are things.
+
+    Raises:
+        UserError: for a set of which nobody here knows which classes are things.
+    """
+    if (file := folder / CATEGORIES_FILE).is_file():
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return CategorySet.from_records(content["name"], content["categories"])
+    id2label = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
+    return categories_of_labels({int(label): each for label, each in id2label.items()}, name, known_set)
+
+
 def categories_of_labels(id2label: Mapping[int, str], name: str, known_set: CategorySet | None = None) -> CategorySet:
     """Make the set that a checkpoint names in its `id2label`, in the checkpoint's order.
+
+    DETR's 250 numbers are COCO's own, with gaps: what is called N/A, or by its number alone, is no class.
 
     Args:
         known_set: where it has all of these classes, it says which of them are things.
@@ -135,7 +158,8 @@ def categories_of_labels(id2label: Mapping[int, str], name: str, known_set: Cate
     Raises:
         UserError: for a set of which nobody here knows which classes are things.
     """
-    names = [id2label[label] for label in sorted(id2label)]
+    numbers = [n for n in sorted(id2label) if id2label[n] not in ("N/A", f"LABEL_{n}")] or sorted(id2label)
+    names = [id2label[number] for number in numbers]
     keys = {name_key(each) for each in names}
     known = [categories for categories in (known_set, COCO_PANOPTIC) if categories and keys <= categories.by_key.keys()]
     listed, count_of_stuff = _STUFF.get(len(names), ("", -1))
@@ -149,7 +173,7 @@ def categories_of_labels(id2label: Mapping[int, str], name: str, known_set: Cate
             f"{name}: the checkpoint names {len(names)} classes ({', '.join(names[:3])}, ...) and does not say "
             "which of them are things; --categories FILE says so"
         )
-    records = [{"id": i, "name": each, "isthing": name_key(each) in things} for i, each in enumerate(names)]
+    records = [{"id": n, "name": id2label[n], "isthing": name_key(id2label[n]) in things} for n in numbers]
     return read_categories(records, name)
 
 

@@ -73,17 +73,17 @@ class ModelFlags:
     object_list: str = flag("trained", "whether prompts begin with the recognised objects (default: as the model was "
         "trained)", choices=("trained", "with", "none"), group="answers and segmenter")  # fmt: skip
     max_new_tokens: int = flag(512, "length of an answer at most", least=1)
-    segmenter: str = flag("auto", "auto (mask2former), none (nothing is recognised), mask2former or detectron2",
+    segmenter: str = flag("auto", "auto (transformers), none (nothing is recognised), transformers or detectron2",
         choices=SEGMENTER_CHOICES)  # fmt: skip
     segmenter_checkpoint: str | None = flag(None, "hub id, folder, or scenes for the embedded network, which knows "
         "drawn scenes only; for detectron2 a weights file (default: scenes for auto and a model made from --preset "
         "tiny, else the paper's)", metavar="ID_OR_PATH")  # fmt: skip
     segmenter_config: str | None = flag(None, "detectron2's config, of the model zoo or a file", metavar="YAML")
-    segmenter_preset: str | None = flag(None, "mask2former's thresholds: default, scenes for networks trained on drawn "
+    segmenter_preset: str | None = flag(None, "transformers' thresholds: default, scenes for networks trained on drawn "
         "scenes, or paper for the authors' call (default: scenes for the embedded network, else default)",
         choices=THRESHOLD_PRESETS)  # fmt: skip
-    segmenter_input_size: int | None = flag(None, "side of the square that mask2former sees (default: 320x256 for "
-        "scenes, else 768)", kind=int, metavar="PIXELS", least=1)  # fmt: skip
+    segmenter_input_size: int | None = flag(None, "side of a square that transformers' network sees, into which "
+        "pictures are squeezed (default: the checkpoint's own way)", kind=int, metavar="PIXELS", least=1)  # fmt: skip
     device: str = flag("auto", "auto, cpu, cuda or cuda:N")
     quantize: bool | None = flag(None, "NF4 for the language model (default: as it was trained)", kind=bool)
 

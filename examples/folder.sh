@@ -12,8 +12,9 @@
 set -euo pipefail
 
 IMAGES=${IMAGES:?name a folder of pictures}
-# A Mask2Former: hub id or folder. Its classes become those of the data set and of the model; the checkpoints of ADE20K,
-# Cityscapes and Mapillary Vistas have other ones than COCO's. `scenes` is the small one of this package.
+# A network of transformers for universal segmentation, hub id or folder: docs/segmenters.md says which. Its classes
+# become those of the data set and of the model; the checkpoints of ADE20K, Cityscapes and Mapillary Vistas have other
+# ones than COCO's. `scenes` is the small one of this package.
 CHECKPOINT=${CHECKPOINT:-facebook/mask2former-swin-large-coco-panoptic}
 DIALOGUES=${DIALOGUES:-}              # a file of dialogues about these pictures, in LLaVA's format or as messages
 VALIDATION_RATIO=${VALIDATION_RATIO:-0.05}  # share of pictures that evaluation asks about
@@ -21,7 +22,7 @@ OUT=${OUT:-folder}
 TRAIN_FLAGS=${TRAIN_FLAGS:-}          # more flags of collavo.train, such as --preset
 
 # 1. Build. A GPU is wise with a large checkpoint.
-sources=(--images "$IMAGES" --segmenter mask2former --segmenter_checkpoint "$CHECKPOINT")
+sources=(--images "$IMAGES" --segmenter transformers --segmenter_checkpoint "$CHECKPOINT")
 if [ -n "$DIALOGUES" ]; then sources+=(--llava_json "$DIALOGUES" --image_root "$IMAGES"); fi
 python pipelines/build_crayon.py "${sources[@]}" --validation_ratio "$VALIDATION_RATIO" --output "$OUT/data" --overwrite
 echo "Look at $OUT/data/report.html before you train: are segments, counts and boxes right?"
@@ -35,5 +36,5 @@ python -m collavo.evaluate --model "$OUT/run" --data "$OUT"/data/*.parquet --max
 
 # 4. Ask about a picture as it comes, segmented on the spot.
 picture=$(find "$IMAGES" -type f | sort | head -n 1)
-python -m collavo.chat --model "$OUT/run" --segmenter mask2former --segmenter_checkpoint "$CHECKPOINT" \
+python -m collavo.chat --model "$OUT/run" --segmenter transformers --segmenter_checkpoint "$CHECKPOINT" \
     --image "$picture" --prompt "What is in this picture?"

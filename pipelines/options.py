@@ -46,7 +46,7 @@ examples:
       --coco_images train2017 --output out
   build_crayon.py --llava_json llava_v1_5_mix665k.json \\
       --image_root playground/data --device cuda --output out
-  build_crayon.py --images 'photos/**/*.jpg' --segmenter mask2former
+  build_crayon.py --images 'photos/**/*.jpg' --segmenter transformers
   build_crayon.py --images 'drawn/*.jpg' --segmenter_checkpoint scenes
   build_crayon.py --from_crayon 'out/*.parquet' --templates mine.json \\
       --seed 1 --output out2
@@ -116,8 +116,8 @@ class SourceFlags:
 class SegmentationFlags:
     segmenter: str = flag(
         "auto",
-        "auto (annotations where a named source has them, else mask2former), annotations, mask2former, detectron2, or "
-        "none, for captions to align a projector with",
+        "auto (annotations where a named source has them, else transformers), annotations, transformers (Mask2Former, "
+        "EoMT, OneFormer, MaskFormer, DETR), detectron2, or none, for captions to align a projector with",
         choices=("auto", "annotations", *SEGMENTERS, "none"),
         metavar="NAME",
         group="segmentation",
@@ -138,7 +138,8 @@ class SegmentationFlags:
     )
     segmenter_input_size: int | None = flag(
         None,
-        "side of the square that mask2former sees (default: the checkpoint's own, 320x256 for scenes; else 768)",
+        "side of a square that transformers' network sees, into which images are squeezed (default: the checkpoint's "
+        "own way)",
         kind=int,
         metavar="PIXELS",
         least=1,

@@ -71,9 +71,9 @@ _PATH_FLAGS = (
 )
 """Flags whose values may lie in any storage."""
 
-_MASK2FORMER_FLAGS = ("segmenter_preset", "segmenter_input_size")
+_TRANSFORMERS_FLAGS = ("segmenter_preset", "segmenter_input_size")
 
-_MODEL_FLAGS = ("segmenter_checkpoint", "segmenter_config", *_MASK2FORMER_FLAGS, "model_copies")
+_MODEL_FLAGS = ("segmenter_checkpoint", "segmenter_config", *_TRANSFORMERS_FLAGS, "model_copies")
 """Flags that are refused where no model runs. The device and the bounds of a batch are let pass: scripts always set
 them."""
 
@@ -130,7 +130,7 @@ def make_plan(flags: Flags, rest: Sequence[str], share_gpu: bool) -> Plan:
     job = _job(flags, sources, sets, publication)
     if job.model is None and (unused := flags.given & set(_MODEL_FLAGS)):
         raise UserError(
-            f"--{min(unused)}: no model runs, annotations are all there is; --segmenter mask2former runs one"
+            f"--{min(unused)}: no model runs, annotations are all there is; --segmenter transformers runs one"
         )
     if flags.output.extend:
         check_extension(publication.output, publication.configuration, job.phrasebook.sha256, job.model is not None)
@@ -156,7 +156,7 @@ def _check_unused(flags: Flags) -> None:
         ("image_root", sources.llava_json or sources.images, "with --llava_json or --images"),
         *((name, not sources.named, "where no source is named") for name in ("scenes", "scene_size")),
         ("segmenter_config", segmenter == "detectron2", "with --segmenter detectron2"),
-        *((name, segmenter not in ("detectron2", "none"), "with mask2former") for name in _MASK2FORMER_FLAGS),
+        *((name, segmenter not in ("detectron2", "none"), "with transformers") for name in _TRANSFORMERS_FLAGS),
         ("segmenter_checkpoint", segmenter != "none", "with a segmenter"),
         ("extend", sources.named, "with sources to add"),
         ("max_images", not sources.from_crayon and not output.extend, "on images that no finished row holds"),
@@ -201,7 +201,7 @@ def _publication(flags: Flags, runner: str) -> Publication:
     folder = str(staging_of(Path(output), stage_inside)) if is_local(output) else output
     unused = ("scenes", "scene_size") if flags.sources.named else ()
     given = {k: v for k, v in sorted(flags.values.items()) if v not in (None, (), "") and k not in unused}
-    if not flags.sources.named and flags.segmentation.segmenter in ("auto", "mask2former"):
+    if not flags.sources.named and flags.segmentation.segmenter in ("auto", "transformers"):
         given.setdefault("segmenter_checkpoint", SCENES)
     return Publication(
         output=output,
@@ -509,7 +509,7 @@ def _crayon_files(pattern: str) -> list[str]:
 def _job(flags: Flags, sources: Sources, sets: _Sets, publication: Publication) -> CrayonJob:
     segmenter = flags.segmentation.segmenter
     if segmenter == "annotations" and not sources.coco and not sources.crayon_files:
-        raise UserError("--segmenter annotations needs --coco_panoptic; auto, mask2former and detectron2 do not")
+        raise UserError("--segmenter annotations needs --coco_panoptic; auto, transformers and detectron2 do not")
     phrasebook = _phrasebook(flags)
     options = flags.instructions.options
     model = _model(flags.segmentation, sources, sets)
@@ -561,9 +561,9 @@ def _model(flags: SegmentationFlags, sources: Sources, sets: _Sets) -> ModelConf
         return None
     if flags.segmenter == "none":
         return ModelConfig(NoSegmenter, flags.batch_size, flags.max_batch_pixels, flags.model_copies)
-    name = "mask2former" if flags.segmenter == "auto" else flags.segmenter
+    name = "transformers" if flags.segmenter == "auto" else flags.segmenter
     options: dict[str, Any] = {"checkpoint": flags.segmenter_checkpoint, "device": flags.device}
-    if name == "mask2former":
+    if name == "transformers":
         if sources.scenes_only and flags.segmenter_checkpoint is None:
             options["checkpoint"] = SCENES
         options |= {"input_size": flags.segmenter_input_size, "batch_size": flags.batch_size}
@@ -602,7 +602,7 @@ def check_network(flags: Flags, plan: Plan) -> None:
     if model and is_certain and plan.beam_options.view_as(StandardOptions).runner == "DirectRunner":
         name = flags.segmentation.segmenter
         with naming("segmenter_checkpoint"):
-            check_checkpoint("mask2former" if name == "auto" else name, flags.segmentation.segmenter_checkpoint)
+            check_checkpoint("transformers" if name == "auto" else name, flags.segmentation.segmenter_checkpoint)
 
 
 def _load_segmenter(name: str, **options: Any) -> Segmenter:

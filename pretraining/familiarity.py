@@ -23,7 +23,7 @@ from collavo.images import decode_rgb
 from collavo.progress import Progress
 from collavo.scenes import draw_scene, scene_seed
 from collavo.segmenters.familiarity import Familiarity, features_of
-from collavo.segmenters.mask2former import Mask2FormerSegmenter
+from collavo.segmenters.universal import UniversalSegmenter
 
 SIZES_WH = ((320, 240), (640, 480), (320, 240), (480, 360), (320, 240), (256, 192))
 """In turn; the build draws the first unless it is told otherwise."""
@@ -42,7 +42,7 @@ class Flags:
 
 def main(argv: Sequence[str] | None = None) -> None:
     flags = parse(Flags, argv, prog="python -m pretraining.familiarity", description=__doc__)
-    segmenter = Mask2FormerSegmenter(SCENES, device="cpu")
+    segmenter = UniversalSegmenter(SCENES, device="cpu")
     console = Console()
     with Progress(console) as progress:
         known = [_features(segmenter, i) for i in progress.track(_scenes(flags.scenes), "Scenes", flags.scenes)]
@@ -70,8 +70,8 @@ def _scenes(count: int) -> Iterator[np.ndarray]:
 
 
 @torch.inference_mode()
-def _features(segmenter: Mask2FormerSegmenter, image: np.ndarray) -> torch.Tensor:
-    return features_of(segmenter.outputs([image]))
+def _features(segmenter: UniversalSegmenter, image: np.ndarray) -> torch.Tensor:
+    return features_of(segmenter.outputs([image], with_features=True))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m pretraining.segmenter --output runs/segmenter --steps 60000
 
 The command writes checkpoints and metrics into the output folder, and at the end the folder `model`, which the build
-loads with `--segmenter mask2former --segmenter_checkpoint runs/segmenter/model`. Repeat the command to continue a
+loads with `--segmenter transformers --segmenter_checkpoint runs/segmenter/model`. Repeat the command to continue a
 stopped run. `benchmarks/segmenter_quality.py` measures how good the model is.
 """
 
@@ -27,7 +27,8 @@ from collavo import cli
 from collavo.cli import REQUIRED, flag
 from collavo.errors import UserError
 from collavo.scenes import draw_scene, scene_seed
-from collavo.segmenters.mask2former import normalise, resize, without_backbone_warnings
+from collavo.segmenters.framing import Framing, resize
+from collavo.segmenters.universal import without_backbone_warnings
 from pretraining.loop import TRAIN_SCENES_SEED, LoopOptions, train_from_scratch
 from schemas.categories import COCO_PANOPTIC
 
@@ -36,6 +37,8 @@ INPUT_HW = (256, 320)
 
 MIDDLES_HW = (12, 16)
 """Rows and columns of the grid in which the dense loss places the middles of things."""
+
+_SQUEEZED = Framing(INPUT_HW, None)
 
 UNLABELLED = -100
 """Label of a cell that no loss looks at."""
@@ -143,7 +146,7 @@ class SupervisedSegmenter(nn.Module):
     def forward(self, batch: Sequence[SegmentedScene]) -> torch.Tensor:
         """Return the loss of a batch."""
         outputs: Any = self.model(
-            pixel_values=normalise(torch.from_numpy(np.stack([example.pixels for example in batch]))),
+            pixel_values=_SQUEEZED.normalise(torch.from_numpy(np.stack([example.pixels for example in batch]))),
             mask_labels=[example.masks for example in batch],
             class_labels=[example.labels for example in batch],
         )
@@ -228,7 +231,7 @@ def _train(argv: Sequence[str] | None) -> None:
     torch.manual_seed(flags.seed)
     with without_backbone_warnings():
         model = _model(flags.start)
-    model.config.input_size_hw = [flags.height, flags.width]  # the size at which `Mask2FormerSegmenter` shows pictures
+    model.config.input_size_hw = [flags.height, flags.width]  # the size at which `UniversalSegmenter` shows pictures
     supervised = SupervisedSegmenter(model)
 
     def loss_of(batch: Sequence[SegmentedScene]) -> torch.Tensor:

@@ -123,7 +123,7 @@ def test_a_source_that_cannot_be_read_ends_the_job_in_one_line(scenes, tmp_path,
 
 def test_a_model_that_cannot_be_had_is_a_wrong_flag_and_shows_no_bars(tmp_path, capfd):
     (tmp_path / "a.png").write_bytes(PICTURE)
-    model = ["--segmenter", "mask2former", "--segmenter_checkpoint", tmp_path / "nowhere"]
+    model = ["--segmenter", "transformers", "--segmenter_checkpoint", tmp_path / "nowhere"]
     arguments = ["--images", tmp_path / "*.png", *model, "--device", "cpu", "--output", tmp_path / "out"]
     assert main([*map(str, arguments)]) == 2
     shown = capfd.readouterr()

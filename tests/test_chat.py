@@ -90,7 +90,7 @@ def test_the_segmenter_is_the_one_asked_for(world, tmp_path, capsys):
     flags = ["--segmenter_checkpoint", str(checkpoint), "--segmenter_preset", "paper", "--prompt", QUESTION]
     assert main(of_file(world, *flags)) == 0
     segmenter = load_segmenter(
-        "mask2former", checkpoint=str(checkpoint), thresholds=THRESHOLD_PRESETS["paper"], device="cpu"
+        "transformers", checkpoint=str(checkpoint), thresholds=THRESHOLD_PRESETS["paper"], device="cpu"
     )
     found = Picture(PICTURE.image, segmenter.segment([PICTURE.image])[0])
     assert found.panoptic.segments
@@ -103,7 +103,7 @@ def test_a_model_made_from_the_embedded_base_has_the_embedded_segmenter_and_othe
     (tmp_path / "export.json").write_text('{"base": "tiny"}')
     assert base_of(str(tmp_path)) == base_of("tiny") == "tiny"
     assert open_segmenter("auto", "cpu", base="tiny").facts["checkpoint"] == "scenes"
-    for name, base in (("auto", "org/base"), ("mask2former", "tiny")):
+    for name, base in (("auto", "org/base"), ("transformers", "tiny")):
         with pytest.raises(UserError, match="facebook/mask2former-swin-large-coco-panoptic"):
             open_segmenter(name, "cpu", base=base)
 

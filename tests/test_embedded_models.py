@@ -57,7 +57,7 @@ def flip_a_byte(file: Path) -> None:
 def test_an_embedded_model_is_found_by_its_name_and_told_apart_by_its_weights(assets):
     found = find_embedded("scenes")
     assert found is not None and found.folder == assets / "segmenter"
-    facts = load_segmenter("mask2former", checkpoint="scenes", device="cpu").facts
+    facts = load_segmenter("transformers", checkpoint="scenes", device="cpu").facts
     assert (facts["checkpoint"], facts["revision"]) == ("scenes", f"sha256:{found.sha256}")
     assert find_embedded("./scenes") is find_embedded("org/scenes") is None
 
@@ -66,7 +66,7 @@ def test_damaged_weights_are_refused_in_one_line(assets):
     for folder in ("segmenter", "tiny_base"):
         flip_a_byte(assets / folder / "model.safetensors")
     with pytest.raises(UserError) as of_segmenter:
-        load_segmenter("mask2former", checkpoint="scenes", device="cpu")
+        load_segmenter("transformers", checkpoint="scenes", device="cpu")
     with pytest.raises(UserError) as of_base:
         load_base("tiny", torch.float32)
     for error in (of_segmenter, of_base):
@@ -83,7 +83,7 @@ def test_what_is_missing_is_named(assets, missing):
 @needs_scenes_model
 def test_the_segmenter_in_the_package_is_whole_and_sees_at_its_own_size():
     assert find_embedded("scenes") is not None
-    facts = load_segmenter("mask2former", checkpoint="scenes", device="cpu").facts
+    facts = load_segmenter("transformers", checkpoint="scenes", device="cpu").facts
     assert facts["input_size_hw"] == list(segmenter.INPUT_HW)
     assert facts["thresholds"] == asdict(THRESHOLD_PRESETS["scenes"])
 
@@ -115,7 +115,7 @@ def test_the_base_in_the_package_finds_words_that_are_laid_over_pictures_it_neve
 
 @needs_scenes_model
 def test_the_segmenter_in_the_package_sees_what_is_in_a_scene():
-    segmenter = load_segmenter("mask2former", checkpoint="scenes", device="cpu")
+    segmenter = load_segmenter("transformers", checkpoint="scenes", device="cpu")
     right = []
     for number in range(3):
         scene = draw_scene(scene_seed(4_000_037, number), (320, 240))
@@ -128,7 +128,7 @@ def test_the_segmenter_in_the_package_sees_what_is_in_a_scene():
 
 @needs_scenes_model
 def test_the_segmenter_in_the_package_tells_what_is_no_scene(real):
-    segmenter = load_segmenter("mask2former", checkpoint="scenes", device="cpu")
+    segmenter = load_segmenter("transformers", checkpoint="scenes", device="cpu")
     photograph = next((real / "coco").rglob("*.jpg"))
     pictures = [decode_rgb(photograph.read_bytes()), draw_scene(scene_seed(4_000_037, 0), (320, 240)).image]
     assert [found.unfamiliar for found in segmenter.segment(pictures)] == [True, False]
@@ -202,7 +202,7 @@ def test_the_segmenters_training_goes_on_where_it_stopped_and_leaves_a_segmenter
     for steps in ("1", "2"):
         assert segmenter.main([*flags, "--steps", steps]) == 0
     assert steps_logged(run) == [1, 2]
-    trained = load_segmenter("mask2former", checkpoint=str(run / "model"), device="cpu")
+    trained = load_segmenter("transformers", checkpoint=str(run / "model"), device="cpu")
     assert trained.facts["input_size_hw"] == [64, 96]
     (panoptic,) = trained.segment([np.zeros((30, 40, 3), np.uint8)])
     assert panoptic.index_map.shape == (30, 40)

@@ -38,9 +38,9 @@ def snapshot(cache: Path, model_id: str) -> Path:
 
 def test_a_segmenter_in_the_cache_needs_no_hub(unreachable, caplog):
     tiny_mask2former(snapshot(unreachable, "org/segmenter"))
-    segmenter = load_segmenter("mask2former", checkpoint="org/segmenter", device="cpu")
+    segmenter = load_segmenter("transformers", checkpoint="org/segmenter", device="cpu")
     assert segmenter.facts["checkpoint"] == "org/segmenter" and segmenter.facts["revision"] == REVISION
-    assert checkpoint_categories("mask2former", "org/segmenter") == segmenter.categories
+    assert checkpoint_categories("transformers", "org/segmenter") == segmenter.categories
     assert "Retrying" not in caplog.text
 
 

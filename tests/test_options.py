@@ -205,13 +205,13 @@ def test_classes_are_those_of_the_sources(workspace):
     ("line", "annotations", "model"),
     [
         ("", False, True),
-        ("--segmenter mask2former", False, True),
+        ("--segmenter transformers", False, True),
         ("--segmenter annotations", True, False),
         (COCO, True, False),
         ("--images pictures", True, True),
         (f"{COCO} --images pictures", True, True),
         (f"{COCO} --images pictures --segmenter annotations", True, False),
-        (f"{COCO} --segmenter mask2former", False, True),
+        (f"{COCO} --segmenter transformers", False, True),
         (f"{COCO} --llava_json l.json --image_root pictures", True, True),
         ("--from_crayon rows.parquet", True, False),
     ],
@@ -225,11 +225,11 @@ def test_a_model_is_used_where_annotations_are_not_all_there_is(workspace, line,
     ("line", "checkpoint"),
     [
         ("", "scenes"),
-        ("--segmenter mask2former", "scenes"),
+        ("--segmenter transformers", "scenes"),
         ("--segmenter_checkpoint mine", "mine"),
         ("--images pictures", None),
         ("--images pictures --segmenter_checkpoint scenes", "scenes"),
-        (f"{COCO} --segmenter mask2former", None),
+        (f"{COCO} --segmenter transformers", None),
     ],
 )
 def test_the_embedded_segmenter_is_for_scenes_drawn_here_and_where_it_is_named(workspace, line, checkpoint):
@@ -244,7 +244,7 @@ def test_flags_reach_the_segmenter_that_they_are_for(workspace):
     line = "--images pictures --segmenter_checkpoint x --segmenter_input_size 96 --segmenter_preset paper --device cpu"
     model = planned(*f"{line} --batch_size 3 --max_batch_pixels 9 --model_copies 2".split()).job.model
     assert model is not None
-    assert model.load.args == ("mask2former",)
+    assert model.load.args == ("transformers",)
     options = model.load.keywords
     assert options.pop("thresholds").like_transformers
     classes = {"categories": COCO_PANOPTIC, "category_map": None}

@@ -99,7 +99,7 @@ def test_a_model_of_a_published_layout_is_trained_judged_and_asked(
 def test_a_published_checkpoint_segments_in_its_own_classes(name: str, layout: Layout, tmp_path: Path) -> None:
     labels = PUBLISHED[name][2]
     checkpoint = tiny_mask2former(tmp_path / "checkpoint", labels)
-    flags = ["--segmenter", "mask2former", "--segmenter_checkpoint", checkpoint, "--segmenter_input_size", 64]
+    flags = ["--segmenter", "transformers", "--segmenter_checkpoint", checkpoint, "--segmenter_input_size", 64]
     data = build(tmp_path / "out", "--images", layout.images["train"], *flags, "--device", "cpu")
     things = {category["name"] for category in data.manifest["categories"]["categories"] if category["isthing"]}
     assert len(things) == sum(category["isthing"] for category in PUBLISHED[name][1])

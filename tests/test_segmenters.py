@@ -1,4 +1,4 @@
-"""The factory and the Mask2Former segmenter, on tiny random weights. `test_detectron2.py` has the other one."""
+"""The factory and the segmenter of transformers, on tiny random weights. `test_detectron2.py` has the other one."""
 
 import json
 import os
@@ -21,7 +21,8 @@ from collavo.errors import Rejected, UserError
 from collavo.panoptic.maps import PanopticMap
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.segmenters import Segmenter, load_segmenter
-from collavo.segmenters.mask2former import Mask2FormerSegmenter, normalise, resize
+from collavo.segmenters.framing import Framing, resize
+from collavo.segmenters.universal import UniversalSegmenter
 from pretraining.segmenter import segmenter_config
 from schemas.categories import COCO_PANOPTIC
 
@@ -71,7 +72,7 @@ def checkpoint(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def segmenter(checkpoint) -> Segmenter:
     return load_segmenter(
-        "mask2former", checkpoint=checkpoint, input_size=INPUT_HW, thresholds=THRESHOLDS, device="cpu"
+        "transformers", checkpoint=checkpoint, input_size=INPUT_HW, thresholds=THRESHOLDS, device="cpu"
     )
 
 
@@ -118,13 +119,14 @@ def test_pixels_are_those_of_transformers_at_the_same_size():
     for size_hw in [(480, 640), (31, 47), (96, 128)]:
         image = random.integers(0, 256, (*size_hw, 3), dtype=np.uint8)
         theirs = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"]
-        ours = normalise(torch.from_numpy(resize(image, INPUT_HW))[None])
+        framing = Framing(INPUT_HW, None)
+        ours = framing.normalise(torch.from_numpy(framing.pixels([image], 1)))
         assert torch.equal(ours, theirs)
 
 
 def test_paper_preset_repeats_what_transformers_makes_of_an_image(checkpoint, images):
     paper = replace(THRESHOLD_PRESETS["paper"], min_class_score=0.02, mask_probability=0.02, overlap=0.1)
-    segmenter = Mask2FormerSegmenter(checkpoint, input_size=INPUT_HW, thresholds=paper, device="cpu")
+    segmenter = UniversalSegmenter(checkpoint, input_size=INPUT_HW, thresholds=paper, device="cpu")
     processor = Mask2FormerImageProcessorPil(size={"height": 96, "width": 128}, do_pad=False)
     model = Mask2FormerForUniversalSegmentation.from_pretrained(checkpoint).eval()
     for image in images[:3]:
@@ -167,14 +169,13 @@ def test_twice_the_threads_do_not_change_a_bit(tmp_path, model):
     model().save_pretrained(tmp_path)
     code = f"""
 import numpy as np, torch
-from collavo.segmenters.mask2former import Mask2FormerSegmenter
-segmenter = Mask2FormerSegmenter({str(tmp_path)!r}, input_size=128, device="cpu")
+from collavo.segmenters.universal import UniversalSegmenter, queries_of
+segmenter = UniversalSegmenter({str(tmp_path)!r}, input_size=128, device="cpu")
 image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
 results = []
 for threads in (1, 2, 4):
     torch.set_num_threads(threads)
-    outputs = segmenter.outputs([image])
-    results.append((outputs.class_queries_logits, outputs.masks_queries_logits))
+    results.append(queries_of(segmenter.outputs([image])))
 assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
 """
     environment = {name: value for name, value in os.environ.items() if name != "MKL_CBWR"}
@@ -189,10 +190,10 @@ def test_a_checkpoint_may_tell_the_size_it_was_trained_at_and_be_stored_in_half_
     model.save_pretrained(tmp_path / "half")
     model.float().save_pretrained(tmp_path / "whole")  # the same numbers, stored wider
     half, whole = (
-        Mask2FormerSegmenter(str(tmp_path / name), thresholds=THRESHOLDS, device="cpu") for name in ("half", "whole")
+        UniversalSegmenter(str(tmp_path / name), thresholds=THRESHOLDS, device="cpu") for name in ("half", "whole")
     )
     assert half.facts["input_size_hw"] == list(INPUT_HW)
-    assert Mask2FormerSegmenter(str(tmp_path / "half"), input_size=64, device="cpu").facts["input_size_hw"] == [64, 64]
+    assert UniversalSegmenter(str(tmp_path / "half"), input_size=64, device="cpu").facts["input_size_hw"] == [64, 64]
     for one, other in zip(half.segment(images), whole.segment(images), strict=True):
         assert_same(one, other)
 
@@ -208,7 +209,7 @@ def test_facts_say_what_is_needed_to_repeat_a_run(segmenter, checkpoint):
 
 def refusal(checkpoint: str | Path, **options) -> str:
     with pytest.raises(UserError) as caught:
-        Mask2FormerSegmenter(str(checkpoint), device="cpu", **options)
+        UniversalSegmenter(str(checkpoint), device="cpu", **options)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -217,7 +218,7 @@ def refusal(checkpoint: str | Path, **options) -> str:
 def test_the_names_of_a_checkpoint_say_what_its_numbers_mean(checkpoint, tmp_path, images):
     tiny_model({**COCO_NAMES, 3: "airplane", 4: "motorcycle"}).save_pretrained(tmp_path / "swapped")
     plain, swapped = (
-        Mask2FormerSegmenter(str(path), input_size=INPUT_HW, thresholds=THRESHOLDS, device="cpu")
+        UniversalSegmenter(str(path), input_size=INPUT_HW, thresholds=THRESHOLDS, device="cpu")
         for path in (checkpoint, tmp_path / "swapped")
     )
     assert swapped.categories is COCO_PANOPTIC
@@ -234,7 +235,7 @@ def test_classes_of_which_nobody_knows_the_things_are_refused(tmp_path):
 
 def test_other_architectures_are_refused(tmp_path):
     SwinModel(SwinConfig(embed_dim=16, depths=[1], num_heads=[1])).save_pretrained(tmp_path)
-    assert "a swin model, but mask2former is needed" in refusal(tmp_path)
+    assert "a swin model, but one of detr, eomt, " in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("fault", ["missing", "of another shape"])
@@ -278,11 +279,11 @@ def test_input_sizes_off_the_grid_are_refused(checkpoint, input_size):
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_cuda_without_cuda_is_an_error_and_not_a_slow_run(checkpoint, device):
     with pytest.raises(UserError, match=rf"{device}: .* finds 0 CUDA devices"):
-        Mask2FormerSegmenter(checkpoint, device=device)
+        UniversalSegmenter(checkpoint, device=device)
 
 
 def test_overflow_is_an_error_and_not_an_image_without_objects(checkpoint, images):
-    segmenter = Mask2FormerSegmenter(checkpoint, input_size=INPUT_HW, device="cpu")
+    segmenter = UniversalSegmenter(checkpoint, input_size=INPUT_HW, device="cpu")
     with torch.no_grad():
         segmenter._model.class_predictor.weight.fill_(float("inf"))
     with pytest.raises(Rejected, match="class logits are not finite"):
@@ -292,9 +293,7 @@ def test_overflow_is_an_error_and_not_an_image_without_objects(checkpoint, image
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_batches_are_filled_up_so_that_company_changes_nothing(checkpoint, images):
-    segmenter = Mask2FormerSegmenter(
-        checkpoint, input_size=INPUT_HW, thresholds=THRESHOLDS, device="cuda", batch_size=4
-    )
+    segmenter = UniversalSegmenter(checkpoint, input_size=INPUT_HW, thresholds=THRESHOLDS, device="cuda", batch_size=4)
     together = segmenter.segment(images)
     for image, panoptic in zip(images, together, strict=True):
         assert_same(segmenter.segment([image])[0], panoptic)

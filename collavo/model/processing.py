@@ -36,8 +36,9 @@ class CollavoProcessor(ProcessorMixin):
         patch_size: of the vision encoder.
         chat_format: one of `collavo.model.prompt.CHAT_FORMATS`.
         category_records: the set of classes that the model has queries for; None for COCO panoptic's.
-        segmenter: what makes the maps of pictures that come without: a checkpoint of Mask2Former, `scenes` for the
-            embedded one, `auto` for the paper's; None for nothing. Training leaves the one that fits the model.
+        segmenter: what makes the maps of pictures that come without: a checkpoint of transformers for universal
+            segmentation, `scenes` for the embedded one, `auto` for the paper's; None for nothing. Training leaves the
+            one that fits the model.
         object_list: whether a chat begins with the recognised objects, as in the training of the model.
         chat_template: that of the chat format by default.
     """

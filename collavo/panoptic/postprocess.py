@@ -1,6 +1,6 @@
 """Turn mask-classification logits into panoptic maps, on the device that holds them.
 
-A model of the Mask2Former kind gives every query class logits and a low-resolution mask. It works in three steps:
+A network for universal segmentation gives every query class logits and a low-resolution mask. It works in three steps:
 
 1. Keep the queries whose best class has a high enough score (`_confident_queries`).
 2. Let them bid for each pixel with class score times mask probability; the highest bid wins it (`_compete`).
@@ -31,7 +31,6 @@ from schemas.categories import COCO_PANOPTIC, CategorySet
 _BAND_ELEMENTS = {"cpu": (1 << 15) - 1, "cuda": 1 << 24}
 
 _SMALLEST_BID = torch.finfo(torch.float32).tiny
-_TRANSFORMERS_HW = (384, 384)
 
 
 @torch.inference_mode()
@@ -42,6 +41,9 @@ def panoptic_from_logits(
     thresholds: MaskThresholds,
     categories: CategorySet = COCO_PANOPTIC,
     labels_in_set: np.ndarray | None = None,
+    *,
+    padded_hw: tuple[tuple[int, int], tuple[int, int]] | None = None,
+    transformers_hw: tuple[int, int] | None = (384, 384),
 ) -> PanopticMap:
     """Turn the queries of one image into its panoptic map.
 
@@ -53,6 +55,9 @@ def panoptic_from_logits(
         categories: the set that the map is made in.
         labels_in_set: int [classes], the label in that set of each class of the model, -1 for none; None where the
             model has the classes of the set in its order.
+        padded_hw: where the masks cover a padded input, its size and that of the image in its top left corner.
+        transformers_hw: the size to which transformers resizes this network's masks first; a matter of
+            `MaskThresholds.like_transformers` alone.
 
     Returns:
         the map, without segments if no query qualifies. A fused segment has the best score of its parts.
@@ -69,6 +74,13 @@ def panoptic_from_logits(
     kept = mask_logits[torch.from_numpy(queries).to(mask_logits.device)].float()
     if not kept.isfinite().all():
         raise Rejected("non_finite_logits", "the segmenter's mask logits are not finite numbers")
+    if padded_hw:
+        input_hw, (height, width) = padded_hw
+        kept = functional.interpolate(kept[None], size=input_hw, mode="bilinear")[0, :, :height, :width]
+    elif thresholds.like_transformers and transformers_hw:
+        # For transformers' bits, resize as it does. It resizes all 100 queries; torch rounds another number of channels
+        # differently, but a single channel like one of 100, so here each query is resized alone.
+        kept = functional.interpolate(kept[:, None], size=transformers_hw, mode="bilinear")[:, 0]
     winners, own_areas = _compete(kept, torch.from_numpy(scores).to(kept.device), size_hw, thresholds)
     winners = winners.astype(np.intp)
     areas = np.bincount(winners.ravel(), minlength=len(queries) + 1)[:-1]
@@ -124,11 +136,8 @@ def _bids_by_rows(
     height, width = size_hw
     rows = max(1, _BAND_ELEMENTS[scores.device.type] // (len(scores) * width))
     if thresholds.like_transformers:
-        # For transformers' bits, resize as it does, twice. It resizes all 100 queries to 384 x 384; torch rounds
-        # another number of channels differently, but a single channel like one of 100, so here each query is resized
-        # alone. Then it resizes the kept queries to the image, all together; so does this.
-        at_384 = functional.interpolate(mask_logits[:, None], size=_TRANSFORMERS_HW, mode="bilinear").sigmoid_()
-        probabilities = functional.interpolate(at_384[None, :, 0], size=size_hw, mode="bilinear")[0]
+        # It resizes the kept queries to the image all together, and so does this, for its bits.
+        probabilities = functional.interpolate(mask_logits.sigmoid()[None], size=size_hw, mode="bilinear")[0]
         for band in probabilities.split(rows, dim=1):
             yield band * scores
         return

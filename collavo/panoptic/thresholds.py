@@ -23,9 +23,9 @@ class MaskThresholds:
     """All queries of one stuff class make one segment. Things are never fused."""
 
     like_transformers: bool = False
-    """Compute as `post_process_panoptic_segmentation` of transformers 5.23 does, bit for bit: mask logits are first
-    resized to 384 x 384, `mask_probability` is compared with probability times class score, and masks are not cut off:
-    a pixel goes to the best query, however improbable."""
+    """Compute as `post_process_panoptic_segmentation` of transformers does, bit for bit with a Mask2Former: its mask
+    logits are first resized to 384 x 384, `mask_probability` is compared with probability times class score, and masks
+    are not cut off: a pixel goes to the best query, however improbable."""
 
     def __post_init__(self) -> None:
         for field in fields(self):

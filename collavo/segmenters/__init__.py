@@ -1,35 +1,34 @@
 """Panoptic segmenters: RGB images in, panoptic maps out.
 
 The pipeline and the chat know a segmenter only as a `Segmenter`. Each implementation has a module of its own, which
-imports its framework: `mask2former` (transformers) and `detectron2` (Panoptic-FPN). Annotations need no model;
+imports its framework: `universal` (transformers) and `detectron2` (Panoptic-FPN). Annotations need no model;
 `collavo.sources.coco_panoptic` reads them.
 """
 
 import importlib
-import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from collavo.categories import categories_of_labels, joined
+from collavo.categories import categories_of_checkpoint, joined
 from collavo.embedded import SCENES, TINY
 from collavo.errors import UserError, first_line
 from collavo.panoptic.maps import PanopticMap, build_panoptic_map
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from schemas.categories import COCO_PANOPTIC, CategorySet
 
-_CLASSES = {"mask2former": "Mask2FormerSegmenter", "detectron2": "Detectron2Segmenter"}
+_CLASSES = {"transformers": ("universal", "UniversalSegmenter"), "detectron2": ("detectron2", "Detectron2Segmenter")}
+"""Modules and classes of the segmenters, by their names: the frameworks."""
 
 SEGMENTERS = tuple(_CLASSES)
-"""Names of the segmenters, and of their modules."""
 
 SEGMENTER_CHOICES = ("auto", "none", *SEGMENTERS)
 """What `open_segmenter` takes."""
 
 
 DEFAULT_CHECKPOINT = "facebook/mask2former-swin-large-coco-panoptic"
-"""Of mask2former: the paper's."""
+"""Of transformers: the paper's, a Mask2Former."""
 
 UNFAMILIAR = (
     "The segmenter knows no pictures like this one, so much of what it names will be wrong; choose another one."
@@ -77,7 +76,8 @@ def load_segmenter(name: str, **options: Any) -> Segmenter:
     Raises:
         UserError: if its framework or checkpoint is missing or unsuitable, or the device is missing or too small.
     """
-    segmenter: Segmenter = getattr(importlib.import_module(f"{__name__}.{name}"), _CLASSES[name])(**options)
+    module, class_name = _CLASSES[name]
+    segmenter: Segmenter = getattr(importlib.import_module(f"{__name__}.{module}"), class_name)(**options)
     return segmenter
 
 
@@ -92,7 +92,7 @@ def checkpoint_categories(name: str, checkpoint: str | None, known_set: Category
     Raises:
         UserError: if nobody here knows which of its classes are things.
     """
-    if name != "mask2former" or checkpoint is None or checkpoint == SCENES:
+    if name != "transformers" or checkpoint is None or checkpoint == SCENES:
         return COCO_PANOPTIC
     from collavo.hub import find_checkpoint  # which imports the hub's client
 
@@ -100,22 +100,20 @@ def checkpoint_categories(name: str, checkpoint: str | None, known_set: Category
         folder = find_checkpoint(checkpoint, weights=())
     except OSError:
         return COCO_PANOPTIC  # loading it says what is wrong
-    id2label = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
-    own = categories_of_labels({int(label): each for label, each in id2label.items()}, checkpoint, known_set)
-    return joined(own)
+    return joined(categories_of_checkpoint(folder, checkpoint, known_set))
 
 
 def check_checkpoint(name: str, checkpoint: str | None) -> None:
     """Make sure that a segmenter's checkpoint is here or can be downloaded, without the seconds that torch needs.
 
     Args:
-        name: one of `SEGMENTERS`; only mask2former's is checked.
+        name: one of `SEGMENTERS`; only that of transformers is checked.
         checkpoint: None for the segmenter's default.
 
     Raises:
         UserError: if it cannot be had.
     """
-    if name != "mask2former" or checkpoint == SCENES:
+    if name != "transformers" or checkpoint == SCENES:
         return
     from collavo.hub import find_checkpoint  # as above
 
@@ -126,7 +124,7 @@ def check_checkpoint(name: str, checkpoint: str | None) -> None:
 
 
 def unusable_checkpoint(checkpoint: str, error: Exception) -> UserError:
-    """Say why a Mask2Former checkpoint cannot be loaded, and what would work."""
+    """Say why a checkpoint of transformers cannot be loaded, and what would work."""
     return UserError(
         f"{checkpoint}: {first_line(error).rstrip('.')}. Use a folder that holds config.json and model.safetensors, or "
         f"a Hugging Face model id that can be downloaded from here, such as {DEFAULT_CHECKPOINT}; {SCENES}, the "
@@ -147,12 +145,12 @@ def open_segmenter(
     """Load the segmenter that goes with a model that answers questions.
 
     Args:
-        name: one of `SEGMENTER_CHOICES`. `auto` is mask2former: with the embedded checkpoint for a model made from the
+        name: one of `SEGMENTER_CHOICES`. `auto` is transformers: with the embedded checkpoint for a model made from the
             embedded base, which knows drawn scenes only, and with the paper's checkpoint for all others.
         checkpoint: None for the segmenter's default.
         config: of detectron2.
-        preset: of mask2former's thresholds; None for those of the checkpoint.
-        input_size: of mask2former, in pixels; None for that of the checkpoint.
+        preset: of the thresholds of transformers'; None for those of the checkpoint.
+        input_size: of transformers, in pixels; None for the checkpoint's own way.
         base: what the answering model was trained on, as `collavo.runs.base_of` tells it.
 
     Raises:
@@ -161,9 +159,9 @@ def open_segmenter(
     if name == "none":
         return NoSegmenter()
     if name == "auto":
-        name, checkpoint = "mask2former", checkpoint or (SCENES if base == TINY else None)
+        name, checkpoint = "transformers", checkpoint or (SCENES if base == TINY else None)
     options: dict[str, Any] = {"device": device, "checkpoint": checkpoint, "config": config}
-    if name == "mask2former":
+    if name == "transformers":
         thresholds = THRESHOLD_PRESETS[preset] if preset else None
         options |= {"thresholds": thresholds, "batch_size": 1, "input_size": input_size}
     return load_segmenter(name, **{key: value for key, value in options.items() if value is not None})

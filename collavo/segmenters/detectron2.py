@@ -1,4 +1,4 @@
-"""Panoptic-FPN through detectron2, for machines on which Mask2Former is too slow.
+"""Panoptic-FPN through detectron2, an alternative to the networks of transformers.
 
 Optional: detectron2 is on no package index and has to be built from source, see `INSTALL`.
 

@@ -1,0 +1,163 @@
+"""How a picture becomes what a segmentation network sees: size, aspect, padding, colours.
+
+A checkpoint says so in the configuration of its image processor. There are three ways:
+
+- squeezed: all inputs have one size, whatever the picture's aspect (the embedded network, many fine-tuned ones);
+- padded: the picture keeps its aspect and lies in the top left corner of an input of one size (EoMT);
+- free: the picture keeps its aspect, and each input has a size of its own (MaskFormer, OneFormer, DETR, Mask2Former).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_transforms import get_size_with_aspect_ratio
+
+from collavo.errors import UserError
+
+SIZE_DIVISOR = 32
+"""The coarsest stride of most networks; masks then have exactly a quarter of the input's sides."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_PUBLISHED_EDGES = (800, 1333)
+"""Shortest side and bound of the longest at which all families but EoMT were measured on COCO."""
+
+_PLACEHOLDER = {"height": 384, "width": 384}
+"""The size in the processors of the published Mask2Formers. They were neither trained nor measured at it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """The way of one checkpoint."""
+
+    size_hw: tuple[int, int] | None
+    """Of every input; None where each picture has a size of its own."""
+
+    edges: tuple[int, int | None] | None
+    """Shortest side and bound of the longest, where pictures keep their aspect; None where they are squeezed."""
+
+    divisor: int = 1
+    """Free sizes are rounded up to multiples of this."""
+
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def sizes(self, image_hw: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Return (height, width) of a picture once it is scaled, and of the input that holds it."""
+        if self.edges is None:
+            assert self.size_hw is not None
+            return self.size_hw, self.size_hw
+        height, width = get_size_with_aspect_ratio(image_hw, *self.edges)
+        if self.size_hw is not None:
+            return (height, width), self.size_hw
+        scaled = (-(-height // self.divisor) * self.divisor, -(-width // self.divisor) * self.divisor)
+        return scaled, scaled
+
+    def pixels(self, images: Sequence[np.ndarray], count: int) -> np.ndarray:
+        """Scale pictures into a batch, filled up with black ones.
+
+        Args:
+            images: uint8 RGB arrays [height, width, 3]; at most one where sizes are free.
+            count: inputs of the batch.
+
+        Returns:
+            uint8 [count, height, width, 3].
+        """
+        # Without a picture, the size of a common one: 4 to 3.
+        _, input_hw = self.sizes(images[0].shape[:2] if images else (480, 640))
+        batch = np.zeros((count, *input_hw, 3), dtype=np.uint8)
+        for position, image in enumerate(images):
+            height, width = self.sizes(image.shape[:2])[0]
+            batch[position, :height, :width] = resize(image, (height, width))
+        return batch
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Turn uint8 [batch, height, width, 3] into float32 [batch, 3, height, width] of the network's scale.
+
+        Pixels are scaled in float64 and go on in float32, as in transformers, for the same bits.
+        """
+        mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
+        return pixels.permute(0, 3, 1, 2).double().mul_(1 / 255).float().sub_(mean).div_(std)
+
+
+def resize(image: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:
+    """Squeeze a uint8 RGB image to `size_hw` with Pillow's antialiased bilinear filter."""
+    height, width = size_hw
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def framing_of(config: Any, folder: Path, input_size: int | tuple[int, int] | None = None) -> Framing:
+    """Find out how a checkpoint wants its pictures.
+
+    Args:
+        config: the network's.
+        folder: of the checkpoint; its processor's configuration is read where it is there.
+        input_size: the user's: side of a square, or (height, width), to squeeze pictures into.
+
+    Raises:
+        UserError: for an input size that the network cannot take.
+    """
+    processor = _processor_config(folder)
+    mean, std = (
+        tuple(float(value) for value in processor.get(key) or default) if processor.get("do_normalize", True) else plain
+        for key, default, plain in (
+            ("image_mean", IMAGENET_MEAN, (0.0, 0.0, 0.0)),
+            ("image_std", IMAGENET_STD, (1.0, 1.0, 1.0)),
+        )
+    )
+    size_hw = _pair(input_size)
+    if config.model_type.startswith("eomt"):  # the number of its cells is fixed, and pictures are padded to fill it
+        own = _pair(config.image_size)
+        assert own is not None
+        if size_hw not in (None, own):
+            raise UserError(f"input size {_text(size_hw)}: this network sees {_text(own)} pixels and no other size")
+        return Framing(own, (min(own), max(own)), mean=mean, std=std)
+    size_hw = size_hw or _pair(getattr(config, "input_size_hw", None))
+    divisor = processor.get("size_divisor", processor.get("size_divisibility"))
+    edges = None
+    if size_hw is None:
+        size_hw, edges = _sizes_of_processor(processor, config.model_type)
+    if size_hw is not None and (min(size_hw) < SIZE_DIVISOR or any(side % SIZE_DIVISOR for side in size_hw)):
+        raise UserError(f"input size {_text(size_hw)}: both sides must be multiples of {SIZE_DIVISOR}, such as 768")
+    if divisor is None:
+        divisor = SIZE_DIVISOR if config.model_type in ("mask2former", "maskformer") else 1
+    return Framing(size_hw, edges, divisor or 1, mean, std)
+
+
+def _sizes_of_processor(
+    processor: dict[str, Any], model_type: str
+) -> tuple[tuple[int, int] | None, tuple[int, int | None] | None]:
+    """Return the `size_hw` and the `edges` of a framing, as the processor's `size` says them."""
+    size = processor.get("size")
+    if isinstance(size, int):  # as in files of transformers before 4.27
+        return None, (size, processor.get("max_size", _PUBLISHED_EDGES[1]))
+    if not size or (size == _PLACEHOLDER and model_type == "mask2former"):
+        return None, _PUBLISHED_EDGES
+    if "height" in size:
+        return (size["height"], size["width"]), None
+    return None, (size["shortest_edge"], size.get("longest_edge"))
+
+
+def _processor_config(folder: Path) -> dict[str, Any]:
+    """Read the image processor's configuration; empty where the checkpoint brings none."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+            if found := content.get("image_processor", content if "size" in content else None):
+                return dict(found)
+    return {}
+
+
+def _pair(size: Any) -> tuple[int, int] | None:
+    return (size, size) if isinstance(size, int) else None if size is None else (size[0], size[1])
+
+
+def _text(size_hw: tuple[int, int] | None) -> str:
+    return " x ".join(map(str, size_hw or ()))
