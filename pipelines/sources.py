@@ -110,17 +110,23 @@ def read_coco(source: CocoSource, root: str) -> Iterator[Mention | RejectOutput]
     with _opened_json(flag, source.json_uri) as file:
         if source.name == "coco_instances":
             for found in stream_image_instances(file, source.json_uri, source.labels):
-                yield _mention_or_reject(source.name, found, partial(_instances_mention, source, images, root))
+                yield _mention_or_reject(
+                    source.name, source.json_uri, found, partial(_instances_mention, source, images, root)
+                )
         else:
             for entry in stream_annotated_images(file, source.json_uri, source.labels):
-                yield _mention_or_reject(source.name, entry, partial(_coco_mention, source, images, root))
+                yield _mention_or_reject(
+                    source.name, source.json_uri, entry, partial(_coco_mention, source, images, root)
+                )
 
 
 def read_llava(source: LlavaSource, root: str) -> Iterator[Mention | RejectOutput]:
     """Stream a file of dialogues into mentions."""
     with _opened_json("llava_json", source.json_uri) as file:
         for number, entry in enumerate(stream_dialogues(file, source.json_uri)):
-            yield _mention_or_reject(source.name, entry, partial(_dialogue_mention, source, root, number))
+            yield _mention_or_reject(
+                source.name, source.json_uri, entry, partial(_dialogue_mention, source, root, number)
+            )
 
 
 def read_images(source: ImagesSource, root: str) -> Iterator[Mention | RejectOutput]:
@@ -128,7 +134,7 @@ def read_images(source: ImagesSource, root: str) -> Iterator[Mention | RejectOut
     with _naming("images", source.pattern):
         paths, _ = listed_paths(source.pattern)
     for path in paths:
-        yield _mention_or_reject("folder", path, lambda path: _file_mention(source, root, path))
+        yield _mention_or_reject("folder", source.pattern, path, lambda path: _file_mention(source, root, path))
 
 
 def read_records(source: RecordSource, most: int | None) -> Iterator[tuple[Mention, bytes] | RejectOutput]:
@@ -137,7 +143,7 @@ def read_records(source: RecordSource, most: int | None) -> Iterator[tuple[Menti
     with _naming("dataset", source.uri), open_random(source.uri) as file:
         for record in islice(stream_records(file, source.uri, source.image_column), most):
             if isinstance(record, Rejected):
-                yield reject_output(Reject(record.entry_id, "dataset", "list", record.reason, str(record)))
+                yield _rejected("dataset", source.uri, record)
             else:
                 uri = record.path if record.data else ""
                 named = Input("dataset", record.path)
@@ -171,7 +177,7 @@ def read_crayon_rows(uri: str, classes: int, keep_image_bytes: bool) -> Iterator
             try:
                 row = checked_row(record, classes, with_instructions=False)
             except Rejected as error:
-                yield reject_output(Reject(error.entry_id, "crayon", "list", error.reason, str(error)))
+                yield _rejected("crayon", uri, error)
                 continue
             if row.image_sha256 is None and row.image_bytes is not None:  # of schema version 1
                 row = replace(row, image_sha256=hashlib.sha256(row.image_bytes).hexdigest())
@@ -198,14 +204,19 @@ def _naming(flag: str, uri: str) -> Iterator[None]:
 
 
 def _mention_or_reject(
-    source: str, entry: Entry | Rejected, make_mention: Callable[[Entry], Mention]
+    source: str, uri: str, entry: Entry | Rejected, make_mention: Callable[[Entry], Mention]
 ) -> Mention | RejectOutput:
     try:
         if isinstance(entry, Rejected):
             raise entry
         return make_mention(entry)
     except Rejected as error:
-        return reject_output(Reject(error.entry_id, source, "list", error.reason, str(error)))
+        return _rejected(source, uri, error)
+
+
+def _rejected(source: str, uri: str, error: Rejected) -> RejectOutput:
+    """Reject an entry of a file; an id alone, such as `line 3`, does not tell which of several files it is in."""
+    return reject_output(Reject(error.entry_id, source, "list", error.reason, f"{uri}: {error}"))
 
 
 class _ImageFolder:

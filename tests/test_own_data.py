@@ -18,7 +18,7 @@ import collavo.evaluate
 import collavo.train
 from collavo.errors import UserError
 from pipelines.records import Mention
-from pipelines.sources import CocoSource, read_coco
+from pipelines.sources import CocoSource, LlavaSource, read_coco, read_llava
 
 CAMVID = Path(__file__).parents[2] / "shared" / "camvid"
 PUBLISHED = {
@@ -69,6 +69,16 @@ def test_a_missing_picture_is_not_taken_for_one_of_its_name_in_another_folder(tm
     source = CocoSource("coco", f"{folder}/panoptic.json", f"{folder}/images", f"{folder}/panoptic", {1: 0, 187: 119})
     mentions = [mention for mention in read_coco(source, folder) if isinstance(mention, Mention)]
     assert [mention.image_path for mention in mentions] == ["images/a/0.jpg", "images/b/0.jpg"]
+
+
+def test_a_reject_names_the_file_that_its_line_is_in(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "A person."}]
+    for name in ("one.jsonl", "two.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"conversations": turns}) + "\n{broken\n")
+        source = LlavaSource("llava", str(tmp_path / name), str(tmp_path), name)
+        _, reject = read_llava(source, str(tmp_path))
+        assert not isinstance(reject, Mention)
+        assert (reject.value.id, reject.value.detail.partition(": ")[0]) == ("line 2", str(tmp_path / name))
 
 
 def test_dialogues_about_annotated_pictures_need_no_network_of_the_same_classes(layout: Layout, tmp_path: Path) -> None:
