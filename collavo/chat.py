@@ -29,7 +29,6 @@ from collavo.panoptic.colors import crayon_color, crayon_overlay
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.segmenters import SEGMENTER_CHOICES, UNFAMILIAR, Segmenter, open_segmenter
 from collavo.web import fetch, is_url
-from schemas.categories import name_key
 
 if TYPE_CHECKING:  # it loads torch, which --help does not need
     from collavo.inference import Conversation, Picture, Sampling
@@ -223,8 +222,10 @@ class _Conversations(Session):
     def cautions(self, picture: Picture) -> list[str]:
         """Say, a sentence each, why what was recognised in a picture is to be trusted less."""
         said = [UNFAMILIAR] if picture.panoptic.unfamiliar else []
-        known = self.answerer.processor.categories.by_key
-        names = {segment.category for segment in picture.panoptic.segments if name_key(segment.category) not in known}
+        unknown = set(self.answerer.without_query(picture.panoptic.categories))
+        names = unknown & {
+            picture.panoptic.categories[segment.label].display_name for segment in picture.panoptic.segments
+        }
         return said + [f"The model has no query for: {', '.join(sorted(names))}."] * bool(names)
 
     def about_file(self, path: str) -> Conversation:

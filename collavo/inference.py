@@ -24,6 +24,7 @@ from collavo.instructions.text import format_objects_with_boxes
 from collavo.model.adapters import quantize_language_model
 from collavo.model.processing import CollavoProcessor
 from collavo.model.prompt import LISTED, Kind, Turns
+from collavo.model.query_init import adopt_categories
 from collavo.panoptic.index_png import panoptic_map_of
 from collavo.panoptic.maps import PanopticMap
 from collavo.runs import EXPORT, TRAIN_ARGS, load_base, load_run, read_train_args
@@ -159,6 +160,13 @@ class Answerer:
             "unreadable"
         )
 
+    def without_query(self, categories: CategorySet) -> list[str]:
+        """Return the names of the classes of a set that the model has no query for; to it, they are unknown."""
+        config, known = self.model.config, self.processor.categories.by_key
+        if not config.semantic_queries or config.class_tokens is not None:
+            return []
+        return [category.display_name for key, category in categories.by_key.items() if key not in known]
+
     @torch.inference_mode()
     def answer(
         self,
@@ -170,7 +178,8 @@ class Answerer:
         """Answer requests, in their order.
 
         Args:
-            pictures: they go through the model together, once; each needs at least one request.
+            pictures: they go through the model together, once; each needs at least one request. Their maps are of one
+                set of classes.
             batch_size: requests that are answered together.
             show: receives the answer to a single request while it grows; a beam search has nothing to show before its
                 end.
@@ -179,6 +188,7 @@ class Answerer:
         of_picture: list[list[list[int]]] = [[] for _ in pictures]
         for prompt, request in zip(prompts, requests, strict=True):
             of_picture[request.picture].append(prompt)
+        self._adopt(pictures[0].panoptic.categories)
         # A prompt is padded in two places, before its beginning and before its rest, so that all beginnings, and all
         # rests of a batch, are of one length. The mask hides the padding; `_positions` gives the other tokens the
         # positions that they have without it.
@@ -198,6 +208,11 @@ class Answerer:
         if show and streamer is None:
             show(answers[0])
         return answers
+
+    def _adopt(self, categories: CategorySet) -> None:
+        """Take over the classes of some maps, where queries are computed from names, and any class will do."""
+        if self.model.config.class_tokens is not None and categories != self.processor.categories:
+            adopt_categories(self.model, self.processor, categories)
 
     def _read(self, pictures: Sequence[Picture], beginnings: dict[str, torch.Tensor]) -> Any:
         """Run the beginnings of prompts, one per picture, through the model; a cache of their keys and values."""

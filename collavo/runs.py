@@ -102,9 +102,10 @@ def load_run(
         )
     # A CPU has no flash attention. SDPA computes the same.
     attention = args["attention"] if device.type == "cuda" else "sdpa"
-    categories = CollavoConfig.from_pretrained(run).category_set
+    config = CollavoConfig.from_pretrained(run)
+    words = config.class_tokens is not None
     try:
-        model, _ = load_base(base_source(run), dtype, args["queries"], attention, categories)
+        model, _ = load_base(base_source(run), dtype, args["queries"], attention, config.category_set, words)
     except UserError as error:
         raise UserError(f"{run}: its base, {error}") from error
     if args.get("projector_trained"):
@@ -171,6 +172,7 @@ def load_base(
     queries: str = "both",
     attention: str = "sdpa",
     categories: CategorySet | None = None,
+    words: bool | None = None,
 ) -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
     """Load the model that training starts from, of CoLLaVO's or LLaVA's architecture.
 
@@ -180,12 +182,15 @@ def load_base(
         attention: transformers' attention implementation.
         categories: the set of classes that the model is to have queries for; None for the base's own. Classes that the
             base knows by name keep their queries.
+        words: whether the semantic queries are computed from the names of the classes; None for as in the base.
 
     Raises:
         UserError: if it cannot be reached, is incomplete or damaged, or has another architecture.
     """
     embedded = find_embedded(base)
-    switches = {f"{kind}_queries": queries in ("both", kind) for kind in ("semantic", "numbering")}
+    switches: dict[str, Any] = {f"{kind}_queries": queries in ("both", kind) for kind in ("semantic", "numbering")}
+    if words is not None:
+        switches["class_tokens"] = [] if words else None  # filled below, when the tokenizer is there
     try:
         folder = embedded.folder if embedded else find_checkpoint(base)
         architecture = AutoConfig.from_pretrained(folder).model_type
@@ -195,8 +200,9 @@ def load_base(
             model, processor = _load_whole(folder, dtype=dtype, attn_implementation=attention, **switches)
         else:
             raise ValueError(f"a {architecture} model; python -m collavo.import_base makes a base out of one")
-        if categories is not None and categories.as_records() != model.config.category_set.as_records():
-            adopt_categories(model, processor, categories)
+        own = model.config.category_set
+        if words or (categories is not None and categories.as_records() != own.as_records()):
+            adopt_categories(model, processor, categories or own)
         model.name_or_path = base  # which adapters record; the folder may be one of this machine only
         return model, processor
     except UserError:

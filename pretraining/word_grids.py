@@ -85,8 +85,8 @@ class WordPrompt(nn.Module):
 
     def forward(self, semantic_ids: torch.Tensor, numbering_ids: torch.Tensor) -> torch.Tensor:
         """See `CrayonPrompt.forward`."""
-        names, numbers = self._words.vectors(self._model[0])
-        return (names[semantic_ids] + numbers[numbering_ids]).flatten(1, 2)
+        names, numbers, scale = self._words.vectors(self._model[0])
+        return ((names[semantic_ids] + numbers[numbering_ids]) * scale).flatten(1, 2)
 
 
 class _Place(NamedTuple):

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -23,6 +24,7 @@ from tiny_model import OWN_CLASSES, own_rows, save_tiny_base, scene_rows, write_
 
 from collavo import evaluate, train
 from collavo.errors import UserError
+from collavo.model.query_init import adopt_categories
 from collavo.runs import load_base, load_run, save_run
 from collavo.training import run as run_module
 from collavo.training.arguments import parse_arguments
@@ -589,6 +591,36 @@ def test_other_classes_are_trained_on_a_base_that_knows_some_of_them_and_judged_
     )
     results = json.loads((run / "evaluation" / "evaluation.json").read_text())["results"]["trained"]
     assert set(results["class_to_binary"]["classes"]) <= {c.display_name for c in OWN_CLASSES.things}
+
+
+def test_queries_computed_from_words_serve_classes_that_no_training_has_seen(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    flags = ("--semantic_queries", "words", "--query_start", "names", "--max_steps", "1", "--batch_size", "2")
+    assert train.main(command(world, run, *flags)) == 0
+    own = write_crayon_file(tmp_path / "own.parquet", own_rows(4), OWN_CLASSES)
+    capsys.readouterr()
+    asked = ["--model", str(run), "--data", str(own), "--device", "cpu", "--max_images", "1"]
+    assert evaluate.main([*asked, "--tasks", "class_to_binary"]) == 0
+    assert "no query" not in capsys.readouterr().out
+
+    model, processor = load_run(run, torch.device("cpu"), torch.float32, quantize=False)
+    collavo: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    signals = []
+    for categories in (COCO_PANOPTIC, OWN_CLASSES):
+        adopt_categories(model, processor, categories)
+        labels = [categories.by_display_name[name].label for name in ("sky", "car")]
+        ids = torch.tensor([[[0, *(label + 1 for label in labels)]]])
+        pixels = processor.pixel_values(np.zeros((9, 9, 3), np.uint8))[None]
+        features = collavo.model.get_image_features(pixels, semantic_ids=ids, numbering_ids=torch.zeros_like(ids))
+        signals.append(features.deepstack_features[0])
+    assert torch.equal(*signals) and signals[0][0].unique(dim=0).shape[0] == 3
+
+    tuned = tmp_path / "tuned"
+    assert train.main(command(world, tuned, *flags, "--phase", "cpt")) == 0
+    assert train.main(command(world, tuned, "--phase", "cit")) == 2
+    assert "tuned with --semantic_queries words" in capsys.readouterr().err
 
 
 def test_samples_that_fail_are_skipped_and_named_up_to_a_ratio_and_again_after_a_resume(

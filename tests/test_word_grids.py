@@ -128,7 +128,7 @@ def test_a_crayon_prompt_can_begin_with_any_vectors_that_fit_its_width(rank: int
     prompt = CrayonPrompt(width, hidden, 133, semantic=semantic, numbering=True)
     some = torch.randn(rank, hidden)
     names, numbers = torch.randn(134, rank) @ some, torch.randn(21, rank) @ some
-    prompt.begin_with(names, numbers)
+    prompt.begin_with(names, numbers, torch.ones(hidden))
     ids, counts = torch.randint(134, (2, 3, 4)), torch.randint(21, (2, 3, 4))
     expected = numbers[counts] + (names[ids] if semantic else 0)
     torch.testing.assert_close(prompt(ids, counts), expected.flatten(1, 2), rtol=1e-3, atol=1e-3)
@@ -137,7 +137,7 @@ def test_a_crayon_prompt_can_begin_with_any_vectors_that_fit_its_width(rank: int
 def test_queries_too_narrow_for_all_names_keep_what_is_largest_in_them() -> None:
     model, tokenizer = tiny_model(open_prompt=False), tiny_tokenizer()
     begin_with_names(model, tokenizer)
-    names, _ = ClassWords(tokenizer, COCO_PANOPTIC).vectors(model)
+    names, _, _ = ClassWords(tokenizer, COCO_PANOPTIC).vectors(model)
     ids = torch.arange(134)[None, None]
     said = model.model.crayon_prompt(ids, torch.zeros_like(ids))[0]
     assert model.model.crayon_prompt.linear_1.in_features < 64

@@ -62,9 +62,8 @@ def ask_questions(
 
 def unknown_classes(answerer: Answerer, categories: CategorySet) -> str | None:
     """Say which classes of a data set the model has no query for; None where it has all of them, or none at all."""
-    known = answerer.processor.categories.by_key
-    unknown = [category.display_name for key, category in categories.by_key.items() if key not in known]
-    if not unknown or not answerer.model.config.semantic_queries:
+    unknown = answerer.without_query(categories)
+    if not unknown:
         return None
     names = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
     return f"the model has no query for {len(unknown)} of {len(categories)} classes ({names}); to it they are unknown"

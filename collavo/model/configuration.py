@@ -53,6 +53,10 @@ class CollavoConfig(LlavaConfig):
     """The set of classes that the semantic queries stand for, as `CategorySet.as_records` has it; None for COCO
     panoptic's 133."""
 
+    class_tokens: list[list[int]] | None = None
+    """Tokens of the name of each class, where its semantic query is computed from the language model's embeddings of
+    them (see `collavo.model.class_words`); None for a table with a query for each class, which is the paper's."""
+
     projector_untrained: bool = False
     """Whether the projector is new, so that alignment has to train it before anything else is trained."""
 

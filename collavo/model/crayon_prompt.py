@@ -7,6 +7,8 @@ hardly begin.
 Source: arXiv 2402.11248, section 3 and figure 6a.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -44,36 +46,45 @@ class CrayonPrompt(nn.Module):
     Args:
         width: of the queries.
         hidden_size: of the language model.
+        classes: their number; None for semantic queries that a linear layer computes from vectors of the names.
         semantic, numbering: whether there are queries for classes, and for numbers; one of them at least.
     """
 
     def __init__(
-        self, width: int, hidden_size: int, classes: int, semantic: bool = True, numbering: bool = True
+        self, width: int, hidden_size: int, classes: int | None, semantic: bool = True, numbering: bool = True
     ) -> None:
         super().__init__()
-        self.semantic_queries = UnitEmbedding(classes + 1, width) if semantic else None
+        self.semantic_queries = UnitEmbedding(classes + 1, width) if semantic and classes is not None else None
+        self.semantic_map = UnitLinear(hidden_size, width) if semantic and classes is None else None
         self.numbering_queries = UnitEmbedding(MAX_NUMBERING + 1, width) if numbering else None
         self.linear_1 = UnitLinear(width, hidden_size)
         self.act = nn.GELU()
         self.linear_2 = ClosedLinear(hidden_size, hidden_size)
 
-    def forward(self, semantic_ids: torch.Tensor, numbering_ids: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, semantic_ids: torch.Tensor, numbering_ids: torch.Tensor, names: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Compute the signal of every cell.
 
         Args:
             semantic_ids: int [images, rows, columns], 0 for unknown, else label + 1.
             numbering_ids: int [images, rows, columns], 0..20.
+            names: float [classes + 1, hidden_size], vectors of the names by semantic index, where queries are computed
+                from them.
 
         Returns:
             float [images, rows * columns, hidden_size].
         """
         given = ((self.semantic_queries, semantic_ids), (self.numbering_queries, numbering_ids))
-        queries = sum(embedding(ids) for embedding, ids in given if embedding is not None)
-        return self.linear_2(self.act(self.linear_1(queries.flatten(1, 2))))
+        queries = [embedding(ids) for embedding, ids in given if embedding is not None]
+        if self.semantic_map is not None and names is not None:
+            queries.append(nn.functional.embedding(semantic_ids, self.semantic_map(names.to(self.semantic_map.weight))))
+        summed: Any = sum(queries)
+        return self.linear_2(self.act(self.linear_1(summed.flatten(1, 2))))
 
     @torch.no_grad()
-    def begin_with(self, semantic: torch.Tensor, numbering: torch.Tensor) -> None:
-        """Set queries and connector so that the signal of a cell is the sum of two given vectors.
+    def begin_with(self, semantic: torch.Tensor, numbering: torch.Tensor, scale: torch.Tensor) -> None:
+        """Set queries and connector so that the signal of a cell is the sum of two given vectors, times a scale.
 
         The connector has to pass on its input unchanged. That works because GELU(x) - GELU(-x) = x: the first layer
         gives each value to one hidden unit and its negative to another, the second subtracts them. Queries narrower
@@ -82,15 +93,21 @@ class CrayonPrompt(nn.Module):
         Args:
             semantic: float [classes + 1, hidden_size], for the class of a cell.
             numbering: float [21, hidden_size], for its number.
+            scale: float [hidden_size].
         """
-        given = [(self.semantic_queries, semantic), (self.numbering_queries, numbering)]
-        pairs = [(queries, vectors) for queries, vectors in given if queries is not None]
+        of_classes = self.semantic_queries if self.semantic_map is None else self.semantic_map
+        given = ((of_classes, semantic), (self.numbering_queries, numbering))
+        pairs = [(queries, vectors * scale) for queries, vectors in given if queries is not None]
         width, hidden_size = self.linear_1.in_features, self.linear_1.out_features
         directions = torch.linalg.svd(torch.cat([vectors for _, vectors in pairs]), full_matrices=False).Vh
         directions = directions[: min(width, hidden_size // 2)]
         kept = len(directions)
         for queries, vectors in pairs:
-            queries.weight.zero_()[:, :kept] = vectors @ directions.T
+            queries.weight.zero_()
+            if queries is self.semantic_map:  # a layer takes the product that a table holds for each class
+                queries.weight[:kept] = directions * scale
+            else:
+                queries.weight[:, :kept] = vectors @ directions.T
         straight = torch.eye(kept, width)
         self.linear_1.weight[: 2 * kept] = torch.cat([straight, -straight])
         self.linear_1.bias.zero_()

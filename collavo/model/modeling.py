@@ -31,6 +31,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
 from collavo.model.branches import CRAYON_SIGNAL, CellSignal, add_low_rank_branches
+from collavo.model.class_words import name_vectors
 from collavo.model.configuration import CollavoConfig
 from collavo.model.crayon_prompt import ClosedLinear, CrayonPrompt, UnitEmbedding, UnitLinear
 from collavo.model.packing import packing_mask
@@ -59,7 +60,7 @@ class CollavoModel(LlavaModel):
             self.crayon_prompt = CrayonPrompt(
                 config.crayon_width,
                 config.text_config.hidden_size,
-                len(config.category_set),
+                len(config.category_set) if config.class_tokens is None else None,
                 config.semantic_queries,
                 config.numbering_queries,
             )
@@ -99,7 +100,10 @@ class CollavoModel(LlavaModel):
         if not self.config.has_crayon_prompt:
             return features
         unknown = torch.zeros(len(pixel_values), *self.config.grid_hw, dtype=torch.int64, device=pixel_values.device)
-        cells = self.crayon_prompt(*(unknown if ids is None else ids for ids in (semantic_ids, numbering_ids)))
+        inputs = [unknown if ids is None else ids for ids in (semantic_ids, numbering_ids)]
+        if self.config.class_tokens is not None:
+            inputs.append(name_vectors(self.config.class_tokens, self.language_model.embed_tokens.weight))
+        cells = self.crayon_prompt(*inputs)
         if features.pooler_output[0].shape[0] == cells.shape[1] + 1:
             # With vision_feature_select_strategy="full", CLIP's class token comes first. It belongs to no cell.
             cells = nn.functional.pad(cells, (0, 0, 1, 0))

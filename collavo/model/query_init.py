@@ -5,14 +5,12 @@ the embeddings of "dog" and "2", the model can read it from the first step on. T
 first have to find vectors that mean something to the language model.
 """
 
-from collections.abc import Sequence
-from itertools import accumulate, chain
 from typing import Any
 
 import torch
-from torch.nn.functional import embedding_bag, normalize
 
 from collavo.errors import UserError
+from collavo.model.class_words import class_tokens, name_vectors, word_tokens
 from collavo.model.crayon_prompt import UnitEmbedding
 from collavo.model.modeling import CollavoForConditionalGeneration
 from collavo.model.processing import CollavoProcessor
@@ -20,34 +18,31 @@ from schemas.categories import COCO_PANOPTIC, MAX_NUMBERING, CategorySet
 
 
 class ClassWords:
-    """The tokens of all class names and numbers, as vectors for the Crayon Prompt.
+    """All class names and numbers, as vectors for the Crayon Prompt.
 
     Args:
         tokenizer: the language model's.
     """
 
     def __init__(self, tokenizer: Any, categories: CategorySet) -> None:
-        self._names = _bags(tokenizer, ["", *(f" {category.display_name}" for category in categories)])
-        self._numbers = _bags(tokenizer, ["", *map(str, range(1, MAX_NUMBERING + 1))])
+        self._names = class_tokens(tokenizer, categories)
+        self._numbers = word_tokens(tokenizer, map(str, range(1, MAX_NUMBERING + 1)))
 
-    def vectors(self, model: CollavoForConditionalGeneration) -> tuple[torch.Tensor, torch.Tensor]:
+    def vectors(self, model: CollavoForConditionalGeneration) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Compute what the attention of the first layer would receive for each word in a text.
 
-        That is the sum of the embeddings of its tokens, normalised to a root mean square of 1 and multiplied by the
-        weights of the layer's norm: the signal is added behind that norm.
+        That is the vector of the word (see `collavo.model.class_words`), times the weights of the layer's norm: the
+        signal is added behind that norm.
 
         Returns:
-            float [classes + 1, hidden] by semantic index and [21, hidden] by number; zero for index 0, unknown.
+            vectors, float [classes + 1, hidden] by semantic index and [21, hidden] by number, zero for index 0,
+            unknown; and the weights of the norm, float [hidden].
         """
         language_model: Any = model.model.language_model
         embeddings = language_model.embed_tokens.weight
         weight = language_model.layers[0].input_layernorm.weight
-        scale, device = weight * embeddings.shape[1] ** 0.5, weight.device
-        names, numbers = (
-            normalize(embedding_bag(tokens.to(device), embeddings, starts.to(device), mode="sum"), dim=-1) * scale
-            for tokens, starts in (self._names, self._numbers)
-        )
-        return names, numbers
+        names, numbers = (name_vectors(tokens, embeddings).to(weight.device) for tokens in (self._names, self._numbers))
+        return names, numbers, weight
 
 
 @torch.no_grad()
@@ -61,16 +56,8 @@ def begin_with_names(model: CollavoForConditionalGeneration, tokenizer: Any) -> 
         signal = model.config.crayon_signal
         raise UserError(f"queries cannot start as names where the crayon signal is {signal!r}, only at random")
     if model.config.has_crayon_prompt:
-        model.model.crayon_prompt.begin_with(
-            *(v.float() for v in ClassWords(tokenizer, model.config.category_set).vectors(model))
-        )
-
-
-def _bags(tokenizer: Any, words: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the tokens of all words, one after the other, and where each word begins: the form of `embedding_bag`."""
-    tokens = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
-    starts = accumulate((len(ids) for ids in tokens[:-1]), initial=0)
-    return torch.tensor([*chain.from_iterable(tokens)]), torch.tensor([*starts])
+        vectors = ClassWords(tokenizer, model.config.category_set).vectors(model)
+        model.model.crayon_prompt.begin_with(*(v.float() for v in vectors))
 
 
 @torch.no_grad()
@@ -79,7 +66,11 @@ def adopt_categories(
 ) -> list[str]:
     """Give a model, and its processor, a query for each class of another set, in place.
 
-    A class that the model knows by name keeps its query; a new one begins at random.
+    A class that the model knows by name keeps its query; a new one begins at random. Queries that are computed from
+    names need nothing but the names.
+
+    Args:
+        model: with or without adapters.
 
     Returns:
         the names of the classes that keep their query.
@@ -91,7 +82,9 @@ def adopt_categories(
     processor.__dict__.pop("categories", None)  # it is cached
     kept = {key: category for key, category in categories.by_key.items() if key in own.by_key}
     queries = getattr(getattr(model.model, "crayon_prompt", None), "semantic_queries", None)
-    if queries is not None:
+    if model.config.class_tokens is not None:
+        model.config.class_tokens = class_tokens(processor.tokenizer, categories)
+    elif queries is not None:
         old = queries.weight
         fresh = UnitEmbedding(categories.semantic_indices, old.shape[1], device=old.device, dtype=old.dtype)
         fresh.weight[0] = old[0]

@@ -57,6 +57,11 @@ class TrainArguments:
     lora_alpha: int = flag(64, "alpha of the adapters", least=1)
     adapters: str = flag("dual", "dual; single or vl_only for an ablation", choices=("dual", "single", "vl_only"))
     queries: str = flag("both", "both; others for an ablation", choices=("both", "semantic", "numbering", "none"))
+    semantic_queries: str = flag(
+        "table",
+        "a query for each class: in a table, or computed from the words of its name, for classes never seen as well",
+        choices=("table", "words"),
+    )
     query_start: str = flag(
         "random",
         "first queries: random, or names, the embeddings of class names",
@@ -96,6 +101,11 @@ class TrainArguments:
     def base(self) -> str:
         """The model to start from: a folder, a hub id, or the name of an embedded model."""
         return PRESETS[self.preset].base if self.preset in PRESETS else self.preset
+
+    @property
+    def by_words(self) -> bool:
+        """Whether semantic queries are computed from the names of the classes."""
+        return self.semantic_queries == "words"
 
     @property
     def about(self) -> str:

@@ -50,7 +50,9 @@ def load_trainable(
     # What is not quantised takes half the memory in bfloat16, which matters on a GPU only.
     base_dtype = dtype if device.type == "cuda" else torch.float32
     with naming("preset"):
-        model, processor = load_base(arguments.base, base_dtype, arguments.queries, arguments.attention, categories)
+        model, processor = load_base(
+            arguments.base, base_dtype, arguments.queries, arguments.attention, categories, arguments.by_words
+        )
     if projector_file:
         model.model.multi_modal_projector.float()  # it is saved again, as precise as it came
         with naming("projector"):
@@ -62,7 +64,7 @@ def load_trainable(
         )
     if arguments.phase == "cit":
         with naming("phase"):
-            _check_classes(crayon_file, categories)
+            _check_classes(crayon_file, categories, arguments)
             load_crayon_prompt(crayon_file, model)
     elif arguments.query_start == "names" and arguments.phase != "align":
         with naming("query_start"):
@@ -79,12 +81,15 @@ def load_trainable(
     return staged, processor
 
 
-def _check_classes(crayon_file: Path, categories: CategorySet) -> None:
+def _check_classes(crayon_file: Path, categories: CategorySet, arguments: TrainArguments) -> None:
     """Refuse queries that stand for other classes than the data's; equal numbers of them would fit in silence."""
     if not (crayon_file.parent / CONFIG).exists():
         return
-    tuned = CollavoConfig.from_pretrained(crayon_file.parent).category_set
-    if list(tuned.by_key) != list(categories.by_key):
+    config = CollavoConfig.from_pretrained(crayon_file.parent)
+    tuned, kind = config.category_set, "table" if config.class_tokens is None else "words"
+    if kind != arguments.semantic_queries:
+        raise UserError(f"{crayon_file}: tuned with --semantic_queries {kind}, which --phase cit has to go on with")
+    if kind == "table" and list(tuned.by_key) != list(categories.by_key):
         raise UserError(
             f"{crayon_file}: its queries stand for {len(tuned)} classes, but the data have {len(categories)} "
             f"({categories.name}) or call them otherwise; begin with cpt on these data"
