@@ -37,6 +37,12 @@ FAULTS = (OSError, pa.ArrowException)
 _NATIVE_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
 _GCS_OPTIONS = "?retry_limit_seconds=60"
 _SCHEMES = "s3, gs and abfs are read as they are, hf and whatever else fsspec knows through its package"
+_OUTAGE = re.compile(
+    r"AWS Error (NETWORK_CONNECTION|SERVICE_UNAVAILABLE|SLOW_DOWN|THROTTLING|INTERNAL_FAILURE|REQUEST_TIMEOUT)"
+    r"|HTTP status 5\d\d|google::cloud::Status\((UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED)"
+)
+"""What Arrow says where a store does not answer, which tells nothing of the file."""
+
 _READ_AHEAD_BYTES = 4 << 20
 
 
@@ -88,7 +94,8 @@ def read_bytes(uri: str) -> bytes:
     """Read all bytes of a file.
 
     Raises:
-        Rejected: `missing_file`, `not_a_file`, `unreadable_file`, or `oversized_file` above `MAX_FILE_BYTES`.
+        Rejected: `missing_file`, `not_a_file`, `unreadable_file`, or `oversized_file` above `MAX_FILE_BYTES`;
+            UserError: where a store does not answer, as after its client has tried for a while.
     """
     try:
         if is_local(uri) and not stat.S_ISREG(os.stat(local_path(uri)).st_mode):
@@ -101,6 +108,8 @@ def read_bytes(uri: str) -> bytes:
     except FileNotFoundError as error:
         raise Rejected("missing_file", uri) from error
     except (*FAULTS, UserError) as error:
+        if _OUTAGE.search(str(error)):
+            raise UserError(f"{uri}: {first_line(error)}", exit_status=1) from error
         raise Rejected("unreadable_file", f"{uri}: {first_line(error)}") from error
     if size > MAX_FILE_BYTES:
         raise Rejected("oversized_file", f"{uri}: more than {MAX_FILE_BYTES >> 20} MiB")

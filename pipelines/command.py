@@ -5,7 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from posixpath import join
 from typing import TYPE_CHECKING, Any
@@ -62,7 +62,7 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
             with cli.naming("output"):
                 stack.enter_context(whole_folder(Path(publication.output), publication.stage_inside, SEGMENTED))
         else:
-            stack.callback(delete, [publication.work])
+            stack.callback(_remove, publication.work)
         try:
             prepare(publication, flags.output.resume, flags.output.discard)
         except FAULTS as error:
@@ -76,12 +76,19 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
                 _draw_scenes(plan.scenes, console)
             run_job(plan, workers, console)
         except BaseException:
-            if left := what_is_left(publication):
-                print(left, file=sys.stderr)
+            with suppress(*FAULTS):  # the store may be what failed
+                if left := what_is_left(publication):
+                    print(left, file=sys.stderr)
             raise
         if is_local(publication.output):
             delete([publication.work, publication.segmented])
     _print_summary(publication.output, time.perf_counter() - start, console)
+
+
+def _remove(folder: str) -> None:
+    """Remove a folder, where its store answers; the next build finds what is left of it."""
+    with suppress(*FAULTS):
+        delete([folder])
 
 
 def _draw_scenes(scenes: "SceneRequest", console: Console) -> None:

@@ -6,6 +6,7 @@ build may be others.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from posixpath import basename, join
@@ -14,8 +15,19 @@ from typing import Any
 import collavo
 from collavo.dataset import opened_parquet, stated_facts
 from collavo.errors import UserError, first_line
-from collavo.storage import MANIFEST, delete, exists, list_files, open_random, open_read, open_write, size_of, size_text
-from pipelines.job import Publication
+from collavo.storage import (
+    MANIFEST,
+    delete,
+    exists,
+    is_local,
+    list_files,
+    open_random,
+    open_read,
+    open_write,
+    size_of,
+    size_text,
+)
+from pipelines.job import WORK, Publication
 from pipelines.options import InstructionFlags
 
 MAP_FLAGS = (
@@ -38,12 +50,13 @@ def prepare(publication: Publication, resume: bool, discard: bool) -> None:
             on with it, and there is nothing or the flags do not fit.
     """
     made_by = _made_by(publication.configuration)
-    note, left = join(publication.segmented, _NOTE), _segmented_files(publication)
+    note, left, unused = join(publication.segmented, _NOTE), _segmented_files(publication), _stale_files(publication)
     if not resume:
-        if left and not discard:
+        if (left or unused) and not discard:
+            kept = f"{_size_of(left)} of segmented pictures" + f" and {_size_of(unused)} more" * bool(unused)
             raise UserError(
-                f"--output {publication.output}: a stopped build left {_size_of(left)} of segmented pictures there; "
-                "--resume uses them, --discard removes them"
+                f"--output {publication.output}: a stopped build left {kept} there; --resume uses the pictures, "
+                "--discard removes all"
             )
         delete([publication.segmented])
     elif not exists(note):
@@ -53,6 +66,7 @@ def prepare(publication: Publication, resume: bool, discard: bool) -> None:
             earlier = json.load(file)
         if other := _difference(earlier, made_by, made_by):
             raise UserError(f"--resume: the stopped build had {other}; --discard starts anew")
+    delete(sorted({re.sub(rf"(/{WORK}[^/]*)/.*", r"\1", uri) for uri in unused}))
     with open_write(note) as file:
         file.write(json.dumps(made_by).encode())
 
@@ -98,6 +112,11 @@ def check_extension(output: str, configuration: Mapping[str, Any], templates_sha
 
 def _segmented_files(publication: Publication) -> list[str]:
     return [uri for uri in list_files(join(publication.segmented, "")) if basename(uri) != _NOTE]
+
+
+def _stale_files(publication: Publication) -> list[str]:
+    """List what lies in work folders of a store, where the launcher of a build was killed, or still runs."""
+    return [] if is_local(publication.folder) else list_files(join(publication.folder, f"{WORK}*/**"))
 
 
 def _difference(earlier: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> str:

@@ -11,7 +11,8 @@ from collavo.segmenters import Segmenter
 from pipelines.sources import Sources
 from schemas.categories import CategorySet
 
-SEGMENTED = ".segmented"
+SEGMENTED, WORK = ".segmented", ".work-"
+"""Names in a folder where a data set is written: of a folder, and how that of a run's work folder begins."""
 
 
 class Publication(NamedTuple):

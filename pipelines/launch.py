@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -27,17 +28,19 @@ from rich.console import Console
 
 from collavo.errors import UserError
 from collavo.folders import DISK_FAULTS
-from collavo.storage import is_local
 from pipelines.graph import build_graph
 from pipelines.job import Publication
 from pipelines.local_workers import LocalWorkers
 from pipelines.plan import Plan
-from pipelines.progress import ProgressDisplay
+from pipelines.progress import FileCounts, ProgressDisplay, counters_of
 
 _FORKED = "collavo:env:forked:v1"
 """By what name the runner finds how its workers are started."""
 
 _MAX_LINE = 400
+
+_SECONDS_BETWEEN_QUESTIONS = 5.0
+"""To a runner about the progress of its job."""
 
 _GRACE_SECONDS = 5.0
 """How long a job may go on after a worker has failed: where the worker had begun, Beam notices by itself."""
@@ -62,12 +65,14 @@ def run_job(plan: Plan, workers: LocalWorkers | None, console: Console) -> None:
             console.print(f"{runner} runs the job; what it says goes to {log}", highlight=False, soft_wrap=True)
         else:
             runner, watch = _local_runner(plan.beam_options.view_as(DirectOptions), workers, stack)
-            if is_local(publication.work):
-                stack.enter_context(ProgressDisplay(publication.work, console))
+            stack.enter_context(ProgressDisplay(stack.enter_context(FileCounts(publication.work)), console))
         try:
             pipeline = beam.Pipeline(runner=runner, options=plan.beam_options)
             build_graph(pipeline, plan.job)
             result = pipeline.run()
+            if log:
+                counts = partial(counters_of, result)
+                stack.enter_context(ProgressDisplay(counts, console, seconds=_SECONDS_BETWEEN_QUESTIONS))
             result.wait_until_finish()
         except (Exception, KeyboardInterrupt) as error:
             explained = (watch and watch.explained(error)) or _explained(error, publication)

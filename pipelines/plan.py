@@ -49,7 +49,7 @@ from collavo.storage import (
     read_bytes,
 )
 from pipelines.earlier import check_extension
-from pipelines.job import CrayonJob, ModelConfig, Publication
+from pipelines.job import WORK, CrayonJob, ModelConfig, Publication
 from pipelines.options import Flags, SegmentationFlags, SourceFlags, build_parser
 from pipelines.publish import FAILED_REJECTS, published_files, strangers
 from pipelines.runners import check_file_systems, check_workers, parse_beam_options
@@ -207,7 +207,7 @@ def _publication(flags: Flags, runner: str) -> Publication:
         output=output,
         folder=folder,
         stage_inside=stage_inside,
-        work=join(folder, f".work-{uuid.uuid4().hex[:12]}"),
+        work=join(folder, f"{WORK}{uuid.uuid4().hex[:12]}"),
         configuration={**given, "runner": runner},
         max_reject_ratio=flags.output.max_reject_ratio,
         started=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -7,6 +7,7 @@ takes root, on Linux.
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def running(
     with log.open("ab") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True, **options)  # type: ignore
     try:
-        while address and not _listens(address):
+        while address and not listens(address):
             assert process.poll() is None, log.read_text(errors="replace")[-2000:]
             time.sleep(0.1)
         yield process
@@ -68,7 +69,7 @@ def kill(process: "subprocess.Popen[bytes]") -> None:
     process.wait()
 
 
-def _listens(address: tuple[str, int]) -> bool:
+def listens(address: tuple[str, int]) -> bool:
     try:
         socket.create_connection(address, timeout=1).close()
     except OSError:
@@ -77,7 +78,9 @@ def _listens(address: tuple[str, int]) -> bool:
 
 
 @contextmanager
-def hosts(count: int, folder: Path, forwarded: Sequence[int], environment: Mapping[str, str]) -> Iterator[str]:
+def hosts(
+    count: int, folder: Path, forwarded: Sequence[int], environment: Mapping[str, str]
+) -> Iterator[tuple[str, list[int]]]:
     """Start hosts with a worker pool each.
 
     Args:
@@ -85,13 +88,13 @@ def hosts(count: int, folder: Path, forwarded: Sequence[int], environment: Mappi
         environment: what the workers find in theirs.
 
     Yields:
-        the address of one pool that hands its workers to the hosts in turn.
+        the address of one pool that hands its workers to the hosts in turn, and the process groups of theirs.
     """
     if os.geteuid() or not shutil.which("ip") or not shutil.which("unshare"):
         pytest.skip("needs root, ip and unshare to make hosts of namespaces")
     with ExitStack() as stack:
         stack.enter_context(_bridge())
-        pools = []
+        pools, groups = [], []
         for number in range(2, count + 2):
             address = f"10.77.0.{number}"
             inside = stack.enter_context(_host(f"crayon{number}", address, folder))
@@ -104,15 +107,153 @@ def hosts(count: int, folder: Path, forwarded: Sequence[int], environment: Mappi
             path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
             log = folder / f"pool-{number}.log"
             where = (address, _POOL_PORT)
-            stack.enter_context(running(command, log, where, env={**os.environ, "PATH": path, **environment}))
+            environ = {**os.environ, "PATH": path, **environment}
+            groups.append(stack.enter_context(running(command, log, where, env=environ)).pid)
             pools.append(f"{address}:{_POOL_PORT}")
         port = free_port()
         command = [sys.executable, str(_FORWARDER), str(port), *pools]
         stack.enter_context(running(command, folder / "pools.log", ("localhost", port)))
-        yield f"localhost:{port}"
+        yield f"localhost:{port}", groups
 
 
-def named(folder: Path) -> list[str]:
+class Store:
+    """An object store in a process of its own, which keeps what it holds on disk, so that it can be killed and started.
+
+    Args:
+        folder: for its objects and its log.
+    """
+
+    scheme = ""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / self.scheme
+        (self.folder / "crayon").mkdir(parents=True)  # a bucket
+        self.log = folder / f"{self.scheme}.log"
+        self.port = free_port()
+        self.url = f"http://{HOME}:{self.port}"
+        self.bucket = f"{self.scheme}://crayon"
+
+    def __enter__(self) -> "Store":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def start(self) -> None:
+        self._stack = ExitStack()
+        self._stack.enter_context(running(self.command, self.log, ("localhost", self.port), env=self.of_server))
+
+    def kill(self) -> None:
+        self._stack.close()
+
+    @property
+    def command(self) -> list[str]:
+        raise NotImplementedError
+
+    @property
+    def of_server(self) -> dict[str, str]:
+        """The environment of the server."""
+        return dict(os.environ)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What leads the store's SDK there."""
+        raise NotImplementedError
+
+
+class S3(Store):
+    """MinIO."""
+
+    scheme = "s3"
+
+    @property
+    def command(self) -> list[str]:
+        return [program("minio"), "server", str(self.folder), "--address", f":{self.port}"]
+
+    @property
+    def of_server(self) -> dict[str, str]:
+        return {**os.environ, "MINIO_ROOT_USER": "someone", "MINIO_ROOT_PASSWORD": "something"}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        keys = {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "something"}
+        return {"AWS_ENDPOINT_URL": self.url, "AWS_REGION": "us-east-1", **keys}
+
+
+class Gcs(Store):
+    """A server that speaks the protocol of Google Cloud Storage."""
+
+    scheme = "gs"
+
+    @property
+    def command(self) -> list[str]:
+        where = ["-port", str(self.port), "-public-host", f"{HOME}:{self.port}", "-external-url", self.url]
+        return [program("fake-gcs-server"), "-scheme", "http", "-filesystem-root", str(self.folder), *where]
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"CLOUD_STORAGE_EMULATOR_ENDPOINT": self.url}
+
+
+class Prism:
+    """Prism, and a worker pool on each of two hosts, while a `with` block runs.
+
+    Args:
+        folder: for logs.
+        environment: of the workers.
+    """
+
+    before: Sequence[str] = ()
+
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+        self._folder, self._environment = folder, environment
+        self._port = free_port()
+
+    def __enter__(self) -> "Prism":
+        command = [program("prism"), "-job_port", str(self._port), "-serve_http=false"]
+        with ExitStack() as stack:
+            self._process = stack.enter_context(running(command, self._folder / "prism.log", ("localhost", self._port)))
+            pool, self._pools = stack.enter_context(hosts(2, self._folder, [self._port], self._environment))
+            self._stack = stack.pop_all()
+        self.flags = ["--job_endpoint", f"localhost:{self._port}", "--environment_config", pool]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def kill(self) -> None:
+        kill(self._process)
+
+    def kill_worker(self) -> None:
+        """Kill the processes that the pools have started for the job."""
+        workers = [
+            int(process.name)
+            for process in Path("/proc").glob("[0-9]*")
+            if b"SdkHarness(" in (process / "cmdline").read_bytes() and os.getpgid(int(process.name)) in self._pools
+        ]
+        assert workers
+        for worker in workers:
+            os.kill(worker, signal.SIGKILL)
+
+
+class JobService:
+    """Beam's own job service in the launcher, which has a worker on each of two hosts."""
+
+    def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
+        self._hosts = hosts(2, folder, [], environment)
+        self.before = _named(folder)
+
+    def __enter__(self) -> "JobService":
+        self.flags = ["--job_endpoint", "embed", "--direct_num_workers", "2"]
+        self.flags += ["--environment_config", self._hosts.__enter__()[0]]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._hosts.__exit__(None, None, None)
+
+
+def _named(folder: Path) -> list[str]:
     """The words before a command that give it the name by which hosts find this machine, as a runner tells workers."""
     here = f'hostname {NAME} && mount --bind {folder}/hosts /etc/hosts && exec "$@"'
     return ["unshare", "--uts", "--mount", "sh", "-c", here, "sh"]

@@ -1,28 +1,28 @@
 """The build as clusters run it: on Prism and in Beam's local job service, by workers that share no disk with it or with
-one another, from and to an S3 and a Google Cloud store. Its rows are those of a run in one process."""
+one another, from and to an S3 and a Google Cloud store. Its rows are those of one process, whoever is killed."""
 
 import json
 import os
+import re
 import subprocess
 import sys
-import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import time
 from pathlib import Path
+from typing import NamedTuple
 
-import boto3
 import pytest
 from builds import REPOSITORY, build
-from clusters import HOME, free_port, hosts, named, program, running
+from clusters import S3, Gcs, JobService, Prism, Store, free_port, listens, program
 from conftest import needs_scenes_model
 
+from collavo import storage
+from collavo.dataset import find_files
+from collavo.errors import UserError
 from collavo.scenes import write_scenes
-from collavo.storage import MANIFEST, list_files, open_read, open_write
+from collavo.storage import MANIFEST, exists, list_files, open_read, open_write
+from pipelines.command import main
 
 pytestmark = [pytest.mark.cluster, needs_scenes_model]
-
-BUCKET = "crayon"
-KEYS = {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "something", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Annotated scenes with dialogues, and pictures that a network has to segment."""
     folder = tmp_path_factory.mktemp("scenes")
     write_scenes(folder / "annotated", 24, (96, 72))
-    write_scenes(folder / "others", 4, (96, 72), start=100)
+    write_scenes(folder / "others", 6, (96, 72), start=100)
     return folder
 
 
@@ -42,78 +42,106 @@ def sources(folder: str | Path, by_network: bool) -> list[str]:
     return [*named, *(others if by_network else ("--segmenter", "annotations"))]
 
 
-@contextmanager
-def s3(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """A MinIO server: its bucket and what leads the SDKs there."""
-    port = free_port()
-    environment = {**os.environ, "MINIO_ROOT_USER": "someone", "MINIO_ROOT_PASSWORD": "something"}
-    command = [program("minio"), "server", str(folder / "minio"), "--address", f":{port}"]
-    with running(command, folder / "minio.log", ("localhost", port), env=environment):
-        endpoint = f"http://{HOME}:{port}"
-        boto3.client("s3", endpoint_url=f"http://localhost:{port}", **_boto_keys()).create_bucket(Bucket=BUCKET)
-        yield f"s3://{BUCKET}", {"AWS_ENDPOINT_URL": endpoint, **KEYS}
+def put(scenes: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lead this process to a store, and put all scenes there."""
+    for name, value in store.environment.items():
+        monkeypatch.setenv(name, value)
+    storage._file_system.cache_clear()
+    for file in filter(Path.is_file, scenes.rglob("*")):
+        with open_write(f"{store.bucket}/in/{file.relative_to(scenes)}") as copy:
+            copy.write(file.read_bytes())
 
 
-def _boto_keys() -> dict[str, str]:
-    return dict(zip(("aws_access_key_id", "aws_secret_access_key", "region_name"), KEYS.values(), strict=True))
+def launched(runner: Prism | JobService, *words: str) -> "subprocess.Popen[str]":
+    """The command, whose job goes to a runner."""
+    flags = ["--runner", "PortableRunner", "--environment_type", "EXTERNAL", *runner.flags]
+    command = [*runner.before, sys.executable, "pipelines/build_crayon.py", *words, *flags]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=REPOSITORY, stdout=pipe, stderr=pipe, text=True)
 
 
-@contextmanager
-def gcs(folder: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """A server that speaks Google Cloud Storage's protocol: its bucket and what leads the SDK there."""
-    port = free_port()
-    endpoint = f"http://{HOME}:{port}"
-    command = [program("fake-gcs-server"), "-scheme", "http", "-port", str(port), "-backend", "memory"]
-    command += ["-public-host", f"{HOME}:{port}", "-external-url", endpoint]
-    with running(command, folder / "gcs.log", ("localhost", port)):
-        url, header = f"http://localhost:{port}/storage/v1/b?project=any", {"Content-Type": "application/json"}
-        urllib.request.urlopen(urllib.request.Request(url, f'{{"name": "{BUCKET}"}}'.encode(), header)).close()
-        yield f"gs://{BUCKET}", {"CLOUD_STORAGE_EMULATOR_ENDPOINT": endpoint}
-
-
-@contextmanager
-def prism(folder: Path, environment: dict[str, str]) -> Iterator[tuple[list[str], list[str]]]:
-    """Prism and two hosts: flags that send a job there, and the words before the command."""
-    port = free_port()
-    command = [program("prism"), "-job_port", str(port), "-serve_http=false"]
-    with (
-        running(command, folder / "prism.log", ("localhost", port)),
-        hosts(2, folder, [port], environment) as pool,
-    ):
-        yield ["--job_endpoint", f"localhost:{port}", "--environment_config", pool], []
-
-
-@contextmanager
-def job_service(folder: Path, environment: dict[str, str]) -> Iterator[tuple[list[str], list[str]]]:
-    """Beam's own job service in the launcher, which has a worker on each of two hosts."""
-    with hosts(2, folder, [], environment) as pool:
-        flags = ["--job_endpoint", "embed", "--direct_num_workers", "2", "--environment_config", pool]
-        yield flags, named(folder)
+def hashes(output: str) -> list[tuple[str, str]]:
+    with open_read(f"{output}/{MANIFEST}") as manifest:
+        return [(file["name"], file["sha256"]) for file in json.load(manifest)["files"]]
 
 
 @pytest.mark.parametrize(
-    "runner, store, by_network",
-    [(prism, s3, True), (prism, gcs, False), (job_service, gcs, True), (job_service, s3, False)],
+    "runner_type, store_type, by_network",
+    [(Prism, S3, True), (Prism, Gcs, False), (JobService, Gcs, True), (JobService, S3, False)],
     ids=["prism-s3-network", "prism-gs-annotations", "workers-gs-network", "workers-s3-annotations"],
 )
 def test_workers_without_a_common_disk_write_the_rows_of_one_process(
-    runner, store, by_network, scenes, tmp_path, monkeypatch
+    runner_type, store_type, by_network, scenes, tmp_path, monkeypatch
 ):
     expected = build(tmp_path / "here", *sources(scenes, by_network)).hashes
-    with ExitStack() as stack:
-        bucket, environment = stack.enter_context(store(tmp_path))
-        flags, before = stack.enter_context(runner(tmp_path, environment))
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        for file in filter(Path.is_file, scenes.rglob("*")):
-            with open_write(f"{bucket}/in/{file.relative_to(scenes)}") as copy:
-                copy.write(file.read_bytes())
-        flags += ["--runner", "PortableRunner", "--environment_type", "EXTERNAL", "--output", f"{bucket}/out"]
-        command = [*before, sys.executable, "pipelines/build_crayon.py", *sources(f"{bucket}/in", by_network), *flags]
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, done.stderr[-3000:]
-        with open_read(f"{bucket}/out/{MANIFEST}") as manifest:
-            files = json.load(manifest)["files"]
-        assert [(file["name"], file["sha256"]) for file in files] == expected
-        left = [uri for uri in list_files(f"{bucket}/out/") if "/." in uri]
-        assert not left
+    with store_type(tmp_path) as store, runner_type(tmp_path, store.environment) as runner:
+        put(scenes, store, monkeypatch)
+        output = f"{store.bucket}/out"
+        launcher = launched(runner, *sources(f"{store.bucket}/in", by_network), "--output", output)
+        _, errors = launcher.communicate(timeout=600)
+        assert launcher.returncode == 0, errors[-3000:]
+        assert hashes(output) == expected
+        assert not [uri for uri in list_files(f"{output}/") if "/." in uri]
+
+
+class Kill(NamedTuple):
+    """Whom to kill, once the store holds an object of a name."""
+
+    victim: str
+    moment: str
+
+
+KILLS = [
+    Kill(victim, moment)
+    for victim in ("worker", "runner", "store", "launcher")
+    for moment in (r"made_by", r"\.segmented/.*\.arrow", r"/shards/.*\.parquet")
+]
+
+
+@pytest.mark.parametrize("victim, moment", KILLS, ids=[f"{kill.victim}-{kill.moment[-5:]}" for kill in KILLS])
+def test_what_is_killed_costs_no_row_and_leaves_nothing_that_looks_whole(
+    victim: str, moment: str, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = build(tmp_path / "here", *sources(scenes, by_network=True)).hashes
+    with Gcs(tmp_path) as store, Prism(tmp_path, store.environment) as runner:
+        put(scenes, store, monkeypatch)
+        output = f"{store.bucket}/out"
+        job = [*sources(f"{store.bucket}/in", by_network=True), "--output", output]
+        launcher = launched(runner, *job)
+        while not any(re.search(moment, uri) for uri in list_files(f"{output}/")):
+            assert launcher.poll() is None
+            time.sleep(0.05)
+        time.sleep(2 if moment == "made_by" else 0)  # the job is on its way to the runner
+        {"worker": runner.kill_worker, "runner": runner.kill, "store": store.kill, "launcher": launcher.kill}[victim]()
+        _, errors = launcher.communicate(timeout=600)
+        if victim == "store":
+            store.start()
+        deadline = time.monotonic() + (300 if victim == "launcher" else 0)  # without which the job goes on
+        while not (done := exists(f"{output}/{MANIFEST}")) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert done or victim != "launcher"
+        if not done:
+            assert "Traceback" not in errors and launcher.returncode == 1
+            (log,) = re.findall(r"error: --runner PortableRunner: .*; its log: (\S+)", errors)
+            assert Path(log).read_text()
+            with pytest.raises(UserError):
+                find_files([output])
+            kept = [uri for uri in list_files(f"{output}/") if uri.endswith(".arrow")]
+            assert ("of segmented pictures are kept" in errors) == bool(kept) or victim == "store"
+            assert main([*job, "--resume" if kept else "--discard"]) == 0
+        assert hashes(output) == expected
+        assert not [uri for uri in list_files(f"{output}/") if "/." in uri]
+
+
+@pytest.mark.parametrize("script, server", [("prism.sh", "prism"), ("s3.sh", "minio"), ("gcs.sh", "fake-gcs-server")])
+def test_an_example_shows_rows_and_stops_what_it_started(script: str, server: str, tmp_path: Path) -> None:
+    ports = {name: str(free_port()) for name in ("PORT", "JOB_PORT", "POOL_PORT")}
+    environment = {**os.environ, **ports, "OUT": str(tmp_path / "out"), "GOBIN": str(Path(program(server)).parent)}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with (tmp_path / "out.txt").open("w+") as said:
+        command = ["bash", f"examples/{script}"]
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, stdout=said, stderr=said, timeout=600)
+    text = (tmp_path / "out.txt").read_text()
+    assert done.returncode == 0, text[-3000:]
+    assert text.count(" segments, ") == 5
+    assert not any(listens(("localhost", int(port))) for port in ports.values())
