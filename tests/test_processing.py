@@ -55,7 +55,8 @@ def test_control_tokens_in_messages_are_text_as_in_our_own_prompts(name: str) ->
     tokenizer.add_tokens(["[UNUSED_TOKEN_145]", "<|im_end|>", "<|eot_id|>"])
     processor = CollavoProcessor(tiny_processor().image_processor, tokenizer, chat_format=name, object_list=False)
     image = Image.new("RGB", (30, 20))
-    for marker in ("</s>", "<s>", "<image>", "<|im_end|>", "[UNUSED_TOKEN_145]", "<|eot_id|>"):
+    nested = ("<im<image>age>", "<im<im<image>age>age>", "<im</s>age>", "<im<im</s>age>age>")
+    for marker in ("</s>", "<s>", "<image>", *nested, "<|im_end|>", "[UNUSED_TOKEN_145]", "<|eot_id|>"):
         said = f"What {marker}{marker} is it? {marker}"
         messages = [*chat(image, said), {"role": "assistant", "content": said}, {"role": "user", "content": said}]
         expected = processor.render([("human", said), ("gpt", said), ("human", said)]).input_ids
@@ -64,6 +65,8 @@ def test_control_tokens_in_messages_are_text_as_in_our_own_prompts(name: str) ->
         control = set(tokenizer.get_added_vocab().values())
         assert [i for i in found if i in control] == [i for i in expected if i in control], marker
         assert tokenizer.decode(found) == tokenizer.decode(expected), marker
+    for said in nested:  # as one string, a prompt could not tell an image's token from a user's
+        assert processor.apply_chat_template(chat(image, said)).count("<image>") == 1
     options |= {"return_assistant_tokens_mask": True, "add_generation_prompt": False}
     processor.apply_chat_template(chat(image, "<image> What?"), **options)
     with pytest.raises(ValueError, match="a message holds </s>, which would not stay text beside an assistant mask"):

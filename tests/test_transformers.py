@@ -35,9 +35,11 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
 )
 @pytest.mark.parametrize("method", ["forward", "get_image_features"])
 def test_the_parameters_are_llavas_in_llavas_order_and_ours_come_after(ours: Any, theirs: Any, method: str) -> None:
-    named = [list(inspect.signature(getattr(each, method)).parameters) for each in (theirs, ours)]
-    llava = [name for name in named[0] if name != "kwargs"]
-    assert named[1][: len(llava)] == llava
+    llava, found = (dict(inspect.signature(getattr(each, method)).parameters) for each in (theirs, ours))
+    keywords = llava.pop("kwargs")
+    assert list(found)[: len(llava)] == list(llava)
+    if method == "forward":  # its annotation lists keywords such as `output_attentions`
+        assert found["kwargs"].annotation.__args__ == keywords.annotation.__args__
 
 
 def test_keys_and_values_are_taken_by_the_name_they_had_before() -> None:

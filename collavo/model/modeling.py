@@ -20,13 +20,21 @@ what the branches of the authors' release need (`collavo.model.branches`).
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, LlavaForConditionalGeneration, LlavaModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaModelOutputWithPast
+from transformers.utils import TransformersKwargs
 from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import can_return_tuple
 
@@ -125,7 +133,7 @@ class CollavoModel(LlavaModel):
         semantic_ids: torch.Tensor | None = None,
         numbering_ids: torch.Tensor | None = None,
         sequence_ids: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaModelOutputWithPast:
         """Run LLaVA's forward, with the crayon maps of the images that enter in this call.
 
@@ -192,7 +200,7 @@ class CollavoModel(LlavaModel):
         return cells.new_zeros(*image_tokens.shape[:2], cells.shape[-1]).masked_scatter(image_tokens, cells)
 
 
-class CollavoForConditionalGeneration(LlavaForConditionalGeneration):
+class CollavoForConditionalGeneration(LlavaForConditionalGeneration, GenerationMixin):
     """CoLLaVO with its language head: what is trained, saved, loaded, and asked."""
 
     config_class = CollavoConfig
@@ -260,7 +268,7 @@ class CollavoForConditionalGeneration(LlavaForConditionalGeneration):
         numbering_ids: torch.Tensor | None = None,
         sequence_ids: torch.Tensor | None = None,
         supervised_only: bool = False,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> LlavaCausalLMOutputWithPast:
         """Run LLaVA's forward with crayon maps and packed sequences; see `CollavoModel.forward`.
 

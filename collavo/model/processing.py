@@ -11,6 +11,7 @@ from transformers import AutoProcessor, BatchFeature, CLIPImageProcessorPil, Pro
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import get_image_size, make_flat_list_of_images, to_numpy_array
 from transformers.processing_utils import MultiModalData
+from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END
 
 from collavo.instructions.text import format_objects_with_boxes
 from collavo.model.configuration import CollavoConfig
@@ -110,6 +111,11 @@ class CollavoProcessor(ProcessorMixin):
         """
         if images is not None:
             images = self.image_processor.fetch_images(images)
+        if kwargs.get("sanitize_control_tokens"):
+            # transformers cuts what is marked as text out before it counts images; a second mark keeps what stood on
+            # either side, as in `<im</s>age>`, from joining.
+            texts = [text] if isinstance(text, str) else text or []
+            text = [each.replace(_CONTROL_TOKEN_END, 2 * _CONTROL_TOKEN_END) for each in texts]
         batch: Any = super().__call__(images=images, text=text, **kwargs)
         batch.crayon, batch.panoptic = crayon if isinstance(crayon, str) else "given" if crayon else "none", []
         if images is not None:
@@ -135,8 +141,7 @@ class CollavoProcessor(ProcessorMixin):
             kwargs.pop("crayon", None) or options.pop("crayon", None) or ("segment" if self.segmenter else "none")
         )
         chats, several = self._normalize_conversations(conversation)
-        if kwargs.get("tokenize"):
-            self._keep_text(chats, kwargs)
+        self._keep_text(chats, kwargs)
         given = options.get("images")
         sources = given if given and several else [given] if given else [_image_sources(chat) for chat in chats]
         if not kwargs.get("tokenize") or not any(sources):
@@ -157,15 +162,21 @@ class CollavoProcessor(ProcessorMixin):
         return batch
 
     def _keep_text(self, chats: Sequence[Sequence[dict[str, Any]]], options: dict[str, Any]) -> None:
-        """Have transformers tokenize control tokens in messages as text, which it cannot where it makes a mask."""
-        texts = []
+        """Leave image tokens out of messages, and have transformers tokenize other control tokens in them as text,
+        which it cannot where it makes a mask."""
+        tokenizes, texts = options.get("tokenize"), []
         for message in (message for chat in chats for message in chat):
-            content = [
-                {**block, "text": block["text"].replace(self.image_token, "")} if "text" in block else block
-                for block in _blocks(message)
-            ]
+            content = [dict(block) for block in _blocks(message)]
+            for block in (block for block in content if "text" in block):
+                block["text"] = block["text"].replace(self.image_token, "")
+                # Another may be left, of `<im<image>age>`. Nothing could tell it from an image's in a finished prompt.
+                while not tokenizes and self.image_token in block["text"]:
+                    block["text"] = block["text"].replace(self.image_token, "")
+                texts.append(block["text"])
             message["content"] = content[0]["text"] if isinstance(message.get("content"), str) else content
-            texts += [block["text"] for block in content if "text" in block]
+        if not tokenizes:
+            return
+        options["image_tokens_removed"] = True  # for our template: what is left is text
         if not options.get("return_assistant_tokens_mask"):
             options.setdefault("sanitize_control_tokens", True)
         elif found := [token for token in self.tokenizer.get_added_vocab() if any(token in text for text in texts)]:

@@ -195,7 +195,7 @@ _CHAT_TEMPLATE = """\
   {%- if message.content is string %}{% set text = message.content %}
   {%- else %}{% set text = message.content | selectattr("type", "equalto", "text") | map(attribute="text") | join %}
   {%- endif -%}
-  {%- set text = text | replace(IMAGE, "") | trim -%}
+  {%- set text = (text if image_tokens_removed else text | replace(IMAGE, "")) | trim -%}
   {%- if message.role == "system" %}{{ SYSTEM_FORM | replace("{}", text) }}
   {%- elif message.role == "assistant" -%}
     {{ ANSWER_OPEN }}{% generation %}{{ ANSWER_LEAD + text + STOP }}{% endgeneration %}

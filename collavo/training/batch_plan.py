@@ -23,7 +23,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -39,8 +39,8 @@ group once: a waiting sample is used within the next window."""
 MOST_LANES = 8
 """As many ranks read each row group once; of more ranks, several read the same one."""
 
-_PIECES = 4 * MOST_LANES
-"""A data set of fewer row groups is dealt in parts of row groups, so that lanes get about equal shares."""
+MOST_ROWS = 8 * ROWS_PER_WINDOW
+"""Rows of a window at most, of whole row groups; other tools write large ones. A row group of more is a window."""
 
 
 class Sample(NamedTuple):
@@ -49,6 +49,8 @@ class Sample(NamedTuple):
     kind: Kind
     row: int
     numbers: tuple[int, ...]
+    tokens: int = 0
+    """What its texts take of a sequence, about; see `collavo.training.lengths.Fitted`."""
 
 
 class Batch(NamedTuple):
@@ -86,25 +88,28 @@ def plan_epoch(index: RowIndex, kinds: Sequence[Kind], options: PlanOptions, epo
     # Philox gives the same numbers on every machine, and an independent stream for each key.
     rng = np.random.Generator(np.random.Philox(key=[options.seed, epoch]))
     windows = [
-        [list(_samples_of(rows, index, kinds, options, rng)) for rows in window]
+        [list(_samples_of(group, index, kinds, options, rng)) for group in window]
         for window in _windows(index.row_groups, rng)
     ]
-    counts = Counter(sample.kind for window in windows for piece in window for sample in piece)
+    counts = Counter(sample.kind for window in windows for group in window for sample in group)
     kept = _kept_shares(counts, options.crayon_share)
     lanes = _Lanes(math.gcd(options.batch_size, MOST_LANES), options.batch_size, counts)
     batches: list[Batch] = []
     for window in windows:
-        for piece in window:
-            # Draws a number even where all are kept, so that a share changes the selection and not the order.
-            lanes.deal([sample for sample in piece if rng.random() < kept[sample.kind]])
-        ready = lanes.batches(rng, is_last=window is windows[-1])
+        # Draws a number even where all are kept, so that a share changes the selection and not the order.
+        groups = [[sample for sample in group if rng.random() < kept[sample.kind]] for group in window]
+        if window is windows[-1]:
+            lanes.level(groups)
+        else:
+            lanes.deal(groups)
+        ready = lanes.batches(rng)
         # Both kinds are spread over the window.
         batches += [ready[number] for number in rng.permutation(len(ready))]
     return batches
 
 
 class _Lanes:
-    """Samples that wait for a batch, by lane and kind.
+    """Samples that wait for a batch, by kind and lane.
 
     Args:
         number: of lanes; it divides the batch size.
@@ -112,68 +117,89 @@ class _Lanes:
     """
 
     def __init__(self, number: int, batch_size: int, counts: Counter[Kind]) -> None:
-        self._batch_size = batch_size
+        self._share = batch_size // number
         self._counts = counts
         self._dealt: list[Counter[Kind]] = [Counter() for _ in range(number)]
-        self._fresh: dict[Kind, list[list[Sample]]] = {kind: [[] for _ in range(number)] for kind in counts}
         self._waiting: dict[Kind, list[list[Sample]]] = {kind: [[] for _ in range(number)] for kind in counts}
+        self._fresh: dict[Kind, list[list[Sample]]] = {kind: [[] for _ in range(number)] for kind in counts}
 
-    def deal(self, samples: Sequence[Sample]) -> None:
-        """Give samples to the lane that has got the fewest of their kinds so far."""
-        of_kind = Counter(sample.kind for sample in samples)
+    def deal(self, groups: Sequence[Sequence[Sample]]) -> None:
+        """Give each row group's samples to the lane that has got the fewest of their kinds so far.
 
-        def burden(lane: int) -> float:
-            return sum(count * self._dealt[lane][kind] / self._counts[kind] ** 2 for kind, count in of_kind.items())
+        Where there are fewer row groups than lanes, each is shared by lanes that follow each other.
+        """
+        together = max(len(self._dealt) // len(groups), 1)
+        for samples in groups:
+            of_kind = Counter(sample.kind for sample in samples)
 
-        lane = min(range(len(self._dealt)), key=burden)
-        self._dealt[lane] += of_kind
-        for sample in samples:
-            self._fresh[sample.kind][lane].append(sample)
+            def burden(lane: int, of_kind: Counter[Kind] = of_kind) -> float:
+                return sum(count * self._dealt[lane][kind] / self._counts[kind] ** 2 for kind, count in of_kind.items())
 
-    def batches(self, rng: np.random.Generator, is_last: bool) -> list[Batch]:
-        """Make all batches that have equal shares of all lanes; in the end, also those that have not."""
+            first = min(range(0, len(self._dealt), together), key=burden)
+            self._dealt[first] += of_kind
+            for kind, count in of_kind.items():
+                laid = iter([sample for sample in samples if sample.kind == kind])
+                for part, fresh in enumerate(self._fresh[kind][first : first + together]):
+                    fresh.extend(islice(laid, count * (part + 1) // together - count * part // together))
+
+    def level(self, groups: Sequence[Sequence[Sample]]) -> None:
+        """Lay the samples of row groups end to end and cut them so that all lanes have equally many waiting.
+
+        The fewest row groups are cut: one between two lanes that follow each other.
+        """
+        for kind, waiting in self._waiting.items():
+            laid = [sample for samples in groups for sample in samples if sample.kind == kind]
+            total = len(laid) + sum(map(len, waiting))
+            edges = [total * lane // len(waiting) for lane in range(len(waiting) + 1)]
+            for samples, (start, end) in zip(waiting, pairwise(edges), strict=True):
+                laid[:0] = samples[end - start :]  # what a lane has too many goes to others
+                del samples[end - start :]
+            remaining = iter(laid)
+            for samples, fresh, (start, end) in zip(waiting, self._fresh[kind], pairwise(edges), strict=True):
+                fresh.extend(islice(remaining, end - start - len(samples)))
+
+    def batches(self, rng: np.random.Generator) -> list[Batch]:
+        """Make all batches that have equal shares of all lanes, each of sequences of about the same length."""
         found = []
         for kind, waiting in self._waiting.items():
             for lane, fresh in enumerate(self._fresh[kind]):
                 waiting[lane] += [fresh[number] for number in rng.permutation(len(fresh))]
                 fresh.clear()
-            share = self._batch_size // len(waiting)
-            for _ in range(min(map(len, waiting)) // share):
-                found.append(Batch(kind, tuple(sample for samples in waiting for sample in samples[:share])))
-                for samples in waiting:
-                    del samples[:share]
-            if is_last:
-                found += self._uneven_batches(kind, waiting)
+            count = min(map(len, waiting)) // self._share
+            ready = [sorted(samples[: count * self._share], key=lambda sample: sample.tokens) for samples in waiting]
+            for samples in waiting:
+                del samples[: count * self._share]
+            for first in range(0, count * self._share, self._share):
+                of_batch = (sample for samples in ready for sample in samples[first : first + self._share])
+                found.append(Batch(kind, tuple(of_batch)))
         return found
-
-    def _uneven_batches(self, kind: Kind, waiting: Sequence[Sequence[Sample]]) -> Iterator[Batch]:
-        """Spread what every lane has left over as many batches as it fills."""
-        places = sorted(
-            ((number + 0.5) / len(samples), lane, number)
-            for lane, samples in enumerate(waiting)
-            for number in range(len(samples))
-        )
-        for first in range(0, len(places) - self._batch_size + 1, self._batch_size):
-            of_batch = sorted(place[1:] for place in places[first : first + self._batch_size])
-            yield Batch(kind, tuple(waiting[lane][number] for lane, number in of_batch))
 
 
 def _windows(groups: Sequence[RowGroup], rng: np.random.Generator) -> Iterator[list[range]]:
-    """Yield the rows of some row groups at a time, in random order and in pieces that go to one lane each."""
+    """Yield the rows of some row groups at a time, in random order."""
     window: list[range] = []
     for number in rng.permutation(len(groups)):
-        first, rows = groups[number].first_row, groups[number].rows
-        # Row groups of other tools may be large; were a lane to get one of them whole, the others would wait for it.
-        parts = max(-(-_PIECES // len(groups)), rows * MOST_LANES // ROWS_PER_WINDOW)
-        window += [
-            range(edge, end) for edge, end in pairwise(first + rows * part // parts for part in range(parts + 1))
-        ]
-        # Where each lane gets as many pieces as any other, few samples have to wait for the next window.
-        if len(window) % MOST_LANES == 0 and sum(map(len, window)) >= 0.8 * ROWS_PER_WINDOW:
+        group = groups[number]
+        window.append(range(group.first_row, group.first_row + group.rows))
+        rows = sum(map(len, window))
+        # Of a multiple of the lanes, each gets whole row groups. Where these are large, a window has fewer: with four
+        # of them, four ranks still read each of them once.
+        enough = rows >= 0.8 * ROWS_PER_WINDOW if len(window) % MOST_LANES == 0 else 2 * rows > MOST_ROWS
+        if enough and (len(window) % MOST_LANES == 0 or len(window) in (1, 2, 4)):
             yield window
             window = []
     if window:
         yield window
+
+
+def rows_in_use(groups: Sequence[RowGroup]) -> int:
+    """Return how many rows a reader has to keep in memory to read each row group once, about.
+
+    A waiting sample is used within the next window, and windows differ in size.
+    """
+    largest = max((group.rows for group in groups), default=0)
+    window = max(ROWS_PER_WINDOW, min(MOST_LANES * largest, MOST_ROWS))
+    return max(3 * window, 2 * largest)
 
 
 def _samples_of(
@@ -183,24 +209,25 @@ def _samples_of(
         if "crayon" in kinds:
             numbers, lengths = index.texts["crayon"].of_row(row)
             order = rng.permutation(len(numbers))  # other instructions share a sequence in each epoch
-            yield from (Sample("crayon", row, pack) for pack in _packs(numbers[order], lengths[order], options))
+            packs = _packs(numbers[order], lengths[order], options)
+            yield from (Sample("crayon", row, pack, tokens) for pack, tokens in packs)
         for kind in (kind for kind in kinds if kind != "crayon"):
-            numbers, _ = index.texts[kind].of_row(row)
-            yield from (Sample(kind, row, (number,)) for number in numbers.tolist())
+            texts = zip(*(column.tolist() for column in index.texts[kind].of_row(row)), strict=True)
+            yield from (Sample(kind, row, (number,), tokens) for number, tokens in texts)
 
 
-def _packs(numbers: np.ndarray, lengths: np.ndarray, options: PlanOptions) -> Iterator[tuple[int, ...]]:
-    """Divide the instructions of a row into sequences that are neither too many nor too long."""
+def _packs(numbers: np.ndarray, lengths: np.ndarray, options: PlanOptions) -> Iterator[tuple[tuple[int, ...], int]]:
+    """Divide the instructions of a row into sequences that are neither too many nor too long, with their tokens."""
     pack: list[int] = []
     tokens = 0
     for number, length in zip(numbers.tolist(), lengths.tolist(), strict=True):
         if pack and (len(pack) == options.instructions_per_sequence or tokens + length > options.max_tokens):
-            yield tuple(pack)
+            yield tuple(pack), tokens
             pack, tokens = [], 0
         pack.append(number)
         tokens += length
     if pack:
-        yield tuple(pack)
+        yield tuple(pack), tokens
 
 
 def _kept_shares(counts: Counter[Kind], crayon_share: float | None) -> dict[Kind, float]:

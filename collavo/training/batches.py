@@ -26,7 +26,7 @@ from collavo.model.processing import CollavoProcessor
 from collavo.model.prompt import Kind, RenderedPrompt
 from collavo.panoptic.index_png import panoptic_map_of
 from collavo.panoptic.maps import PanopticMap, build_panoptic_map
-from collavo.training.batch_plan import ROWS_PER_WINDOW, Batch, Sample
+from collavo.training.batch_plan import Batch, Sample, rows_in_use
 from collavo.training.lengths import object_list, turns_of
 from collavo.training.row_index import RowGroup, RowIndex
 from schemas.categories import COCO_PANOPTIC, CategorySet
@@ -100,8 +100,7 @@ class RowReader:
     """Reads rows by their number and keeps the last row groups in memory.
 
     Args:
-        kept_rows: how many rows to keep. The plan uses a row group within two windows, so a reader that keeps three
-            reads each group once, though windows differ in size.
+        kept_rows: how many rows to keep, see `collavo.training.batch_plan.rows_in_use`.
     """
 
     def __init__(self, row_groups: Sequence[RowGroup], kept_rows: int) -> None:
@@ -147,7 +146,7 @@ class ExampleDataset(Dataset[Example | Skipped | UserError]):
         categories: CategorySet = COCO_PANOPTIC,
     ) -> None:
         self.index = index
-        self._reader = RowReader(index.row_groups, kept_rows=3 * ROWS_PER_WINDOW)
+        self._reader = RowReader(index.row_groups, rows_in_use(index.row_groups))
         self._processor = processor
         self._image_root = image_root
         self._categories = categories
@@ -191,15 +190,10 @@ class ExampleDataset(Dataset[Example | Skipped | UserError]):
     def longest(self, samples: Iterable[Sample]) -> tuple[Sample, int, int] | None:
         """Find the sample with the longest sequence, its tokens, and how many of them are supervised; None without any.
 
-        The index knows bounds of the lengths. The samples with the highest are rendered, for their tokens.
+        Samples know bounds of their lengths. Those with the highest are rendered, for their tokens.
         """
-        bounds = (
-            (int(lengths[np.isin(numbers, sample.numbers)].sum()), sample)
-            for sample in samples
-            for numbers, lengths in [self.index.texts[sample.kind].of_row(sample.row)]
-        )
         found = []
-        for _, sample in nlargest(_RENDERED_AT_MOST, bounds, key=lambda one: one[0]):
+        for sample in nlargest(_RENDERED_AT_MOST, samples, key=lambda sample: sample.tokens):
             with suppress(Rejected):
                 prompts = self._prompts(sample, self._reader.read(sample.row))
                 input_ids, labels, _ = pack_prompts(prompts, self._processor.image_token_id)
@@ -325,10 +319,10 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> MicroBatch:
 
 
 def micro_batches(batch: Batch, size: int, rank: int = 0, ranks: int = 1) -> list[list[Sample]]:
-    """Cut one rank's share of a batch into pieces that fit into memory."""
+    """Cut one rank's share of a batch into pieces that fit into memory, each of sequences of about the same length."""
     of_rank = len(batch.samples) // ranks
-    share = batch.samples[rank * of_rank : (rank + 1) * of_rank]
-    return [list(share[start : start + size]) for start in range(0, len(share), size)]
+    share = sorted(batch.samples[rank * of_rank : (rank + 1) * of_rank], key=lambda sample: sample.tokens)
+    return [share[start : start + size] for start in range(0, len(share), size)]
 
 
 def _ignore_signals(_: int) -> None:

@@ -28,7 +28,8 @@ class Fitted(NamedTuple):
     """What a text takes of a sequence."""
 
     tokens: int
-    """Upper bound of its tokens, with its list, after the image that packed texts share."""
+    """Upper bound of its tokens, with its list, beside those of an image and of what stands before it, which packed
+    texts share; less than nothing, as a rule, without an image."""
 
     objects: int
     """How many objects its prompt lists, the largest ones; `NO_LIST` for a prompt without a list."""
@@ -58,7 +59,7 @@ class LengthLimit:
         pair = [("human", "x"), ("gpt", "x")]
         once = processor.render(pair).input_ids
         shared = len(once) - once[::-1].index(processor.image_token_id)
-        self._shared = {True: shared, False: shared - once.count(processor.image_token_id)}
+        self._shared, self._image = shared, once.count(processor.image_token_id)
         self._first_pair = max(len(once), len(processor.render([("system", "x"), *pair]).input_ids)) - shared
         self._next_pair = len(processor.render(pair * 2).input_ids) - len(once)
         self.room = max_length - shared
@@ -89,7 +90,7 @@ class LengthLimit:
             listing -= len(self._processor.render(turns).input_ids)
         bounds = [listing + self._bound(turns) for turns in texts]
         if sum(sorted(bounds)[-self._packed if kind == "crayon" else -1 :]) <= self.room:
-            return [Fitted(bound, objects) for bound in bounds]
+            return [Fitted(bound - (0 if has_image else self._image), objects) for bound in bounds]
         return [self._measured(kind, turns, record, objects) for turns in texts]
 
     def _bound(self, turns: Turns) -> int:
@@ -111,7 +112,7 @@ class LengthLimit:
             return error
         if length > self.max_length:
             return Rejected(TOO_LONG[kind], f"{length:,} tokens")
-        return Fitted(length - self._shared[has_image], objects, shortened)
+        return Fitted(length - self._shared, objects, shortened)
 
 
 def turns_of(record: Mapping[str, Any], kind: Kind, number: int) -> Turns:

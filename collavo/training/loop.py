@@ -243,19 +243,23 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         return float(loss), float(norm), tokens
 
-    def evaluate(self, batches: Sequence[Batch], dataset: ExampleDataset) -> dict[Kind, float]:
-        """Mean loss per supervised token of each kind, over some batches, in the present stage."""
-        sums: dict[Kind, float] = {}
-        tokens: dict[Kind, int] = {}
+    def evaluate(self, samples: Sequence[Sample], dataset: ExampleDataset) -> dict[Kind, float]:
+        """Mean loss per supervised token of each kind, over some samples, in the present stage."""
+        rank, ranks, size = self._accelerator.process_index, self._accelerator.num_processes, len(samples)
+        # In the order of their rows, the samples of a rank lie in few row groups, most of which no other rank reads.
+        share = sorted(samples, key=lambda sample: sample.row)[size * rank // ranks : size * (rank + 1) // ranks]
+        sums = {sample.kind: torch.zeros(2, device=self._accelerator.device) for sample in samples}
+        batches = [Batch(kind, tuple(sample for sample in share if sample.kind == kind)) for kind in sums]
+        pieces = [piece for batch in batches for piece in micro_batches(batch, self._arguments.micro_batch_size)]
         # The model stays in training mode, which changes no result, since there is no dropout. In evaluation mode,
         # bitsandbytes would repack the 4-bit weights for the CPU, and no gradient flows through repacked weights.
         with torch.no_grad():
-            for piece in build_loader(dataset, [list(batch.samples) for batch in batches], 0, pin_memory=False):
-                if not piece.inputs:
-                    continue
-                sums[piece.kind] = sums.get(piece.kind, 0.0) + float(self._loss(piece, 1))
-                tokens[piece.kind] = tokens.get(piece.kind, 0) + piece.supervised_tokens
-        return {kind: sums[kind] / max(tokens[kind], 1) for kind in sums}
+            for piece in build_loader(dataset, pieces, 0, pin_memory=False):
+                if piece.inputs:
+                    sums[piece.kind][0] += self._loss(piece, 1)
+                    sums[piece.kind][1] += piece.supervised_tokens
+        found = {kind: self._accelerator.reduce(pair, "sum").tolist() for kind, pair in sums.items()}
+        return {kind: loss / tokens for kind, (loss, tokens) in found.items() if tokens}
 
     def _loss(self, piece: MicroBatch, supervised_tokens: int) -> torch.Tensor:
         """Compute the sum of the losses of a micro-batch's tokens, divided by the supervised tokens of the whole

@@ -203,12 +203,12 @@ class TrainingRun:
         trainer.run(phase, self.train_set, optimizer, first_step, most_skipped, after_step)
 
     def _evaluate(self, trainer: Trainer, phase: Phase) -> dict[Kind, float]:
-        """Validation losses, on the same batches every time; empty if the split is too small for one batch."""
-        options = replace(self.plan_options, batch_size=self.arguments.micro_batch_size)
+        """Validation losses, on the same samples every time; of no kind of which there are none."""
+        options = replace(self.plan_options, batch_size=1)
         plan = plan_epoch(self.validation_set.index, tuple(phase.stages), options, epoch=0)
-        of_kind = [[batch for batch in plan if batch.kind == kind] for kind in phase.stages]
-        chosen = [batch for batches in of_kind for batch in batches[: self.arguments.eval_batches]]
-        return trainer.evaluate(chosen, self.validation_set)
+        most = self.arguments.eval_batches * self.arguments.micro_batch_size
+        of_kinds = [[batch.samples[0] for batch in plan if batch.kind == kind] for kind in phase.stages]
+        return trainer.evaluate([s for samples in of_kinds for s in samples[:most]], self.validation_set)
 
     def _save_checkpoint(
         self, position: checkpoint.Position, optimizer: torch.optim.Optimizer, learning: Sequence[str]
