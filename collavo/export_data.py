@@ -16,7 +16,16 @@ from collavo.cli import REQUIRED, flag, naming, output_folder, parse, run
 from collavo.data_card import CARD, front_matter
 from collavo.dataset import LeftOut, count_rows, find_files, image_bytes, read_rows
 from collavo.errors import Rejected, UserError
-from collavo.export_formats import DATA_FILES, FORMATS, ExportedImage, WriteRow, entries_of, fault_of, with_image_token
+from collavo.export_formats import (
+    DATA_FILES,
+    FORMATS,
+    ExportedImage,
+    WriteRow,
+    entries_of,
+    fault_of,
+    with_image_token,
+    without_system,
+)
 from collavo.images import format_and_turned
 from collavo.sources.image_paths import checked_relative
 from collavo.storage import is_local
@@ -160,6 +169,9 @@ def _write_row(row: CrayonRow, flags: Flags, write: WriteRow, account: Account, 
         if fault := fault_of(entry.turns, flags.to, row.has_image):
             account["skipped entries", fault] += 1
             continue
+        if flags.to == "llava" and (said := without_system(entry.turns)) != entry.turns:
+            entry = entry._replace(turns=said)
+            account["changed conversations", "system_turn_left_out"] += 1
         entries.append(entry._replace(turns=with_image_token(entry.turns)) if row.has_image else entry)
         if entry.dialogue_id is not None and entries[-1].turns != entry.turns:
             account["changed conversations", "image_token_added"] += 1

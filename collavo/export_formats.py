@@ -7,7 +7,8 @@
     swift          train.jsonl, validation.jsonl with `images` and `messages`, images/
 
 All but jsonl hold conversations, each about one image with exactly one `<image>`, or about none. A dialogue of a row
-stays verbatim, save that `<image>` is put before its first question if it is about an image and has none. The
+stays verbatim, save that `<image>` is put before its first question if it is about an image and has none, and that
+LLaVA's reader, which stops at a system turn and brings a text of its own, gets none. The
 instructions of a row make one conversation per task: all in one would give answers away, since a listing names what
 other questions ask; one each would cost, since trainers encode the image, and TRL's Parquet holds it, once per
 conversation. Questions of one task are about different objects and do not answer each other.
@@ -34,7 +35,7 @@ from schemas.crayon_row import SPLITS, CrayonRow
 IMAGE_TOKEN = "<image>"
 
 Turns = tuple[tuple[str, str], ...]
-"""(`human` | `gpt`, text) in order."""
+"""(`human` | `gpt`, text) in order, after a `system` turn where a dialogue has one."""
 
 # A list is described as `[...]`, which every version of `datasets` reads; versions below 4 do not know `List`.
 _TRL_SCHEMA = pa.schema(
@@ -46,7 +47,7 @@ _TRL_SCHEMA = pa.schema(
     ],
     metadata={"huggingface": json.dumps({"info": {"features": {"images": [{"_type": "Image"}]}}})},
 )
-_ROLES = {"human": "user", "gpt": "assistant"}
+_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 _BYTES_PER_FILE = 400 << 20
 
 
@@ -93,14 +94,16 @@ def entries_of(row: CrayonRow, what: str = "all") -> Iterator[Entry]:
 
 def fault_of(turns: Turns, to: str, has_image: bool = True) -> str | None:
     """Say in one word why a reader of the format `to` would refuse or misread these turns; None if it would not."""
-    if not turns or [speaker for speaker, _ in turns] != ["human", "gpt"] * (len(turns) // 2):
+    said = without_system(turns)
+    if not said or [speaker for speaker, _ in said] != ["human", "gpt"] * (len(said) // 2):
         return "turns_do_not_alternate"
-    questions, answers = ("\n".join(text for _, text in turns[start::2]) for start in (0, 1))
-    if IMAGE_TOKEN in answers:
-        return "image_token_in_answer"
+    questions = "\n".join(text for speaker, text in turns if speaker == "human")
+    others = "\n".join(text for speaker, text in turns if speaker != "human")
+    if IMAGE_TOKEN in others:
+        return "image_token_outside_question"
     if questions.count(IMAGE_TOKEN) > has_image:
         return "several_image_tokens" if has_image else "image_token_without_image"
-    if to in ("llamafactory", "swift") and any(token in questions + answers for token in ("<video>", "<audio>")):
+    if to in ("llamafactory", "swift") and any(token in questions + others for token in ("<video>", "<audio>")):
         return "video_or_audio_token"
     return None
 
@@ -109,8 +112,13 @@ def with_image_token(turns: Turns) -> Turns:
     """Put `<image>` before the first question if no turn has it."""
     if any(IMAGE_TOKEN in text for _, text in turns):
         return turns
-    (speaker, question), *rest = turns
-    return ((speaker, f"{IMAGE_TOKEN}\n{question}"), *rest)
+    (speaker, question), *rest = without_system(turns)
+    return (*turns[: -len(rest) - 1], (speaker, f"{IMAGE_TOKEN}\n{question}"), *rest)
+
+
+def without_system(turns: Turns) -> Turns:
+    """Take the system turn away, which comes first where there is one."""
+    return turns[1:] if turns and turns[0][0] == "system" else turns
 
 
 @contextmanager
@@ -150,7 +158,10 @@ def _llamafactory(folder: Path) -> Iterator[WriteRow]:
         "file_name": "crayon.jsonl",  # the reader would load the whole of a JSON list into memory
         "formatting": "sharegpt",
         "columns": {"messages": "conversations", "images": "images"},
-        "tags": {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt"},
+        "tags": {
+            **{"role_tag": "from", "content_tag": "value"},
+            **{"system_tag": "system", "user_tag": "human", "assistant_tag": "gpt"},
+        },
     }
     with jsonlines.open(folder / "crayon.jsonl", "w") as lines:
 

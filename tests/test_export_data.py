@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageDraw
 
 from collavo.dataset import CrayonFileWriter
 from collavo.export_data import main
-from collavo.export_formats import FORMATS, IMAGE_TOKEN, fault_of, with_image_token
+from collavo.export_formats import DATA_FILES, FORMATS, IMAGE_TOKEN, fault_of, with_image_token
 from collavo.instructions.choose import ClassStatistics
 from collavo.instructions.phrasebook import load_phrasebook
 from collavo.instructions.write import InstructionOptions, write_instructions
@@ -153,8 +153,30 @@ def test_dialogues_stay_verbatim_but_for_a_token_they_lack(tmp_path, capsys):
     assert account["rows"].split(maxsplit=1) == ["4", "train 1, validation 1, without_entries 2"]
     assert account["entries"].split(maxsplit=1) == ["6", "conversations 6"]
     assert account["changed conversations"].split(maxsplit=1) == ["3", "image_token_added 3"]
-    reasons = "image_token_in_answer 1, several_image_tokens 1, turns_do_not_alternate 2"
+    reasons = "image_token_outside_question 1, several_image_tokens 1, turns_do_not_alternate 2"
     assert account["skipped entries"].split(maxsplit=1) == ["4", reasons]
+
+
+@pytest.mark.parametrize("to", ["llava", "llamafactory", "trl", "swift"])
+def test_a_system_turn_goes_to_all_but_llava_which_stops_at_one(to, tmp_path):
+    told = Dialogue("d", (("system", "Be brief."), ("human", "What is it?"), ("gpt", "A car.")))
+    rows = [a_row("1", drawn(), conversations=(told,)), a_row("2", None, conversations=(told,))]
+    none = dict.fromkeys(("image_path", "image_sha256", "panoptic_png", "width", "height"))
+    rows[1] = replace(rows[1], **none, segments=(), instructions=())
+    output = export(tmp_path, to, rows, "--what", "conversations")
+    (file,) = output.glob(DATA_FILES[to].format(split="train"))
+    entries = (
+        pq.read_table(file).to_pylist()
+        if to == "trl"
+        else json.loads(file.read_bytes())
+        if to == "llava"
+        else [*jsonlines.open(file)]
+    )
+    said = [[(*turn.values(),) for turn in e.get("messages") or e["conversations"]] for e in entries]
+    names = ("system", "user", "assistant") if to in ("trl", "swift") else ("system", "human", "gpt")
+    expected = [*zip(names, ("Be brief.", "What is it?", "A car."), strict=True)][to == "llava" :]
+    with_token = [(speaker, text.replace("What", "<image>\nWhat")) for speaker, text in expected]
+    assert said == [expected if to == "trl" else with_token, expected]
 
 
 @pytest.mark.parametrize("to", ["llava", "llamafactory"])
