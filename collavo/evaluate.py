@@ -25,7 +25,9 @@ tasks:
                                                  recall, share of yes
   box_to_class     which object is in this box?  accuracy, and with the number
   counting         how many of a class?          accuracy, mean error
-  class_to_box     where is each of a class?     mean IoU, boxes in pairs
+  class_to_box     where is each of a class?     mean IoU, boxes in pairs,
+                                                 beside what cell lines and
+                                                 two decimals can reach
   dialogue         short answers of dialogues    accuracy, each turn after the
                                                  true ones before it
 All but the last also per thing class, with the mean over the classes, the 20
@@ -144,7 +146,7 @@ def _evaluate(flags: Flags) -> None:
     questions = sum(map(len, answers.values()))
     if not questions:
         raise UserError(f"--tasks {' '.join(flags.tasks)}: the rows of --split {flags.split} ask nothing of it")
-    results = {object_list: summarise(judged) for object_list, judged in answers.items()}
+    results = {object_list: summarise(judged, answerer.processor.grid_hw) for object_list, judged in answers.items()}
     facts = {
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(flags).items()},
         "device": device_name(device),

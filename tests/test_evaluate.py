@@ -1,3 +1,4 @@
+import itertools
 import json
 import subprocess
 import sys
@@ -7,14 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import crayon_row, segment
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from tiny_model import OWN_CLASSES, own_rows, scene_rows, write_crayon_file
 from tiny_run import save_tiny_run
 
 from collavo.evaluate import main
-from collavo.evaluation.judge import Judge
+from collavo.evaluation.bounds import overlap_on_cell_lines
+from collavo.evaluation.judge import Judge, box_iou
 from collavo.evaluation.questions import EVALUATED_TASKS, Question, questions_of
-from collavo.evaluation.scores import judged, summarise
+from collavo.evaluation.scores import Answered, judged, summarise
+from collavo.instructions.text import format_box
 from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import Dialogue, Instruction
 
@@ -163,6 +168,7 @@ def test_questions_carry_their_truth_their_class_and_their_history():
         "counting": ("0", None),
         "dialogue": ("A dog.", None),  # the longer answer is not asked for
     }
+    assert questions["class_to_box"].boxes == ((0.0, 0.0, 0.5, 1.0),)
     assert questions["dialogue"].turns == turns[:1]
     later = replace(row, conversations=(Dialogue("d", (*turns, ("human", "Sure?"), ("gpt", "Yes."))),))
     assert questions_of(later, ["dialogue"], JUDGE)[-1].turns == (*turns, ("human", "Sure?"))
@@ -247,3 +253,37 @@ def test_overlap_is_measured_where_there_is_something_and_absence_judged_where_t
     assert list(figures["classes"]) == ["dog"]
     assert figures["correct_absent"] == 0.5
     assert figures["correct"] == 0.5
+
+
+SIDES = st.tuples(st.integers(0, 320), st.integers(0, 320)).filter(lambda pair: pair[0] != pair[1]).map(sorted)
+
+
+@given(SIDES, SIDES, st.sampled_from([(12, 12), (3, 7), (1, 2)]))
+def test_the_bound_of_cell_lines_is_the_best_of_all_boxes_of_whole_cells(x, y, grid_hw):
+    box = (x[0] / 320, y[0] / 320, x[1] / 320, y[1] / 320)
+    rows, columns = grid_hw
+    best = max(
+        box_iou((left / columns, top / rows, right / columns, bottom / rows), box)
+        for left, right in itertools.combinations(range(columns + 1), 2)
+        for top, bottom in itertools.combinations(range(rows + 1), 2)
+    )
+    assert overlap_on_cell_lines(box, grid_hw) == pytest.approx(best)
+
+
+def test_boxes_are_reported_beside_what_cell_lines_and_two_decimals_can_reach():
+    def located(category: str, boxes) -> Answered:
+        truth = ", ".join(format_box(box, (1, 1)) for box in boxes)
+        question = Question("a", "class_to_box", (("human", "?"),), truth, category, "present", tuple(boxes))
+        return judged(question, truth, JUDGE)
+
+    answers = [
+        located("dog", [(0.0, 0.0, 0.5, 1.0)]),  # on lines of a grid of 2 x 2
+        located("cat", [(0.0, 0.0, 0.255, 0.5), (0.5, 0.5, 0.75, 1.0)]),  # half of a cell each
+    ]
+    figures = summarise(answers, (2, 2))["class_to_box"]
+    assert figures["classes"]["dog"] == {"questions": 1, "score": 1.0, "cell_lines": 1.0, "two_decimals": 1.0}
+    cat = figures["classes"]["cat"]
+    assert cat["cell_lines"] == pytest.approx((0.51 + 0.5) / 2)
+    assert cat["two_decimals"] == pytest.approx((0.255 / 0.26 + 1) / 2)
+    assert figures["cell_lines"] == pytest.approx((1 + cat["cell_lines"]) / 2)
+    assert "cell_lines" not in summarise(answers)["class_to_box"]

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from collavo.evaluation.judge import Judge
-from collavo.instructions.text import format_box, format_object
+from collavo.instructions.text import Box, format_box, format_object
 from schemas.crayon_row import CrayonRow, Dialogue, Instruction
 
 DIALOGUE = "dialogue"
@@ -25,6 +25,7 @@ class Question:
         category: the thing class that is asked for or has to be named; None for dialogues, and where a user's own
             phrasing does not name it.
         polarity: whether that class is `present` or `absent`.
+        boxes: for class_to_box, the true boxes before they were written with two decimals, as fractions.
     """
 
     image_id: str
@@ -33,6 +34,7 @@ class Question:
     truth: str
     category: str | None = None
     polarity: str | None = None
+    boxes: tuple[Box, ...] = ()
 
 
 def questions_of(row: CrayonRow, tasks: Sequence[str], judge: Judge) -> list[Question]:
@@ -50,9 +52,11 @@ def questions_of(row: CrayonRow, tasks: Sequence[str], judge: Judge) -> list[Que
 def _instruction_question(row: CrayonRow, instruction: Instruction, judge: Judge) -> Question:
     by_id = {segment.id: segment for segment in row.segments}
     meant = [by_id[id_] for id_ in instruction.segment_ids]
+    boxes: tuple[Box, ...] = ()
     match instruction.task:
         case "class_to_box":
             truth = ", ".join(format_box(segment.box_xyxy, row.size_wh) for segment in meant)
+            boxes = tuple(_fractions(segment.box_xyxy, row.size_wh) for segment in meant)
         case "box_to_class":
             truth = format_object(meant[0])
         case _:
@@ -66,7 +70,13 @@ def _instruction_question(row: CrayonRow, instruction: Instruction, judge: Judge
         truth=truth,
         category=named.display_name if named and named.is_thing else None,
         polarity=instruction.polarity,
+        boxes=boxes,
     )
+
+
+def _fractions(box_xyxy: Sequence[float], size_wh: tuple[int, int]) -> Box:
+    (x_min, y_min, x_max, y_max), (width, height) = box_xyxy, size_wh
+    return x_min / width, y_min / height, x_max / width, y_max / height
 
 
 def _dialogue_questions(row: CrayonRow, dialogue: Dialogue) -> Iterator[Question]:

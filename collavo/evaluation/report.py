@@ -29,7 +29,7 @@ _OF_TASK = {
     "class_to_binary": {"f1": "F1", "precision": "precision", "recall": "recall", "yes_ratio": "yes-ratio"},
     "box_to_class": {"correct_with_number": "class and number correct"},
     "counting": {"mean_absolute_error": "mean absolute error"},
-    "class_to_box": {"mean_iou": "mean IoU"},
+    "class_to_box": {"mean_iou": "mean IoU", "cell_lines": "at best on cell lines", "two_decimals": "in two decimals"},
 }
 _TOP_COLOR, _MIDDLE_COLOR, _BOTTOM_COLOR = "#4c9a6a", "#9aa5b1", "#c8553d"
 
@@ -46,7 +46,8 @@ def terminal_report(results: Results) -> Group:
         for task, figures in _in_order(tasks):
             counts = (f"{figures[name]:,}" for name in ("questions", "unreadable"))
             table.add_row(_TITLES[task], *counts, *(_percent(figures.get(name)) for name in _SHARES))
-            if shown := [f"{title} {_shown(name, figures[name])}" for name, title in _OF_TASK.get(task, {}).items()]:
+            titles = {name: title for name, title in _OF_TASK.get(task, {}).items() if name in figures}
+            if shown := [f"{title} {_shown(name, figures[name])}" for name, title in titles.items()]:
                 details.append(f"{_TITLES[task]}: {', '.join(shown)}")
         parts += [table, *details, ""]
     return Group(*parts)
@@ -68,6 +69,10 @@ def plot_of(results: Results) -> Figure | None:
         names = list(figures["classes"])
         scores = [100 * of_class["score"] for of_class in figures["classes"].values()]
         axes.bar(names, scores, color=_colors(len(names)))
+        if "cell_lines" in figures:
+            bounds = [100 * of_class["cell_lines"] for of_class in figures["classes"].values()]
+            axes.plot(names, bounds, "_", color="black", label="at best on cell lines")
+            axes.legend(frameon=False, fontsize=8)
         axes.axhline(100 * figures["mean"], color="black", linewidth=0.8, linestyle="--")
         axes.set_title(
             f"{title}: mean {_percent(figures['mean'])}, top {EXTREME_CLASSES} {_percent(figures['top_20'])}, "

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from collavo.evaluation.bounds import overlap_in_two_decimals, overlap_on_cell_lines
 from collavo.evaluation.judge import Judge, Judgement
 from collavo.evaluation.questions import Question
 
@@ -30,21 +31,26 @@ def judged(question: Question, answer: str, judge: Judge) -> Answered:
     return Answered(question, answer, judge.judge(question.task, answer, question.truth))
 
 
-def summarise(answers: Iterable[Answered]) -> dict[str, dict[str, Any]]:
+def summarise(answers: Iterable[Answered], grid_hw: tuple[int, int] | None = None) -> dict[str, dict[str, Any]]:
     """Compute all figures by task, as plain values.
 
     Every task has `questions`, `correct` (a share), `unreadable` (a number) and `wrong_answers` (a sample). If classes
     are known, there are also `classes` with their numbers of questions and mean scores, best first, and `mean`,
     `top_20` and `bottom_20` over the classes. A score is an accuracy, or for class_to_box the mean IoU of questions
     about present classes. Fewer than 20 classes are all in both top and bottom.
+
+    Args:
+        grid_hw: rows and columns of the model's crayon map. With them, two bounds stand beside the mean IoU of
+            class_to_box and of each of its classes: that of the best boxes on the lines between cells, and that of the
+            true boxes written with two decimals.
     """
     by_task: dict[str, list[Answered]] = defaultdict(list)
     for answered in answers:
         by_task[answered.question.task].append(answered)
-    return {task: _task_figures(task, answers) for task, answers in by_task.items()}
+    return {task: _task_figures(task, answers, grid_hw) for task, answers in by_task.items()}
 
 
-def _task_figures(task: str, answers: Sequence[Answered]) -> dict[str, Any]:
+def _task_figures(task: str, answers: Sequence[Answered], grid_hw: tuple[int, int] | None) -> dict[str, Any]:
     figures: dict[str, Any] = {
         "questions": len(answers),
         "correct": _mean(a.judgement.correct for a in answers),
@@ -63,6 +69,10 @@ def _task_figures(task: str, answers: Sequence[Answered]) -> dict[str, Any]:
             figures["correct_with_number"] = _mean(a.judgement.read == a.question.truth for a in answers)
         case "class_to_box":
             figures["mean_iou"] = _mean(a.judgement.score for a in measured) if measured else None
+            if measured and grid_hw:
+                figures |= _box_bounds(measured, grid_hw)
+                for name, of_class in figures.get("classes", {}).items():
+                    of_class |= _box_bounds([a for a in measured if a.question.category == name], grid_hw)
         case "counting":
             errors = [abs(int(a.judgement.read) - int(a.question.truth)) for a in answers if a.judgement.read]
             figures["mean_absolute_error"] = _mean(errors) if errors else None
@@ -82,6 +92,14 @@ def binary_figures(answers: Sequence[Answered]) -> dict[str, float]:
     precision, recall = hits / max(int(said.sum()), 1), hits / max(int(true.sum()), 1)
     f1 = 2 * hits / max(int(said.sum() + true.sum()), 1)
     return {"precision": precision, "recall": recall, "f1": f1, "yes_ratio": float(said.mean())}
+
+
+def _box_bounds(answers: Sequence[Answered], grid_hw: tuple[int, int]) -> dict[str, float]:
+    asked = [a.question.boxes for a in answers]
+    return {
+        "cell_lines": _mean(_mean(overlap_on_cell_lines(box, grid_hw) for box in boxes) for boxes in asked),
+        "two_decimals": _mean(_mean(map(overlap_in_two_decimals, boxes)) for boxes in asked),
+    }
 
 
 def _class_figures(answers: Sequence[Answered]) -> dict[str, Any]:
