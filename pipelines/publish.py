@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import re
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -45,6 +44,7 @@ from schemas.crayon_row import SCHEMA_VERSION
 FAILED_REJECTS = "failed-rejects.jsonl"
 """Where the rejects are left when a build fails because of their number."""
 
+_PART_BYTES = 1 << 20
 _SHARD = re.compile(r"(crayon|train|validation)-\d{5}-of-\d{5}\.parquet")
 _LIBRARIES = ("apache-beam", "numpy", "pillow", "pyarrow", "torch", "transformers")
 
@@ -87,14 +87,19 @@ def publish(
     delete([uri for uri in published_files(folder) if basename(uri) not in names])
     for shard, name in zip(written, names, strict=True):
         rename(shard.data_uri, join(folder, name))
-    _gather_rejects(join(folder, REJECTS), ordered)
+    rejects = _gather_rejects(join(folder, REJECTS), ordered)
     manifest = _manifest(publication, counts, inputs, categories, dict(zip(names, written, strict=True)))
     if most := publication.configuration.get("max_images"):
         manifest["trial"] = {
             "images": min(listed_count, most) + min(record_count, most),
             "of": listed_count + record_count,
         }
-    write_report(folder, manifest)
+    samples = [
+        sample._replace(place=f"{name}, row {sample.place}")
+        for shard, name in zip(written, names, strict=True)
+        for sample in shard.samples
+    ]
+    write_report(folder, manifest, samples, rejects)
     with open_write(join(folder, CARD)) as file:
         name = basename(publication.output.rstrip("/")) or "crayon"
         file.write(dataset_card(manifest, names, name).encode())
@@ -159,12 +164,17 @@ def _check_rejects(publication: Publication, counts: Counts, inputs: Mapping[str
         raise UserError(f"{share}, more than --max_reject_ratio {publication.max_reject_ratio:g} allows; {where}")
 
 
-def _gather_rejects(uri: str, ordered: Sequence[WrittenShard]) -> None:
+def _gather_rejects(uri: str, ordered: Sequence[WrittenShard]) -> bytes:
+    """Write the rejects of all shards to one file; return its first part."""
+    head = b""
     with open_write(uri) as gathered:
         for shard in ordered:
             if shard.rejects_uri:
                 with open_read(shard.rejects_uri) as file:
-                    shutil.copyfileobj(file, gathered)
+                    while part := file.read(_PART_BYTES):
+                        gathered.write(part)
+                        head = head or part
+    return head
 
 
 def _manifest(
