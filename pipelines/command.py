@@ -62,9 +62,9 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
             with cli.naming("output"):
                 stack.enter_context(whole_folder(Path(publication.output), publication.stage_inside, SEGMENTED))
         else:
-            stack.callback(delete, [publication.work])
+            stack.callback(delete, [join(publication.work, "")])
         try:
-            prepare(publication, flags.output.resume, flags.output.discard)
+            prepare(publication, flags.output.resume, flags.output.discard, by_model=plan.job.model is not None)
         except FAULTS as error:
             what_is_left(publication)
             why = getattr(error, "strerror", None) or str(error)

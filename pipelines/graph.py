@@ -311,8 +311,8 @@ def _merge(partition: int, packs: Iterable[Packed]) -> Iterator[tuple[tuple[int,
     # Small partitions, which are all of about the same size, share as many keys as there are to be packs.
     shared = min(_PARTITIONS // _LEAST_PER_PACK * len(tasks), _PACKS_AT_LEAST)
     together = shared * _MOST_PER_PACK > _PARTITIONS * len(tasks)
-    packs = -(-len(tasks) // _MOST_PER_PACK)
-    yield from _in_packs(partition % shared if together else partition, tasks, -(-len(tasks) // packs))
+    count = -(-len(tasks) // _MOST_PER_PACK)
+    yield from _in_packs(partition % shared if together else partition, tasks, -(-len(tasks) // count))
 
 
 def _in_packs(group: int, tasks: Sequence[ImageTask], size: int) -> Iterator[tuple[tuple[int, int], Packed]]:
