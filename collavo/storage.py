@@ -1,8 +1,9 @@
-"""Bytes in and out of any storage: local paths by the operating system, all else by `pyarrow.fs`.
+"""Bytes in and out of any storage: local paths by the operating system, S3 (`s3://`) by `collavo.s3`, all else by
+Arrow.
 
-Arrow itself reaches S3 (`s3://`), Google Cloud (`gs://`) and Azure (`abfs://`); any other scheme goes through
-fsspec. Credentials, region and endpoint come from the environment variables of each store's SDK, such as
-`AWS_ACCESS_KEY_ID` and `AWS_ENDPOINT_URL`. `file://` names a local path.
+Arrow itself reaches Google Cloud (`gs://`) and Azure (`abfs://`); any other scheme goes through fsspec. Credentials,
+region and endpoint come from the environment variables of each store's SDK, such as `AWS_ACCESS_KEY_ID` and
+`AWS_ENDPOINT_URL`. `file://` names a local path.
 
 A store has objects and no folders: a "folder" there is what the names of its objects begin with.
 """
@@ -17,7 +18,7 @@ from contextlib import contextmanager, suppress
 from functools import lru_cache
 from glob import glob
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -34,7 +35,7 @@ MAX_FILE_BYTES = 256 << 20
 FAULTS = (OSError, pa.ArrowException)
 """What reading and writing raise where the storage refuses."""
 
-_NATIVE_SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss")
+_NATIVE_SCHEMES = ("gs", "gcs", "abfs", "abfss")
 _GCS_OPTIONS = "?retry_limit_seconds=60"
 _SCHEMES = "s3, gs and abfs are read as they are, hf and whatever else fsspec knows through its package"
 _OUTAGE = re.compile(
@@ -49,6 +50,10 @@ _READ_AHEAD_BYTES = 4 << 20
 def is_local(uri: str) -> bool:
     """Tell whether a path or URI lies on a disk of this machine."""
     return "://" not in uri or uri.startswith("file://")
+
+
+def _is_s3(uri: str) -> bool:
+    return uri.startswith("s3://")
 
 
 def local_path(uri: str) -> str:
@@ -100,25 +105,37 @@ def read_bytes(uri: str) -> bytes:
     try:
         if is_local(uri) and not stat.S_ISREG(os.stat(local_path(uri)).st_mode):
             raise Rejected("not_a_file", uri)  # opening a named pipe would wait for ever
-        with open_random(uri) as file, _one_kind_of_fault():
-            # A request each for the size and for the bytes; a bounded read would first allocate the bound.
-            size = os.fstat(file.fileno()).st_size if is_local(uri) else file.seek(0, io.SEEK_END)
-            file.seek(0)
-            data = b"" if size > MAX_FILE_BYTES else file.read()
+        data = _read_bounded(uri)
     except FileNotFoundError as error:
         raise Rejected("missing_file", uri) from error
     except (*FAULTS, UserError) as error:
         if _OUTAGE.search(str(error)):
             raise UserError(f"{uri}: {first_line(error)}", exit_status=1) from error
         raise Rejected("unreadable_file", f"{uri}: {first_line(error)}") from error
-    if size > MAX_FILE_BYTES:
+    if data is None:
         raise Rejected("oversized_file", f"{uri}: more than {MAX_FILE_BYTES >> 20} MiB")
     return data
 
 
 @_one_kind_of_fault()
+def _read_bounded(uri: str) -> bytes | None:
+    """Read a file; None if it is too large."""
+    if _is_s3(uri):
+        files, path = _remote(uri)
+        return cast(bytes | None, files.read(path, MAX_FILE_BYTES))
+    with open_random(uri) as file:
+        # A request each for the size and for the bytes; a bounded read would first allocate the bound.
+        size = os.fstat(file.fileno()).st_size if is_local(uri) else file.seek(0, io.SEEK_END)
+        file.seek(0)
+        return None if size > MAX_FILE_BYTES else file.read()
+
+
+@_one_kind_of_fault()
 def read_range(uri: str, offset: int, length: int) -> bytes:
     """Read some bytes of a file."""
+    if _is_s3(uri):
+        files, path = _remote(uri)
+        return cast(bytes, files.read_at(path, offset, length))
     with open_random(uri) as file:
         file.seek(offset)
         return file.read(length)
@@ -141,7 +158,7 @@ def size_text(size: float) -> str:
 
 @_one_kind_of_fault()
 def exists(uri: str) -> bool:
-    """Tell whether there is a file or folder of that name."""
+    """Tell whether there is a file of that name, or on a disk a folder."""
     if is_local(uri):
         return os.path.exists(local_path(uri))
     files, path = _remote(uri)
@@ -237,26 +254,32 @@ def list_files(pattern: str) -> list[str]:
     return sorted(path for path in glob(pattern, recursive=True) if not os.path.isdir(path))
 
 
-def rename(source: str, destination: str) -> None:
-    """Move a finished file to its final name; a repeated call, after a retry, finds it there.
+@_one_kind_of_fault()
+def put_in_place(source: str, destination: str) -> None:
+    """Give a finished file its final name; a repeated call, after a retry, finds it there.
 
-    A store copies the object and deletes the first one.
+    A store copies the object, and the first one goes with the folder that it is in.
     """
-    if not exists(source):
+    try:
+        if is_local(source):
+            os.replace(local_path(source), local_path(destination))
+        else:
+            files, path = _remote(source)
+            files.copy_file(path, _remote(destination)[1])
+    except FileNotFoundError:
         if not exists(destination):
-            raise FileNotFoundError(f"neither {source} nor {destination} exists")
-    elif is_local(source):
-        os.replace(local_path(source), local_path(destination))
-    else:
-        files, path = _remote(source)
-        files.move(path, _remote(destination)[1])
+            raise FileNotFoundError(f"neither {source} nor {destination} exists") from None
 
 
+@_one_kind_of_fault()
 def delete(uris: Sequence[str]) -> None:
     """Remove files, and folders with all that is in them; whatever is not there is left out."""
     for uri in uris:
         if not is_local(uri):
             files, path = _remote(uri)
+            if _is_s3(uri):
+                files.delete(path)
+                continue
             kind = files.get_file_info(path).type
             if kind == FileType.Directory:
                 with suppress(FileNotFoundError):  # of Google Cloud, where no object stands for the folder itself
@@ -276,29 +299,33 @@ def _list_remote(pattern: str) -> list[str]:
 
     root, rest = _split_root(pattern)
     files, base = _file_system(root)
-    base = f"{base.rstrip('/')}/"
+    base = f"{base.rstrip('/')}/" if base else ""
     above, deep, matches = rest, True, re.compile("").match
     if not is_folder(pattern):
         fixed = re.split(r"[*?\[]", rest, maxsplit=1)[0]
-        if files.get_file_info(base + rest).type == FileType.File:  # perhaps with a name that looks like a pattern
-            return [pattern]
         if fixed == rest:
-            return []
+            return [pattern] if files.get_file_info(base + rest).type == FileType.File else []
         above, deep = fixed.rpartition("/")[0], "/" in rest[len(fixed) :]
         matches = re.compile(glob_translate(rest)).match
     found = files.get_file_info(FileSelector((base + above).rstrip("/"), recursive=deep, allow_not_found=True))
     names = (info.path[len(base) :] for info in found if info.type == FileType.File)
-    return sorted(f"{root}/{name}" for name in names if matches(name))
+    # A name may look like a pattern.
+    return sorted(f"{root}/{name}" for name in names if matches(name) or name == rest)
 
 
 @lru_cache(maxsize=64)
-def _file_system(root: str) -> tuple[FileSystem, str]:
-    """Return the file system of all URIs that begin with `scheme://authority`, and what it calls that root itself.
+def _file_system(root: str) -> tuple[Any, str]:
+    """Return the file system of all URIs that begin with `scheme://authority`, and what it calls that root itself: an
+    Arrow file system, or one with some of its methods.
 
     One per process and root, since each holds open connections.
     """
     scheme = root.partition("://")[0]
     try:
+        if _is_s3(root):
+            from collavo.s3 import S3  # loads its library, which most commands do without
+
+            return S3(root), ""
         if scheme in _NATIVE_SCHEMES:
             if scheme in ("gs", "gcs"):
                 # Left alone, Arrow tries for a quarter of an hour to reach Google Cloud where there are no credentials.
@@ -318,11 +345,11 @@ def _file_system(root: str) -> tuple[FileSystem, str]:
         raise UserError(f"{root}: {first_line(error)}") from error
 
 
-def _remote(uri: str) -> tuple[FileSystem, str]:
+def _remote(uri: str) -> tuple[Any, str]:
     """Return the file system of a URI, and its path there."""
     root, path = _split_root(uri)
     files, base = _file_system(root)
-    return files, f"{base.rstrip('/')}/{path}"
+    return files, f"{base.rstrip('/')}/{path}" if base else path
 
 
 def _split_root(uri: str) -> tuple[str, str]:

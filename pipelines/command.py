@@ -64,7 +64,7 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
         else:
             stack.callback(_remove, publication.work)
         try:
-            prepare(publication, flags.output.resume, flags.output.discard)
+            prepare(publication, flags.output.resume, flags.output.discard, by_model=plan.job.model is not None)
         except FAULTS as error:
             what_is_left(publication)
             why = getattr(error, "strerror", None) or str(error)
@@ -81,14 +81,14 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
                     print(left, file=sys.stderr)
             raise
         if is_local(publication.output):
-            delete([publication.work, publication.segmented])
+            delete([join(publication.work, ""), join(publication.segmented, "")])
     _print_summary(publication.output, time.perf_counter() - start, console)
 
 
 def _remove(folder: str) -> None:
     """Remove a folder, where its store answers; the next build finds what is left of it."""
     with suppress(*FAULTS):
-        delete([folder])
+        delete([join(folder, "")])
 
 
 def _draw_scenes(scenes: "SceneRequest", console: Console) -> None:

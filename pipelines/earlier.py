@@ -42,8 +42,11 @@ EXTENSION_FLAGS = (*(field.name for field in fields(InstructionFlags)), "validat
 _NOTE = "made_by.json"
 
 
-def prepare(publication: Publication, resume: bool, discard: bool) -> None:
+def prepare(publication: Publication, resume: bool, discard: bool, by_model: bool) -> None:
     """Make ready the folder for what the network will segment.
+
+    Args:
+        by_model: whether there is one.
 
     Raises:
         UserError: if a stopped build has left something and nothing says what to do with it; or if this build is to go
@@ -58,7 +61,8 @@ def prepare(publication: Publication, resume: bool, discard: bool) -> None:
                 f"--output {publication.output}: a stopped build left {kept} there; --resume uses the pictures, "
                 "--discard removes all"
             )
-        delete([publication.segmented])
+        if left or is_local(publication.segmented):
+            delete([join(publication.segmented, "")])
     elif not exists(note):
         raise UserError(f"--resume: no stopped build has left anything for --output {publication.output}")
     else:
@@ -66,16 +70,17 @@ def prepare(publication: Publication, resume: bool, discard: bool) -> None:
             earlier = json.load(file)
         if other := _difference(earlier, made_by, made_by):
             raise UserError(f"--resume: the stopped build had {other}; --discard starts anew")
-    delete(sorted({re.sub(rf"(/{WORK}[^/]*)/.*", r"\1", uri) for uri in unused}))
-    with open_write(note) as file:
-        file.write(json.dumps(made_by).encode())
+    delete(sorted({re.sub(rf"(/{WORK}[^/]*/).*", r"\1", uri) for uri in unused}))
+    if by_model:
+        with open_write(note) as file:
+            file.write(json.dumps(made_by).encode())
 
 
 def what_is_left(publication: Publication) -> str | None:
     """Say what a build that stopped has left, in one line; None where that is nothing. Remove an empty folder."""
     left = _segmented_files(publication)
     if not left:
-        delete([publication.segmented])
+        delete([join(publication.segmented, "")])
         return None
     kept = f"{_size_of(left)} of segmented pictures are kept in {publication.segmented}"
     return f"{kept}: --resume uses them, --discard removes them"

@@ -48,6 +48,7 @@ from pipelines.records import (
     packed,
     unpacked,
 )
+from pipelines.report import samples_of_shard
 from pipelines.shards import WrittenShard, write_shard
 from pipelines.sources import (
     REJECT_TAG,
@@ -256,7 +257,7 @@ def _write(
     shards = (
         by_shard
         | "GroupByShard" >> beam.CoGroupByKey()
-        | "WriteShards" >> beam.Map(_write_shard, job, AsSingleton(statistics), _id_owners(drafts, job))
+        | "WriteShards" >> beam.Map(_write_shard, job, AsSingleton(statistics), _id_owners(drafts, job), shard_counts)
     )
     input_counts = inputs | "AllInputs" >> beam.Flatten(pipeline=pipeline) | "CountInputs" >> beam.CombinePerKey(sum)
     _ = (
@@ -310,8 +311,8 @@ def _merge(partition: int, packs: Iterable[Packed]) -> Iterator[tuple[tuple[int,
     # Small partitions, which are all of about the same size, share as many keys as there are to be packs.
     shared = min(_PARTITIONS // _LEAST_PER_PACK * len(tasks), _PACKS_AT_LEAST)
     together = shared * _MOST_PER_PACK > _PARTITIONS * len(tasks)
-    packs = -(-len(tasks) // _MOST_PER_PACK)
-    yield from _in_packs(partition % shared if together else partition, tasks, -(-len(tasks) // packs))
+    count = -(-len(tasks) // _MOST_PER_PACK)
+    yield from _in_packs(partition % shared if together else partition, tasks, -(-len(tasks) // count))
 
 
 def _in_packs(group: int, tasks: Sequence[ImageTask], size: int) -> Iterator[tuple[tuple[int, int], Packed]]:
@@ -394,10 +395,13 @@ def _write_shard(
     job: CrayonJob,
     statistics: ClassStatistics,
     owners: dict[str, str],
+    shard_counts: dict[str, int],
 ) -> WrittenShard:
     shard, groups = element
+    of_splits_before = sum(count for split, count in shard_counts.items() if split < shard[0])
+    sample_count = samples_of_shard(of_splits_before + shard[1], max(1, sum(shard_counts.values())))
     drafts, rejects = (chain.from_iterable(map(unpacked, groups[name])) for name in ("drafts", "rejects"))
-    return write_shard(shard, drafts, rejects, statistics, owners, job)
+    return write_shard(shard, drafts, rejects, statistics, owners, sample_count, job)
 
 
 def _late(value: Any) -> WindowedValue:

@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import re
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -27,12 +26,11 @@ from collavo.storage import (
     REJECTS,
     REPORT,
     delete,
-    exists,
     is_local,
     list_files,
     open_read,
     open_write,
-    rename,
+    put_in_place,
 )
 from pipelines.accounts import Counts
 from pipelines.card import dataset_card
@@ -45,6 +43,7 @@ from schemas.crayon_row import SCHEMA_VERSION
 FAILED_REJECTS = "failed-rejects.jsonl"
 """Where the rejects are left when a build fails because of their number."""
 
+_PART_BYTES = 1 << 20
 _SHARD = re.compile(r"(crayon|train|validation)-\d{5}-of-\d{5}\.parquet")
 _LIBRARIES = ("apache-beam", "numpy", "pillow", "pyarrow", "torch", "transformers")
 
@@ -69,7 +68,8 @@ def publish(
         UserError: if there are no rows, or more rejects than allowed; RuntimeError if the accounts do not add up.
     """
     folder, manifest_uri = publication.folder, join(publication.folder, MANIFEST)
-    if not exists(publication.work) and exists(manifest_uri):
+    found = list_files(join(folder, ""))
+    if manifest_uri in found and not any(uri.startswith(publication.work) for uri in found):
         return  # retried after it had done everything
     ordered = sorted(shards, key=lambda shard: shard.shard)
     counts = Counts()
@@ -81,38 +81,48 @@ def publish(
     except UserError:
         _gather_rejects(join(publication.output, FAILED_REJECTS), ordered)
         raise
-    delete([manifest_uri])
+    old = [uri for uri in found if _is_ours(folder, uri)]
+    delete([uri for uri in old if uri == manifest_uri])
     written = [shard for shard in ordered if shard.data_uri]
     names = _names(written)
-    delete([uri for uri in published_files(folder) if basename(uri) not in names])
+    delete([uri for uri in old if uri != manifest_uri and basename(uri) not in names])
     for shard, name in zip(written, names, strict=True):
-        rename(shard.data_uri, join(folder, name))
-    _gather_rejects(join(folder, REJECTS), ordered)
+        put_in_place(shard.data_uri, join(folder, name))
+    rejects = _gather_rejects(join(folder, REJECTS), ordered)
     manifest = _manifest(publication, counts, inputs, categories, dict(zip(names, written, strict=True)))
     if most := publication.configuration.get("max_images"):
         manifest["trial"] = {
             "images": min(listed_count, most) + min(record_count, most),
             "of": listed_count + record_count,
         }
-    write_report(folder, manifest)
+    samples = [
+        sample._replace(place=f"{name}, row {sample.place}")
+        for shard, name in zip(written, names, strict=True)
+        for sample in shard.samples
+    ]
+    write_report(folder, manifest, samples, rejects)
     with open_write(join(folder, CARD)) as file:
         name = basename(publication.output.rstrip("/")) or "crayon"
         file.write(dataset_card(manifest, names, name).encode())
     with open_write(manifest_uri) as file:
         file.write(json.dumps(manifest, indent=2).encode() + b"\n")
     if not is_local(publication.work):  # a local launcher still watches the progress in it, and removes it then
-        delete([publication.work, publication.segmented])
+        delete([join(publication.work, ""), join(publication.segmented, "")])
 
 
 def published_files(output: str) -> list[str]:
     """List what an earlier build left in an output folder, the manifest first."""
-    named = (MANIFEST, CARD, REJECTS, REPORT, FAILED_REJECTS)
     if is_local(output):
         found = [join(output, name) for name in sorted(os.listdir(output))] if os.path.isdir(output) else []
     else:
         found = list_files(join(output, "*"))
-    ours = [uri for uri in found if basename(uri) in named or _SHARD.fullmatch(basename(uri))]
-    return sorted(ours, key=lambda uri: basename(uri) != MANIFEST)
+    return sorted((uri for uri in found if _is_ours(output, uri)), key=lambda uri: basename(uri) != MANIFEST)
+
+
+def _is_ours(output: str, uri: str) -> bool:
+    """Tell whether a build would write a file of this name into an output folder."""
+    name = uri.removeprefix(join(output, ""))
+    return name in (MANIFEST, CARD, REJECTS, REPORT, FAILED_REJECTS) or _SHARD.fullmatch(name) is not None
 
 
 def strangers(output: str) -> list[str]:
@@ -159,12 +169,17 @@ def _check_rejects(publication: Publication, counts: Counts, inputs: Mapping[str
         raise UserError(f"{share}, more than --max_reject_ratio {publication.max_reject_ratio:g} allows; {where}")
 
 
-def _gather_rejects(uri: str, ordered: Sequence[WrittenShard]) -> None:
+def _gather_rejects(uri: str, ordered: Sequence[WrittenShard]) -> bytes:
+    """Write the rejects of all shards to one file; return its first part."""
+    head = b""
     with open_write(uri) as gathered:
         for shard in ordered:
             if shard.rejects_uri:
                 with open_read(shard.rejects_uri) as file:
-                    shutil.copyfileobj(file, gathered)
+                    while part := file.read(_PART_BYTES):
+                        gathered.write(part)
+                        head = head or part
+    return head
 
 
 def _manifest(

@@ -14,45 +14,47 @@ from pathlib import Path
 from posixpath import join
 from typing import Any
 
-import pyarrow.parquet as pq
 from jinja2 import Environment, StrictUndefined, Template
 
-from collavo.storage import REJECTS, REPORT, open_random, open_read, open_write
-from pipelines.report_sample import Sample, css_color, make_sample
+from collavo.storage import REPORT, open_write
+from pipelines.report_sample import Sample, css_color
 from schemas.categories import CategorySet
-from schemas.crayon_row import TASKS, CrayonRow
+from schemas.crayon_row import TASKS
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
-_SAMPLE_SHARDS, _SAMPLE_ROWS = 4, 16
+_SAMPLES, _SAMPLED_SHARDS = 16, 64
 
 _ANSWER_BINS = (0, 1, 2, 3, 5, 9, 17, 33, 65, 129, 257)
 """Answer lengths in words at which a bar begins: most answers are a word or two, listings run to hundreds."""
 
 _EXAMPLES_PER_REASON = 3
-_REJECTS_HEAD_BYTES = 1 << 20
-"""Where the examples are looked for."""
 
 Tally = list[tuple[str, float]]
 """Labels and counts, in the order of their bars."""
 
 
-def write_report(output: str, manifest: Mapping[str, Any]) -> None:
+def samples_of_shard(position: int, shards: int) -> int:
+    """Choose how many rows a shard, at a position among all, offers as samples, so that no file is read again."""
+    return -(-_SAMPLES // shards) if position % -(-shards // _SAMPLED_SHARDS) == 0 else 0
+
+
+def write_report(output: str, manifest: Mapping[str, Any], samples: Sequence[Sample], rejects: bytes) -> None:
     """Write `report.html` into the folder of a data set.
 
     Args:
-        output: the folder, in any storage; its shards and rejects are there.
+        output: the folder, in any storage.
         manifest: what `manifest.json` will hold.
+        samples: of which some are shown, evenly chosen.
+        rejects: the beginning of the rejects file; its last line may be cut off.
     """
-    with open_read(join(output, REJECTS)) as file:
-        examples = _reject_examples(file.read(_REJECTS_HEAD_BYTES))
     stated = manifest["categories"]
     categories = CategorySet.from_records(stated["name"], stated["categories"])
     html = _template().render(
         manifest=manifest,
         elapsed=_elapsed(manifest),
         unfamiliar=unfamiliar_line(manifest),
-        samples=_read_samples(output, [file["name"] for file in manifest["files"]], categories),
+        samples=[samples[place] for place in evenly(len(samples), _SAMPLES)],
         answer_bins=_ANSWER_BINS,
         histogram=histogram,
         mean=_mean,
@@ -60,7 +62,7 @@ def write_report(output: str, manifest: Mapping[str, Any]) -> None:
         classes=sorted(manifest["segments"].items(), key=lambda item: (-item[1], item[0])),
         class_colors={name: css_color(category.color_rgb) for name, category in categories.by_display_name.items()},
         tasks=[(task, manifest["instructions"][task]) for task in TASKS if task in manifest["instructions"]],
-        examples=examples,
+        examples=_reject_examples(rejects),
     )
     with open_write(join(output, REPORT)) as file:
         # A JSON escape can bring in a lone surrogate, which UTF-8 cannot hold.
@@ -130,7 +132,7 @@ def _elapsed(manifest: Mapping[str, Any]) -> str:
 
 
 def _reject_examples(head: bytes) -> dict[str, list[dict[str, str]]]:
-    """Pick the first few rejects of each reason; the last line of `head` may be cut off."""
+    """Pick the first few rejects of each reason."""
     examples: dict[str, list[dict[str, str]]] = {}
     for line in head[: head.rfind(b"\n") + 1].splitlines():
         reject = json.loads(line)
@@ -140,23 +142,7 @@ def _reject_examples(head: bytes) -> dict[str, list[dict[str, str]]]:
     return examples
 
 
-def _read_samples(output: str, names: Sequence[str], categories: CategorySet) -> list[Sample]:
-    """Read rows, evenly out of a few shards.
-
-    A shard is in the order of a hash, so that its first row group is as good a sample as any.
-    """
-    chosen = [names[place] for place in _evenly(len(names), _SAMPLE_SHARDS)]
-    samples = []
-    for name in chosen:
-        with open_random(join(output, name)) as file:
-            rows = pq.ParquetFile(file).read_row_group(0)
-        for place in _evenly(rows.num_rows, -(-_SAMPLE_ROWS // len(chosen))):
-            row = CrayonRow.from_record(rows.slice(place, 1).to_pylist()[0])
-            samples.append(make_sample(f"{name}, row {place}", row, categories))
-    return samples
-
-
-def _evenly(count: int, wanted: int) -> list[int]:
+def evenly(count: int, wanted: int) -> list[int]:
     """Choose at most `wanted` positions out of `count`, evenly spaced."""
     wanted = min(count, wanted)
     return [place * count // wanted for place in range(wanted)]

@@ -3,6 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -44,8 +45,8 @@ class ShownInstruction(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A row and where it lies. A picture that cannot be shown is None; then its fault says why, unless the row has
-    no picture."""
+    """A row, without its pictures, and where it lies. A picture that cannot be shown is None; then its fault says why,
+    unless the row has no picture."""
 
     place: str
     row: CrayonRow
@@ -76,7 +77,7 @@ def make_sample(place: str, row: CrayonRow, categories: CategorySet) -> Sample:
         map_fault = f"The map cannot be decoded ({type(error).__name__})"
     return Sample(
         place=place,
-        row=row,
+        row=replace(row, image_bytes=None, panoptic_png=row.panoptic_png and b""),
         image=image,
         image_fault=image_fault,
         crayon_map=crayon_map,

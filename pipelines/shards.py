@@ -19,6 +19,8 @@ from pipelines.image_steps import merge_drafts
 from pipelines.job import CrayonJob
 from pipelines.progress import WRITTEN, tick
 from pipelines.records import SOURCES, UNSEEN, Draft, Reject
+from pipelines.report import evenly
+from pipelines.report_sample import Sample, make_sample
 from pipelines.spill import SpilledDraft, order_of, read_drafts
 
 
@@ -36,6 +38,9 @@ class WrittenShard(NamedTuple):
     segmenters: tuple[str, ...]
     """What segmented its images, each as the JSON text of `Segmenter.facts`."""
 
+    samples: tuple[Sample, ...]
+    """Rows for the report, each with its number in the file as its place."""
+
 
 def write_shard(
     shard: tuple[str, int],
@@ -43,6 +48,7 @@ def write_shard(
     rejects: Iterable[Reject],
     statistics: ClassStatistics,
     owners: Mapping[str, str],
+    sample_count: int,
     job: CrayonJob,
 ) -> WrittenShard:
     """Write the rows of one shard of a split, shuffled by a hash of their pictures, and its rejects in order.
@@ -51,8 +57,10 @@ def write_shard(
 
     Args:
         owners: for every id that several pictures would have, the key of the one that keeps it.
+        sample_count: how many rows to prepare for the report.
     """
     counts = Counts()
+    samples = []
     all_rejects = list(rejects)
     ordered = sorted(spilled, key=lambda place: (order_of(place.key), place.block))
     attempt = f"shards/{shard[0]}-{shard[1]:05d}-{uuid.uuid4().hex}"  # a retried bundle must not write into this one's
@@ -60,6 +68,7 @@ def write_shard(
     size, sha256 = 0, ""
     segmenters: set[str] = set()
     if ordered:
+        chosen = evenly(len(ordered), sample_count)
         writer = CrayonFileWriter(open_write(data_uri), job.facts, job.categories)
         keyed = zip((place.key for place in ordered), read_drafts([place.block for place in ordered]), strict=True)
         for key, same in groupby(keyed, key=lambda pair: pair[0]):
@@ -82,6 +91,8 @@ def write_shard(
                 row = dataclasses.replace(row, instructions=instructions)
             phrased = time.perf_counter()
             writer.write(row)
+            if counts.rows in chosen:
+                samples.append(make_sample(f"{counts.rows}", row, job.categories))
             draft.seconds["phrase"] = phrased - start
             draft.seconds["write"] = time.perf_counter() - phrased
             segmenters.update(draft.segmenters)
@@ -91,7 +102,7 @@ def write_shard(
         size, sha256 = writer.close({"segmenters": sorted(segmenters)})
         counts.add_seconds({"write": time.perf_counter() - start})
     rejects_uri = _write_rejects(join(job.work, f"{attempt}.rejects.jsonl"), all_rejects, counts)
-    return WrittenShard(shard, data_uri, rejects_uri, size, sha256, counts, tuple(sorted(segmenters)))
+    return WrittenShard(shard, data_uri, rejects_uri, size, sha256, counts, tuple(sorted(segmenters)), tuple(samples))
 
 
 def _one_draft(drafts: list[Draft], rejects: list[Reject]) -> Draft | None:

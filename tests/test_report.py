@@ -20,7 +20,7 @@ from collavo.panoptic.index_png import encode_index_map
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
 from pipelines.accounts import Counts
 from pipelines.records import Draft, Reject
-from pipelines.report import histogram, quantile, write_report
+from pipelines.report import histogram, quantile, samples_of_shard, write_report
 from pipelines.report_sample import make_sample
 from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import CrayonRow, Dialogue, Instruction
@@ -93,18 +93,19 @@ def publish(
     """A data set of handmade rows with its report, whose HTML is returned."""
     counts = Counts()
     files = []
+    samples = []
     for position, rows in enumerate(shards):
         name = f"train-{position:05d}-of-{len(shards):05d}.parquet"
         writer = CrayonFileWriter((folder / name).open("wb"), {}, COCO_PANOPTIC)
-        for row in rows:
+        for place, row in enumerate(rows):
             writer.write(row)
+            samples.append(make_sample(f"{name}, row {place}", row, COCO_PANOPTIC))
             counts.add_row(row, Draft(row, (), (), {"read": 0.25}, unfamiliar), merged=0)
         size, sha256 = writer.close({"segmenters": ['{"name": "annotations"}']})
         files.append({"name": name, "rows": len(rows), "bytes": size, "sha256": sha256})
     for reject in rejects:
         counts.add_reject(reject)
     lines = [json.dumps(reject._asdict()) + "\n" for reject in rejects]
-    (folder / "rejects.jsonl").write_text("".join(lines))
     manifest = {
         "schema_version": 2,
         "started": "2026-01-02T03:04:05+00:00",
@@ -117,7 +118,7 @@ def publish(
         "configuration": {"output": str(folder), "seed": 17},
         "versions": {"collavo": "0.1.0", "python": "3.11"},
     }
-    write_report(str(folder), manifest)
+    write_report(str(folder), manifest, samples, "".join(lines).encode())
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -214,7 +215,13 @@ def test_size_is_bounded_whatever_the_data_set_holds(tmp_path: Path) -> None:
     for left_out in ("31 objects", "176 instructions", "90 turns", "7 conversations"):
         assert f"and {left_out} more" in page.text, left_out
     shown_shards = set(re.findall(r"(train-\d+-of-\d+.parquet), row", page.text))
-    assert len(shown_shards) == 4
+    assert len(shown_shards) == 7
+
+
+@pytest.mark.parametrize("shards", [1, 3, 5, 16, 60, 500, 50_000])
+def test_some_shards_offer_samples_enough_and_not_many_more(shards: int) -> None:
+    offered = [samples_of_shard(position, shards) for position in range(shards)]
+    assert 16 <= sum(offered) <= 64 and max(offered) <= 16
 
 
 def test_referenced_images_are_shown_by_their_map_alone(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from collavo.storage import (
     list_files,
     open_read,
     open_write,
+    put_in_place,
     read_bytes,
-    rename,
 )
 
 
@@ -137,11 +137,11 @@ def test_a_finished_file_is_moved_once_and_a_repeated_move_is_no_fault(tmp_path)
     staged, final = str(tmp_path / "staging" / "a"), str(tmp_path / "a")
     with open_write(staged) as file:
         file.write(b"whole")
-    rename(staged, final)
-    rename(staged, final)
+    put_in_place(staged, final)
+    put_in_place(staged, final)
     assert read_bytes(final) == b"whole" and not exists(staged)
     with pytest.raises(FileNotFoundError, match="nothing"):
-        rename(str(tmp_path / "nothing"), str(tmp_path / "nowhere"))
+        put_in_place(str(tmp_path / "nothing"), str(tmp_path / "nowhere"))
 
 
 def test_what_is_not_there_is_deleted_without_complaint(photos: Path):
@@ -186,7 +186,7 @@ def test_objects_are_read_moved_and_deleted(store: str):
         name = uri.removeprefix(f"{store}/photos/")
         assert read_bytes(uri) == name.encode() * (name != "other")
     for _ in range(2):
-        rename(f"{store}/photos/sub/c.jpg", f"{store}/c.jpg")
+        put_in_place(f"{store}/photos/sub/c.jpg", f"{store}/c.jpg")
     assert read_bytes(f"{store}/c.jpg") == b"sub/c.jpg"
     delete([f"{store}/photos/sub", f"{store}/photos/other", f"{store}/nothing"])
     assert list_files(f"{store}/") == [f"{store}/{name}" for name in ("c.jpg", *(f"photos/{n}" for n in _LEFT))]

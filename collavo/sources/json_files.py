@@ -1,8 +1,8 @@
 """JSON as people store it, opened as plain UTF-8 that a streaming parser takes.
 
 Byte-order marks are dropped, UTF-16 and UTF-32 are decoded, gzip is unpacked, and `NaN` and `Infinity`, which Python
-writes and JSON does not know, become null. A file that needs none of this is read where it lies; any other is copied to
-a temporary file first, because annotation files are larger than memory and are read more than once.
+writes and JSON does not know, become null. A file on a disk that needs none of this is read where it lies; any other is
+copied to a temporary file first, because annotation files are larger than memory and are read more than once.
 """
 
 import codecs
@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, BinaryIO
 
 from collavo.errors import UserError
+from collavo.storage import is_local
 
 _CHUNK_BYTES = 1 << 20
 
@@ -37,13 +38,15 @@ def open_json(file: BinaryIO, name: str) -> Iterator[BinaryIO]:
 
     Args:
         file: open for reading; not closed here.
-        name: its path, for messages.
+        name: its path or URI.
 
     Raises:
         UserError: for text in an encoding that JSON does not come in, and for a damaged gzip file.
     """
     with ExitStack() as stack:
         try:
+            if not is_local(name):
+                file = _copied(stack, file)
             if file.read(2) == b"\x1f\x8b":
                 file.seek(0)
                 file = _copied(stack, stack.enter_context(gzip.GzipFile(fileobj=file)))  # `file` is the caller's

@@ -1,0 +1,180 @@
+"""S3 in as few requests as can be.
+
+Arrow's own client asks for the size of a file before it reads it, writes even an empty one in three requests, and makes
+and deletes objects that stand for folders: four requests for a picture's two, and ten for a file that is written and
+put in its place.
+"""
+
+import io
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO, Self, cast
+
+import obstore
+import obstore.exceptions
+from obstore.store import from_url
+from pyarrow.fs import FileInfo, FileSelector, FileType
+
+from collavo.errors import first_line
+
+_PART_BYTES = 72 << 20
+"""A larger file is uploaded in parts of this size. A file of drafts is smaller."""
+
+
+class S3:
+    """A bucket, with those methods of `pyarrow.fs.FileSystem` that `collavo.storage` calls.
+
+    Credentials, region and endpoint come from the usual environment variables or the machine's role.
+    """
+
+    def __init__(self, root: str) -> None:
+        self._store = from_url(
+            root,
+            client_options={"allow_http": True, "timeout": "5m", "connect_timeout": "5s"},
+            retry_config={"max_retries": 6},
+        )
+
+    def read(self, path: str, most_bytes: int) -> bytes | None:
+        """Read a file in one request; None if it is larger."""
+        with _faults():
+            found = obstore.get(self._store, path)
+            return found.bytes().to_bytes() if found.meta["size"] <= most_bytes else None
+
+    def get_file_info(self, path: str | FileSelector) -> Any:
+        """Look up a file, or list those below a folder."""
+        if isinstance(path, str):
+            try:
+                return FileInfo(path, FileType.File, size=self.size(path))
+            except FileNotFoundError:
+                return FileInfo(path, FileType.NotFound)
+        with _faults():
+            prefix = f"{path.base_dir}/" if path.base_dir else None
+            if path.recursive:
+                found = obstore.list(self._store, prefix).collect()
+            else:
+                found = obstore.list_with_delimiter(self._store, prefix)["objects"]
+        return [FileInfo(each["path"], FileType.File, size=each["size"]) for each in found]
+
+    def size(self, path: str) -> int:
+        """Ask for the bytes of a file."""
+        with _faults():
+            return int(obstore.head(self._store, path)["size"])
+
+    def read_at(self, path: str, offset: int, length: int) -> bytes:
+        """Read some bytes of a file."""
+        with _faults():
+            return obstore.get_range(self._store, path, start=offset, length=length).to_bytes()
+
+    def read_first(self, path: str, length: int) -> tuple[bytes, int]:
+        """Read the first bytes of a file, and the size of it all with them."""
+        with _faults():
+            try:
+                found = obstore.get(self._store, path, options={"range": (0, length)})
+            except obstore.exceptions.GenericError as error:
+                if "416" in str(error):  # an empty file has no bytes to name
+                    return b"", 0
+                raise
+            return found.bytes().to_bytes(), int(found.meta["size"])
+
+    def open_input_file(self, path: str) -> BinaryIO:
+        return cast(BinaryIO, _Reader(self, path))
+
+    def open_output_stream(self, path: str) -> BinaryIO:
+        writer = obstore.open_writer(self._store, path, buffer_size=_PART_BYTES, max_concurrency=2)
+        return cast(BinaryIO, _Writer(writer))
+
+    def copy_file(self, source: str, destination: str) -> None:
+        with _faults():
+            obstore.copy(self._store, source, destination)
+
+    def delete(self, path: str) -> None:
+        """Delete all that lies below a folder, and a file of that name if it does not end in a slash."""
+        with _faults():
+            found = [each["path"] for each in obstore.list(self._store, f"{path.rstrip('/')}/").collect()]
+            if paths := found if path.endswith("/") else [path, *found]:
+                obstore.delete(self._store, paths)
+
+
+class _Reader(io.RawIOBase):
+    """A file of which each read is a request for just these bytes."""
+
+    def __init__(self, bucket: S3, path: str) -> None:
+        self._bucket, self._path, self._position = bucket, path, 0
+        self._size: int | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + (0, self._position, self._known_size() if whence == io.SEEK_END else 0)[whence]
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        if self._size is None and self._position == 0 and size and size > 0:
+            data, self._size = self._bucket.read_first(self._path, size)
+        elif self._size is None and self._position == 0:
+            data = self._bucket.read(self._path, sys.maxsize) or b""
+            self._size = len(data)
+        else:
+            left = max(0, self._known_size() - self._position)
+            size = left if size is None or size < 0 else min(size, left)
+            data = self._bucket.read_at(self._path, self._position, size) if size else b""
+        self._position += len(data)
+        return data
+
+    readall = read
+
+    def readinto(self, buffer: Any) -> int:
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def _known_size(self) -> int:
+        if self._size is None:
+            self._size = self._bucket.size(self._path)
+        return self._size
+
+
+class _Writer:
+    """A new file, which is there once it is closed; where writing fails, it never is."""
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+
+    def write(self, data: bytes) -> int:
+        with _faults():
+            return self._writer.write(memoryview(data).cast("B"))
+
+    def flush(self) -> None:
+        pass  # as it would end a part of the upload
+
+    def close(self) -> None:
+        with _faults():
+            self._writer.close()
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    """Raise what the client raises as OSError of one line, with what the store itself says of it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(first_line(error).partition(": Error performing")[0]) from error
+    except Exception as error:
+        said = re.search(r"<Message>([^<]+)", str(error))
+        raise OSError(said[1] if said else first_line(error)) from error
