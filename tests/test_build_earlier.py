@@ -96,7 +96,7 @@ def test_a_killed_build_goes_on_where_it_was(network, tmp_path, capfd):
     files[0].write_bytes(files[0].read_bytes()[:-9])  # as a kill may leave it
 
     output = ["--output", tmp_path / "out"]
-    assert "--resume uses them, --discard removes them" in refusal(capfd, *flags, *output)
+    assert "--resume uses the pictures, --discard removes all" in refusal(capfd, *flags, *output)
     line = refusal(capfd, *flags, *output, "--resume", "--segmenter_preset", "paper")
     assert "the stopped build had --segmenter_preset unset (now paper)" in line
     resumed = build(tmp_path / "out", *flags, "--resume")
