@@ -113,7 +113,8 @@ def timed(shape: str, device: str, batches: int) -> dict[str, Any]:
         "cpu_seconds": round((time.process_time() - cpu_start) / count, 4),
     }
     print(
-        f"| {shape} | {weights / 1e6:.0f} M | {height} x {width} | {row['seconds']} | {row['cpu_seconds']} |", flush=True
+        f"| {shape} | {weights / 1e6:.0f} M | {height} x {width} | {row['seconds']} | {row['cpu_seconds']} |",
+        flush=True,
     )
     return row
 
