@@ -11,7 +11,7 @@ Instructions are written in the shards, because the choice of absent classes res
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from posixpath import join
 from typing import Any, Final, Literal
@@ -111,13 +111,11 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
             | "RecordFiles" >> beam.Create(job.sources.records)
             | "ReadRecords" >> beam.FlatMap(read_records, job.records_per_file).with_outputs(REJECT_TAG, main="records")
         )
-        loaded = read.records | "DecodeRecords" >> beam.FlatMap(_load_record, job).with_outputs(
-            REJECT_TAG, _TO_MODEL, main="annotated"
-        )
+        segmented = read.records | "SegmentRecords" >> _on_accelerator(ReadAndSegment(_load_record, job), job)
         inputs.append(read.records | "OneInputPerRecord" >> beam.Map(lambda record: ("dataset", 1)))
         inputs.append(read[REJECT_TAG] | "OneInputPerReject" >> beam.Map(lambda reject: (reject.source, 1)))
-        rejects.append(read[REJECT_TAG])
-        _segment("OfRecords", loaded, job, spilled, rejects)
+        rejects += [read[REJECT_TAG], segmented["rejects"]]
+        spilled.append(segmented["spilled"])
     if job.sources.coco or job.sources.llava or job.sources.images:
         mentions, mention_counts, list_rejects = _read_sources(pipeline, job)
         tasks, merge_rejects = (
@@ -134,15 +132,19 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
                 merge_rejects | "OneInputPerRepeat" >> beam.Map(lambda reject: (reject.source, 1)),
             ]
         _announce("Images", tasks | "PacksOfImages" >> beam.Values(), job)
-        loaded = (
-            tasks
-            | "SpreadImages" >> beam.GroupByKey()
-            | "PacksOfGroup" >> beam.FlatMapTuple(lambda _, packs: packs)
-            | "ReadImages" >> beam.FlatMap(_read, job).with_outputs(REJECT_TAG, _TO_MODEL, main="annotated")
+        packs = (
+            tasks | "SpreadImages" >> beam.GroupByKey() | "PacksOfGroup" >> beam.FlatMapTuple(lambda _, packs: packs)
         )
+        if job.model and job.model.accelerator:
+            split = packs | "SplitByNeed" >> beam.FlatMap(_by_need, job).with_outputs(_TO_MODEL, main="annotated")
+            annotated = split.annotated | "SegmentAnnotated" >> ReadAndSegment(_read, job, by_model=False)
+            spilled.append(annotated["spilled"])
+            rejects.append(annotated["rejects"])
+            packs = split[_TO_MODEL]
+        segmented = packs | "SegmentImages" >> _on_accelerator(ReadAndSegment(_read, job), job)
         inputs += [*mention_counts, list_rejects | "SourceOfReject" >> beam.Map(lambda reject: (reject.source, 1))]
-        rejects += [list_rejects, merge_rejects]
-        _segment("OfImages", loaded, job, spilled, rejects)
+        rejects += [list_rejects, merge_rejects, segmented["rejects"]]
+        spilled.append(segmented["spilled"])
     _write(pipeline, job, spilled, rejects, inputs, listed)
 
 
@@ -194,20 +196,45 @@ def _read_sources(
     return mentions | "AllMentions" >> beam.Flatten(), counts, rejects | "ListRejects" >> beam.Flatten()
 
 
-def _segment(
-    name: str, loaded: Any, job: CrayonJob, spilled: list[beam.PCollection], rejects: list[beam.PCollection]
-) -> None:
-    """Segment and draft images; add where the drafts lie, in packs, and the rejects of every step to two lists."""
-    branches = {"Annotated": loaded.annotated | f"SegmentByAnnotation{name}" >> beam.Map(_segment_annotated, job)}
-    if job.model:
-        branches["ByModel"] = loaded[_TO_MODEL] | f"SegmentByModel{name}" >> _run_model(job.model)
-    rejects.append(loaded[REJECT_TAG])
-    # Each branch spills for itself: merged before, their images would be buffered whole between two stages.
-    for kind, branch in branches.items():
-        spill = beam.ParDo(SpillDrafts(job, by_model=kind == "ByModel")).with_outputs(REJECT_TAG, main="spilled")
-        outputs = branch | f"Draft{kind}{name}" >> spill
-        spilled.append(outputs.spilled)
-        rejects.append(outputs[REJECT_TAG])
+class ReadAndSegment(beam.PTransform):
+    """Reads, segments and drafts images, in one stage: what lies between, pixels among it, crosses no shuffle.
+
+    Its outputs are `spilled`, where the drafts lie, in packs, and `rejects`.
+
+    Args:
+        read: makes of an element loaded images, those for the model tagged, and rejects.
+        by_model: whether there are images for the model.
+    """
+
+    def __init__(self, read: Callable[..., Iterator[Any]], job: CrayonJob, by_model: bool = True) -> None:
+        super().__init__()
+        self._read = read
+        self._job = job
+        self._by_model = by_model
+
+    def expand(self, elements: beam.PCollection) -> dict[str, beam.PCollection]:
+        job = self._job
+        loaded = elements | "Read" >> beam.FlatMap(self._read, job).with_outputs(
+            REJECT_TAG, _TO_MODEL, main="annotated"
+        )
+        branches = {"Annotated": loaded.annotated | "SegmentByAnnotation" >> beam.Map(_segment_annotated, job)}
+        if job.model and self._by_model:
+            branches["ByModel"] = loaded[_TO_MODEL] | "SegmentByModel" >> _run_model(job.model)
+        spilled, rejects = [], [loaded[REJECT_TAG]]
+        # Each branch spills for itself: merged before, their images would be buffered whole between two stages.
+        for kind, branch in branches.items():
+            spill = beam.ParDo(SpillDrafts(job, by_model=kind == "ByModel")).with_outputs(REJECT_TAG, main="spilled")
+            outputs = branch | f"Draft{kind}" >> spill
+            spilled.append(outputs.spilled)
+            rejects.append(outputs[REJECT_TAG])
+        return {"spilled": spilled | "Spilled" >> beam.Flatten(), "rejects": rejects | "Rejects" >> beam.Flatten()}
+
+
+def _on_accelerator(step: beam.PTransform, job: CrayonJob) -> beam.PTransform:
+    """Have a step run where the model's accelerator is, if the runner is to provide one for it."""
+    if job.model and job.model.accelerator:
+        return step.with_resource_hints(accelerator=job.model.accelerator)
+    return step
 
 
 def _run_model(model: ModelConfig) -> beam.PTransform:
@@ -327,7 +354,7 @@ def _read(tasks: Packed, job: CrayonJob) -> Iterator[LoadedImage | Draft | Rejec
         if not task.mentions[0].uri:
             yield draft_dialogue(task, job)
             continue
-        to_model = job.model is not None and not (job.use_annotations and task.annotated)
+        to_model = _needs_model(task, job)
         images, rejects = read_images(task, job.max_pixels, with_rgb=to_model)
         for image in images:
             yield _for_model(image, job) if to_model else image
@@ -335,6 +362,21 @@ def _read(tasks: Packed, job: CrayonJob) -> Iterator[LoadedImage | Draft | Rejec
             tick(job.work, SEGMENTED)
             tick(job.work, REJECTED)
         yield from map(reject_output, rejects)
+
+
+def _needs_model(task: ImageTask, job: CrayonJob) -> bool:
+    return job.model is not None and bool(task.mentions[0].uri) and not (job.use_annotations and task.annotated)
+
+
+def _by_need(tasks: Packed, job: CrayonJob) -> Iterator[Packed | TaggedOutput[Literal["to_model"], Packed]]:
+    """Divide a pack into the tasks for the model and the others."""
+    divided: dict[bool, list[ImageTask]] = {False: [], True: []}
+    for task in unpacked(tasks):
+        divided[_needs_model(task, job)].append(task)
+    if divided[False]:
+        yield packed(divided[False])
+    if divided[True]:
+        yield TaggedOutput(_TO_MODEL, packed(divided[True]))
 
 
 def _for_model(image: LoadedImage, job: CrayonJob) -> Draft | ToModel:

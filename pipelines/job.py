@@ -48,6 +48,8 @@ class ModelConfig:
     batch_size: int
     max_batch_pixels: int
     model_copies: int | None
+    accelerator: str | None = None
+    """What the runner is to provide for the steps of the model, in the words of Beam's resource hint."""
 
 
 @dataclass(frozen=True, slots=True)

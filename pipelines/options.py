@@ -164,6 +164,11 @@ class SegmentationFlags:
     model_copies: int | None = flag(
         None, "model copies per machine, shared by its processes (default: one per process)", kind=int, least=1
     )
+    accelerator: str | None = flag(
+        None,
+        "GPU that a cluster is to give the network's steps alone, as type:nvidia-l4;count:1 (Dataflow)",
+        metavar="HINT",
+    )
 
 
 _INSTRUCTIONS = InstructionOptions()

@@ -73,7 +73,7 @@ _PATH_FLAGS = (
 
 _TRANSFORMERS_FLAGS = ("segmenter_preset", "segmenter_input_size")
 
-_MODEL_FLAGS = ("segmenter_checkpoint", "segmenter_config", *_TRANSFORMERS_FLAGS, "model_copies")
+_MODEL_FLAGS = ("segmenter_checkpoint", "segmenter_config", *_TRANSFORMERS_FLAGS, "model_copies", "accelerator")
 """Flags that are refused where no model runs. The device and the bounds of a batch are let pass: scripts always set
 them."""
 
@@ -135,7 +135,7 @@ def make_plan(flags: Flags, rest: Sequence[str], share_gpu: bool) -> Plan:
     if flags.output.extend:
         check_extension(publication.output, publication.configuration, job.phrasebook.sha256, job.model is not None)
     device = flags.segmentation.device if job.model else None
-    check_workers(beam_options, share_gpu, device, flags.segmentation.model_copies)
+    check_workers(beam_options, share_gpu, device, flags.segmentation.model_copies, flags.segmentation.accelerator)
     return Plan(job, beam_options, scenes, tuple(notes))
 
 
@@ -589,6 +589,7 @@ def _model(flags: SegmentationFlags, sources: Sources, sets: _Sets) -> ModelConf
         batch_size=flags.batch_size,
         max_batch_pixels=flags.max_batch_pixels,
         model_copies=flags.model_copies,
+        accelerator=flags.accelerator,
     )
 
 

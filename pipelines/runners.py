@@ -83,19 +83,25 @@ def check_file_systems(options: PipelineOptions, paths: Sequence[tuple[str, str]
 
 
 def check_workers(
-    options: PipelineOptions, share_gpu: bool, model_device: str | None, model_copies: int | None
+    options: PipelineOptions,
+    share_gpu: bool,
+    model_device: str | None,
+    model_copies: int | None,
+    accelerator: str | None = None,
 ) -> None:
     """Refuse workers that would lack this package, would share a GPU's memory, or would never start.
 
     Args:
         share_gpu: whether several processes of a local run would be on one GPU.
         model_device: `--device`, None where no model runs.
-        model_copies: `--model_copies`.
+        model_copies, accelerator: `--model_copies` and `--accelerator`.
     """
     if _is_dataflow(options):
-        _check_dataflow(options)
+        _check_dataflow(options, accelerator)
     if options.view_as(StandardOptions).runner != "DirectRunner":
         return
+    if accelerator:
+        raise UserError("--accelerator acts only on a runner that fits workers to steps, as Dataflow does")
     if share_gpu and model_device and not model_copies and _is_cuda(model_device):
         raise UserError(
             "several processes (--direct_num_workers, --direct_running_mode multi_processing) would each load a model "
@@ -103,7 +109,7 @@ def check_workers(
         )
 
 
-def _check_dataflow(options: PipelineOptions) -> None:
+def _check_dataflow(options: PipelineOptions, accelerator: str | None) -> None:
     if not options.view_as(WorkerOptions).sdk_container_image:
         raise UserError(
             "--runner DataflowRunner needs --sdk_container_image, for Beam's own lacks this package and torch; "
@@ -111,9 +117,17 @@ def _check_dataflow(options: PipelineOptions) -> None:
         )
     services = options.view_as(GoogleCloudOptions).dataflow_service_options or []
     experiments = options.view_as(DebugOptions).experiments or []
-    if any("use_nvidia_mps" in service for service in services) and "no_use_multiple_sdk_containers" in experiments:
+    if accelerator and any(service.startswith("worker_accelerator") for service in services):
         raise UserError(
-            "--dataflow_service_options use_nvidia_mps shares the GPU among processes, of which --experiments "
+            "--dataflow_service_options worker_accelerator gives every worker a GPU, --accelerator only those of the "
+            "network's steps; take either"
+        )
+    if (
+        any("use_nvidia_mps" in hint for hint in (*services, accelerator or ""))
+        and "no_use_multiple_sdk_containers" in experiments
+    ):
+        raise UserError(
+            "use_nvidia_mps shares the GPU among processes, of which --experiments "
             "no_use_multiple_sdk_containers leaves one; take either"
         )
 

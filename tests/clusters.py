@@ -107,7 +107,7 @@ def hosts(
             path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
             log = folder / f"pool-{number}.log"
             where = (address, _POOL_PORT)
-            environ = {**os.environ, "PATH": path, **environment}
+            environ = {**os.environ, "PATH": path, "PYTHONPATH": str(Path(__file__).parents[1]), **environment}
             groups.append(stack.enter_context(running(command, log, where, env=environ)).pid)
             pools.append(f"{address}:{_POOL_PORT}")
         port = free_port()

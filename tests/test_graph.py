@@ -1,5 +1,6 @@
 """The graph of the build: that its parts travel, and that a cloud runner can be handed it."""
 
+import dataclasses
 import statistics
 import subprocess
 import sys
@@ -74,6 +75,23 @@ def test_dataflow_can_be_sent_the_graph(jobs, kind):
     assert len(names) == len(graph.components.transforms)
     assert {"WriteShards", "Publish", "ClassStatistics"} <= names
     assert any("RunInference" in name for name in names) == (jobs[kind].model is not None)
+
+
+def test_only_the_steps_of_the_model_hold_its_accelerator_and_no_picture_is_shuffled_to_them(jobs):
+    job = jobs["all"]
+    model = dataclasses.replace(job.model, accelerator="type:nvidia-l4;count:1;install-nvidia-driver")
+    graph = graph_of(dataclasses.replace(job, model=model)).components
+    hinted = {name for name, environment in graph.environments.items() if environment.resource_hints}
+    (name,) = hinted
+    hints = graph.environments[name].resource_hints
+    assert hints == {"beam:resources:accelerator:v1": model.accelerator.encode()}
+    steps = [step for step in graph.transforms.values() if not step.subtransforms]
+    made_by = {made: step for step in steps for made in step.outputs.values()}
+    on_gpu = [step for step in steps if step.environment_id in hinted]
+    assert all(step.unique_name.startswith("SegmentImages/") for step in on_gpu)
+    assert any("RunInference" in step.unique_name for step in on_gpu)
+    enters = {made_by[used].unique_name for step in on_gpu for used in step.inputs.values() if used in made_by}
+    assert {name.partition("/")[0] for name in enters if not name.startswith("SegmentImages/")} == {"SplitByNeed"}
 
 
 def test_a_worker_needs_nothing_of_the_launchers_main_module(jobs, tmp_path):

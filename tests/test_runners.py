@@ -142,6 +142,14 @@ def test_dataflow_either_shares_a_gpu_or_has_one_process():
     check_workers(parsed(*DATAFLOW, IMAGE, ONE_PROCESS), False, "cuda", None)
     message = refusal(check_workers, parsed(*DATAFLOW, IMAGE, MPS, ONE_PROCESS), False, "cuda", None)
     assert "use_nvidia_mps" in message and "no_use_multiple_sdk_containers" in message
+    hint = MPS.partition("worker_accelerator=")[2]
+    assert message == refusal(check_workers, parsed(*DATAFLOW, IMAGE, ONE_PROCESS), False, "cuda", None, hint)
+
+
+def test_an_accelerator_is_for_all_steps_of_dataflow_or_for_those_of_the_network():
+    check_workers(parsed(*DATAFLOW, IMAGE), False, "cuda", None, "type:nvidia-l4;count:1")
+    assert "take either" in refusal(check_workers, parsed(*DATAFLOW, IMAGE, MPS), False, "cuda", None, "type:a;count:1")
+    assert "--accelerator acts only" in refusal(check_workers, parsed(), False, "cuda", None, "type:a;count:1")
 
 
 def test_dataflow_reads_no_local_disk():
