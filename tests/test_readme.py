@@ -58,7 +58,7 @@ def test_ci_finds_two_commands_as_they_are_printed() -> None:
     listed = subprocess.run(["bash", ROOT / ".ci" / "run", "--list"], capture_output=True, text=True, check=True)
     main_job, tests = listed.stdout.splitlines()
     assert main_job == "pip install . && python pipelines/build_crayon.py --runner DirectRunner"
-    assert tests == "pip install -e '.[dev]' && python -m pytest"
+    assert tests == "pip install -e '.[dev]' && python -m pytest -n auto"
 
 
 def test_readme_stays_a_page_of_200_lines() -> None:
