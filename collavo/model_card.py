@@ -64,11 +64,11 @@ def write_model_card(
         left_out: how much of the data could not be used, by reason; None where the card does not say.
     """
     name = name or folder.resolve().name
-    args, about_base = read_train_args(run), _metadata(_folder_of(run))
+    args, about_base = read_train_args(run), licence_of(_folder_of(run))
     losses, results = _losses(run), _results(run)
     data = sorted({Path(file).parent.name or "." for file in args.get("files", {})})
     classes = [category.display_name for category in CollavoConfig.from_pretrained(run).category_set]
-    licences = sorted({str(_metadata(Path(file).parent)["license_name"]) for file in args.get("files", {})})
+    licences = sorted({str(licence_of(Path(file).parent)["license_name"]) for file in args.get("files", {})})
     rows = {
         "base": f"`{base}`, licence {about_base['license_name']}",
         "data": f"{', '.join(data) or 'not recorded'}, licence {', '.join(licences) or 'not recorded'}",
@@ -124,7 +124,7 @@ def _folder_of(run: Path) -> Path:
     return embedded.folder if embedded else Path(source)
 
 
-def _metadata(folder: Path) -> dict[str, Any]:
+def licence_of(folder: Path) -> dict[str, Any]:
     """Read a licence and its name, as the card in a folder states them."""
     card = folder / CARD
     found = (metadata_load(card) if card.is_file() else None) or {}

@@ -20,6 +20,7 @@ COMMANDS = {
     "evaluate": _Command("collavo.evaluate", "measure a model on crayon data"),
     "chat": _Command("collavo.chat", "ask a model about a picture, in the terminal or a browser"),
     "serve": _Command("collavo.serve", "serve a model over HTTP to OpenAI's clients"),
+    "train-segmenter": _Command("collavo.train_segmenter", "teach a segmenter classes of your own"),
     "export-model": _Command("collavo.export_model", "write a trained model as one folder for transformers"),
     "export-data": _Command("collavo.export_data", "write crayon data in the formats of other trainers"),
     "import-base": _Command("collavo.import_base.__main__", "make a base model out of published checkpoints"),
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help"):
         print("usage: collavo COMMAND [flags]\n")
         for known, command in COMMANDS.items():
-            print(f"  {known:<14}{command.says}")
+            print(f"  {known:<16}{command.says}")
         print("\ncollavo COMMAND --help lists the flags of a command; collavo --version prints the version")
         return 0
     if name == "--version":

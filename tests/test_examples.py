@@ -25,6 +25,11 @@ def of_layout(layout: Layout) -> dict[str, object]:
     }
 
 
+def own_segmenter(folder: Path) -> dict[str, object]:
+    layout = ade20k(folder, 12)
+    return {**of_layout(layout), "IMAGES": layout.images["train"], "SEGMENTER_FLAGS": "--steps 2 --max_images 1"}
+
+
 def coco(folder: Path) -> dict[str, object]:
     """Drawn scenes where COCO 2017 has its photographs."""
     for split, start in (("train", 0), ("val", 50)):
@@ -64,11 +69,12 @@ def pictures(folder: Path) -> dict[str, object]:
         ("ade20k.sh", lambda folder: {"ADE": ade20k(folder, 6).json["train"].parent}),
         ("ade20k.sh", lambda folder: of_layout(cityscapes(folder, 6))),
         ("own_dataset.sh", lambda folder: of_layout(ade20k(folder, 6))),
+        ("own_segmenter.sh", own_segmenter),
         ("folder.sh", pictures),
         ("coco.sh", coco),
         ("llava_7b.sh", llava),
     ],
-    ids=["ade20k", "cityscapes", "own", "folder", "coco", "llava"],
+    ids=["ade20k", "cityscapes", "own", "segmenter", "folder", "coco", "llava"],
 )
 def test_an_example_runs(script: str, environment: Callable[[Path], dict[str, object]], tmp_path: Path) -> None:
     variables = {name: str(value) for name, value in environment(tmp_path / "data").items()}

@@ -29,7 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
@@ -51,7 +51,7 @@ from collavo.panoptic.thresholds import THRESHOLD_PRESETS, MaskThresholds
 from collavo.quiet import without_loading_report
 from collavo.segmenters import DEFAULT_CHECKPOINT, unusable_checkpoint
 from collavo.segmenters.familiarity import Familiarity, features_of
-from collavo.segmenters.framing import framing_of
+from collavo.segmenters.framing import Framing, framing_of
 from schemas.categories import LEFT_OUT, CategorySet
 
 _FAMILIES = tuple(sorted(MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES.keys() - {"videomt"}))
@@ -100,25 +100,24 @@ class UniversalSegmenter:
             # MKL reads this at its first use in the process, which may be to initialise weights before they are loaded.
             os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
         self._dtype = torch.float32 if on_cpu else torch.float16
-        self._model, revision, folder = _load_model(checkpoint)
+        network = open_network(checkpoint, input_size, categories)
+        self._model, self._framing, self._task = network.model, network.framing, network.task
         config = self._model.config
         preset = getattr(config, "segmenter_preset", "scenes" if checkpoint == SCENES else "default")
-        self._thresholds = thresholds or THRESHOLD_PRESETS[preset]
-        self._framing = framing_of(config, folder, input_size)
+        self.thresholds = thresholds or THRESHOLD_PRESETS[preset]
         self._batch_size = 1 if on_cpu or self._framing.size_hw is None else batch_size
-        self.categories, self._labels = _labels_in_set(checkpoint, folder, config, categories, category_map)
-        self._familiarity = Familiarity.load(folder)
-        self._task = _task_inputs(checkpoint, folder, config)
+        self.categories, self._labels = _labels_in_set(network, categories, category_map)
+        self._familiarity = Familiarity.load(network.folder)
         if on_cpu:
             _keep_group_norms_unsplit(self._model)
         move_to_device(self._model, self._device)
         self.facts: dict[str, Any] = {
             "segmenter": config.model_type,
             "checkpoint": checkpoint,
-            "revision": revision,
+            "revision": network.revision,
             "input_size_hw": self._framing.size_hw and list(self._framing.size_hw),
             "input_edges": self._framing.edges and list(self._framing.edges),
-            "thresholds": asdict(self._thresholds),
+            "thresholds": asdict(self.thresholds),
             "device": device_name(self._device),
             "dtype": str(self._dtype).removeprefix("torch."),
             "batch_size": self._batch_size,
@@ -141,7 +140,7 @@ class UniversalSegmenter:
                     classes,
                     masks,
                     image.shape[:2],
-                    self._thresholds,
+                    self.thresholds,
                     self.categories,
                     self._labels,
                     padded_hw=None if scaled_hw == input_hw else (input_hw, scaled_hw),
@@ -244,6 +243,36 @@ def without_backbone_warnings() -> Iterator[None]:
         log.removeFilter(is_news)
 
 
+class Network(NamedTuple):
+    """A checkpoint as it was opened, on the CPU."""
+
+    model: Any
+    folder: Path
+    revision: str | None
+    """What tells its weights from others of the same name."""
+
+    framing: Framing
+    categories: CategorySet
+    """Its own; ids are the numbers of its classes."""
+
+    task: dict[str, torch.Tensor]
+    """Inputs beside the pixels, [1, values] each."""
+
+
+def open_network(
+    checkpoint: str, input_size: int | tuple[int, int] | None = None, known_set: CategorySet | None = None
+) -> Network:
+    """Load a checkpoint with all that it says of itself; see `UniversalSegmenter` for arguments and errors.
+
+    Args:
+        known_set: as of `categories_of_checkpoint`.
+    """
+    model, revision, folder = _load_model(checkpoint)
+    framing = framing_of(model.config, folder, input_size)
+    own = categories_of_checkpoint(folder, checkpoint, known_set)
+    return Network(model, folder, revision, framing, own, _task_inputs(checkpoint, folder, model.config))
+
+
 def _load_model(checkpoint: str) -> tuple[Any, str | None, Path]:
     """Load a model; return it, what tells its weights from others of the same name, and its folder."""
     try:
@@ -297,13 +326,12 @@ def _task_inputs(checkpoint: str, folder: Path, config: Any) -> dict[str, torch.
 
 
 def _labels_in_set(
-    checkpoint: str, folder: Path, config: Any, categories: CategorySet | None, renamed: Mapping[str, str] | None
+    network: Network, categories: CategorySet | None, renamed: Mapping[str, str] | None
 ) -> tuple[CategorySet, np.ndarray | None]:
     """Return the set that maps are made in, and the label in it of each class of the model; None where these are the
     same."""
-    own = categories_of_checkpoint(folder, checkpoint, categories)
-    target = categories or joined(own)
-    labels = labels_by_id(own, target, renamed)
+    target = categories or joined(network.categories)
+    labels = labels_by_id(network.categories, target, renamed)
     # A class without a name, as DETR's numbers have between COCO's, is none.
-    table = np.array([labels.get(number, LEFT_OUT) for number in range(config.num_labels)])
+    table = np.array([labels.get(number, LEFT_OUT) for number in range(network.model.config.num_labels)])
     return target, None if np.array_equal(table, np.arange(len(target))) else table

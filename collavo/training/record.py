@@ -28,7 +28,7 @@ _FREE_ARGUMENTS = (
 def learned_from(arguments: TrainArguments, files: Sequence[str]) -> dict[str, Any]:
     """Say what a run learns from and in which order: the arguments that matter, and the checksum of each data file."""
     kept = {name: value for name, value in asdict(arguments).items() if name not in _FREE_ARGUMENTS}
-    facts = {"arguments": kept, "data": [[file, _footer_sha256(file)] for file in files]}
+    facts = {"arguments": kept, "data": [[file, footer_sha256(file)] for file in files]}
     return dict(json.loads(json.dumps(facts)))  # as a checkpoint gives it back
 
 
@@ -74,7 +74,7 @@ def write_train_args(
         "adapter_names": list(adapters),
         "projector_trained": projector_trained,
         "dtype": dtype,
-        "files": {file: _footer_sha256(file) for file in files},
+        "files": {file: footer_sha256(file) for file in files},
         "ranks": ranks,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "collavo")},
@@ -82,7 +82,7 @@ def write_train_args(
     write_whole(folder / TRAIN_ARGS, json.dumps(facts, indent=2) + "\n")
 
 
-def _footer_sha256(file: str) -> str:
+def footer_sha256(file: str) -> str:
     """SHA-256 of a Parquet file's footer, which says where every page lies and how large it is.
 
     It stands for the whole file, which may be hundreds of gigabytes.

@@ -1,0 +1,136 @@
+"""Write a trained segmenter as a checkpoint like others: network, processor, classes, card and figures."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from collavo.categories import CATEGORIES_FILE
+from collavo.model_card import licence_of
+from collavo.panoptic.thresholds import THRESHOLD_PRESETS
+from collavo.quiet import without_loading_report
+from collavo.segmenters.finetuning import SegmentedRows, Steps
+from collavo.segmenters.judging import Judged, judge, table
+from collavo.segmenters.universal import Network, UniversalSegmenter
+from schemas.categories import CategorySet
+
+CARD, FIGURES = "README.md", "figures.json"
+
+_TOLD = ("*token*", "vocab*", "merges.txt", "preprocessor_config.json", "processor_config.json")
+"""What a base says of its inputs, in files that stay true."""
+
+_CHOSEN_ON = 40
+"""Train rows on which the thresholds are chosen."""
+
+_TEXT = """\
+# {name}: a panoptic segmenter
+
+A {family} over {classes} classes ({named}), fine-tuned from `{base}` on the maps of {data}: {steps} updates of {batch}
+pictures. Its thresholds are the preset `{preset}`, chosen on pictures of its training.
+
+```
+python pipelines/build_crayon.py --images photos --segmenter transformers --segmenter_checkpoint {name}
+```
+
+## Panoptic quality on pictures that it was not trained on
+
+{table}
+
+The blind guess gives each place in a picture the class that most pictures of the training have there.
+
+## Licence
+
+The base's licence is {licence}; the pictures' own may limit what this network may be used for, too.
+"""
+
+
+def save_network(folder: Path, model: Any, base: Network, categories: CategorySet) -> None:
+    """Write weights, configurations and classes.
+
+    Raises:
+        OSError, SafetensorError: if the disk refuses.
+    """
+    if base.framing.edges is None and base.framing.size_hw:
+        model.config.input_size_hw = list(base.framing.size_hw)
+    with without_loading_report():
+        model.save_pretrained(folder)
+    for pattern in _TOLD:
+        for file in base.folder.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
+    if not any((folder / name).exists() for name in _TOLD[-2:]) and base.framing.size_hw:
+        height, width = base.framing.size_hw
+        said = {
+            "image_processor_type": type(model).__name__.partition("For")[0] + "ImageProcessor",
+            "size": {"height": height, "width": width},
+            "image_mean": base.framing.mean,
+            "image_std": base.framing.std,
+        }
+        (folder / "preprocessor_config.json").write_text(json.dumps(said, indent=2) + "\n")
+    # In the file, ids are the network's own numbers.
+    records = [{**record, "id": label} for label, record in enumerate(categories.as_records())]
+    stated = {"name": categories.name, "categories": records}
+    (folder / CATEGORIES_FILE).write_text(json.dumps(stated, indent=1) + "\n")
+
+
+def choose_preset(folder: Path, rows: SegmentedRows, device: str) -> str:
+    """Choose the thresholds with which a saved network does best on some rows, and note them in its configuration."""
+    segmenter = UniversalSegmenter(str(folder), device=device, batch_size=1)
+    step = max(len(rows.places) // _CHOSEN_ON, 1)
+    some = SegmentedRows(rows.places[::step][:_CHOSEN_ON], rows.categories, rows.image_root, rows.left_out)
+    qualities = {}
+    for name in ("default", "scenes"):
+        segmenter.thresholds = THRESHOLD_PRESETS[name]
+        qualities[name] = judge(segmenter, some).quality
+    best = max(qualities, key=lambda name: qualities[name])
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**config, "segmenter_preset": best}, indent=2) + "\n", encoding="utf-8")
+    return best
+
+
+def write_card(
+    folder: Path, name: str, checkpoint: str, base: Network, judged: Judged, options: Steps, files: Sequence[Path]
+) -> None:
+    """Write the card, and the figures as JSON."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = list(config["id2label"].values())
+    licence = licence_of(base.folder)
+    data = ", ".join(sorted({file.resolve().parent.name for file in files}))
+    metadata = ModelCardData(
+        license=licence["license"],
+        license_name=licence["license_name"] if licence["license"] == "other" else None,
+        base_model=checkpoint,
+        pipeline_tag="image-segmentation",
+        library_name="transformers",
+        tags=["panoptic-segmentation", config["model_type"], "collavo"],
+        model_name=name,
+        eval_results=[
+            EvalResult("image-segmentation", "crayon", data, "pq", judged.quality, metric_name="panoptic quality")
+        ],
+    )
+    text = _TEXT.format(
+        name=name,
+        family=config["model_type"],
+        classes=len(names),
+        named=", ".join(names[:20]) + ", ..." * (len(names) > 20),
+        base=checkpoint,
+        data=data,
+        steps=options.steps,
+        batch=options.batch_size,
+        preset=config["segmenter_preset"],
+        table="\n".join(table(judged)),
+        licence=licence["license_name"],
+    )
+    (folder / CARD).write_text(f"---\n{metadata.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+    figures = {
+        "images": judged.images,
+        "panoptic_quality": judged.quality,
+        "by_class": {each: quality._asdict() for each, quality in judged.by_class.items()},
+        "blind_guess": judged.guess and judged.guess.quality,
+        "training": asdict(options),
+    }
+    (folder / FIGURES).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,247 @@
+"""A segmenter for one's own classes: what it learns from, that it goes on after a stop, how it is judged and used."""
+
+import json
+from pathlib import Path
+
+import hotcoco.panoptic
+import numpy as np
+import pytest
+import torch
+from builds import build, tiny_mask2former
+from conftest import CAR, GRASS, PERSON, SKY
+from PIL import Image
+from safetensors.torch import load_file
+from universal import FAMILIES, save_checkpoint
+
+import collavo.train_segmenter
+from collavo.dataset import category_set, find_files, read_rows
+from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
+from collavo.panoptic.quality import PanopticQuality
+from collavo.segmenters import checkpoint_categories, finetuning, load_segmenter
+from collavo.segmenters.finetuning import Learner, example_of, framing_at, network_for
+from collavo.segmenters.framing import Framing
+from collavo.segmenters.saving import save_network
+from collavo.segmenters.universal import open_network
+from schemas.categories import COCO_PANOPTIC, CategorySet
+
+OWN = CategorySet.from_records(
+    "own",
+    [{**COCO_PANOPTIC.as_records()[label], "id": 7 * place} for place, label in enumerate((SKY, CAR, GRASS))],
+)
+"""Three classes of COCO's in another order, with other ids."""
+
+
+def command(*words: object) -> int:
+    return collavo.train_segmenter.main([*map(str, words)])
+
+
+def blocks_map(random: np.random.Generator, labels: tuple[int, ...], with_crowd: bool = True) -> PanopticMap:
+    """A map of 40 x 60 pixels out of blocks, some of them unknown, one of them a crowd."""
+    ids = np.kron(random.integers(0, 6, (4, 6)), np.ones((10, 10), int))
+    present = [int(i) for i in np.unique(ids) if i]
+    return build_panoptic_map(
+        ids, [SegmentInfo(i, int(random.choice(labels)), is_crowd=with_crowd and i == present[0]) for i in present]
+    )
+
+
+def test_quality_is_that_of_panopticapi(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    ours = PanopticQuality(COCO_PANOPTIC)
+    annotations: dict[str, list[dict]] = {"truth": [], "found": []}
+    for number in range(30):
+        truth = blocks_map(random, (PERSON, CAR, SKY))
+        found = truth if number % 3 == 0 else blocks_map(random, (PERSON, CAR, SKY), with_crowd=False)
+        found = build_panoptic_map(
+            np.roll(found.index_map, 2, axis=0).astype(int),
+            [SegmentInfo(place, segment.label) for place, segment in enumerate(found.segments, start=1)],
+        )
+        ours.add(truth, found)
+        for name, panoptic in (("truth", truth), ("found", found)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            pixels = np.zeros((*panoptic.index_map.shape, 3), np.uint8)
+            pixels[..., 0] = panoptic.index_map
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+            infos = [
+                {"id": place, "category_id": s.category_id, "area": s.area, "iscrowd": int(s.is_crowd)}
+                for place, s in enumerate(panoptic.segments, start=1)
+            ]
+            annotations[name].append({"image_id": number, "file_name": f"{number}.png", "segments_info": infos})
+    images = [{"id": number, "height": 40, "width": 60} for number in range(30)]
+    categories = COCO_PANOPTIC.as_records()
+    theirs = hotcoco.panoptic.PanopticEval(
+        *({"images": images, "annotations": annotations[n], "categories": categories} for n in ("truth", "found")),
+        gt_folder=str(tmp_path / "truth"), pred_folder=str(tmp_path / "found"),
+    )  # fmt: skip
+    theirs.evaluate()
+    results = theirs.results()
+    assert ours.mean() == pytest.approx(results["All"]["pq"], abs=1e-6) and 0.2 < ours.mean() < 0.9
+    per_class = {int(category_id): figures for category_id, figures in results["per_class"].items()}
+    for label in (PERSON, CAR, SKY):
+        own, other = ours.by_class()[COCO_PANOPTIC[label].display_name], per_class[COCO_PANOPTIC[label].category_id]
+        assert (own.found, own.truth, own.wrong) == (other["tp"], other["tp"] + other["fn"], other["fp"])
+
+
+def test_an_example_holds_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = np.zeros((40, 60), int)
+    ids[:, :20], ids[:20, 20:30], ids[20:, 40:] = 1, 2, 3
+    infos = [SegmentInfo(1, SKY), SegmentInfo(2, CAR), SegmentInfo(3, PERSON, is_crowd=True)]
+    panoptic = build_panoptic_map(ids, infos)
+    image = np.repeat((ids == 2)[..., None] * np.uint8(255), 3, axis=2)
+    padded = Framing((64, 64), (64, 64))
+    for seed in range(12):
+        example = example_of(image, panoptic, padded, np.random.default_rng(seed))
+        assert set(example.labels.tolist()) <= {CAR, SKY}
+        assert torch.equal(example.unknown, ~example.masks.bool().any(0))
+        assert example.unknown[-10:].all()  # padding: 60 x 40 in a square
+        if CAR in example.labels:  # the picture is mirrored and cut as its map is
+            car = example.masks[example.labels == CAR][0].numpy()
+            assert ((example.pixels[..., 0] > 127) == (car > 0)).mean() > 0.98
+
+
+def test_unknown_pixels_and_queries_on_them_teach_nothing(tmp_path: Path) -> None:
+    learner = Learner(open_network(str(save_checkpoint("eomt", tmp_path))).model, Framing((64, 64), None), {})
+    learner._unknown = torch.zeros(1, 64, 64, dtype=torch.bool)
+    learner._unknown[:, :, 32:] = True
+    masks = torch.full((1, 2, 16, 16), -1.0)
+    masks[0, 0, :, :6], masks[0, 1, :, 6:] = 1, 1  # one query on known pixels, one mostly on unknown ones
+    masks.requires_grad_()
+    classes = torch.randn(1, 2, 5, requires_grad=True)
+    seen, told = learner._known_only(masks, classes)
+    (seen.square().sum() + told.square().sum()).backward()
+    assert masks.grad is not None and classes.grad is not None
+    assert masks.grad[..., :8].all() and not masks.grad[..., 8:].any() and (seen[..., 8:] < -10).all()
+    assert classes.grad[0, 0].all() and not classes.grad[0, 1].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_learns_by_its_own_losses(family: str, tmp_path: Path) -> None:
+    base = open_network(str(save_checkpoint(family, tmp_path)))
+    model = network_for(base.model, base.categories, OWN)
+    learner = Learner(model, base.framing, base.task)
+    ids = np.zeros((48, 64), int)
+    ids[:30, :40], ids[30:], ids[:30, 40:] = 1, 2, 3
+    infos = [SegmentInfo(number, number - 1) for number in (1, 2, 3)]
+    panoptic = build_panoptic_map(ids, infos, OWN)
+    example = example_of(np.full((48, 64, 3), 90, np.uint8), panoptic, base.framing, np.random.default_rng(5))
+    learner([example]).backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert any(name.rpartition(".")[0].endswith(finetuning._HEADS) for name in reached)
+    assert (
+        len(reached) > 0.8 * sum(p.requires_grad for p in model.parameters()) - 40
+    )  # a OneFormer's text encoder rests
+
+
+def test_a_class_that_both_know_keeps_what_the_base_knows_of_it(tmp_path: Path) -> None:
+    base = open_network(str(save_checkpoint("mask2former", tmp_path)))
+    state, known = network_for(base.model, base.categories, OWN).state_dict(), base.model.state_dict()
+    for own, label in enumerate((SKY, CAR, GRASS, len(COCO_PANOPTIC))):  # and "nothing"
+        assert torch.equal(state["class_predictor.weight"][own], known["class_predictor.weight"][label])
+    assert state["criterion.empty_weight"].shape == (4,)
+    backbone = next(name for name in state if "patch_embed" in name or "embeddings" in name)
+    assert torch.equal(state[backbone], known[backbone])
+
+
+def test_most_steps_of_a_squeezed_input_are_small() -> None:
+    squeezed, padded = Framing((256, 320), None), Framing((640, 640), (640, 640))
+    assert [framing_at(step, 10, squeezed).size_hw for step in (0, 7, 8, 9)] == [(128, 160)] * 2 + [(256, 320)] * 2
+    assert framing_at(0, 10, padded) is padded and framing_at(0, 10, Framing((96, 96), None)).size_hw == (96, 96)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight rows of drawn scenes, two of them to judge on."""
+    folder = tmp_path_factory.mktemp("rows")
+    data = build(folder / "out", "--scenes", 8, "--scene_size", "96x64", "--segmenter", "annotations",
+                 "--validation_ratio", 0.25)  # fmt: skip
+    splits = [row.split for row in read_rows(data.files)]
+    assert 0 < splits.count("validation") < 8
+    return data.folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tiny_mask2former(tmp_path_factory.mktemp("base"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "input_size_hw": [64, 64], "train_num_points": 64}))
+    return folder
+
+
+def test_a_stopped_training_goes_on_and_its_folder_is_a_checkpoint(
+    rows: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", rows, "--segmenter_checkpoint", base, "--steps", 4, "--batch_size", 2, "--checkpoint_steps", 1]
+    words += ["--device", "cpu"]
+    assert command(*words, "--output_dir", tmp_path / "whole") == 0
+    out = capsys.readouterr().out
+    assert "| class | PQ | true | found | wrong | blind guess |" in out and "mean of" in out
+
+    plain, taken = finetuning._gradients, []
+
+    def interrupted(*arguments: object) -> float:
+        if len(taken) == 2:
+            raise KeyboardInterrupt
+        taken.append(1)
+        return plain(*arguments)
+
+    monkeypatch.setattr(finetuning, "_gradients", interrupted)
+    assert command(*words, "--output_dir", tmp_path / "parts") == 130
+    assert not (tmp_path / "parts").exists()
+    monkeypatch.setattr(finetuning, "_gradients", plain)
+    assert command(*words, "--seed", 1, "--output_dir", tmp_path / "parts") == 2
+    assert "--seed was 0, is 1" in capsys.readouterr().err
+    assert command(*words, "--output_dir", tmp_path / "parts") == 0
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert not [entry for entry in tmp_path.iterdir() if entry.name.startswith(".")]
+
+    assert command(*words, "--output_dir", tmp_path / "parts") == 2
+    assert "is there already; name another, or --overwrite it" in capsys.readouterr().err
+    trained = tmp_path / "parts"
+    assert checkpoint_categories("transformers", str(trained)) == category_set(find_files([str(rows)]))
+    segmenter = load_segmenter("transformers", checkpoint=str(trained), device="cpu")
+    assert segmenter.facts["input_size_hw"] == [64, 64]
+    card = (trained / "README.md").read_text()
+    assert "license:" in card and "mean of" in card and str(tmp_path) not in card
+    assert json.loads((trained / "figures.json").read_text())["training"]["steps"] == 4
+    assert command("--data", rows, "--segmenter_checkpoint", trained, "--evaluate_only", "--max_images", 1) == 0
+    assert "mean of 1 pictures" in capsys.readouterr().out
+
+
+def test_the_classes_of_a_folder_are_those_of_its_rows(base: Path, tmp_path: Path) -> None:
+    network = open_network(str(base))
+    save_network(tmp_path, network_for(network.model, network.categories, OWN), network, OWN)
+    own = checkpoint_categories("transformers", str(tmp_path))
+    assert own is COCO_PANOPTIC  # which has all three, by their names
+    segmenter = load_segmenter("transformers", checkpoint=str(tmp_path), device="cpu", categories=OWN)
+    assert segmenter.categories is OWN
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("--segmenter_checkpoint", "{foreign}", "--evaluate_only"), "none of its 2 classes (unicorn, dragon, ...) is"),
+        (("--segmenter_checkpoint", "{tmp}/nowhere"), "--segmenter_checkpoint: "),
+        (("--data", "{bare}"), "--data: no validation row has segments"),
+        (("--output_dir", "{rows}"), "is there already; name another, or --overwrite it"),
+        (("--device", "cuda:99"), "--device: "),
+    ],
+)
+def test_what_cannot_work_is_one_line(
+    words: tuple[str, ...], line: str, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"rows": rows, "tmp": tmp_path, "foreign": tmp_path / "foreign", "bare": tmp_path / "bare"}
+    if "{foreign}" in words:
+        names = {0: "unicorn", 1: "dragon"}
+        tiny_mask2former(tmp_path / "foreign", names)
+        records = [{**OWN.as_records()[0], "id": n, "name": name, "display_name": name} for n, name in names.items()]
+        (tmp_path / "foreign" / "categories.json").write_text(json.dumps({"name": "foreign", "categories": records}))
+    if "{bare}" in words:
+        Image.new("RGB", (64, 64)).save(tmp_path / "one.png")
+        build(tmp_path / "bare", "--images", tmp_path / "one.png", "--segmenter", "none")
+    capsys.readouterr()
+    given = [word.format(**places) for word in words]
+    start = [] if "--data" in given else ["--data", rows]
+    assert command(*start, "--steps", 1, *given) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("collavo train-segmenter: error: ") and line in err and err.count("\n") == 1
