@@ -1,9 +1,12 @@
 """Whole ways from published layouts to answers, at toy width; and the tokens that the bases were trained with."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import pytest
 import sentencepiece
@@ -11,7 +14,7 @@ import torch
 from internlm_reference import internlm2_shapes, random_weights
 from test_import_base import clip as clip_fixture
 from test_import_base import llava as llava_fixture
-from test_import_base import save_language_model
+from test_import_base import save_language_model, save_older_llava, save_original_llava
 from test_internlm import MARKERS, checkpoint, internlm2_config
 from tiny_model import scene_rows, write_crayon_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
@@ -118,6 +121,41 @@ def test_qwen3_is_asked_as_its_own_template_asks_without_thinking(siglip: Path, 
     assert ours == own(text, add_special_tokens=False).input_ids
 
 
+INTERNLM2_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|im_start|>' ~ message.role ~ '\\n' ~ message.content ~ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""What InternLM2's chat models are published with: `<s>`, then each message between markers, with its role."""
+
+
+def test_internlm2s_prompts_have_the_tokens_of_its_own_template(internlm2: Path, siglip: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "chat"
+    shutil.copytree(internlm2, folder)
+    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    ids = {
+        "<|im_end|>": model.piece_to_id("[UNUSED_TOKEN_145]"),
+        "<|im_start|>": model.piece_to_id("[UNUSED_TOKEN_146]"),
+    }
+    added = {str(place): {"content": name, "special": True} for name, place in ids.items()}
+    entries = {"added_tokens_decoder": added, "chat_template": INTERNLM2_TEMPLATE}
+    (folder / "tokenizer_config.json").write_text(json.dumps(entries))
+    _, processor = assemble_from_parts(siglip, folder, dtype=torch.float32)
+    assert processor.chat_format == "chatml"
+    turns = [("system", "Be kind."), ("human", "hello  world"), ("gpt", "two people"), ("human", "how many?")]
+    for given in (turns, turns[1:], turns[1:2]):
+        roles = {"system": "system", "human": "user", "gpt": "assistant"}
+        messages = [{"role": roles[speaker], "content": text} for speaker, text in given]
+        template = jinja2.Environment().from_string(INTERNLM2_TEMPLATE)
+        text = template.render(messages=messages, bos_token="<s>", add_generation_prompt=True)
+        expected = [model.bos_id()]
+        for part in re.split(
+            r"(<\|im_(?:start|end)\|>)", text.removeprefix("<s>")
+        ):  # sentencepiece itself knows no names
+            expected += [ids[part]] if part in ids else model.encode(part)
+        assert processor.render(given, has_image=False).input_ids == expected
+
+
 @pytest.fixture(scope="module")
 def vicuna(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, sentencepiece.SentencePieceProcessor]:
     """A tokenizer in the form of Llama's, and the sentencepiece model that it was made of."""
@@ -187,10 +225,14 @@ TRAIN = (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["llava", "clip+internlm2", "siglip2+qwen3"])
+@pytest.mark.parametrize("layout", ["llava", "llava older", "llava original", "clip+internlm2", "siglip2+qwen3"])
 def test_a_published_layout_goes_all_the_way(layout: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if layout == "llava":
-        source = ["--llava", str(request.getfixturevalue("llava")), "--image_size", "56"]
+    if layout.startswith("llava"):
+        folder = request.getfixturevalue("llava")
+        (tmp_path / "source").mkdir()
+        if save := {"llava older": save_older_llava, "llava original": save_original_llava}.get(layout):
+            folder = save(folder, tmp_path / "source")
+        source = ["--llava", str(folder), "--image_size", "56"]
         steps = ["cpt"] * 2 + ["cit"] * 2
     else:
         vision, language = layout.split("+")

@@ -138,30 +138,81 @@ def test_a_llava_answers_as_before(llava: Path, queries: bool) -> None:
     assert model.config.vision_feature_layer == -2
 
 
-def test_a_llava_is_read_under_the_names_of_its_older_layout(llava: Path, tmp_path: Path) -> None:
+def renamed(llava: Path, names: dict[str, str]) -> dict[str, torch.Tensor]:
+    """The tensors of a LLaVA with other beginnings of their names."""
+    tensors = LlavaForConditionalGeneration.from_pretrained(llava).state_dict()
+    new_names = {name: next(new for new in names if name.startswith(new)) for name in tensors}
+    return {names[new] + name.removeprefix(new): tensors[name] for name, new in new_names.items()}
+
+
+def save_older_llava(llava: Path, folder: Path) -> Path:
+    """A LLaVA under the names that transformers gave its tensors until version 4.52."""
     older = {
         "model.language_model.": "language_model.model.",
         "lm_head.": "language_model.lm_head.",
         "model.vision_tower.": "vision_tower.vision_model.",
         "model.multi_modal_projector.": "multi_modal_projector.",
     }
-    weights = {
-        f"model.{name}": t
-        for name, t in LlavaForConditionalGeneration.from_pretrained(llava).model.state_dict().items()
-    }
-    weights["lm_head.weight"] = LlavaForConditionalGeneration.from_pretrained(llava).lm_head.weight.data
     for file in llava.glob("*.json"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    save_file(
-        {
-            next(old + n.removeprefix(new) for new, old in older.items() if n.startswith(new)): t
-            for n, t in weights.items()
-        },
-        tmp_path / "model.safetensors",
-    )
-    models_ = [assemble_from_llava(f, image_size=IMAGE_SIZE, dtype=torch.float32)[0] for f in (llava, tmp_path)]
+        (folder / file.name).write_bytes(file.read_bytes())
+    save_file(renamed(llava, older), folder / "model.safetensors")
+    return folder
+
+
+def save_original_llava(llava: Path, folder: Path) -> Path:
+    """A LLaVA-1.5 as its authors publish it: a Llama with a projector, pickled, and its vision encoder elsewhere."""
+    original = {
+        "model.language_model.": "model.",
+        "lm_head.": "lm_head.",
+        "model.vision_tower.": "vision.",
+        "model.multi_modal_projector.linear_1.": "model.mm_projector.0.",
+        "model.multi_modal_projector.linear_2.": "model.mm_projector.2.",
+    }
+    tensors = renamed(llava, original)
+    vision = folder / "vision"
+    CLIPVisionModel.from_pretrained(
+        None, config=VISION, state_dict={n.removeprefix("vision."): t for n, t in tensors.items() if n[:7] == "vision."}
+    ).save_pretrained(vision)
+    shutil.copy(llava / "preprocessor_config.json", vision)
+    of_language = {name: tensor for name, tensor in tensors.items() if not name.startswith("vision.")}
+    of_language["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # as older checkpoints have
+    torch.save(of_language, folder / "pytorch_model.bin")
+    tokenizer().save_pretrained(folder)
+    entries = {
+        "mm_hidden_size": 32,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": str(vision),
+    }
+    names = {"model_type": "llava", "architectures": ["LlavaLlamaForCausalLM"], "image_aspect_ratio": "pad"}
+    (folder / "config.json").write_text(json.dumps({**TEXT, **names, **entries}))
+    return folder
+
+
+@pytest.mark.parametrize("save", [save_older_llava, save_original_llava])
+def test_a_llava_is_read_in_its_other_layouts(llava: Path, tmp_path: Path, save: Any) -> None:
+    folders = llava, save(llava, tmp_path)
+    models_ = [assemble_from_llava(f, image_size=IMAGE_SIZE, dtype=torch.float32)[0] for f in folders]
     inputs = batch(300) | crayon_maps()
     assert torch.equal(logits(models_[0], **inputs), logits(models_[1], **inputs))
+
+
+def test_an_original_llava_is_asked_as_vicuna_with_the_vision_encoder_that_is_named(
+    llava: Path, clip: Path, tmp_path: Path
+) -> None:
+    folder = save_original_llava(llava, tmp_path)
+    shutil.move(tmp_path / "vision", tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"^vision {tmp_path}/vision: "):
+        assemble_from_llava(folder)
+    model, processor = assemble_from_llava(folder, tmp_path / "elsewhere", image_size=IMAGE_SIZE)
+    assert processor.chat_format == "vicuna" and processor.image_processor.image_mean == (0.1, 0.2, 0.3)
+    assert model.config.text_config.architectures == ["LlamaForCausalLM"]
+    entries = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**entries, "mm_projector_type": "linear"}))
+    with pytest.raises(UserError, match=r"mm_projector_type 'linear' in config\.json is not supported; 'mlp2x_gelu'"):
+        assemble_from_llava(folder, tmp_path / "elsewhere")
 
 
 @pytest.mark.parametrize(
@@ -353,7 +404,7 @@ def places(clip: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory) ->
         ([], "one of --llava, --vision with --language, or --release is needed; given: none"),
         (["--vision", "CLIP"], "given: --vision"),
         (["--llava", "LLAMA", "--release", "LLAMA"], "given: --llava, --release"),
-        (["--llava", "LLAMA"], "--llava LLAMA: type 'llama' is not supported"),
+        (["--llava", "LLAMA"], "--llava LLAMA: architecture 'llama' is not supported"),
         (["--release", "LLAMA"], "--release LLAMA: no entry 'bias'|--release LLAMA: .*layout of CoLLaVO-7B"),
         (["--vision", "LLAMA", "--language", "LLAMA"], "--vision LLAMA: architecture 'llama' is not supported"),
         (

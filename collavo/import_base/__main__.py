@@ -10,8 +10,10 @@ from collavo.errors import UserError
 _DESCRIPTION = """\
 Make a CoLLaVO model from published checkpoints, each a folder or a hub id:
 
-  --llava                  a LLaVA checkpoint in transformers' layout; its
-                           projector stays
+  --llava                  a LLaVA checkpoint, in transformers' layout or, of
+                           LLaVA-1.5, in its authors'; its projector stays.
+                           The latter's vision encoder is the one that it
+                           names, or that of --vision
   --vision and --language  a vision encoder, CLIP or SigLIP 1 or 2, and a
                            language model: Llama, Mistral, Qwen 2 and 3,
                            InternLM 1 to 3; the projector between them is new,
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _import(flags: Flags) -> None:
     given = [name for name in ("llava", "vision", "language", "release") if getattr(flags, name)]
-    if given not in (["llava"], ["vision", "language"], ["release"]):
+    if given not in (["llava"], ["llava", "vision"], ["vision", "language"], ["release"]):
         found = ", ".join(f"--{name}" for name in given) or "none"
         raise UserError(f"one of --llava, --vision with --language, or --release is needed; given: {found}")
     _check_output(flags.output, flags.overwrite)
@@ -79,7 +81,7 @@ def _import(flags: Flags) -> None:
     with output_folder(flags.output) as folder:
         try:
             if flags.llava:
-                model, processor = assemble_from_llava(flags.llava, **options)
+                model, processor = assemble_from_llava(flags.llava, flags.vision, **options)
             elif flags.release:
                 model, processor = load_release(flags.release, **options)
             else:

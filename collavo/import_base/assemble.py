@@ -19,6 +19,7 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     GenerationConfig,
+    LlamaConfig,
     LlavaConfig,
     PreTrainedModel,
     SiglipVisionConfig,
@@ -49,6 +50,13 @@ VISION_ENCODERS = (*CLIP, *SIGLIP)
 NEW = ("model.crayon_prompt.", "model.low_rank_branches.")
 """Beginnings of the names of tensors that other people's models lack."""
 
+_ORIGINAL_LLAVA = {
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_feature": "patch",
+    "mm_use_im_start_end": False,
+}
+"""What the configuration of LLaVA-1.5 says, in its authors' layout, of what is built in."""
+
 _POSITIONS = "model.vision_tower.embeddings.position_embedding.weight"
 _EMBEDDING, _HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 _VISION_NAME = re.compile(r"(?:vision_model\.)?((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)")
@@ -75,11 +83,14 @@ class Ingredients:
     """The checkpoint's own; its chat format is read from it."""
 
 
-def assemble_from_llava(llava: str | Path, **options: Any) -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
+def assemble_from_llava(
+    llava: str | Path, vision: str | Path | None = None, **options: Any
+) -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
     """Make CoLLaVO of a LLaVA checkpoint; its projector stays, on the same layer of the vision encoder.
 
     Args:
-        llava: folder or hub id.
+        llava: folder or hub id, in transformers' layout or in that of LLaVA's authors, which has no vision encoder.
+        vision: folder or hub id of that vision encoder; None for the one that the checkpoint names.
         options: of `build`.
 
     Raises:
@@ -88,8 +99,11 @@ def assemble_from_llava(llava: str | Path, **options: Any) -> tuple[CollavoForCo
     with one_line_errors("llava", llava):
         folder = find_checkpoint(llava)
         entries = read_config(folder)
-        if entries.get("model_type") != "llava" or "text_config" not in entries:
-            raise ValueError(f"type {entries.get('model_type')!r} is not supported; 'llava' in transformers' layout is")
+        _check_type(entries.get("model_type"), ("llava", "llava_llama"))
+        if "text_config" not in entries:
+            return build(_read_original_llava(folder, entries, vision), **options)
+        if vision is not None:
+            raise ValueError("it has a vision encoder of its own")
         config: Any = LlavaConfig.from_pretrained(folder)
         _check_type(config.vision_config.model_type, VISION_ENCODERS)
         has_class_token = config.vision_config.model_type in CLIP
@@ -283,6 +297,33 @@ def _read_vision_encoder(folder: Path) -> tuple[Any, dict[str, torch.Tensor], di
     return config, weights, {"vision_feature_select_strategy": "full", "vision_feature_layer": -2}
 
 
+def _read_original_llava(folder: Path, entries: dict[str, Any], vision: str | Path | None) -> Ingredients:
+    """Read a LLaVA-1.5 as its authors publish it: a Llama with a projector, and the name of its vision encoder."""
+    for name, known in _ORIGINAL_LLAVA.items():
+        if (found := entries.get(name, known)) != known:
+            raise ValueError(f"{name} {found!r} in config.json is not supported; {known!r}, of LLaVA-1.5, is")
+    weights = read_weights(folder)
+    source = vision or entries["mm_vision_tower"]
+    with one_line_errors("vision", source):
+        vision_folder = find_checkpoint(source)
+        vision_config, vision_weights, _ = _read_vision_encoder(vision_folder)
+        _check_type(vision_config.model_type, CLIP)
+    tuned = "model.vision_tower.vision_tower."  # where the vision encoder was trained, too
+    vision_weights |= vision_tower_weights(weights, tuned)
+    ours = {_original_llava_name(name): tensor for name, tensor in weights.items() if not name.startswith(tuned)}
+    known = LlamaConfig().to_dict().keys() | {"rope_theta", "rope_scaling"}
+    of_llama = {name: value for name, value in entries.items() if name in known}
+    return Ingredients(
+        vision_config,
+        LlamaConfig.from_dict(of_llama | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}),
+        vision_weights | ours,
+        read_tokenizer(folder),
+        collavo_entries={"vision_feature_layer": entries["mm_vision_select_layer"]},
+        image_options=_image_options(vision_folder),
+        chat_template=read_chat_template(folder) or "ASSISTANT:",  # it has none, and was trained in Vicuna's format
+    )
+
+
 def _read_language_model(folder: Path) -> tuple[Any, dict[str, torch.Tensor], Any]:
     entries = read_config(folder)
     _check_type(entries.get("model_type"), (*NATIVE_LANGUAGE_MODELS, *INTERNLM))
@@ -303,6 +344,13 @@ def _llava_name(name: str) -> str:
     ):
         name = re.sub(pattern, ours, name)
     return name
+
+
+def _original_llava_name(name: str) -> str:
+    match = re.fullmatch(r"model\.mm_projector\.([02])\.(weight|bias)", name)
+    if match:
+        return f"model.multi_modal_projector.linear_{1 + int(match[1]) // 2}.{match[2]}"
+    return re.sub(r"^model\.", "model.language_model.", name)
 
 
 def _check_type(model_type: str | None, supported: tuple[str, ...]) -> None:

@@ -3,14 +3,15 @@
 Every step is of one kind: crayon instructions or dialogues. Shuffling all samples freely would read every row group
 many times over. So the plan goes through the row groups in random order, some of them at a time (a window), and
 shuffles the samples and the batches of a window. Samples that do not fill a batch wait for the next window. Each row
-group is thus read about once, in order of use.
+group is thus read about once, in order of use. Within a window, sequences of about the same length make a batch: less
+is padded, and ranks wait less for one another.
 
 That several ranks together read it about once too, row groups are dealt to lanes, a batch takes as many samples from
 each lane as from any other, and its samples stand in the order of their lanes: lanes 0 and 1 of 8 are the first
 quarter of every batch. A rank that takes such a quarter reads the row groups of two lanes and no other.
 
     window            row groups 5, 2, 7, 0, ...
-    lanes             5 | 2 | 7 | 0, each shuffled in itself
+    lanes             5 | 2 | 7 | 0, each sorted by length
     batch             s5 s5 | s2 s2 | s7 s7 | s0 s0
     ranks, here two   -------------   -------------
 
@@ -32,9 +33,7 @@ from collavo.model.prompt import Kind
 from collavo.training.row_index import RowGroup, RowIndex
 
 ROWS_PER_WINDOW = 1000
-"""Rows whose samples are shuffled together, about. A reader that keeps three times as many in memory reads each row
-group once: a waiting sample is used within the next window."""
-
+"""Rows whose samples are shuffled together, about, where row groups are small."""
 
 MOST_LANES = 8
 """As many ranks read each row group once; of more ranks, several read the same one."""
@@ -87,18 +86,16 @@ def plan_epoch(index: RowIndex, kinds: Sequence[Kind], options: PlanOptions, epo
     """
     # Philox gives the same numbers on every machine, and an independent stream for each key.
     rng = np.random.Generator(np.random.Philox(key=[options.seed, epoch]))
-    windows = [
-        [list(_samples_of(group, index, kinds, options, rng)) for group in window]
-        for window in _windows(index.row_groups, rng)
-    ]
+    rows = list(_windows(index.row_groups, rng))
+    windows = [[list(_samples_of(group, index, kinds, options, rng)) for group in window] for window in rows]
     counts = Counter(sample.kind for window in windows for group in window for sample in group)
     kept = _kept_shares(counts, options.crayon_share)
     lanes = _Lanes(math.gcd(options.batch_size, MOST_LANES), options.batch_size, counts)
     batches: list[Batch] = []
-    for window in windows:
+    for number, window in enumerate(windows):
         # Draws a number even where all are kept, so that a share changes the selection and not the order.
         groups = [[sample for sample in group if rng.random() < kept[sample.kind]] for group in window]
-        if window is windows[-1]:
+        if number == len(windows) - 1 or max(map(len, rows[number])) > MOST_ROWS // 2:
             lanes.level(groups)
         else:
             lanes.deal(groups)
@@ -178,14 +175,15 @@ class _Lanes:
 def _windows(groups: Sequence[RowGroup], rng: np.random.Generator) -> Iterator[list[range]]:
     """Yield the rows of some row groups at a time, in random order."""
     window: list[range] = []
-    for number in rng.permutation(len(groups)):
-        group = groups[number]
+    for place in rng.permutation(len(groups)):
+        group = groups[place]
         window.append(range(group.first_row, group.first_row + group.rows))
-        rows = sum(map(len, window))
+        rows, number = sum(map(len, window)), len(window)
         # Of a multiple of the lanes, each gets whole row groups. Where these are large, a window has fewer: with four
         # of them, four ranks still read each of them once.
-        enough = rows >= 0.8 * ROWS_PER_WINDOW if len(window) % MOST_LANES == 0 else 2 * rows > MOST_ROWS
-        if enough and (len(window) % MOST_LANES == 0 or len(window) in (1, 2, 4)):
+        if (number % MOST_LANES == 0 and rows >= 0.8 * ROWS_PER_WINDOW) or (
+            number in (1, 2, 4) and 2 * rows > MOST_ROWS
+        ):
             yield window
             window = []
     if window:
@@ -195,7 +193,7 @@ def _windows(groups: Sequence[RowGroup], rng: np.random.Generator) -> Iterator[l
 def rows_in_use(groups: Sequence[RowGroup]) -> int:
     """Return how many rows a reader has to keep in memory to read each row group once, about.
 
-    A waiting sample is used within the next window, and windows differ in size.
+    A waiting sample is used within the next window, and windows differ in size; so those of three suffice.
     """
     largest = max((group.rows for group in groups), default=0)
     window = max(ROWS_PER_WINDOW, min(MOST_LANES * largest, MOST_ROWS))
