@@ -151,7 +151,7 @@ def test_an_example_shows_rows_and_stops_what_it_started(script: str, server: st
 def test_the_template_for_dataflow_is_what_its_interface_takes(
     scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The template is read back by Google's own client, strictly: no field that it does not know, none of another type."""
+    """The template is read back by Google's own client, strictly: all fields are known to it, and of the right type."""
     dataflow = pytest.importorskip("google.cloud.dataflow_v1beta3", reason="needs apache-beam[gcp]")
     image, accelerator = "registry/collavo:1", "type:nvidia-l4;count:1;machine_type:g2-standard-8;install-nvidia-driver"
     with Gcs(tmp_path) as store:
