@@ -39,10 +39,7 @@ FAULTS = (OSError, pa.ArrowException)
 _NATIVE_SCHEMES = ("gs", "gcs", "abfs", "abfss")
 _GCS_OPTIONS = "?retry_limit_seconds=60"
 _SCHEMES = "s3, gs and abfs are read as they are, hf and whatever else fsspec knows through its package"
-_OUTAGE = re.compile(
-    r"AWS Error (NETWORK_CONNECTION|SERVICE_UNAVAILABLE|SLOW_DOWN|THROTTLING|INTERNAL_FAILURE|REQUEST_TIMEOUT)"
-    r"|HTTP status 5\d\d|google::cloud::Status\((UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED)"
-)
+_OUTAGE = re.compile(r"google::cloud::Status\((UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED)")
 """What Arrow says where a store does not answer, which tells nothing of the file."""
 
 _READ_AHEAD_BYTES = 4 << 20
@@ -110,7 +107,7 @@ def read_bytes(uri: str) -> bytes:
     except FileNotFoundError as error:
         raise Rejected("missing_file", uri) from error
     except (*FAULTS, UserError) as error:
-        if _OUTAGE.search(str(error)):
+        if (_is_s3(uri) and isinstance(error, ConnectionError)) or _OUTAGE.search(str(error)):
             raise UserError(f"{uri}: {first_line(error)}", exit_status=1) from error
         raise Rejected("unreadable_file", f"{uri}: {first_line(error)}") from error
     if data is None:

@@ -80,7 +80,7 @@ def run_job(plan: Plan, workers: LocalWorkers | None, console: Console) -> bool:
                 stack.enter_context(ProgressDisplay(counts, console, seconds=_SECONDS_BETWEEN_QUESTIONS))
             result.wait_until_finish()
         except (Exception, KeyboardInterrupt) as error:
-            explained = (watch and watch.explained(error)) or _explained(error, publication)
+            explained = (watch and watch.explained(error)) or _explained(error, publication, local=not log)
             if log:
                 logging.getLogger(__name__).error("the job failed", exc_info=error)
                 if result:
@@ -230,7 +230,7 @@ class _WorkerWatch:
                 return
 
 
-def _explained(error: BaseException | None, publication: Publication) -> BaseException | None:
+def _explained(error: BaseException | None, publication: Publication, local: bool) -> BaseException | None:
     """Return the error to raise in place of an exception that Beam has wrapped; None if it is a fault of the program.
 
     Found by text, since an exception of another process arrives as the text of its traceback.
@@ -248,5 +248,8 @@ def _explained(error: BaseException | None, publication: Publication) -> BaseExc
                 ours = not path or path.startswith((publication.output, publication.folder))
                 where = f"--output {publication.output}" if ours else path
                 return UserError(f"{where}: {os.strerror(number)}", exit_status=1)
+        # Of a store, which has no numbers for its faults. Other runners' are told with the state of the job.
+        if local and (match := re.search(r"\b(?:ConnectionError|OSError): (?!\[Errno)([^\n]+)", text)):
+            return UserError(re.sub(r" \[while running .*", "", match[1]), exit_status=1)
         error = error.__cause__ or error.__context__
     return None
