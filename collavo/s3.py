@@ -170,11 +170,15 @@ class _Writer:
 
 @contextmanager
 def _faults() -> Iterator[None]:
-    """Raise what the client raises as OSError of one line, with what the store itself says of it."""
+    """Raise what the client raises as OSError of one line, with what the store itself says of it.
+
+    Where the store does not answer, or says that it cannot now, that is a ConnectionError.
+    """
     try:
         yield
     except FileNotFoundError as error:
         raise FileNotFoundError(first_line(error).partition(": Error performing")[0]) from error
     except Exception as error:
         said = re.search(r"<Message>([^<]+)", str(error))
-        raise OSError(said[1] if said else first_line(error)) from error
+        kind = ConnectionError if re.search(r"HTTP error|status code: (5\d\d|429)", str(error)) else OSError
+        raise kind(said[1] if said else first_line(error)) from error

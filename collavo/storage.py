@@ -8,6 +8,7 @@ region and endpoint come from the environment variables of each store's SDK, suc
 A store has objects and no folders: a "folder" there is what the names of its objects begin with.
 """
 
+import errno
 import io
 import os
 import re
@@ -38,10 +39,7 @@ FAULTS = (OSError, pa.ArrowException)
 _NATIVE_SCHEMES = ("gs", "gcs", "abfs", "abfss")
 _GCS_OPTIONS = "?retry_limit_seconds=60"
 _SCHEMES = "s3, gs and abfs are read as they are, hf and whatever else fsspec knows through its package"
-_OUTAGE = re.compile(
-    r"AWS Error (NETWORK_CONNECTION|SERVICE_UNAVAILABLE|SLOW_DOWN|THROTTLING|INTERNAL_FAILURE|REQUEST_TIMEOUT)"
-    r"|HTTP status 5\d\d|google::cloud::Status\((UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED)"
-)
+_OUTAGE = re.compile(r"google::cloud::Status\((UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED)")
 """What Arrow says where a store does not answer, which tells nothing of the file."""
 
 _READ_AHEAD_BYTES = 4 << 20
@@ -109,7 +107,7 @@ def read_bytes(uri: str) -> bytes:
     except FileNotFoundError as error:
         raise Rejected("missing_file", uri) from error
     except (*FAULTS, UserError) as error:
-        if _OUTAGE.search(str(error)):
+        if (_is_s3(uri) and isinstance(error, ConnectionError)) or _OUTAGE.search(str(error)):
             raise UserError(f"{uri}: {first_line(error)}", exit_status=1) from error
         raise Rejected("unreadable_file", f"{uri}: {first_line(error)}") from error
     if data is None:
@@ -177,17 +175,21 @@ def open_random(uri: str) -> BinaryIO:
     if is_local(uri):
         return open(local_path(uri), "rb")
     files, path = _remote(uri)
-    file = files.open_input_file(path)
-    return cast(BinaryIO, _GoogleFile(file) if uri.startswith("g") else file)
+    return cast(BinaryIO, _GoogleFile(files, path) if uri.startswith("g") else files.open_input_file(path))
 
 
 class _GoogleFile(io.RawIOBase):
-    """A file on Google Cloud that is read by one bounded request a time. At each seek, Arrow's own would ask for all
-    bytes from there on, and fail at the end of the file."""
+    """A file on Google Cloud, of which each read asks for its bytes alone, and the whole file is one request.
 
-    def __init__(self, file: pa.NativeFile) -> None:
-        self._file = file
-        self._size = file.size()
+    Arrow's own asks for all bytes from there on when it is opened and at each seek, and fails at the end of the file.
+    """
+
+    def __init__(self, files: FileSystem, path: str) -> None:
+        info = files.get_file_info(path)
+        if info.type != FileType.File:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        self._files, self._path, self._size = files, path, info.size
+        self._file: pa.NativeFile | None = None
         self._position = 0
 
     def readable(self) -> bool:
@@ -206,7 +208,13 @@ class _GoogleFile(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         rest = max(0, self._size - self._position)
         size = rest if size < 0 else min(size, rest)
-        data: bytes = self._file.read_at(size, self._position) if size else b""
+        data = b""
+        if size == self._size:
+            with self._files.open_input_stream(self._path) as stream:
+                data = stream.read()
+        elif size:
+            self._file = self._file or self._files.open_input_file(self._path)
+            data = self._file.read_at(size, self._position)
         self._position += len(data)
         return data
 
@@ -216,7 +224,8 @@ class _GoogleFile(io.RawIOBase):
         return len(data)
 
     def close(self) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
         super().close()
 
 

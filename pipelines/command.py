@@ -74,7 +74,8 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
         try:
             if plan.scenes:
                 _draw_scenes(plan.scenes, console)
-            run_job(plan, workers, console)
+            if not run_job(plan, workers, console):
+                return
         except BaseException:
             with suppress(*FAULTS):  # the store may be what failed
                 if left := what_is_left(publication):

@@ -212,7 +212,7 @@ class ReadAndSegment(beam.PTransform):
         self._job = job
         self._by_model = by_model
 
-    def expand(self, elements: beam.PCollection) -> dict[str, beam.PCollection]:
+    def expand(self, elements: beam.PCollection) -> Any:  # Beam would take a dict for the type of the elements
         job = self._job
         loaded = elements | "Read" >> beam.FlatMap(self._read, job).with_outputs(
             REJECT_TAG, _TO_MODEL, main="annotated"

@@ -19,7 +19,7 @@ from typing import Any
 
 import apache_beam as beam
 import grpc
-from apache_beam.options.pipeline_options import DirectOptions, StandardOptions
+from apache_beam.options.pipeline_options import DirectOptions, GoogleCloudOptions, StandardOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.runners.portability.fn_api_runner.worker_handlers import GrpcWorkerHandler, WorkerHandler
 from apache_beam.transforms.environments import Environment
@@ -46,11 +46,14 @@ _GRACE_SECONDS = 5.0
 """How long a job may go on after a worker has failed: where the worker had begun, Beam notices by itself."""
 
 
-def run_job(plan: Plan, workers: LocalWorkers | None, console: Console) -> None:
-    """Run a job to its end, with progress on the console where it is a local one.
+def run_job(plan: Plan, workers: LocalWorkers | None, console: Console) -> bool:
+    """Run a job to its end, with progress on the console.
 
     Args:
         workers: of a local run; None where it happens in this process.
+
+    Returns:
+        whether it ran: with `--template_location`, Dataflow is only to be told of it later.
 
     Raises:
         UserError, KeyboardInterrupt: for what is not the program's fault, whichever process it happened in; whatever
@@ -70,12 +73,14 @@ def run_job(plan: Plan, workers: LocalWorkers | None, console: Console) -> None:
             pipeline = beam.Pipeline(runner=runner, options=plan.beam_options)
             build_graph(pipeline, plan.job)
             result = pipeline.run()
+            if plan.beam_options.view_as(GoogleCloudOptions).template_location:
+                return False
             if log:
                 counts = partial(counters_of, result)
                 stack.enter_context(ProgressDisplay(counts, console, seconds=_SECONDS_BETWEEN_QUESTIONS))
             result.wait_until_finish()
         except (Exception, KeyboardInterrupt) as error:
-            explained = (watch and watch.explained(error)) or _explained(error, publication)
+            explained = (watch and watch.explained(error)) or _explained(error, publication, local=not log)
             if log:
                 logging.getLogger(__name__).error("the job failed", exc_info=error)
                 if result:
@@ -85,6 +90,7 @@ def run_job(plan: Plan, workers: LocalWorkers | None, console: Console) -> None:
             if explained is None:
                 raise
             raise explained from error
+    return True
 
 
 @contextmanager
@@ -97,10 +103,12 @@ def _runner_log() -> Iterator[str]:
     root = logging.getLogger()
     before, root.handlers, level = root.handlers, [handler], root.level
     root.setLevel(logging.INFO)
+    shown, threading.excepthook = threading.excepthook, lambda fault: root.error("%s", fault.exc_value)
     try:
         yield path
         os.unlink(path)
     finally:
+        threading.excepthook = shown
         root.handlers = before
         root.setLevel(level)
 
@@ -111,8 +119,8 @@ def _end_of_job(error: BaseException) -> str:
         return f"the runner cannot be reached any more ({error.code().name}): {(error.details() or '')[:_MAX_LINE]}"
     text = str(error).strip()
     state = re.search(r"\bstate:? ([A-Z_]+)", text, re.IGNORECASE)
-    last = re.sub(r" \[while running .*", "", text.rpartition("\n")[2]) or type(error).__name__
-    return f"the job ended in state {state[1] if state else 'unknown'}: {last[:_MAX_LINE]}"
+    last = re.sub(r"^Pipeline \S+ failed in state \w+: | \[while running .*", "", text.rpartition("\n")[2])
+    return f"the job ended in state {state[1] if state else 'unknown'}: {last[:_MAX_LINE] or type(error).__name__}"
 
 
 def _local_runner(
@@ -222,7 +230,7 @@ class _WorkerWatch:
                 return
 
 
-def _explained(error: BaseException | None, publication: Publication) -> BaseException | None:
+def _explained(error: BaseException | None, publication: Publication, local: bool) -> BaseException | None:
     """Return the error to raise in place of an exception that Beam has wrapped; None if it is a fault of the program.
 
     Found by text, since an exception of another process arrives as the text of its traceback.
@@ -240,5 +248,8 @@ def _explained(error: BaseException | None, publication: Publication) -> BaseExc
                 ours = not path or path.startswith((publication.output, publication.folder))
                 where = f"--output {publication.output}" if ours else path
                 return UserError(f"{where}: {os.strerror(number)}", exit_status=1)
+        # Of a store, which has no numbers for its faults. Other runners' are told with the state of the job.
+        if local and (match := re.search(r"\b(?:ConnectionError|OSError): (?!\[Errno)([^\n]+)", text)):
+            return UserError(re.sub(r" \[while running .*", "", match[1]), exit_status=1)
         error = error.__cause__ or error.__context__
     return None

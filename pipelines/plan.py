@@ -254,8 +254,11 @@ class _Sets:
 
     def of_annotations(self, flag: str, uri: str) -> CategorySet:
         """Read the set of an annotation file; COCO panoptic's where the file states none."""
-        with naming(flag), open_read(uri) as raw, open_json(raw, uri) as file:
-            found = categories_of_annotations(file, uri, are_things=flag == "coco_instances")
+        try:
+            with naming(flag), open_read(uri) as raw, open_json(raw, uri) as file:
+                found = categories_of_annotations(file, uri, are_things=flag == "coco_instances")
+        except FAULTS as error:
+            raise UserError(f"--{flag} {uri}: {first_line(error)}") from error
         if found is None:
             self._notes.append(f"{uri} has no 'categories'; its numbers are taken for {COCO_PANOPTIC.name}'s")
         self.add(found or COCO_PANOPTIC)

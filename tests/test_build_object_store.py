@@ -70,8 +70,14 @@ def test_what_a_killed_launcher_left_is_told_and_removed_when_asked(store, capsy
     assert not [name for name in store.objects("left/") if name.startswith(".")]
 
 
-def test_a_bucket_that_is_not_there_is_said_in_one_line(store, tmp_path, capsys):
-    flags = ["--images", "s3://nowhere/*.jpg", "--segmenter_checkpoint", "scenes"]
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--images", "s3://nowhere/*.jpg", "--segmenter_checkpoint", "scenes"],
+        ["--coco_panoptic", "s3://nowhere/panoptic.json", "--coco_images", "s3://nowhere/images"],
+    ],
+)
+def test_a_bucket_that_is_not_there_is_said_in_one_line(flags, store, tmp_path, capsys):
     assert main([*flags, "--output", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "--images: s3://nowhere/*.jpg: " in line
+    assert "s3://nowhere/" in line and f"error: {flags[0]}" in line

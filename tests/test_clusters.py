@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from apache_beam.portability.api import beam_runner_api_pb2
 from builds import REPOSITORY, build
 from clusters import S3, Gcs, JobService, Prism, Store, free_port, listens, program
 from conftest import needs_scenes_model
@@ -145,3 +146,34 @@ def test_an_example_shows_rows_and_stops_what_it_started(script: str, server: st
     assert done.returncode == 0, text[-3000:]
     assert text.count(" segments, ") == 5
     assert not any(listens(("localhost", int(port))) for port in ports.values())
+
+
+def test_the_template_for_dataflow_is_what_its_interface_takes(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The template is read back by Google's own client, strictly: all fields are known to it, and of the right type."""
+    dataflow = pytest.importorskip("google.cloud.dataflow_v1beta3", reason="needs apache-beam[gcp]")
+    image, accelerator = "registry/collavo:1", "type:nvidia-l4;count:1;machine_type:g2-standard-8;install-nvidia-driver"
+    with Gcs(tmp_path) as store:
+        put(scenes, store, monkeypatch)
+        bucket, output = store.bucket, f"{store.bucket}/out"
+        words = [
+            *("--runner", "DataflowRunner", "--project", "some-project", "--region", "europe-west4"),
+            *("--job_name", "crayon", "--temp_location", f"{bucket}/temp", "--staging_location", f"{bucket}/staging"),
+            *("--template_location", f"{bucket}/template", "--max_num_workers", "20", "--disk_size_gb", "100"),
+            *("--sdk_container_image", image, "--sdk_location", "container", "--no_use_public_ips"),
+            *("--experiments", "no_use_multiple_sdk_containers", "--accelerator", accelerator, "--output", output),
+        ]
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", store.url)  # of Beam's own client
+        assert main([*sources(f"{bucket}/in", by_network=True)[:-1], "cuda", *words]) == 0
+        with open_read(f"{bucket}/template") as file:
+            job = dataflow.Job.from_json(file.read(), ignore_unknown_fields=False)
+        (pool,) = job.environment.worker_pools
+        assert (pool.autoscaling_settings.max_num_workers, pool.disk_size_gb) == (20, 100)
+        assert {harness.container_image for harness in pool.sdk_harness_container_images} == {image}
+        (graph,) = [uri for uri in list_files(f"{bucket}/staging/") if uri.endswith("pipeline.pb")]
+        with open_read(graph) as file:
+            environments = beam_runner_api_pb2.Pipeline.FromString(file.read()).components.environments
+        hints = [dict(environment.resource_hints) for environment in environments.values()]
+        assert sorted(hints, key=len) == [{}, {"beam:resources:accelerator:v1": accelerator.encode()}]
+        assert not exists(f"{output}/{MANIFEST}")

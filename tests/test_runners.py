@@ -1,5 +1,7 @@
 """What Beam, its runners and their workers cannot do is refused when the command starts, not hours later."""
 
+import importlib.util
+import re
 import time
 from pathlib import Path
 
@@ -162,3 +164,9 @@ def test_sample_scenes_are_not_drawn_for_dataflow(capsys):
     assert status_of(*[*DATAFLOW, IMAGE]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--output out: Dataflow's workers see no local disk" in line
+
+
+def test_the_image_of_the_workers_imports_what_is_there():
+    dockerfile = (Path(__file__).parents[1] / "docker" / "Dockerfile").read_text()
+    modules = re.findall(r"\b(?:pipelines|collavo)\.[\w.]+", dockerfile)
+    assert modules and all(importlib.util.find_spec(module) for module in modules)
