@@ -39,10 +39,10 @@ _NATIVE_SCHEMES = ("gs", "gcs", "abfs", "abfss")
 _GCS_OPTIONS = "?retry_limit_seconds=60"
 _SCHEMES = "s3, gs and abfs are read as they are, hf and whatever else fsspec knows through its package"
 _OUTAGE = re.compile(
-    r"AWS Error (NETWORK_CONNECTION|SERVICE_UNAVAILABLE|SLOW_DOWN|THROTTLING|INTERNAL_FAILURE|REQUEST_TIMEOUT)"
-    r"|HTTP status 5\d\d|google::cloud::Status\((UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED)"
+    r"\((after \d+ retries|no answer)\)$|HTTP status 5\d\d"
+    r"|google::cloud::Status\((UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED)"
 )
-"""What Arrow says where a store does not answer, which tells nothing of the file."""
+"""What the clients say where a store does not answer, which tells nothing of the file."""
 
 _READ_AHEAD_BYTES = 4 << 20
 
@@ -109,9 +109,10 @@ def read_bytes(uri: str) -> bytes:
     except FileNotFoundError as error:
         raise Rejected("missing_file", uri) from error
     except (*FAULTS, UserError) as error:
-        if _OUTAGE.search(str(error)):
-            raise UserError(f"{uri}: {first_line(error)}", exit_status=1) from error
-        raise Rejected("unreadable_file", f"{uri}: {first_line(error)}") from error
+        line = f"{uri}: {first_line(error).removeprefix(f'{uri}: ')}"
+        if _OUTAGE.search(line):
+            raise UserError(line, exit_status=1) from error
+        raise Rejected("unreadable_file", line) from error
     if data is None:
         raise Rejected("oversized_file", f"{uri}: more than {MAX_FILE_BYTES >> 20} MiB")
     return data

@@ -5,12 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from builds import build, scene_sources
+from builds import build, planned, scene_sources
 from PIL import Image
 from stores import Store, s3_store
 
 from collavo import storage
+from collavo.s3 import StoreFault
 from collavo.scenes import write_scenes
+from pipelines import launch
 from pipelines.command import main
 
 
@@ -80,3 +82,14 @@ def test_a_bucket_that_is_not_there_is_said_in_one_line(store, tmp_path, capsys)
     assert main([*flags, "--output", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--images: s3://nowhere/*.jpg: " in line
+
+
+def test_what_a_store_refuses_is_said_in_one_line_whichever_process_it_happened_in(scenes, tmp_path):
+    publication = planned(*scene_sources(scenes), "--output", tmp_path / "out").job.publication
+    fault = StoreFault("s3://bucket/out/a.arrow: Access Denied")
+    shown = [
+        f"Traceback (most recent call last):\n  File ...\ncollavo.s3.StoreFault: {fault}\n\nDuring handling of ...",
+        f"StoreFault: {fault} [while running 'WriteShards']",
+    ]
+    for error in (fault, *map(RuntimeError, shown)):
+        assert str(launch._explained(error, publication)) == str(fault)
