@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, BinaryIO, Self, cast
 
 import obstore
@@ -23,6 +24,10 @@ _PART_BYTES = 72 << 20
 """A larger file is uploaded in parts of this size. A file of drafts is smaller."""
 
 
+class StoreFault(OSError):
+    """A store refuses something, or does not answer; the message names the file."""
+
+
 class S3:
     """A bucket, with those methods of `pyarrow.fs.FileSystem` that `collavo.storage` calls.
 
@@ -30,15 +35,16 @@ class S3:
     """
 
     def __init__(self, root: str) -> None:
+        self._root = root
         self._store = from_url(
             root,
             client_options={"allow_http": True, "timeout": "5m", "connect_timeout": "5s"},
-            retry_config={"max_retries": 6},
+            retry_config={"max_retries": 10, "backoff": {"init_backoff": timedelta(seconds=0.2), "base": 2}},
         )
 
     def read(self, path: str, most_bytes: int) -> bytes | None:
         """Read a file in one request; None if it is larger."""
-        with _faults():
+        with _faults(f"{self._root}/{path}"):
             found = obstore.get(self._store, path)
             return found.bytes().to_bytes() if found.meta["size"] <= most_bytes else None
 
@@ -49,7 +55,7 @@ class S3:
                 return FileInfo(path, FileType.File, size=self.size(path))
             except FileNotFoundError:
                 return FileInfo(path, FileType.NotFound)
-        with _faults():
+        with _faults(f"{self._root}/{path.base_dir}"):
             prefix = f"{path.base_dir}/" if path.base_dir else None
             if path.recursive:
                 found = obstore.list(self._store, prefix).collect()
@@ -59,17 +65,17 @@ class S3:
 
     def size(self, path: str) -> int:
         """Ask for the bytes of a file."""
-        with _faults():
+        with _faults(f"{self._root}/{path}"):
             return int(obstore.head(self._store, path)["size"])
 
     def read_at(self, path: str, offset: int, length: int) -> bytes:
         """Read some bytes of a file."""
-        with _faults():
+        with _faults(f"{self._root}/{path}"):
             return obstore.get_range(self._store, path, start=offset, length=length).to_bytes()
 
     def read_first(self, path: str, length: int) -> tuple[bytes, int]:
         """Read the first bytes of a file, and the size of it all with them."""
-        with _faults():
+        with _faults(f"{self._root}/{path}"):
             try:
                 found = obstore.get(self._store, path, options={"range": (0, length)})
             except obstore.exceptions.GenericError as error:
@@ -83,15 +89,15 @@ class S3:
 
     def open_output_stream(self, path: str) -> BinaryIO:
         writer = obstore.open_writer(self._store, path, buffer_size=_PART_BYTES, max_concurrency=2)
-        return cast(BinaryIO, _Writer(writer))
+        return cast(BinaryIO, _Writer(writer, f"{self._root}/{path}"))
 
     def copy_file(self, source: str, destination: str) -> None:
-        with _faults():
+        with _faults(f"{self._root}/{destination}"):
             obstore.copy(self._store, source, destination)
 
     def delete(self, path: str) -> None:
         """Delete all that lies below a folder, and a file of that name if it does not end in a slash."""
-        with _faults():
+        with _faults(f"{self._root}/{path}"):
             found = [each["path"] for each in obstore.list(self._store, f"{path.rstrip('/')}/").collect()]
             if paths := found if path.endswith("/") else [path, *found]:
                 obstore.delete(self._store, paths)
@@ -146,8 +152,9 @@ class _Reader(io.RawIOBase):
 class _Writer:
     """A new file, which is there once it is closed; where writing fails, it never is."""
 
-    def __init__(self, writer: Any) -> None:
+    def __init__(self, writer: Any, uri: str) -> None:
         self._writer = writer
+        self._uri = uri
 
     def __enter__(self) -> Self:
         return self
@@ -157,28 +164,28 @@ class _Writer:
             self.close()
 
     def write(self, data: bytes) -> int:
-        with _faults():
+        with _faults(self._uri):
             return self._writer.write(memoryview(data).cast("B"))
 
     def flush(self) -> None:
         pass  # as it would end a part of the upload
 
     def close(self) -> None:
-        with _faults():
+        with _faults(self._uri):
             self._writer.close()
 
 
 @contextmanager
-def _faults() -> Iterator[None]:
-    """Raise what the client raises as OSError of one line, with what the store itself says of it.
-
-    Where the store does not answer, or says that it cannot now, that is a ConnectionError.
-    """
+def _faults(uri: str) -> Iterator[None]:
+    """Raise what the client raises as one line, with what the store itself says of it."""
     try:
         yield
     except FileNotFoundError as error:
-        raise FileNotFoundError(first_line(error).partition(": Error performing")[0]) from error
+        raise FileNotFoundError(f"{uri}: there is no such file") from error
     except Exception as error:
-        said = re.search(r"<Message>([^<]+)", str(error))
-        kind = ConnectionError if re.search(r"HTTP error|status code: (5\d\d|429)", str(error)) else OSError
-        raise kind(said[1] if said else first_line(error)) from error
+        text = str(error)
+        said = re.search(r'<Message>([^<]+)|(?:message|error): "([^"]+)', text)
+        line = f"{uri}: {said[1] or said[2] if said else first_line(error)}"
+        if isinstance(error, obstore.exceptions.GenericError) and not re.search(r"status code: 4(?!08|29)", text):
+            line += f" ({tried[0]})" if (tried := re.search(r"after \d+ retries", text)) else " (no answer)"
+        raise StoreFault(line) from error

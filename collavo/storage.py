@@ -39,8 +39,11 @@ FAULTS = (OSError, pa.ArrowException)
 _NATIVE_SCHEMES = ("gs", "gcs", "abfs", "abfss")
 _GCS_OPTIONS = "?retry_limit_seconds=60"
 _SCHEMES = "s3, gs and abfs are read as they are, hf and whatever else fsspec knows through its package"
-_OUTAGE = re.compile(r"google::cloud::Status\((UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED)")
-"""What Arrow says where a store does not answer, which tells nothing of the file."""
+_OUTAGE = re.compile(
+    r"\((after \d+ retries|no answer)\)$|HTTP status 5\d\d"
+    r"|google::cloud::Status\((UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED)"
+)
+"""What the clients say where a store does not answer, which tells nothing of the file."""
 
 _READ_AHEAD_BYTES = 4 << 20
 
@@ -107,9 +110,10 @@ def read_bytes(uri: str) -> bytes:
     except FileNotFoundError as error:
         raise Rejected("missing_file", uri) from error
     except (*FAULTS, UserError) as error:
-        if (_is_s3(uri) and isinstance(error, ConnectionError)) or _OUTAGE.search(str(error)):
-            raise UserError(f"{uri}: {first_line(error)}", exit_status=1) from error
-        raise Rejected("unreadable_file", f"{uri}: {first_line(error)}") from error
+        line = f"{uri}: {first_line(error).removeprefix(f'{uri}: ')}"
+        if _OUTAGE.search(line):
+            raise UserError(line, exit_status=1) from error
+        raise Rejected("unreadable_file", line) from error
     if data is None:
         raise Rejected("oversized_file", f"{uri}: more than {MAX_FILE_BYTES >> 20} MiB")
     return data

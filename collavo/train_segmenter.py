@@ -139,7 +139,7 @@ def _train(
             **{name: getattr(flags, name) for name in ("segmenter_checkpoint", "steps", "batch_size", "seed")},
             "learning_rate": rate,
         },
-        "data": [[str(file), footer_sha256(file)] for file in files],
+        "data": [[file, footer_sha256(file)] for file in files],
     }
     torch.manual_seed(flags.seed)  # for the weights of classes that the base does not know
     model = network_for(base.model, base.categories, training.categories)

@@ -242,6 +242,8 @@ def _explained(error: BaseException | None, publication: Publication, local: boo
         if lines := re.findall(r"\bUserError: ([^\n]+)", text):  # the last one was raised from those before
             line = re.sub(r" \[while running .*", "", lines[-1])
             return UserError(line, exit_status=2 if line.startswith("--") else 1)
+        if fault := re.search(r"\bStoreFault: ([^\n]+?)(?= \[while running |\n|$)", text):
+            return UserError(fault[1], exit_status=1)
         if match := re.search(r"\[Errno (\d+)\](?:[^\n]*?: '([^'\n]+)')?", text):
             number, path = int(match[1]), match[2] or ""
             if number in DISK_FAULTS:

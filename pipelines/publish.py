@@ -107,7 +107,8 @@ def publish(
     with open_write(manifest_uri) as file:
         file.write(json.dumps(manifest, indent=2).encode() + b"\n")
     if not is_local(publication.work):  # a local launcher still watches the progress in it, and removes it then
-        delete([join(publication.work, ""), join(publication.segmented, "")])
+        used = [of for of in (publication.work, publication.segmented) if any(uri.startswith(of) for uri in found)]
+        delete([join(folder, "") for folder in used])
 
 
 def published_files(output: str) -> list[str]:

@@ -229,6 +229,14 @@ def test_a_store_that_does_not_answer_tells_nothing_of_the_file(monkeypatch):
     for name, value in {"ENDPOINT_URL": "http://127.0.0.1:1", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
     storage._file_system.cache_clear()
-    with pytest.raises(UserError, match="HTTP error"):
+    with pytest.raises(UserError, match="Connection refused"):
         storage.read_bytes("s3://nobody/a.jpg")
     storage._file_system.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["folder//a.jpg", "a/./b.jpg"])
+def test_a_name_that_no_object_is_asked_for_by_is_a_fault_of_the_file(name, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    with pytest.raises(Rejected) as refusal:
+        read_bytes(f"s3://nobody/{name}")
+    assert refusal.value.reason == "unreadable_file"
