@@ -106,7 +106,7 @@ def _command(flags: Flags) -> None:
 
 def _train(
     flags: Flags,
-    files: "Sequence[Path]",
+    files: Sequence[str],
     training: "SegmentedRows",
     validation: "SegmentedRows",
     console: "Console",

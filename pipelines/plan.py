@@ -156,7 +156,10 @@ def _check_unused(flags: Flags) -> None:
         ("image_root", sources.llava_json or sources.images, "with --llava_json or --images"),
         *((name, not sources.named, "where no source is named") for name in ("scenes", "scene_size")),
         ("segmenter_config", segmenter == "detectron2", "with --segmenter detectron2"),
-        *((name, segmenter not in ("detectron2", "none"), "with transformers") for name in _TRANSFORMERS_FLAGS),
+        *(
+            (name, segmenter not in ("detectron2", "none"), "with --segmenter transformers")
+            for name in _TRANSFORMERS_FLAGS
+        ),
         ("segmenter_checkpoint", segmenter != "none", "with a segmenter"),
         ("extend", sources.named, "with sources to add"),
         ("max_images", not sources.from_crayon and not output.extend, "on images that no finished row holds"),

@@ -70,7 +70,7 @@ class Example(NamedTuple):
 class Place(NamedTuple):
     """Where a row lies."""
 
-    file: Path
+    file: str
     group: int
     row: int
 
@@ -91,7 +91,7 @@ class SegmentedRows:
 
     @classmethod
     def of_split(
-        cls, files: Sequence[Path], split: str, categories: CategorySet, image_root: Path | None
+        cls, files: Sequence[str], split: str, categories: CategorySet, image_root: Path | None
     ) -> "SegmentedRows":
         """Find the rows of a split.
 
@@ -109,7 +109,7 @@ class SegmentedRows:
 
     def read(self, places: Sequence[Place]) -> Iterator[tuple[np.ndarray, PanopticMap]]:
         """Yield picture and map of some rows, those of a row group one after another; damaged ones are left out."""
-        at_hand: dict[tuple[Path, int], list[CrayonRow | Rejected]] = {}
+        at_hand: dict[tuple[str, int], list[CrayonRow | Rejected]] = {}
         for place in places:
             if (place.file, place.group) not in at_hand:
                 if len(at_hand) == _GROUPS_TOGETHER:
@@ -124,7 +124,7 @@ class SegmentedRows:
                 size_wh = (image.shape[1], image.shape[0])
                 yield image, panoptic_map_of(row.panoptic_png, row.segments, self.categories, size_wh)
             except Rejected as error:
-                self.left_out.add(error.reason, f"row {place.row} of {place.file.name}", str(error))
+                self.left_out.add(error.reason, f"row {place.row} of {place.file}", str(error))
 
     def _group(self, place: Place) -> list[CrayonRow | Rejected]:
         rows: list[CrayonRow | Rejected] = []
@@ -139,7 +139,7 @@ class SegmentedRows:
     def shuffled(self, seed: int, epoch: int) -> list[Place]:
         """Return the places of an epoch: row groups in random order, the rows of a few of them mixed."""
         rng = np.random.default_rng((seed, epoch))
-        groups: dict[tuple[Path, int], list[Place]] = {}
+        groups: dict[tuple[str, int], list[Place]] = {}
         for place in self.places:
             groups.setdefault((place.file, place.group), []).append(place)
         order = [list(groups.values())[number] for number in rng.permutation(len(groups))]

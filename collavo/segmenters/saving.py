@@ -93,13 +93,13 @@ def choose_preset(folder: Path, rows: SegmentedRows, device: str) -> str:
 
 
 def write_card(
-    folder: Path, name: str, checkpoint: str, base: Network, judged: Judged, options: Steps, files: Sequence[Path]
+    folder: Path, name: str, checkpoint: str, base: Network, judged: Judged, options: Steps, files: Sequence[str]
 ) -> None:
     """Write the card, and the figures as JSON."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     names = list(config["id2label"].values())
     licence = licence_of(base.folder)
-    data = ", ".join(sorted({file.resolve().parent.name for file in files}))
+    data = ", ".join(sorted({Path(file).resolve().parent.name for file in files}))
     metadata = ModelCardData(
         license=licence["license"],
         license_name=licence["license_name"] if licence["license"] == "other" else None,
