@@ -97,10 +97,7 @@ WRONG = [
     ("--from_crayon rows.parquet --validation_ratio 0.2", "--validation_ratio acts only on images"),
     ("--images pictures --segmenter annotations", "--segmenter annotations needs --coco_panoptic"),
     ("--images pictures --segmenter_config x.yaml", "--segmenter_config acts only with --segmenter detectron2"),
-    (
-        "--images pictures --segmenter detectron2 --segmenter_preset paper",
-        "_preset acts only with --segmenter tr",
-    ),
+    ("--images pictures --segmenter detectron2 --segmenter_preset paper", "_preset acts only with --segmenter tr"),
     (f"{COCO} --segmenter_checkpoint x", "--segmenter_checkpoint: no model runs"),
     (f"{COCO} --model_copies 2", "--model_copies: no model runs"),
     ("--segmenter annotations --segmenter_checkpoint scenes", "--segmenter_checkpoint: no model runs"),

@@ -144,7 +144,7 @@ def test_a_class_that_both_know_keeps_what_the_base_knows_of_it(tmp_path: Path) 
 
 def test_most_steps_of_a_squeezed_input_are_small() -> None:
     squeezed, padded = Framing((256, 320), None), Framing((640, 640), (640, 640))
-    assert [framing_at(step, 10, squeezed).size_hw for step in (0, 7, 8, 9)] == [(128, 160)] * 2 + [(256, 320)] * 2
+    assert [framing_at(step, 10, squeezed).size_hw for step in (0, 8, 9)] == [(128, 160)] * 2 + [(256, 320)]
     assert framing_at(0, 10, padded) is padded and framing_at(0, 10, Framing((96, 96), None)).size_hw == (96, 96)
 
 
@@ -202,7 +202,7 @@ def test_a_stopped_training_goes_on_and_its_folder_is_a_checkpoint(
     segmenter = load_segmenter("transformers", checkpoint=str(trained), device="cpu")
     assert segmenter.facts["input_size_hw"] == [64, 64]
     card = (trained / "README.md").read_text()
-    assert "license:" in card and "mean of" in card and str(tmp_path) not in card
+    assert "license:" in card and "!!python" not in card and "mean of" in card and str(tmp_path) not in card
     assert json.loads((trained / "figures.json").read_text())["training"]["steps"] == 4
     assert command("--data", rows, "--segmenter_checkpoint", trained, "--evaluate_only", "--max_images", 1) == 0
     assert "mean of 1 pictures" in capsys.readouterr().out

@@ -78,7 +78,7 @@ class PanopticQuality:
         """Return the quality of every class that a true or a predicted map holds, by its display name."""
         return {
             category.display_name: ClassQuality(
-                overlaps / (found + (wrong + missed) / 2), int(found + missed), int(found), int(wrong)
+                float(overlaps / (found + (wrong + missed) / 2)), int(found + missed), int(found), int(wrong)
             )
             for category, (overlaps, found, wrong, missed) in zip(self._categories, self._counts, strict=True)
             if found + wrong + missed

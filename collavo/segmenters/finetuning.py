@@ -40,7 +40,7 @@ _GROUPS_TOGETHER = 8
 _OUTSIDE = -20.0
 """A mask logit that says so surely that no loss moves it."""
 
-_HALF_SIZE_SHARE = 0.8
+_HALF_SIZE_SHARE = 0.9
 """Of the steps, see `framing_at`."""
 
 _SMALLEST_PART = 0.5

@@ -23,14 +23,19 @@ CARD, FIGURES = "README.md", "figures.json"
 _TOLD = ("*token*", "vocab*", "merges.txt", "preprocessor_config.json", "processor_config.json")
 """What a base says of its inputs, in files that stay true."""
 
-_CHOSEN_ON = 40
+_CHOSEN_ON = 20
 """Train rows on which the thresholds are chosen."""
 
 _TEXT = """\
 # {name}: a panoptic segmenter
 
-A {family} over {classes} classes ({named}), fine-tuned from `{base}` on the maps of {data}: {steps} updates of {batch}
-pictures. Its thresholds are the preset `{preset}`, chosen on pictures of its training.
+| | |
+|---|---|
+| network | {family}, from `{base}` |
+| classes | {classes}: {named} |
+| data | {data} |
+| training | {steps} updates of {batch} pictures, learning rate {rate:g} |
+| thresholds | preset `{preset}`, chosen on pictures of the training |
 
 ```
 python pipelines/build_crayon.py --images photos --segmenter transformers --segmenter_checkpoint {name}
@@ -121,6 +126,7 @@ def write_card(
         data=data,
         steps=options.steps,
         batch=options.batch_size,
+        rate=options.learning_rate,
         preset=config["segmenter_preset"],
         table="\n".join(table(judged)),
         licence=licence["license_name"],
