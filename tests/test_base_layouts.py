@@ -187,12 +187,14 @@ def vicuna(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, sentencepiec
 
 
 @pytest.mark.parametrize("saved", [False, True])
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer.model"])
 def test_vicunas_prompts_have_the_tokens_that_llava_was_trained_with(
-    saved: bool, vicuna: tuple[Path, sentencepiece.SentencePieceProcessor], tmp_path: Path
+    saved: bool, file: str, vicuna: tuple[Path, sentencepiece.SentencePieceProcessor], tmp_path: Path
 ) -> None:
     """LLaVA tokenizes what stands before and behind the image apart, and so does its tokenizer around `</s>`."""
     folder, model = vicuna
-    tokenizer = read_tokenizer(folder)
+    (tmp_path / "tokenizer.model").write_bytes(model.serialized_model_proto())
+    tokenizer = read_tokenizer(folder if file == "tokenizer.json" else tmp_path)
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     if saved:
         tokenizer.save_pretrained(tmp_path)

@@ -1,8 +1,8 @@
-"""Make a fast tokenizer from an InternLM `tokenizer.model`, v1 or 2, without running the checkpoint's code.
+"""Make a fast tokenizer from the `tokenizer.model` of an InternLM, v1 or 2, or of a Llama, without running code of it.
 
 The file is a sentencepiece model, which is a protobuf message. `_fields` reads the few fields that matter, so that
-neither sentencepiece nor protobuf has to be installed. Only the rules of the two InternLM tokenizers are supported: BPE
-with byte fallback, no normalisation of text, no space put before it.
+neither sentencepiece nor protobuf has to be installed. Only the rules of these tokenizers are supported: BPE with byte
+fallback, no normalisation of text, and with InternLM no space put before it.
 
 Source: sentencepiece_model.proto of google/sentencepiece; tokenization_internlm2.py of InternLM.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _BPE = 2
@@ -32,13 +32,7 @@ def internlm_tokenizer(folder: Path, chat_names: bool = True) -> PreTrainedToken
         FileNotFoundError: without a tokenizer.model.
         ValueError: if that file is no sentencepiece model, or has other rules than InternLM's.
     """
-    file = folder / "tokenizer.model"
-    if not file.is_file():
-        raise FileNotFoundError("no tokenizer.model, from which InternLM's tokenizer is made")
-    try:
-        pieces = _read_pieces(file.read_bytes())
-    except (IndexError, KeyError, struct.error) as error:
-        raise ValueError("tokenizer.model is no sentencepiece model") from error
+    pieces = _read_pieces(folder / "tokenizer.model", "InternLM", space_before=False)
     tokens = [text for text, _, _ in pieces]
     for position, text in (_renamed_tokens(folder) if chat_names else {}).items():
         if position < len(tokens):
@@ -76,6 +70,18 @@ def internlm_tokenizer(folder: Path, chat_names: bool = True) -> PreTrainedToken
     )
 
 
+def llama_tokenizer(folder: Path) -> LlamaTokenizer:
+    """Make the tokenizer of a Llama, 1 or 2, or a Vicuna, that has no tokenizer.json; the legacy one, as transformers
+    calls it.
+
+    Raises:
+        FileNotFoundError, ValueError: as `internlm_tokenizer`.
+    """
+    pieces = _read_pieces(folder / "tokenizer.model", "Llama", space_before=True)
+    vocabulary = {text: position for position, (text, _, _) in enumerate(pieces)}
+    return LlamaTokenizer(vocab=vocabulary, merges=_merges(pieces), legacy=True, add_bos_token=True)
+
+
 def _merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
     """List the pairs that BPE merges, in order.
 
@@ -102,29 +108,34 @@ def _renamed_tokens(folder: Path) -> dict[int, str]:
     return {int(position): token["content"] for position, token in added.items()}
 
 
-def _read_pieces(message: bytes) -> list[tuple[str, float, int]]:
+def _read_pieces(file: Path, family: str, space_before: bool) -> list[tuple[str, float, int]]:
     """Read text, score and kind of every piece; the numbers are those of sentencepiece_model.proto."""
+    if not file.is_file():
+        raise FileNotFoundError(f"no tokenizer.model, from which {family}'s tokenizer is made")
     pieces: list[tuple[str, float, int]] = []
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
-    for field, value in _fields(message):
-        if field == 1:  # a piece: 1 text, 2 score, 3 kind
-            piece = dict(_fields(value))
-            score = struct.unpack("<f", piece.get(2, bytes(4)))[0]
-            pieces.append((piece[1].decode("utf-8"), score, piece.get(3, _NORMAL)))
-        elif field == 2:
-            trainer = dict(_fields(value))
-        elif field == 3:
-            normalizer = dict(_fields(value))
+    try:
+        for field, value in _fields(file.read_bytes()):
+            if field == 1:  # a piece: 1 text, 2 score, 3 kind
+                piece = dict(_fields(value))
+                score = struct.unpack("<f", piece.get(2, bytes(4)))[0]
+                pieces.append((piece[1].decode("utf-8"), score, piece.get(3, _NORMAL)))
+            elif field == 2:
+                trainer = dict(_fields(value))
+            elif field == 3:
+                normalizer = dict(_fields(value))
+    except (IndexError, KeyError, struct.error) as error:
+        raise ValueError("tokenizer.model is no sentencepiece model") from error
     wanted = {
         "BPE": trainer.get(3) == _BPE,
         "byte fallback": bool(trainer.get(35)),
         "no normalisation": not normalizer.get(2),
-        "no dummy prefix": normalizer.get(3) == 0,
+        "a dummy prefix" if space_before else "no dummy prefix": normalizer.get(3, 1) == space_before,
         "whitespace kept": normalizer.get(4) == 0,
     }
     if lacking := [name for name, there in wanted.items() if not there]:
-        raise ValueError(f"tokenizer.model is not InternLM's, which has {', '.join(lacking)}")
+        raise ValueError(f"tokenizer.model is not {family}'s, which has {', '.join(lacking)}")
     return pieces
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
 from collavo.errors import UserError, first_line
+from collavo.import_base.internlm_tokenizer import llama_tokenizer
 
 _LOG = logging.getLogger(__name__)
 _BUFFERS = ("position_ids", "rotary_emb.inv_freq")
@@ -76,7 +77,10 @@ def read_tokenizer(folder: Path) -> Any:
     try:
         # Vicuna, hence LLaVA, and others with Llama's first tokenizer learned with a space put before each part between
         # control tokens, which transformers calls legacy. Other tokenizers know no such thing.
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, legacy=True)
+        if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+            tokenizer: Any = llama_tokenizer(folder)  # transformers needs a sentencepiece that fits protobuf for it
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, legacy=True)
         if hasattr(tokenizer, "legacy"):
             tokenizer.init_kwargs["legacy"] = True  # so that it is saved
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:

@@ -118,7 +118,7 @@ class CollavoModel(LlavaModel):
         return CollavoImageOutput(**features, deepstack_features=(cells,))
 
     @_accept_old_cache_name
-    def forward(  # type: ignore[misc]  # LLaVA's keywords name `position_ids` as well
+    def forward(  # type: ignore[misc]  # the keywords that transformers lists repeat `position_ids`, as with LLaVA
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
@@ -250,7 +250,7 @@ class CollavoForConditionalGeneration(LlavaForConditionalGeneration, GenerationM
         self.generation_config.suppress_tokens = [self.config.image_token_id]
 
     @_accept_old_cache_name
-    def forward(  # type: ignore[misc]  # LLaVA's keywords name `position_ids` as well
+    def forward(  # type: ignore[misc]  # the keywords that transformers lists repeat `position_ids`, as with LLaVA
         self,
         input_ids: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
