@@ -3,8 +3,9 @@
     python -m pretraining.familiarity --scenes 1200
 
 Draws scenes at the sizes that the build draws, runs the segmenter on them as JPEG, and writes
-`collavo/assets/segmenter/familiarity.safetensors`. Half a percent of the scenes held out may be called unfamiliar.
-`--photographs DIR` then tells how many of some photographs are.
+`collavo/assets/segmenter/familiarity.safetensors`. Half of the scenes are for the fit; a quarter sets the threshold,
+which half a percent of them exceed; the last quarter tells how many scenes are called unfamiliar. `--photographs DIR`
+then tells how many of some photographs are.
 """
 
 import io
@@ -31,12 +32,12 @@ SIZES_WH = ((320, 240), (640, 480), (320, 240), (480, 360), (320, 240), (256, 19
 SEED = 4_000_037
 """Of these scenes; neither training nor any evaluation draws with it."""
 
-HELD_OUT_SHARE, WARNED_SHARE = 0.5, 0.005
+WARNED_SHARE = 0.005
 
 
 @dataclass(frozen=True, slots=True)
 class Flags:
-    scenes: int = flag(1200, "scenes to draw, half of them to set the threshold", least=100)
+    scenes: int = flag(1200, "scenes to draw", least=100)
     photographs: str | None = flag(None, "a folder of photographs to be warned of", kind=str, metavar="DIR")
 
 
@@ -46,13 +47,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     console = Console()
     with Progress(console) as progress:
         known = [_features(segmenter, i) for i in progress.track(_scenes(flags.scenes), "Scenes", flags.scenes)]
-    middle = round(len(known) * (1 - HELD_OUT_SHARE))
-    fitted = Familiarity.fit(torch.cat(known[:middle]), torch.cat(known[middle:]), WARNED_SHARE)
+    half, quarter = len(known) // 2, len(known) // 4
+    fitted = Familiarity.fit(torch.cat(known[:half]), torch.cat(known[half:-quarter]), WARNED_SHARE)
     embedded = find_embedded(SCENES)
     assert embedded is not None
     fitted.save(embedded.folder)
-    warned = (fitted.distances(torch.cat(known[middle:])) > 1).float().mean()
-    console.print(f"warned of {100 * warned:.1f} % of {len(known) - middle} scenes held out")
+    warned = (fitted.distances(torch.cat(known[-quarter:])) > 1).float().mean()
+    console.print(f"warned of {100 * warned:.1f} % of {quarter} scenes held out")
     if flags.photographs:
         files = sorted(path for path in Path(flags.photographs).rglob("*") if path.is_file())
         distances = fitted.distances(torch.cat([_features(segmenter, decode_rgb(f.read_bytes())) for f in files]))

@@ -2,12 +2,13 @@
 
 A network answers about anything: shown a photograph of a rugby match, one that has seen drawn scenes only finds
 airplanes and bananas in it, with high scores. What gives it away are its features: their means and deviations over a
-picture, at each stage of the backbone and in the pixel decoder, lie where those of no known picture lie. A checkpoint
-may bring along where they lie, as `familiarity.safetensors` beside its weights. A picture whose features lie further
-away than those of all but a few of its own is unfamiliar.
+picture, at each stage of the backbone, lie where those of no known picture lie. A checkpoint may bring along where they
+lie, as `familiarity.safetensors` beside its weights. A picture whose features lie further away than those of all but a
+few of its own is unfamiliar.
 
 The distance is Mahalanobis's in the directions in which known pictures differ most; all other directions share one
-variance. The threshold is set on pictures that the fit has not seen (`pretraining/familiarity.py`).
+variance. A feature counts for no more than three deviations: known pictures are odd in a few features, other pictures
+in many. The threshold is set on pictures that the fit has not seen (`pretraining/familiarity.py`).
 """
 
 from pathlib import Path
@@ -19,7 +20,9 @@ from safetensors.torch import load_file, save_file
 FILE = "familiarity.safetensors"
 
 _DIRECTIONS = 16
-"""Of these, the fit on a thousand pictures is sure; 32 gained nothing on photographs (benchmarks/LOG.md)."""
+"""Of these, the fit on hundreds of pictures is sure; 32 to 128 gained nothing on photographs (benchmarks/LOG.md)."""
+
+_MOST_DEVIATIONS = 3.0
 
 
 class Familiarity:
@@ -50,7 +53,7 @@ class Familiarity:
         """
         known = known.double()
         mean, scale = known.mean(0), known.std(0).clamp_min(1e-6)
-        spread = (known - mean) / scale
+        spread = ((known - mean) / scale).clamp(-_MOST_DEVIATIONS, _MOST_DEVIATIONS)
         _, singular, directions = torch.linalg.svd(spread, full_matrices=False)
         variances = singular.square() / len(known)
         rest = variances[_DIRECTIONS:].sum() / (known.shape[1] - _DIRECTIONS)
@@ -78,7 +81,7 @@ class Familiarity:
             float32 [pictures].
         """
         t = {name: tensor.to(features.device) for name, tensor in self._tensors.items()}
-        spread = (features.float() - t["mean"]) / t["scale"]
+        spread = ((features.float() - t["mean"]) / t["scale"]).clamp(-_MOST_DEVIATIONS, _MOST_DEVIATIONS)
         along = spread @ t["directions"].T
         beside = spread.square().sum(1) - along.square().sum(1)
         distance = ((along.square() / t["variances"]).sum(1) + beside / t["rest"]) / features.shape[1]
@@ -86,14 +89,13 @@ class Familiarity:
 
 
 def features_of(outputs: Any) -> torch.Tensor:
-    """Compute means and deviations of a Mask2Former's feature maps over each picture.
+    """Compute means, and logarithms of deviations, of the backbone's feature maps over each picture.
 
     Args:
-        outputs: of its forward pass with `output_hidden_states=True`.
+        outputs: of a Mask2Former's forward pass with `output_hidden_states=True`.
 
     Returns:
         float32 [pictures, features].
     """
-    maps = [*outputs.encoder_hidden_states, outputs.pixel_decoder_last_hidden_state]
-    pooled = [statistic for m in maps for statistic in (m.float().mean((2, 3)), m.float().flatten(2).std(2))]
-    return torch.cat(pooled, dim=1)
+    flat = [maps.float().flatten(2) for maps in outputs.encoder_hidden_states]
+    return torch.cat([statistic for maps in flat for statistic in (maps.mean(2), (maps.std(2) + 1e-3).log())], dim=1)
