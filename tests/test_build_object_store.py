@@ -98,4 +98,4 @@ def test_what_a_store_refuses_is_said_in_one_line_whichever_process_it_happened_
         f"StoreFault: {fault} [while running 'WriteShards']",
     ]
     for error in (fault, *map(RuntimeError, shown)):
-        assert str(launch._explained(error, publication)) == str(fault)
+        assert str(launch._explained(error, publication, local=True)) == str(fault)
