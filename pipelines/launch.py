@@ -242,8 +242,6 @@ def _explained(error: BaseException | None, publication: Publication, local: boo
         if lines := re.findall(r"\bUserError: ([^\n]+)", text):  # the last one was raised from those before
             line = re.sub(r" \[while running .*", "", lines[-1])
             return UserError(line, exit_status=2 if line.startswith("--") else 1)
-        if fault := re.search(r"\bStoreFault: ([^\n]+?)(?= \[while running |\n|$)", text):
-            return UserError(fault[1], exit_status=1)
         if match := re.search(r"\[Errno (\d+)\](?:[^\n]*?: '([^'\n]+)')?", text):
             number, path = int(match[1]), match[2] or ""
             if number in DISK_FAULTS:
@@ -251,7 +249,7 @@ def _explained(error: BaseException | None, publication: Publication, local: boo
                 where = f"--output {publication.output}" if ours else path
                 return UserError(f"{where}: {os.strerror(number)}", exit_status=1)
         # Of a store, which has no numbers for its faults. Other runners' are told with the state of the job.
-        if local and (match := re.search(r"\b(?:ConnectionError|OSError): (?!\[Errno)([^\n]+)", text)):
+        if local and (match := re.search(r"\b(?:StoreFault|OSError): (?!\[Errno)([^\n]+)", text)):
             return UserError(re.sub(r" \[while running .*", "", match[1]), exit_status=1)
         error = error.__cause__ or error.__context__
     return None
