@@ -6,6 +6,7 @@ put in its place.
 """
 
 import io
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from typing import Any, BinaryIO, Self, cast
 import obstore
 import obstore.exceptions
 from obstore.store import from_url
-from pyarrow.fs import FileInfo, FileSelector, FileType
+from pyarrow.fs import FileInfo, FileSelector, FileType, resolve_s3_region
 
 from collavo.errors import first_line
 
@@ -31,13 +32,15 @@ class StoreFault(OSError):
 class S3:
     """A bucket, with those methods of `pyarrow.fs.FileSystem` that `collavo.storage` calls.
 
-    Credentials, region and endpoint come from the usual environment variables or the machine's role.
+    Credentials, region and endpoint come from the usual environment variables or the machine's role. A region that is
+    not named is looked up.
     """
 
     def __init__(self, root: str) -> None:
         self._root = root
         self._store = from_url(
             root,
+            config=_region(root),
             client_options={"allow_http": True, "timeout": "5m", "connect_timeout": "5s"},
             retry_config={"max_retries": 10, "backoff": {"init_backoff": timedelta(seconds=0.2), "base": 2}},
         )
@@ -101,6 +104,16 @@ class S3:
             found = [each["path"] for each in obstore.list(self._store, f"{path.rstrip('/')}/").collect()]
             if paths := found if path.endswith("/") else [path, *found]:
                 obstore.delete(self._store, paths)
+
+
+def _region(root: str) -> Any:
+    """Look up the region of a bucket, which anyone may ask for; nothing where it, or a server, is named."""
+    if any(os.environ.get(f"AWS_{name}") for name in ("REGION", "DEFAULT_REGION", "ENDPOINT_URL", "ENDPOINT_URL_S3")):
+        return None
+    try:
+        return {"region": resolve_s3_region(root.removeprefix("s3://").partition("/")[0])}
+    except OSError:
+        return None
 
 
 class _Reader(io.RawIOBase):
