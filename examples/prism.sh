@@ -4,7 +4,7 @@
 # Needs Go, which compiles the runner within a minute or two; on a machine of your own nothing else:
 #
 #   bash examples/prism.sh                                              40 drawn scenes
-#   bash examples/prism.sh --images photos --segmenter mask2former      your sources, and any flag of the build
+#   bash examples/prism.sh --images photos --segmenter transformers     your sources, and any flag of the build
 #
 # Run as a whole on drawn scenes. docs/runners.md tells how the same job goes to other runners.
 set -euo pipefail
