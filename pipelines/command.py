@@ -17,8 +17,8 @@ from collavo import cli
 from collavo.errors import UserError
 from collavo.folders import whole_folder
 from collavo.storage import FAULTS, MANIFEST, REJECTS, REPORT, delete, is_local, open_read, size_text
-from pipelines.local_workers import LocalWorkers, cores, count_workers, gpus_for
-from pipelines.options import PROGRAM, Flags, parse_flags
+from pipelines.local_workers import LocalWorkers, cores, count_workers, gpus_for, runs_here
+from pipelines.options import PROGRAM, Flags, SegmentationFlags, parse_flags
 from schemas.crayon_row import TASKS
 
 if TYPE_CHECKING:
@@ -37,10 +37,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str]) -> None:
     flags, rest = parse_flags(argv)
+    if flags.needs_network and runs_here(rest):
+        _check_network(flags.segmentation)
     gpus = [] if flags.without_model else gpus_for(flags.segmentation.device)
     count = count_workers(rest, flags.without_model, gpus)
     with LocalWorkers(count, gpus) if count > 1 else nullcontext() as workers:
         _build(flags, rest, workers, share_gpu=count > max(1, len(gpus)))
+
+
+def _check_network(flags: SegmentationFlags) -> None:
+    """Refuse a network that cannot be had, before anything that takes seconds."""
+    from collavo.segmenters import check_checkpoint
+
+    with cli.naming("segmenter_checkpoint"):
+        check_checkpoint("transformers" if flags.segmenter == "auto" else flags.segmenter, flags.segmenter_checkpoint)
 
 
 def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gpu: bool) -> None:
@@ -50,10 +60,9 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
     from pipelines.earlier import prepare, what_is_left
     from pipelines.job import SEGMENTED
     from pipelines.launch import run_job
-    from pipelines.plan import check_network, make_plan
+    from pipelines.plan import make_plan
 
     plan = make_plan(flags, rest, share_gpu)
-    check_network(flags, plan)
     publication = plan.job.publication
     console = Console()
     start = time.perf_counter()

@@ -45,18 +45,28 @@ def count_workers(beam_words: Sequence[str], without_model: bool, gpus: Sequence
     Raises:
         UserError: for several workers in one process.
     """
-    parser = argparse.ArgumentParser(add_help=False)
-    for flag in ("--runner", "--direct_running_mode", "--direct_num_workers"):
-        parser.add_argument(flag, nargs="?")
-    beam, _ = parser.parse_known_args(list(beam_words))
+    beam = _beam_flags(beam_words)
     mode, number = beam.direct_running_mode, beam.direct_num_workers
     if mode == "in_memory" and number not in (None, "1"):
         raise UserError(f"--direct_num_workers {number} has no effect in one process; leave --direct_running_mode out")
-    if beam.runner not in (None, "DirectRunner") or mode not in (None, "multi_processing"):
+    if not runs_here(beam_words) or mode not in (None, "multi_processing"):
         return 1
     if number is None:
         return cores() if without_model or (mode and not gpus) else max(1, len(gpus))
     return (int(number) or cores()) if number.isdecimal() else 1
+
+
+def runs_here(beam_words: Sequence[str]) -> bool:
+    """Tell whether the job is to run on this machine, without a server."""
+    return _beam_flags(beam_words).runner in (None, "DirectRunner")
+
+
+def _beam_flags(beam_words: Sequence[str]) -> argparse.Namespace:
+    """Read the flags of Beam that say where and how a job runs, before Beam is there to do it."""
+    parser = argparse.ArgumentParser(add_help=False)
+    for flag in ("--runner", "--direct_running_mode", "--direct_num_workers"):
+        parser.add_argument(flag, nargs="?")
+    return parser.parse_known_args(list(beam_words))[0]
 
 
 def cores() -> int:

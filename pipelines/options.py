@@ -253,6 +253,13 @@ class Flags(NamedTuple):
         open_to_model = sources.llava_json or sources.images or sources.dataset or not sources.named
         return segmenter == "annotations" or (segmenter == "auto" and not open_to_model)
 
+    @property
+    def needs_network(self) -> bool:
+        """Whether it is certain that a network will be asked: else all pictures may be annotated, or known already."""
+        sources, output = self.sources, self.output
+        known = sources.coco or sources.from_crayon or output.extend or output.resume
+        return bool(sources.images) and self.segmentation.segmenter not in ("annotations", "none") and not known
+
 
 _GROUPS = (SourceFlags, SegmentationFlags, InstructionFlags, OutputFlags)
 

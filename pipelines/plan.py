@@ -34,7 +34,7 @@ from collavo.errors import Rejected, UserError, first_line
 from collavo.folders import staging_of
 from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, Phrasebook, load_phrasebook
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
-from collavo.segmenters import NoSegmenter, Segmenter, check_checkpoint, checkpoint_categories, load_segmenter
+from collavo.segmenters import NoSegmenter, Segmenter, checkpoint_categories, load_segmenter
 from collavo.sources.json_files import open_json
 from collavo.sources.records import NoImageColumn, count_records, ignored_columns, is_record_file
 from collavo.storage import (
@@ -597,19 +597,6 @@ def _model(flags: SegmentationFlags, sources: Sources, sets: _Sets) -> ModelConf
         model_copies=flags.model_copies,
         accelerator=flags.accelerator,
     )
-
-
-def check_network(flags: Flags, plan: Plan) -> None:
-    """Refuse a network that cannot be had, where it is certain that this machine will ask one.
-
-    Otherwise it is loaded when the first image needs it: all may be annotated, or known from before.
-    """
-    sources, model = plan.job.sources, plan.job.model
-    is_certain = sources.images and not (sources.coco or sources.crayon_files or plan.job.resumed)
-    if model and is_certain and plan.beam_options.view_as(StandardOptions).runner == "DirectRunner":
-        name = flags.segmentation.segmenter
-        with naming("segmenter_checkpoint"):
-            check_checkpoint("transformers" if name == "auto" else name, flags.segmentation.segmenter_checkpoint)
 
 
 def _load_segmenter(name: str, **options: Any) -> Segmenter:
