@@ -21,6 +21,7 @@ from apache_beam.metrics import Metrics, MetricsFilter
 from rich.console import Console
 
 from collavo.progress import Progress
+from collavo.storage import is_local
 
 _NAMESPACE = "crayon"
 
@@ -40,8 +41,8 @@ def tick(work: str, step: str, images: int = 1) -> None:
 
 
 def _folder_of(work: str) -> Path:
-    """Where the files of a local job are: on this machine, wherever its work folder is."""
-    return Path(gettempdir()) / f"build-crayon{basename(work)}"
+    """Where the files of a local job are: on this machine, also where its work folder is on a store."""
+    return Path(work) / "progress" if is_local(work) else Path(gettempdir()) / f"build-crayon{basename(work)}"
 
 
 @lru_cache(maxsize=16)
@@ -61,7 +62,7 @@ class FileCounts:
         self._folder = _folder_of(work)
 
     def __enter__(self) -> "FileCounts":
-        self._folder.mkdir()
+        self._folder.mkdir(parents=True)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -226,13 +226,15 @@ class Prism:
         kill(self._process)
 
     def kill_worker(self) -> None:
-        """Kill the processes that the pools have started for the job."""
-        workers = [
-            int(process.name)
-            for process in Path("/proc").glob("[0-9]*")
-            if b"SdkHarness(" in (process / "cmdline").read_bytes() and os.getpgid(int(process.name)) in self._pools
-        ]
-        assert workers
+        """Kill the processes that the pools start for the job, once there are any."""
+        workers: list[int] = []
+        while not workers:
+            time.sleep(0.1)
+            for process in Path("/proc").glob("[0-9]*"):
+                with suppress(OSError):  # it has ended
+                    of_job = b"SdkHarness(" in (process / "cmdline").read_bytes()
+                    if of_job and os.getpgid(int(process.name)) in self._pools:
+                        workers.append(int(process.name))
         for worker in workers:
             os.kill(worker, signal.SIGKILL)
 
