@@ -3,9 +3,9 @@
     python benchmarks/unseen_classes.py --folder unseen [--count 1400] [--arms words table all]
 
 Six thing classes of the drawn scenes are left out of the training data; the questions about 240 other scenes have all
-classes. `words` computes the semantic queries from the names of the classes, `table` looks them up, and `all` is `words`
-trained with the six, which tells how hard they are. Maps are the scenes' annotations. Training is that of the preset
-`tiny`, with seven crayon batches in ten. Prints a table of percent correct; finished steps are not repeated.
+classes. `words` computes the semantic queries from the names of the classes, `table` looks them up, and `all` is
+`words` trained with the six, which tells how hard they are. Maps are the scenes' annotations. Training is that of the
+preset `tiny`, with seven crayon batches in ten. Prints a table of percent correct; finished steps are not repeated.
 """
 
 import argparse
