@@ -3,15 +3,14 @@
 Every step is of one kind: crayon instructions or dialogues. Shuffling all samples freely would read every row group
 many times over. So the plan goes through the row groups in random order, some of them at a time (a window), and
 shuffles the samples and the batches of a window. Samples that do not fill a batch wait for the next window. Each row
-group is thus read about once, in order of use. Within a window, sequences of about the same length make a batch: less
-is padded, and ranks wait less for one another.
+group is thus read about once, in order of use.
 
 That several ranks together read it about once too, row groups are dealt to lanes, a batch takes as many samples from
 each lane as from any other, and its samples stand in the order of their lanes: lanes 0 and 1 of 8 are the first
 quarter of every batch. A rank that takes such a quarter reads the row groups of two lanes and no other.
 
     window            row groups 5, 2, 7, 0, ...
-    lanes             5 | 2 | 7 | 0, each sorted by length
+    lanes             5 | 2 | 7 | 0, each shuffled in itself
     batch             s5 s5 | s2 s2 | s7 s7 | s0 s0
     ranks, here two   -------------   -------------
 
@@ -156,19 +155,16 @@ class _Lanes:
                 fresh.extend(islice(remaining, end - start - len(samples)))
 
     def batches(self, rng: np.random.Generator) -> list[Batch]:
-        """Make all batches that have equal shares of all lanes, each of sequences of about the same length."""
+        """Make all batches that have equal shares of all lanes."""
         found = []
         for kind, waiting in self._waiting.items():
             for lane, fresh in enumerate(self._fresh[kind]):
                 waiting[lane] += [fresh[number] for number in rng.permutation(len(fresh))]
                 fresh.clear()
-            count = min(map(len, waiting)) // self._share
-            ready = [sorted(samples[: count * self._share], key=lambda sample: sample.tokens) for samples in waiting]
-            for samples in waiting:
-                del samples[: count * self._share]
-            for first in range(0, count * self._share, self._share):
-                of_batch = (sample for samples in ready for sample in samples[first : first + self._share])
-                found.append(Batch(kind, tuple(of_batch)))
+            for _ in range(min(map(len, waiting)) // self._share):
+                found.append(Batch(kind, tuple(sample for samples in waiting for sample in samples[: self._share])))
+                for samples in waiting:
+                    del samples[: self._share]
         return found
 
 
