@@ -50,7 +50,9 @@ def test_nulls_come_out_right_wherever_the_file_is_cut(text: str, size: int) -> 
     assert json.loads(found) == {"s": text, "n": None, "m": [text, None]}
 
 
-@pytest.mark.parametrize("data", [gzip.compress(b"{}" * 4000)[:-20], b"\xff\xfe\x00\xdc{\x00"])
+@pytest.mark.parametrize(
+    "data", [gzip.compress(b"{}" * 4000)[:-20], b"\xff\xfe\x00\xdc{\x00"], ids=["cut gzip", "half a character"]
+)
 def test_damage_is_one_line_that_names_the_file(data: bytes) -> None:
     with pytest.raises(UserError, match=r"^x\.json: ") as refused:
         opened(data)
