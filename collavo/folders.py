@@ -60,14 +60,14 @@ def whole_folder(folder: Path, inside: bool = False, kept: str = "") -> Iterator
         raise _unwritable(folder, error) from error
     try:
         recover(folder)
-        _remove([entry for entry in staging.iterdir() if entry.name != kept])
+        remove([entry for entry in staging.iterdir() if entry.name != kept])
         if folder.exists():
             shutil.copymode(folder, staging)
         yield staging
         swap(staging, folder)
     finally:
         with suppress(OSError):  # the disk may be what failed; and what is kept stays
-            _remove([entry for entry in staging.iterdir() if entry.name != kept])
+            remove([entry for entry in staging.iterdir() if entry.name != kept])
             staging.rmdir()
         os.close(lock)
 
@@ -159,7 +159,7 @@ def recover(folder: Path) -> None:
             old.rename(folder)
     # Youngest first and last: what was written last, as a manifest is, says that the rest is there.
     if complete.exists():
-        _remove([entry for entry in reversed(_by_age(folder)) if entry.name not in INTERNAL])
+        remove([entry for entry in reversed(_by_age(folder)) if entry.name not in INTERNAL])
         complete.rename(arriving)
     if arriving.exists():
         for entry in _by_age(arriving):
@@ -209,7 +209,8 @@ def _by_age(folder: Path) -> list[Path]:
     return sorted(folder.iterdir(), key=lambda entry: entry.lstat().st_mtime_ns)
 
 
-def _remove(entries: list[Path]) -> None:
+def remove(entries: list[Path]) -> None:
+    """Remove files, and folders with all that is in them; of a link, the link alone."""
     for entry in entries:
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

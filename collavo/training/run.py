@@ -1,6 +1,5 @@
 """A training run, from its arguments to its run directory."""
 
-import shutil
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,7 +18,7 @@ from collavo.cli import naming
 from collavo.dataset import category_set, check_splits, find_files, notes
 from collavo.device import device_of_ranks
 from collavo.errors import UserError
-from collavo.folders import make_folder, writing
+from collavo.folders import make_folder, remove, writing
 from collavo.model.configuration import CollavoConfig
 from collavo.model.prompt import KINDS, Kind, show_supervision
 from collavo.model_card import write_model_card
@@ -290,7 +289,7 @@ class TrainingRun:
         if self.accelerator.is_main_process:
             with naming("output_dir"), writing(folder):
                 if replaces:
-                    shutil.rmtree(folder)
+                    remove([*folder.iterdir()])  # the folder itself may be a link
                 make_folder(folder)
         self.accelerator.wait_for_everyone()
 
