@@ -600,7 +600,8 @@ def _files_of(path: str) -> list[str]:
         except FAULTS as error:
             raise UserError(f"{path}: {first_line(error)}") from error
     if not files:
-        raise UserError(f"{path}: there is no .parquet file; build data with pipelines/build_crayon.py")
+        lacking = ".parquet file" if not is_local(path) or Path(local_path(path)).exists() else "such file or folder"
+        raise UserError(f"{path}: there is no {lacking}; build data with pipelines/build_crayon.py")
     return files
 
 

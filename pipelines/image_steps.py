@@ -97,7 +97,7 @@ def draft_known(image: LoadedImage, job: CrayonJob) -> Draft | None:
         return None
     task, row = image.task, _row(image, job)
     digest = bytes.fromhex(row.image_sha256 or "")
-    block = spilled_pictures(job.publication.segmented).get(digest) if job.resumed else None
+    block = spilled_pictures(job.publication.segmented, job.work).get(digest) if job.resumed else None
     if block is None and digest not in finished_pictures(job.sources.crayon_files):
         return None
     inputs = tuple(mention.input for mention in task.mentions)

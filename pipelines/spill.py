@@ -185,8 +185,12 @@ def _blocks(uri: str, start: int, lengths: Sequence[int]) -> Iterator[Block]:
 
 
 @lru_cache(maxsize=1)
-def spilled_pictures(folder: str) -> dict[bytes, Block]:
-    """Find the drafts in a folder by the SHA-256 of their pictures. What a killed writer cut off is left out."""
+def spilled_pictures(folder: str, work: str) -> dict[bytes, Block]:
+    """Find the drafts in a folder by the SHA-256 of their pictures. What a killed writer cut off is left out.
+
+    Args:
+        work: the work folder of the build, by which what is remembered for it is told from that of others.
+    """
     found: dict[bytes, Block] = {}
     for uri in list_files(join(folder, "")):
         if uri.endswith(_SUFFIX):

@@ -40,6 +40,9 @@ def workspace(tmp_path, monkeypatch) -> Path:
 
 COCO = "--coco_panoptic p.json --coco_images pictures"
 
+KNOWN = "--segmenter_checkpoint scenes"
+"""Without it, these would ask a network that is not here."""
+
 WRONG = [
     # unknown, misspelt, cut short
     ("--zzz 1", "unknown flag --zzz; --help lists those there are"),
@@ -71,23 +74,23 @@ WRONG = [
     ("--output full", "--output full holds a data set already (full/manifest.json); --overwrite would replace it"),
     ("--output a_file", "--output a_file: is a file"),
     ("--output p", "--output p holds b.txt, which is not part of a data set"),
-    ("--images full/x --output full --overwrite", "--images full/x: lies in --output full, which is replaced"),
-    ("--images nope://x/*.jpg", "--images: nope://x: Protocol not known: nope"),
+    (f"--images full/x --output full --overwrite {KNOWN}", "--images full/x: lies in --output full, which is replaced"),
+    (f"--images nope://x/*.jpg {KNOWN}", "--images: nope://x: Protocol not known: nope"),
     # contradictions
     ("--coco_panoptic p.json", "--coco_images names 0 folders for 1 COCO files"),
     ("--coco_panoptic p.json p.json --coco_images p", "--coco_images names 1 folders for 2 COCO files"),
     (f"{COCO} --coco_masks p masks", "--coco_masks names 2 folders for 1 --coco_panoptic files"),
     ("--llava_json l.json", "--llava_json needs --image_root"),
     ("--coco_images pictures", "--coco_images acts only with COCO files"),
-    ("--images pictures --coco_masks p", "--coco_masks acts only with --coco_panoptic"),
+    (f"--images pictures --coco_masks p {KNOWN}", "--coco_masks acts only with --coco_panoptic"),
     ("--image_root pictures", "--image_root acts only with --llava_json or --images"),
-    ("--images pictures --scenes 5", "--scenes acts only where no source is named"),
+    (f"--images pictures --scenes 5 {KNOWN}", "--scenes acts only where no source is named"),
     (f"{COCO} --scene_size 64x64", "--scene_size acts only where no source is named"),
-    ("--images pictures --coco_split train", "--coco_split acts only with COCO files"),
+    (f"--images pictures --coco_split train {KNOWN}", "--coco_split acts only with COCO files"),
     (f"{COCO} --coco_split train train", "--coco_split names 2 splits for 1 sources"),
     (f"{COCO} --coco_split test", "--coco_split: invalid choice: 'test'"),
-    ("--images pictures --llava_split train", "--llava_split acts only with --llava_json"),
-    ("--images pictures --image_column x", "--image_column acts only with --dataset"),
+    (f"--images pictures --llava_split train {KNOWN}", "--llava_split acts only with --llava_json"),
+    (f"--images pictures --image_column x {KNOWN}", "--image_column acts only with --dataset"),
     ("--dataset pictures", "--dataset pictures: names no .parquet or .tar file"),
     ("--coco_panoptic p.json other.json --coco_images p p --coco_masks p p", "dragon"),
     (f"{COCO} --categories l.json", "--categories: l.json"),
@@ -96,7 +99,10 @@ WRONG = [
     ("--from_crayon rows.parquet --device cuda", "--device acts only on images; --from_crayon reads finished rows"),
     ("--from_crayon rows.parquet --validation_ratio 0.2", "--validation_ratio acts only on images"),
     ("--images pictures --segmenter annotations", "--segmenter annotations needs --coco_panoptic"),
-    ("--images pictures --segmenter_config x.yaml", "--segmenter_config acts only with --segmenter detectron2"),
+    (
+        f"--images pictures --segmenter_config x.yaml {KNOWN}",
+        "--segmenter_config acts only with --segmenter detectron2",
+    ),
     ("--images pictures --segmenter detectron2 --segmenter_preset paper", "_preset acts only with --segmenter tr"),
     (f"{COCO} --segmenter_checkpoint x", "--segmenter_checkpoint: no model runs"),
     (f"{COCO} --model_copies 2", "--model_copies: no model runs"),
