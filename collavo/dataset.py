@@ -23,6 +23,8 @@ import pyarrow.parquet as pq
 from collavo.categories import read_categories
 from collavo.errors import Rejected, UserError, first_line
 from collavo.images import decode_rgb
+from collavo.panoptic.index_png import panoptic_map_of
+from collavo.panoptic.maps import PanopticMap
 from collavo.sources.image_paths import checked_relative
 from collavo.storage import FAULTS, MANIFEST, exists, is_folder, is_local, list_files, local_path, open_random
 from schemas.categories import COCO_PANOPTIC, MAX_NUMBERING, CategorySet
@@ -368,6 +370,26 @@ def decoded_image(path: str, data: bytes | None, image_root: Path | None) -> np.
         UserError, Rejected: as `image_bytes`, and as `collavo.images.decode_rgb`.
     """
     return decode_rgb(image_bytes(path, data, image_root))
+
+
+def image_and_map(
+    row: CrayonRow, image_root: Path | None, categories: CategorySet = COCO_PANOPTIC
+) -> tuple[np.ndarray, PanopticMap]:
+    """Decode a row's image, uint8 RGB [height, width, 3], and its map.
+
+    Args:
+        image_root: the folder of the images, for rows that refer to their image.
+        categories: the set of the classes of the data set, see `category_set`.
+
+    Raises:
+        UserError: if no root is given and the row refers to its image.
+        Rejected: if it has no image, or image or map are missing or damaged.
+    """
+    if row.image_path is None or row.panoptic_png is None:
+        raise Rejected("without_image", "a dialogue about no image")
+    image = decoded_image(row.image_path, row.image_bytes, image_root)
+    size_wh = (image.shape[1], image.shape[0])
+    return image, panoptic_map_of(row.panoptic_png, row.segments, categories, size_wh)
 
 
 def schema_version(schema: pa.Schema) -> int:

@@ -17,15 +17,14 @@ import numpy as np
 import torch
 from transformers import TextStreamer
 
-from collavo.dataset import decoded_image
+from collavo.dataset import image_and_map
 from collavo.device import move_to_device
-from collavo.errors import Rejected, UserError
+from collavo.errors import UserError
 from collavo.instructions.text import format_objects_with_boxes
 from collavo.model.adapters import quantize_language_model
 from collavo.model.processing import CollavoProcessor
 from collavo.model.prompt import LISTED, Kind, Turns
 from collavo.model.query_init import adopt_categories
-from collavo.panoptic.index_png import panoptic_map_of
 from collavo.panoptic.maps import PanopticMap
 from collavo.runs import EXPORT, TRAIN_ARGS, load_base, load_run, read_train_args
 from schemas.categories import COCO_PANOPTIC, CategorySet
@@ -50,21 +49,8 @@ class Picture:
 
 
 def picture_of_row(row: CrayonRow, image_root: Path | None, categories: CategorySet = COCO_PANOPTIC) -> Picture:
-    """Decode a row's image and its map.
-
-    Args:
-        image_root: the folder of the images, for rows that refer to their image.
-        categories: the set of the classes of the data set, see `collavo.dataset.category_set`.
-
-    Raises:
-        UserError: if no root is given and the row refers to its image.
-        Rejected: if it has no image, or image or map are missing or damaged.
-    """
-    if row.image_path is None or row.panoptic_png is None:
-        raise Rejected("without_image", "a dialogue about no image")
-    image = decoded_image(row.image_path, row.image_bytes, image_root)
-    size_wh = (image.shape[1], image.shape[0])
-    return Picture(image, panoptic_map_of(row.panoptic_png, row.segments, categories, size_wh))
+    """Read the picture of a row; arguments and errors are those of `collavo.dataset.image_and_map`."""
+    return Picture(*image_and_map(row, image_root, categories))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ and deletes objects that stand for folders: four requests for a picture's two, a
 put in its place.
 """
 
-import io
 import os
 import re
 import sys
@@ -20,6 +19,7 @@ from obstore.store import from_url
 from pyarrow.fs import FileInfo, FileSelector, FileType, resolve_s3_region
 
 from collavo.errors import first_line
+from collavo.remote_file import RemoteFile
 
 _PART_BYTES = 72 << 20
 """A larger file is uploaded in parts of this size. A file of drafts is smaller."""
@@ -116,50 +116,29 @@ def _region(root: str) -> Any:
         return None
 
 
-class _Reader(io.RawIOBase):
-    """A file of which each read is a request for just these bytes."""
+class _Reader(RemoteFile):
+    """A file of a bucket; its first read brings its size along."""
 
     def __init__(self, bucket: S3, path: str) -> None:
-        self._bucket, self._path, self._position = bucket, path, 0
-        self._size: int | None = None
+        super().__init__()
+        self._bucket, self._path = bucket, path
 
-    def readable(self) -> bool:
-        return True
+    def ask_for_length(self) -> int:
+        return self._bucket.size(self._path)
 
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + (0, self._position, self._known_size() if whence == io.SEEK_END else 0)[whence]
-        return self._position
+    def fetch(self, offset: int, size: int) -> bytes:
+        return self._bucket.read_at(self._path, offset, size)
 
     def read(self, size: int | None = -1) -> bytes:
-        if self._size is None and self._position == 0 and size and size > 0:
+        if self._size is not None or self._position > 0 or size == 0:
+            return super().read(size)
+        if size is not None and size > 0:
             data, self._size = self._bucket.read_first(self._path, size)
-        elif self._size is None and self._position == 0:
+        else:
             data = self._bucket.read(self._path, sys.maxsize) or b""
             self._size = len(data)
-        else:
-            left = max(0, self._known_size() - self._position)
-            size = left if size is None or size < 0 else min(size, left)
-            data = self._bucket.read_at(self._path, self._position, size) if size else b""
-        self._position += len(data)
+        self._position = len(data)
         return data
-
-    readall = read
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def _known_size(self) -> int:
-        if self._size is None:
-            self._size = self._bucket.size(self._path)
-        return self._size
 
 
 class _Writer:

@@ -26,6 +26,7 @@ import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, PyFileSystem
 
 from collavo.errors import Rejected, UserError, first_line
+from collavo.remote_file import RemoteFile
 
 MANIFEST, REJECTS, REPORT = "manifest.json", "rejects.jsonl", "report.html"
 """Files of a finished data set, beside its shards."""
@@ -182,50 +183,27 @@ def open_random(uri: str) -> BinaryIO:
     return cast(BinaryIO, _GoogleFile(files, path) if uri.startswith("g") else files.open_input_file(path))
 
 
-class _GoogleFile(io.RawIOBase):
-    """A file on Google Cloud, of which each read asks for its bytes alone, and the whole file is one request.
+class _GoogleFile(RemoteFile):
+    """A file on Google Cloud; the whole of it is one request.
 
     Arrow's own asks for all bytes from there on when it is opened and at each seek, and fails at the end of the file.
     """
+
+    _file: pa.NativeFile | None = None
 
     def __init__(self, files: FileSystem, path: str) -> None:
         info = files.get_file_info(path)
         if info.type != FileType.File:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-        self._files, self._path, self._size = files, path, info.size
-        self._file: pa.NativeFile | None = None
-        self._position = 0
+        super().__init__(info.size)
+        self._files, self._path = files, path
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + (0, self._position, self._size)[whence]
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        rest = max(0, self._size - self._position)
-        size = rest if size < 0 else min(size, rest)
-        data = b""
-        if size == self._size:
+    def fetch(self, offset: int, size: int) -> bytes:
+        if size == self.length():
             with self._files.open_input_stream(self._path) as stream:
-                data = stream.read()
-        elif size:
-            self._file = self._file or self._files.open_input_file(self._path)
-            data = self._file.read_at(size, self._position)
-        self._position += len(data)
-        return data
-
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        data = self.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
+                return bytes(stream.read())
+        self._file = self._file or self._files.open_input_file(self._path)
+        return bytes(self._file.read_at(size, offset))
 
     def close(self) -> None:
         if self._file:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from collavo.evaluation.judge import Judge
-from collavo.instructions.text import Box, format_box, format_object
+from collavo.instructions.text import Box, format_box, format_object, fractions_of
 from schemas.crayon_row import CrayonRow, Dialogue, Instruction
 
 DIALOGUE = "dialogue"
@@ -56,7 +56,7 @@ def _instruction_question(row: CrayonRow, instruction: Instruction, judge: Judge
     match instruction.task:
         case "class_to_box":
             truth = ", ".join(format_box(segment.box_xyxy, row.size_wh) for segment in meant)
-            boxes = tuple(_fractions(segment.box_xyxy, row.size_wh) for segment in meant)
+            boxes = tuple(fractions_of(segment.box_xyxy, row.size_wh) for segment in meant)
         case "box_to_class":
             truth = format_object(meant[0])
         case _:
@@ -72,11 +72,6 @@ def _instruction_question(row: CrayonRow, instruction: Instruction, judge: Judge
         polarity=instruction.polarity,
         boxes=boxes,
     )
-
-
-def _fractions(box_xyxy: Sequence[float], size_wh: tuple[int, int]) -> Box:
-    (x_min, y_min, x_max, y_max), (width, height) = box_xyxy, size_wh
-    return x_min / width, y_min / height, x_max / width, y_max / height
 
 
 def _dialogue_questions(row: CrayonRow, dialogue: Dialogue) -> Iterator[Question]:

@@ -26,11 +26,16 @@ class ObjectMention(NamedTuple):
     box: Box | None
 
 
+def fractions_of(box_xyxy: Sequence[float], size_wh: tuple[int, int]) -> Box:
+    """Turn a pixel box into fractions of the image's width and height."""
+    (x_min, y_min, x_max, y_max), (width, height) = box_xyxy, size_wh
+    return x_min / width, y_min / height, x_max / width, y_max / height
+
+
 def format_box(box_xyxy: Sequence[float], size_wh: tuple[int, int]) -> str:
     """Write a pixel box, e.g. `[0.00, 0.16, 0.29, 0.88]`."""
-    width, height = size_wh
-    x_min, y_min, x_max, y_max = box_xyxy
-    return f"[{x_min / width:.2f}, {y_min / height:.2f}, {x_max / width:.2f}, {y_max / height:.2f}]"
+    x_min, y_min, x_max, y_max = fractions_of(box_xyxy, size_wh)
+    return f"[{x_min:.2f}, {y_min:.2f}, {x_max:.2f}, {y_max:.2f}]"
 
 
 def has_extent(box_xyxy: Sequence[float], size_wh: tuple[int, int]) -> bool:

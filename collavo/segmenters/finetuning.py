@@ -23,9 +23,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForUniversalSegmentation
 
-from collavo.dataset import LeftOut, checked_row, decoded_image, opened_parquet, read_records
+from collavo.dataset import LeftOut, checked_row, image_and_map, opened_parquet, read_records
 from collavo.errors import Rejected, UserError
-from collavo.panoptic.index_png import panoptic_map_of
 from collavo.panoptic.maps import PanopticMap
 from collavo.segmenters.framing import SIZE_DIVISOR, Framing
 from collavo.segmenters.universal import without_backbone_warnings
@@ -119,10 +118,7 @@ class SegmentedRows:
             try:
                 if isinstance(row, Rejected):
                     raise row
-                assert row.image_path is not None and row.panoptic_png is not None
-                image = decoded_image(row.image_path, row.image_bytes, self.image_root)
-                size_wh = (image.shape[1], image.shape[0])
-                yield image, panoptic_map_of(row.panoptic_png, row.segments, self.categories, size_wh)
+                yield image_and_map(row, self.image_root, self.categories)
             except Rejected as error:
                 self.left_out.add(error.reason, f"row {place.row} of {place.file}", str(error))
 
