@@ -26,7 +26,17 @@ from collavo.images import decode_rgb
 from collavo.panoptic.index_png import panoptic_map_of
 from collavo.panoptic.maps import PanopticMap
 from collavo.sources.image_paths import checked_relative
-from collavo.storage import FAULTS, MANIFEST, exists, is_folder, is_local, list_files, local_path, open_random
+from collavo.storage import (
+    FAULTS,
+    MANIFEST,
+    exists,
+    fault_line,
+    is_folder,
+    is_local,
+    list_files,
+    local_path,
+    open_random,
+)
 from schemas.categories import COCO_PANOPTIC, MAX_NUMBERING, CategorySet
 from schemas.crayon_row import (
     CRAYON_SCHEMA,
@@ -620,7 +630,7 @@ def _files_of(path: str) -> list[str]:
         try:
             files = ([] if is_folder(path) else list_files(path)) or list_files(f"{path.rstrip('/')}/*.parquet")
         except FAULTS as error:
-            raise UserError(f"{path}: {first_line(error)}") from error
+            raise UserError(fault_line(path, error)) from error
     if not files:
         lacking = ".parquet file" if not is_local(path) or Path(local_path(path)).exists() else "such file or folder"
         raise UserError(f"{path}: there is no {lacking}; build data with pipelines/build_crayon.py")

@@ -111,13 +111,18 @@ def read_bytes(uri: str) -> bytes:
     except FileNotFoundError as error:
         raise Rejected("missing_file", uri) from error
     except (*FAULTS, UserError) as error:
-        line = f"{uri}: {first_line(error).removeprefix(f'{uri}: ')}"
+        line = fault_line(uri, error)
         if _OUTAGE.search(line):
             raise UserError(line, exit_status=1) from error
         raise Rejected("unreadable_file", line) from error
     if data is None:
         raise Rejected("oversized_file", f"{uri}: more than {MAX_FILE_BYTES >> 20} MiB")
     return data
+
+
+def fault_line(uri: str, error: Exception) -> str:
+    """Say what reading or writing raised, in a line that begins with the file; some of what is raised names it."""
+    return f"{uri}: {first_line(error).removeprefix(f'{uri}: ')}"
 
 
 @_one_kind_of_fault()

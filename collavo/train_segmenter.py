@@ -27,7 +27,7 @@ judge it on their validation rows. The classes are those of the rows; a class
 that the network knows by its name keeps what it knows.
 
 The folder that it writes is a checkpoint like others: --segmenter_checkpoint
-takes it in the build, in chat and in evaluation."""
+of the build and of chat takes it."""
 
 _EPILOG = """\
 A stopped training goes on where it was if the same command is repeated.

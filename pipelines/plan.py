@@ -30,7 +30,7 @@ from collavo.cli import naming
 from collavo.dataset import category_set
 from collavo.dataset import notes as file_notes
 from collavo.embedded import SCENES
-from collavo.errors import Rejected, UserError, first_line
+from collavo.errors import Rejected, UserError
 from collavo.folders import staging_of
 from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, Phrasebook, load_phrasebook
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
@@ -42,6 +42,7 @@ from collavo.storage import (
     MANIFEST,
     canonical,
     exists,
+    fault_line,
     is_local,
     list_files,
     open_random,
@@ -178,7 +179,7 @@ def _check_output(flags: Flags, paths: Sequence[tuple[str, str]]) -> None:
     try:
         present = [uri for uri in published_files(output) if basename(uri) != FAILED_REJECTS]
     except FAULTS as error:
-        raise UserError(f"--output {output}: {first_line(error)}") from error
+        raise UserError(f"--output {fault_line(output, error)}") from error
     if foreign := strangers(output):
         raise UserError(
             f"--output {output} holds {foreign[0]}, which is not part of a data set, and would be replaced as a whole; "
@@ -261,7 +262,7 @@ class _Sets:
             with naming(flag), open_read(uri) as raw, open_json(raw, uri) as file:
                 found = categories_of_annotations(file, uri, are_things=flag == "coco_instances")
         except FAULTS as error:
-            raise UserError(f"--{flag} {uri}: {first_line(error)}") from error
+            raise UserError(f"--{flag} {fault_line(uri, error)}") from error
         if found is None:
             self._notes.append(f"{uri} has no 'categories'; its numbers are taken for {COCO_PANOPTIC.name}'s")
         self.add(found or COCO_PANOPTIC)
@@ -455,7 +456,7 @@ def _list_for_root(source: ImagesSource, notes: list[str]) -> list[str]:
     except UserError as error:
         raise UserError(f"{source.pattern}: {error}") from error
     except FAULTS as error:
-        raise UserError(f"{source.pattern}: {first_line(error)}") from error
+        raise UserError(fault_line(source.pattern, error)) from error
     if hidden:
         files = "hidden file is" if hidden == 1 else "hidden files are"
         notes.append(f"{source.pattern}: {hidden:,} {files} left out")
@@ -469,7 +470,7 @@ def _record_files(path: str) -> list[str]:
     try:
         found = [uri for uri in list_files(path) if is_record_file(uri)]
     except FAULTS as error:
-        raise UserError(f"--dataset {path}: {first_line(error)}") from error
+        raise UserError(f"--dataset {fault_line(path, error)}") from error
     if not found:
         raise UserError(f"--dataset {path}: names no .parquet or .tar file")
     return found
@@ -499,14 +500,14 @@ def _opened_records(uri: str) -> Iterator[BinaryIO]:
         with naming("dataset"), open_random(uri) as file:
             yield file
     except FAULTS as error:
-        raise UserError(f"--dataset {uri}: {first_line(error)}") from error
+        raise UserError(f"--dataset {fault_line(uri, error)}") from error
 
 
 def _crayon_files(pattern: str) -> list[str]:
     try:
         found = [uri for uri in list_files(pattern) if uri.endswith(".parquet")]
     except FAULTS as error:
-        raise UserError(f"--from_crayon {pattern}: {first_line(error)}") from error
+        raise UserError(f"--from_crayon {fault_line(pattern, error)}") from error
     if not found:
         raise UserError(f"--from_crayon {pattern}: names no .parquet file")
     return found
