@@ -2,7 +2,7 @@
 
 Reads:    Parquet files that pipelines/build_crayon.py wrote, and a network to start from
 Writes:   a folder that `--segmenter_checkpoint` takes
-Not here: examples, losses and steps, see collavo/segmenters/finetuning.py; the figures, collavo/panoptic/quality.py
+Not here: examples, losses and steps, in collavo/segmenter_training; how maps compare, in collavo/panoptic/quality.py
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from collavo.segmenters import load_segmenter
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from collavo.segmenters.finetuning import SegmentedRows
+    from collavo.segmenter_training.finetuning import SegmentedRows
 
 _DESCRIPTION = """\
 Fine-tune a segmentation network of transformers on the maps of crayon rows, and
@@ -71,8 +71,8 @@ def _command(flags: Flags) -> None:
     from rich.console import Console
 
     from collavo.dataset import category_set, check_splits, find_files
-    from collavo.segmenters.finetuning import SegmentedRows
-    from collavo.segmenters.judging import judge, open_for, table
+    from collavo.segmenter_training.finetuning import SegmentedRows
+    from collavo.segmenter_training.judging import judge, open_for, table
 
     root = Path(flags.image_root) if flags.image_root else None
     with naming("data"):
@@ -119,9 +119,9 @@ def _train(
     from collavo.device import memory_named, move_to_device, resolve_device
     from collavo.folders import whole_folder, writing
     from collavo.progress import Progress
-    from collavo.segmenters.finetuning import Learner, Steps, network_for, take_steps
-    from collavo.segmenters.judging import judge, table
-    from collavo.segmenters.saving import choose_preset, save_network, write_card
+    from collavo.segmenter_training.finetuning import Learner, Steps, network_for, take_steps
+    from collavo.segmenter_training.judging import judge, table
+    from collavo.segmenter_training.saving import choose_preset, save_network, write_card
     from collavo.segmenters.universal import open_network
     from collavo.training.record import footer_sha256
 

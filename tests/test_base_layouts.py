@@ -22,7 +22,7 @@ from transformers import AutoTokenizer, SiglipVisionConfig, SiglipVisionModel, p
 
 from collavo import evaluate, export_model, train
 from collavo.errors import UserError
-from collavo.import_base import internlm_tokenizer
+from collavo.import_base import sentencepiece_tokenizers
 from collavo.import_base.__main__ import main as import_base
 from collavo.import_base.assemble import assemble_from_parts
 from collavo.import_base.published import read_tokenizer
@@ -171,7 +171,7 @@ def vicuna(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, sentencepiec
              for i in range(len(model))]  # fmt: skip
     pieces = [(model.id_to_piece(i), model.get_score(i), kind) for i, kind in enumerate(kinds)]
     vocabulary = {text: i for i, (text, _, _) in enumerate(pieces)}
-    merges = internlm_tokenizer._merges(pieces)
+    merges = sentencepiece_tokenizers._merges(pieces)
     backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     space = "\N{LOWER ONE EIGHTH BLOCK}"
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(space), normalizers.Replace(" ", space)])

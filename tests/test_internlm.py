@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel
 
 from collavo.errors import UserError
 from collavo.import_base.assemble import assemble_from_parts
-from collavo.import_base.internlm_tokenizer import internlm_tokenizer
+from collavo.import_base.sentencepiece_tokenizers import internlm_tokenizer
 from collavo.model.prompt import CHAT_FORMATS, render_conversation
 
 MARKERS = ["[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]", "——"]

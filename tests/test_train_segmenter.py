@@ -17,10 +17,11 @@ import collavo.train_segmenter
 from collavo.dataset import category_set, find_files, read_rows
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
 from collavo.panoptic.quality import PanopticQuality
-from collavo.segmenters import checkpoint_categories, finetuning, load_segmenter
-from collavo.segmenters.finetuning import Learner, example_of, framing_at, network_for
+from collavo.segmenter_training import finetuning
+from collavo.segmenter_training.finetuning import Learner, example_of, framing_at, network_for
+from collavo.segmenter_training.saving import save_network
+from collavo.segmenters import checkpoint_categories, load_segmenter
 from collavo.segmenters.framing import Framing
-from collavo.segmenters.saving import save_network
 from collavo.segmenters.universal import open_network
 from schemas.categories import COCO_PANOPTIC, CategorySet
 

@@ -1,8 +1,8 @@
 """Make bases of other people's checkpoints: `python -m collavo.import_base --help`. The method needs nothing of this.
 
-`published`            find a checkpoint, read its configuration, tensors and tokenizer
-`assemble`             make one CoLLaVO model of a LLaVA, or of a vision encoder and a language model
-`internlm`             rename InternLM's weights and configuration to Llama's
-`internlm_tokenizer`   make InternLM's tokenizer from its `tokenizer.model`
-`release`              read the authors' CoLLaVO-7B
+`published`                 find a checkpoint, read its configuration, tensors and tokenizer
+`assemble`                  make one CoLLaVO model of a LLaVA, or of a vision encoder and a language model
+`internlm`                  rename InternLM's weights and configuration to Llama's
+`sentencepiece_tokenizers`  make InternLM's and Llama's tokenizers from `tokenizer.model`
+`release`                   read the authors' CoLLaVO-7B
 """

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 
 from collavo.errors import UserError, first_line
-from collavo.import_base.internlm_tokenizer import llama_tokenizer
+from collavo.import_base.sentencepiece_tokenizers import llama_tokenizer
 
 _LOG = logging.getLogger(__name__)
 _BUFFERS = ("position_ids", "rotary_emb.inv_freq")

@@ -19,8 +19,8 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from collavo.hub import find_checkpoint
 from collavo.import_base.assemble import Ingredients, build, language_model_weights, vision_tower_weights
 from collavo.import_base.internlm import llama_config, llama_weights, split_wqkv
-from collavo.import_base.internlm_tokenizer import internlm_tokenizer
 from collavo.import_base.published import one_line_errors, read_config, read_weights
+from collavo.import_base.sentencepiece_tokenizers import internlm_tokenizer
 from collavo.model.modeling import CollavoForConditionalGeneration
 from collavo.model.processing import CollavoProcessor
 

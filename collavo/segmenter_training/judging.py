@@ -13,8 +13,8 @@ from collavo.errors import UserError
 from collavo.hub import find_checkpoint
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
 from collavo.panoptic.quality import ClassQuality, PanopticQuality
+from collavo.segmenter_training.finetuning import SegmentedRows
 from collavo.segmenters import Segmenter, load_segmenter
-from collavo.segmenters.finetuning import SegmentedRows
 from schemas.categories import CategorySet
 
 _GRID_HW = (96, 128)

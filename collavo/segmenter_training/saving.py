@@ -13,8 +13,8 @@ from collavo.categories import CATEGORIES_FILE
 from collavo.model_card import licence_of
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.quiet import without_loading_report
-from collavo.segmenters.finetuning import SegmentedRows, Steps
-from collavo.segmenters.judging import Judged, judge, table
+from collavo.segmenter_training.finetuning import SegmentedRows, Steps
+from collavo.segmenter_training.judging import Judged, judge, table
 from collavo.segmenters.universal import Network, UniversalSegmenter
 from schemas.categories import CategorySet
 
