@@ -54,7 +54,7 @@ def test_a_checkpoint_out_of_reach_is_refused_at_once_in_one_line(unreachable, c
     start = time.perf_counter()
     with pytest.raises(OSError, match=r"^neither .* cache, and http://127.0.0.1:1 cannot be reached \(.*refused\)$"):
         find_checkpoint("org/absent")
-    assert time.perf_counter() - start < 2
+    assert time.perf_counter() - start < 10  # retries would take longer
     assert "Retrying" not in caplog.text
 
 
