@@ -34,8 +34,8 @@ from collavo.training.loop import Trainer, learning_rate_at
 from schemas.categories import COCO_PANOPTIC, Category, CategorySet
 
 COMMON = (
-    "--device cpu --precision fp32 --batch_size 4 --micro_batch_size 2 --lora_rank 4 --max_length 700 --max_steps 6 "
-    "--workers 0"
+    "--device cpu --precision fp32 --batch_size 4 --micro_batch_size 2 --lora_rank 4 --max_length 350 --max_steps 3 "
+    "--workers 0 --crayon_share 0.5 --seed 1"
 )
 RATES = "--cpt_learning_rate 2e-3 --cit_learning_rate 1e-2"
 
@@ -45,7 +45,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and data for all tests of this file."""
     folder = tmp_path_factory.mktemp("world")
     save_tiny_base(folder / "base")
-    write_crayon_file(folder / "rows.parquet", scene_rows(12))
+    write_crayon_file(folder / "rows.parquet", scene_rows(8))
     return folder
 
 
@@ -80,9 +80,9 @@ def test_a_run_leaves_what_its_directory_promises(finished: Path) -> None:
         assert (finished / name).stat().st_size
     for adapter in ("image_cit", "vl_cit"):
         assert (finished / "adapters" / adapter / "adapter_model.safetensors").exists()
-    assert [phase for step, phase, _ in losses(finished) if step <= 6] == ["cpt"] * 6
-    assert {stage for step, stage, _ in losses(finished) if step > 6} == {"image_cit", "vl_cit"}
-    assert [line["step"] for line in metrics(finished) if "validation_crayon_loss" in line] == [6, 12]
+    assert [phase for step, phase, _ in losses(finished) if step <= 3] == ["cpt"] * 3
+    assert {stage for step, stage, _ in losses(finished) if step > 3} == {"image_cit", "vl_cit"}
+    assert [line["step"] for line in metrics(finished) if "validation_crayon_loss" in line] == [3, 6]
     for stage in ("cpt", "image_cit"):
         found = [loss for _, name, loss in losses(finished) if name == stage]
         assert found[-1] < found[0]
@@ -96,7 +96,7 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened(
 
     def interrupt(display: RunDisplay, result: Any, phase: Any) -> None:
         step(display, result, phase)
-        if result.step == 9:  # between two checkpoints, and logged already
+        if result.step == 5:  # between two checkpoints, and logged already
             raise KeyboardInterrupt
 
     step = RunDisplay.step
@@ -115,15 +115,8 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened(
         assert torch.equal(tensor, expected[name]), name
 
 
-@pytest.mark.parametrize(("sent", "at_step"), [(signal.SIGTERM, 3), (signal.SIGINT, 9)])
-def test_a_signal_saves_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(
-    world: Path,
-    finished: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    sent: signal.Signals,
-    at_step: int,
+def test_signals_save_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(
+    world: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def kill(display: RunDisplay, result: Any, phase: Any) -> None:
         step(display, result, phase)
@@ -133,9 +126,10 @@ def test_a_signal_saves_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(
     step, run = RunDisplay.step, tmp_path / "run"
     with monkeypatch.context() as patched:
         patched.setattr(RunDisplay, "step", kill)
-        assert train.main(command(world, run)) == 128 + sent
-    said = f"stopped by {sent.name} after step {at_step + 1}, with a checkpoint; --resume goes on from it"
-    assert said in capsys.readouterr().err
+        for sent, at_step, flags in ((signal.SIGTERM, 1, []), (signal.SIGINT, 4, ["--resume"])):  # in cpt, in cit
+            assert train.main([*command(world, run), *flags]) == 128 + sent
+            said = f"stopped by {sent.name} after step {at_step + 1}, with a checkpoint; --resume goes on from it"
+            assert said in capsys.readouterr().err
     assert train.main([*command(world, run), "--resume"]) == 0
     assert losses(run) == losses(finished)
     for name, tensor in weights(finished).items():
@@ -166,7 +160,7 @@ def test_two_processes_take_the_steps_of_one_also_after_they_were_killed(world: 
     assert_alike(whole, finished)
     flags = command(world, killed, "--checkpoint_steps", "2")
     running = torchrun(2, *flags)
-    while len(list(killed.glob("checkpoints/step-00000[89]"))) == 0 and running.poll() is None:
+    while len(list(killed.glob("checkpoints/step-00000[45]"))) == 0 and running.poll() is None:
         time.sleep(0.02)
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
@@ -220,7 +214,7 @@ def test_ablations_train_what_they_name(
     adapters: list[str],
 ) -> None:
     run = tmp_path / "run"
-    assert train.main(command(world, run, "--max_steps", "4", "--crayon_share", "0.5", *flags)) == 0
+    assert train.main(command(world, run, "--max_steps", "2", *flags)) == 0
     assert "UNEXPECTED" not in capsys.readouterr().err
     assert {stage for _, stage, _ in losses(run)} == stages
     assert sorted(path.name for path in (run / "adapters").iterdir()) == adapters
@@ -325,7 +319,7 @@ def test_a_batch_without_a_supervised_token_stops_the_run_in_one_line() -> None:
 
 @pytest.mark.parametrize(
     ("place", "where"),
-    [("torch.optim.AdamW.step", "step 1"), ("collavo.training.loop.Trainer.evaluate", "after step 6")],
+    [("torch.optim.AdamW.step", "step 1"), ("collavo.training.loop.Trainer.evaluate", "after step 3")],
 )
 def test_a_gpu_without_memory_is_one_line_wherever_in_a_step_it_shows(
     world: Path,
@@ -431,7 +425,7 @@ def test_a_refused_resume_names_the_arguments_and_the_files_that_differ(
     assert train.main([*command(world, finished, *flags), "--data", str(others)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("collavo.train: error: --resume: ") and "workers" not in error
-    assert "--seed was 0, is 7; --tasks was " in error and "is counting box_to_class; " in error
+    assert "--seed was 1, is 7; --tasks was " in error and "is counting box_to_class; " in error
     assert f"{world / 'rows.parquet'} was among the data; {others} was not among the data; go on with" in error
 
 
@@ -441,15 +435,15 @@ def test_a_finished_run_says_so_and_is_extended(
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     assert train.main(command(world, run, "--resume")) == 0
-    assert "has taken all of its 12 steps; with --resume, a higher --epochs or" in capsys.readouterr().out
+    assert "has taken all of its 6 steps; with --resume, a higher --epochs or" in capsys.readouterr().out
     assert losses(run) == losses(finished)
-    assert train.main(command(world, run, "--resume", "--max_steps", "3")) == 2
-    assert "6 steps of cit are done, and --epochs and --max_steps allow 3" in capsys.readouterr().err
-    assert train.main(command(world, run, "--resume", "--max_steps", "8", "--epochs", "3")) == 0
-    assert losses(run)[:12] == losses(finished)
+    assert train.main(command(world, run, "--resume", "--max_steps", "2")) == 2
+    assert "3 steps of cit are done, and --epochs and --max_steps allow 2" in capsys.readouterr().err
+    assert train.main(command(world, run, "--resume", "--max_steps", "5", "--epochs", "3")) == 0
+    assert losses(run)[:6] == losses(finished)
     rates = [(line["step"], line["phase"], line["learning_rate"]) for line in metrics(run) if "loss" in line]
-    expected = [round(learning_rate_at(step, 8, 1e-2, 1e-6), 8) for step in (6, 7)]
-    assert rates[12:] == [(13, "cit", expected[0]), (14, "cit", expected[1])]
+    expected = [round(learning_rate_at(step, 5, 1e-2, 1e-6), 8) for step in (3, 4)]
+    assert rates[6:] == [(7, "cit", expected[0]), (8, "cit", expected[1])]
     queries = "crayon.safetensors/numbering_queries.weight"
     assert not torch.equal(weights(run)[queries], weights(finished)[queries])
 
@@ -472,18 +466,18 @@ def test_a_full_disk_is_one_line_and_leaves_only_what_is_whole(
         return capsys.readouterr().err.strip().splitlines()[-1]
 
     run = tmp_path / "run"
-    flags = [*command(world, run, "--resume"), "--checkpoint_steps", "3"]
+    flags = [*command(world, run, "--resume"), "--checkpoint_steps", "2"]
     run.mkdir()
     (run / "metrics.jsonl").write_text(json.dumps({"step": 0, "phase": "x" * 4900}) + "\n")
     with files_of_at_most(5000):
         assert train.main(command(world, run)) == 1
     assert error() == f"collavo.train: error: {run / 'metrics.jsonl'}: File too large"
     shutil.copytree(finished, run, dirs_exist_ok=True)
-    shutil.rmtree(run / "checkpoints" / "step-000012")
+    shutil.rmtree(run / "checkpoints" / "step-000006")
     before = sorted(run.glob("checkpoints/*"))
     with files_of_at_most(20_000):
         assert train.main(flags) == 1
-    assert f"error: {run}/checkpoints/step-000009: " in (said := error()) and "File too large" in said
+    assert f"error: {run}/checkpoints/step-000005: " in (said := error()) and "File too large" in said
     assert sorted(run.glob("checkpoints/*")) == before and not list(run.glob("checkpoints/.*"))
     assert train.main(flags) == 0
     assert losses(run) == losses(finished)
