@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -41,7 +42,7 @@ def refusal(capfd, *arguments: object) -> str:
 
 
 def test_an_extended_data_set_is_what_one_build_of_all_would_be(network, tmp_path):
-    first, both = pictures(tmp_path / "p", range(3)), pictures(tmp_path / "all", range(5))
+    first, both = pictures(tmp_path / "p", range(2)), pictures(tmp_path / "all", range(3))
     turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
     (tmp_path / "l.json").write_text(json.dumps([{"id": "d", "image": "1.png", "conversations": turns}]))
     dialogues = ["--llava_json", tmp_path / "l.json", "--image_root", both]
@@ -49,12 +50,12 @@ def test_an_extended_data_set_is_what_one_build_of_all_would_be(network, tmp_pat
 
     build(tmp_path / "out", "--images", first, *network)
     extended = build(tmp_path / "out", "--images", both, *dialogues, *network, "--extend")
-    assert extended.manifest["inputs"] == {"crayon": 3, "folder": 5, "llava": 1}
-    assert extended.manifest["merged"] == 3
+    assert extended.manifest["inputs"] == {"crayon": 2, "folder": 3, "llava": 1}
+    assert extended.manifest["merged"] == 2
     for name, row in whole.rows.items():
         of_extended = extended.rows[name]
         assert of_extended == row, name
-    assert len(extended.rows) == 5
+    assert len(extended.rows) == 3
 
     again = build(tmp_path / "out", "--images", both, *network, "--extend")
     assert again.manifest["seconds"]["segment"] == 0  # the network saw nothing
@@ -84,7 +85,7 @@ def test_only_a_data_set_can_be_extended(network, tmp_path, capfd):
 
 
 def test_a_killed_build_goes_on_where_it_was(network, tmp_path, capfd, monkeypatch):
-    flags = ["--images", pictures(tmp_path / "p", range(60)), *network]
+    flags = ["--images", pictures(tmp_path / "p", range(16)), *network]
     seen = []
     segment_each = BatchSegmenter.segment_each
     monkeypatch.setattr(
@@ -96,8 +97,9 @@ def test_a_killed_build_goes_on_where_it_was(network, tmp_path, capfd, monkeypat
     process = start(
         *flags, "--output", tmp_path / "out", changed="import pipelines.spill; pipelines.spill._FILE_SECONDS = 0"
     )
-    while len(files := list(kept.glob("*.arrow"))) < 5:
+    while len(files := list(kept.glob("*.arrow"))) < 3:
         assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     files[0].write_bytes(files[0].read_bytes()[:-9])  # as a kill may leave it
@@ -125,9 +127,6 @@ def test_a_build_that_fails_keeps_what_its_network_did(network, tmp_path, capfd)
     resumed = build(tmp_path / "out", *flags[:-2], "--resume")
     assert len(resumed.rows) == 3 and resumed.manifest["seconds"]["segment"] == 0
 
-    assert status_of(*flags, "--overwrite", "--max_reject_ratio", 0) == 1
-    assert build(tmp_path / "out", *flags[:-2], "--overwrite", "--discard").manifest["seconds"]["segment"] > 0
-
 
 def test_data_sets_that_use_the_same_names_are_merged_without_a_loss(tmp_path):
     for name, first in (("a", 0), ("b", 1)):
@@ -148,7 +147,7 @@ def test_dialogues_about_nothing_do_not_meet_by_the_names_of_their_files(tmp_pat
         file.parent.mkdir()
         turns = [{"from": "human", "value": f"In {file.parent.name}?"}, {"from": "gpt", "value": "Yes"}]
         file.write_text(json.dumps([{"id": "0", "conversations": turns}]))
-    flags = ["--image_root", tmp_path, "--segmenter_checkpoint", "scenes"]
+    flags = ["--image_root", tmp_path, "--segmenter", "none"]
     both = build(tmp_path / "both", "--llava_json", *files, *flags)
     assert set(both.rows) == {"x/l.json#0", "y/l.json#0"}
     build(tmp_path / "out", "--llava_json", files[0], *flags)
@@ -159,13 +158,13 @@ def test_dialogues_about_nothing_do_not_meet_by_the_names_of_their_files(tmp_pat
 
 def test_a_trial_takes_some_images_and_tells_of_all(tmp_path, capfd):
     coco = CocoFolder(tmp_path / "coco")
-    for i in range(12):
+    for i in range(8):
         coco.add(f"{i}.jpg", PICTURE + bytes([i]))
-    trial = build(tmp_path / "out", *coco.flags(), "--max_images", 3)
-    assert len(trial.rows) == 3 and trial.manifest["trial"] == {"images": 3, "of": 12}
-    assert trial.manifest["inputs"] == {"coco": 3}
-    assert "A trial of 25.00% of 12 images" in " ".join(capfd.readouterr().out.split())
-    assert build(tmp_path / "again", *coco.flags(), "--max_images", 3).rows == trial.rows
+    trial = build(tmp_path / "out", *coco.flags(), "--max_images", 2)
+    assert len(trial.rows) == 2 and trial.manifest["trial"] == {"images": 2, "of": 8}
+    assert trial.manifest["inputs"] == {"coco": 2}
+    assert "A trial of 25.00% of 8 images" in " ".join(capfd.readouterr().out.split())
+    assert build(tmp_path / "again", *coco.flags(), "--max_images", 2).rows == trial.rows
 
 
 def test_a_trial_reads_the_head_of_a_data_set(tmp_path, network):

@@ -19,8 +19,8 @@ from pipelines.command import main
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("scenes") / "scenes"
-    write_scenes(folder, 8, size_wh=(96, 72))
-    (folder / "images" / "scene-000005.jpg").unlink()
+    write_scenes(folder, 4, size_wh=(96, 72))
+    (folder / "images" / "scene-000002.jpg").unlink()
     Image.new("RGB", (8, 6)).save(folder / "images" / "unannotated.png")
     return folder
 

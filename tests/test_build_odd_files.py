@@ -1,4 +1,4 @@
-"""A folder of hundreds of odd and broken files: each ends in a row or in a reject with a reason."""
+"""A folder of odd and broken files: each ends in a row or in a reject with a reason."""
 
 import io
 import json
@@ -70,12 +70,12 @@ def pictures(chance: random.Random) -> Iterator[tuple[str, bytes]]:
                 yield format, file.getvalue()
 
 
-def write_odd_files(folder: Path) -> int:
-    """Fill a folder with odd files; how many there are to be found in it."""
+def write_odd_files(folder: Path, pictured: int) -> int:
+    """Fill a folder with so many odd pictures and some other odd things; return how many there are in it."""
     chance = random.Random(0)
     picture = pictures(chance)
     contents: list[tuple[str, bytes]] = []
-    for i in range(960):
+    for i in range(pictured):
         format, data = next(picture)
         extension = EXTENSIONS[format]
         kind = i % 10
@@ -137,12 +137,13 @@ def _png_claiming(width: int, height: int) -> bytes:
     return bytes(data)
 
 
-@pytest.fixture(scope="module")
-def odd(tmp_path_factory) -> tuple[int, DataSet]:
+# Of 120, each format in each mode is spoilt in every way that its place among ten allows.
+@pytest.fixture(scope="module", params=[120, pytest.param(960, marks=pytest.mark.slow)])
+def odd(request, tmp_path_factory) -> tuple[int, DataSet]:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("odd") / "files"
     folder.mkdir()
-    count = write_odd_files(folder)
+    count = write_odd_files(folder, request.param)
     checkpoint = tiny_mask2former(tmp_path_factory.mktemp("model"))
     output = tmp_path_factory.mktemp("built") / "out"
     model = ["--segmenter_checkpoint", checkpoint, "--segmenter_input_size", 64, "--device", "cpu"]
@@ -151,7 +152,6 @@ def odd(tmp_path_factory) -> tuple[int, DataSet]:
 
 def test_rows_and_rejects_are_all_the_files(odd):
     count, data = odd
-    assert count >= 1000
     assert len(data.rows) + len(data.rejects) + data.manifest["merged"] == count
     assert data.manifest["inputs"] == {"folder": count}
     assert data.manifest["rows"] == len(data.rows) and sum(data.manifest["rejects"].values()) == len(data.rejects)
@@ -171,7 +171,7 @@ def test_every_reject_says_why(odd):
 
 def test_every_row_can_be_decoded_and_has_a_map_of_its_size(odd):
     _, data = odd
-    assert len(data.rows) > 150
+    assert len(data.rows) > len(data.rejects) / 4
     for row in data.rows.values():
         assert decode_rgb(row.image_bytes).shape == (row.height, row.width, 3)
         assert decode_index_map(row.panoptic_png).shape == (row.height, row.width)

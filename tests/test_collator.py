@@ -82,6 +82,7 @@ def test_transformers_trainer_learns_and_peft_merges_and_unloads(rows: Dataset, 
         torch.testing.assert_close(merged(**batch).logits, trained, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_trl_trains_the_same_way(rows: Dataset, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     processor = tiny_processor()

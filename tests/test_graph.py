@@ -94,6 +94,7 @@ def test_only_the_steps_of_the_model_hold_its_accelerator_and_no_picture_is_shuf
     assert {name.partition("/")[0] for name in enters if not name.startswith("SegmentImages/")} == {"SplitByNeed"}
 
 
+@pytest.mark.slow  # a process that imports everything
 def test_a_worker_needs_nothing_of_the_launchers_main_module(jobs, tmp_path):
     (tmp_path / "graph").write_bytes(graph_of(jobs["all"]).SerializeToString())
     code = """

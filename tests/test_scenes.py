@@ -27,7 +27,7 @@ WALLS = "wall wall-brick wall-tile"
 
 @pytest.fixture(scope="module")
 def scenes() -> list[Scene]:
-    return [draw_scene(scene_seed(3, index), SMALL) for index in range(240)]
+    return [draw_scene(scene_seed(3, index), SMALL) for index in range(80)]
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_colors_told_are_those_painted(scenes: list[Scene]) -> None:
         asked += 1
         about = {f"the {s.part} of {phrase}" if s.part else phrase: s for phrase, s in phrases(scene).items()}
         assert answer.lower().endswith(" and ".join(about[question.split(" ", 3)[3]].colors))
-    assert asked > 100
+    assert asked > 33
 
 
 def test_painted_colors_can_be_seen(scenes: list[Scene]) -> None:
@@ -187,7 +187,7 @@ def test_painted_colors_can_be_seen(scenes: list[Scene]) -> None:
         for s in scene.segments:
             if s.category.name in plain and len(s.colors) == 1 and s.colors[0] in channels:
                 seen.append(scene.image[scene.ids == s.id].mean(0).argmax() == channels[s.colors[0]])
-    assert len(seen) > 25
+    assert len(seen) > 8
     assert np.mean(seen) > 0.95
 
 
@@ -207,7 +207,7 @@ def test_sides_distances_and_sizes_told_are_true(scenes: list[Scene]) -> None:
                 assert one.base_y is not None and other.base_y is not None
                 first = one.base_y > other.base_y
             assert answer.lower().startswith(match[2 if first else 3].lower())
-    assert min(asked.values()) > 20 and len(asked) == 3
+    assert min(asked.values()) > 6 and len(asked) == 3
 
 
 def test_what_things_stand_on_lies_below_them(scenes: list[Scene]) -> None:
@@ -223,7 +223,7 @@ def test_what_things_stand_on_lies_below_them(scenes: list[Scene]) -> None:
         below = scene.ids[y + h : y + h + 3, x : x + w]
         assert np.mean(below == bearer.id) > 0.5
         assert answer.endswith({"sea": "water", "floor-wood": "wooden floor"}.get(n := bearer.category.display_name, n))
-    assert asked > 20
+    assert asked > 6
 
 
 def test_dialogues_leave_counts_boxes_and_presence_to_the_crayon(scenes: list[Scene]) -> None:

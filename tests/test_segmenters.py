@@ -156,13 +156,8 @@ def embedded_architecture() -> Mask2FormerForUniversalSegmentation:
     return Mask2FormerForUniversalSegmentation(segmenter_config())
 
 
-@pytest.mark.parametrize(
-    "model",
-    [
-        pytest.param(partial(tiny_model, width=96), id="Swin", marks=pytest.mark.slow),
-        pytest.param(embedded_architecture, id="ResNet"),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model", [partial(tiny_model, width=96), embedded_architecture], ids=["Swin", "ResNet"])
 def test_twice_the_threads_do_not_change_a_bit(tmp_path, model):
     """Wide enough for threads to split the sums of a layer; in a process of its own, where nothing used MKL before."""
     if not torch.backends.mkl.is_available():

@@ -1,6 +1,8 @@
 """Tiny parts to train with: a tokenizer, a CoLLaVO base of 60,000 weights, and crayon data of a few drawn scenes."""
 
 import hashlib
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,13 @@ OWN_CLASSES = read_categories(
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer.from_str(_trained_tokenizer())
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+@cache
+def _trained_tokenizer() -> str:
+    """A tokenizer as JSON, trained once in a process."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -51,7 +60,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    return str(tokenizer.to_str())
 
 
 def tiny_config(text: dict[str, Any] | None = None, **changes: Any) -> CollavoConfig:
@@ -105,38 +114,38 @@ def save_tiny_base(folder: Path) -> Path:
 
 def scene_rows(count: int, first_seed: int = 0, embed: bool = True) -> list[CrayonRow]:
     """Rows of drawn scenes with instructions and dialogues; every fourth is in the validation split."""
-    phrasebook, options = load_phrasebook(), InstructionOptions(max_instructions=12)
-    rows = []
-    for seed in range(first_seed, first_seed + count):
-        scene = draw_scene(seed, (96, 72))
-        infos = [
-            SegmentInfo(s.id, COCO_PANOPTIC.by_category_id[s.category_id].label, s.is_crowd) for s in scene.segments
-        ]
-        panoptic = build_panoptic_map(scene.ids, infos)
-        statistics = ClassStatistics.of(len(COCO_PANOPTIC.things))
-        statistics.add_image(present_things(panoptic.segments, COCO_PANOPTIC))
-        name = f"scene-{seed:03d}"
-        image = encoded(Image.fromarray(scene.image), "JPEG")
-        rows.append(
-            CrayonRow(
-                image_id=name,
-                image_sha256=hashlib.sha256(image).hexdigest(),
-                image_bytes=image if embed else None,
-                image_path=f"{name}.jpg",
-                width=96,
-                height=72,
-                sources=("scenes",),
-                license_id=None,
-                split="validation" if seed % 4 == 3 else "train",
-                panoptic_png=encode_index_map(panoptic),
-                segments=panoptic.segments,
-                instructions=write_instructions(
-                    name, (96, 72), panoptic.segments, COCO_PANOPTIC, phrasebook, statistics, options
-                ),
-                conversations=tuple(Dialogue(f"{name}-{i}", tuple(t)) for i, t in enumerate(scene.dialogues)),
-            )
-        )
-    return rows
+    rows = [_scene_row(seed) for seed in range(first_seed, first_seed + count)]
+    return rows if embed else [replace(row, image_bytes=None) for row in rows]
+
+
+@cache
+def _scene_row(seed: int) -> CrayonRow:
+    """The row of one scene, which is drawn once in a process."""
+    scene = draw_scene(seed, (96, 72))
+    infos = [SegmentInfo(s.id, COCO_PANOPTIC.by_category_id[s.category_id].label, s.is_crowd) for s in scene.segments]
+    panoptic = build_panoptic_map(scene.ids, infos)
+    statistics = ClassStatistics.of(len(COCO_PANOPTIC.things))
+    statistics.add_image(present_things(panoptic.segments, COCO_PANOPTIC))
+    name = f"scene-{seed:03d}"
+    image = encoded(Image.fromarray(scene.image), "JPEG")
+    options = InstructionOptions(max_instructions=12)
+    return CrayonRow(
+        image_id=name,
+        image_sha256=hashlib.sha256(image).hexdigest(),
+        image_bytes=image,
+        image_path=f"{name}.jpg",
+        width=96,
+        height=72,
+        sources=("scenes",),
+        license_id=None,
+        split="validation" if seed % 4 == 3 else "train",
+        panoptic_png=encode_index_map(panoptic),
+        segments=panoptic.segments,
+        instructions=write_instructions(
+            name, (96, 72), panoptic.segments, COCO_PANOPTIC, load_phrasebook(), statistics, options
+        ),
+        conversations=tuple(Dialogue(f"{name}-{i}", tuple(t)) for i, t in enumerate(scene.dialogues)),
+    )
 
 
 def own_rows(count: int) -> list[CrayonRow]:
