@@ -45,7 +45,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def layout(name: str, tmp_path_factory: pytest.TempPathFactory) -> Layout:
-    return PUBLISHED[name][0](tmp_path_factory.mktemp(name), 3)
+    return PUBLISHED[name][0](tmp_path_factory.mktemp(name), 5)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def built(layout: Layout, tmp_path_factory: pytest.TempPathFactory) -> DataSet:
 def test_rows_of_a_published_layout_are_right(name: str, layout: Layout, built: DataSet) -> None:
     rows, names = rows_of(built.files), shown_names(PUBLISHED[name][1])
     for split, called in (("train", "train"), ("val", "validation")):
-        assert check_rows(rows, layout.json[split], layout.masks[split], called, names) == 3
+        assert check_rows(rows, layout.json[split], layout.masks[split], called, names) == 5
     assert not built.rejects
 
 
@@ -133,7 +133,7 @@ def test_a_published_checkpoint_segments_in_its_own_classes(name: str, layout: L
     names = shown_names(PUBLISHED[name][1])
     assert all(names[s.category_id] == s.category for row in data.rows.values() for s in row.segments)
     annotated = [dict(row, split="val") for row in rows_of(data.files) if row["sources"] == ["coco"]]
-    assert check_rows(annotated, layout.json["val"], layout.masks["val"], "val", names) == 3
+    assert check_rows(annotated, layout.json["val"], layout.masks["val"], "val", names) == 5
 
 
 @pytest.mark.slow
@@ -147,5 +147,5 @@ def test_rows_of_real_road_photographs_are_right(tmp_path: Path) -> None:
     data = build(tmp_path / "out", *sources(layout))
     names = shown_names(json.loads(layout.json["train"].read_text())["categories"])
     rows = rows_of(data.files)
-    assert check_rows(rows, layout.json["train"], layout.masks["train"], "train", names) == 367
+    assert check_rows(rows, layout.json["train"], layout.masks["train"], "train", names) == 567
     assert check_rows(rows, layout.json["val"], layout.masks["val"], "validation", names) == 101
