@@ -20,7 +20,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from collavo.errors import UserError
+from collavo.errors import StoreFault, UserError
 from collavo.folders import disk_fault, whole_folder
 
 Flags = TypeVar("Flags")
@@ -158,14 +158,15 @@ def output_folder(folder: Path) -> Iterator[Path]:
 
 
 def run(name: str, command: Callable[[], int | None]) -> int:
-    """Run a command; whatever its user or the disk did becomes one line on standard error.
+    """Run a command; whatever its user, the disk or a store did becomes one line on standard error.
 
     Args:
         name: the command as its errors call it, such as `collavo.train`.
         command: returns an exit status, None for 0.
 
     Returns:
-        the exit status: that of a `UserError`, 1 for a disk that refuses, 130 where the command was interrupted.
+        the exit status: that of a `UserError`, 1 for a disk or a store that refuses, 130 where the user
+        interrupted it.
     """
     # Before torch is imported. A thread that waits for another spins, and so keeps the core from it as soon as another
     # process needs one too: six times slower. Spinning for a moment costs nothing then, nor on an idle machine.
@@ -193,7 +194,7 @@ def user_line(error: BaseException | None) -> tuple[str | None, int]:
     while error is not None:
         if isinstance(error, UserError):
             return str(error), error.exit_status
-        if line := disk_fault(error):
+        if line := str(error) if isinstance(error, StoreFault) else disk_fault(error):
             return line, 1
         error = error.__cause__ or error.__context__
     return None, 1

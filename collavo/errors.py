@@ -1,7 +1,8 @@
-"""The two errors that are part of the interface: one for the user, one about a single input.
+"""The errors that are part of the interface: one for the user, one about a single input, two of a store.
 
 Everything else that is raised is a fault of the program and keeps its traceback. `collavo.cli.run` turns a `UserError`
-into one line on the terminal; the build turns a `Rejected` into a line of `rejects.jsonl`.
+and what a store or a disk refuses into one line on the terminal; the build turns a `Rejected` into a line of
+`rejects.jsonl`.
 """
 
 
@@ -34,6 +35,21 @@ class Rejected(ValueError):
 
     def __str__(self) -> str:
         return str(self.args[1])
+
+
+class StoreFault(OSError):
+    """A store refuses something; the message is a line that names the file or folder."""
+
+
+class StoreOutage(UserError):
+    """A store does not answer, which tells nothing of the file: no input is left out for it, the job has to stop.
+
+    Args:
+        message: a line that names the file or folder.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, exit_status=1)
 
 
 def first_line(error: BaseException) -> str:

@@ -1,7 +1,9 @@
 """A file in a store, as an open file."""
 
 import io
-from typing import Any
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Self
 
 
 class RemoteFile(io.RawIOBase):
@@ -56,3 +58,34 @@ class RemoteFile(io.RawIOBase):
         data = self.read(len(buffer))
         buffer[: len(data)] = data
         return len(data)
+
+
+class RemoteWriter:
+    """A new file, which is there once it is closed.
+
+    Args:
+        writer: of the store's client.
+        faults: makes a context that raises what the client raises as one of the errors of a store.
+    """
+
+    def __init__(self, writer: Any, faults: Callable[[], AbstractContextManager[None]]) -> None:
+        self._writer = writer
+        self._faults = faults
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.close()
+
+    def write(self, data: bytes) -> int:
+        with self._faults():
+            return int(self._writer.write(memoryview(data).cast("B")))
+
+    def flush(self) -> None:
+        pass  # as it would end a part of the upload
+
+    def close(self) -> None:
+        with self._faults():
+            self._writer.close()

@@ -11,22 +11,22 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, BinaryIO, Self, cast
+from functools import partial
+from typing import Any, BinaryIO, cast
 
 import obstore
 import obstore.exceptions
 from obstore.store import from_url
 from pyarrow.fs import FileInfo, FileSelector, FileType, resolve_s3_region
 
-from collavo.errors import first_line
-from collavo.remote_file import RemoteFile
+from collavo.errors import StoreFault, StoreOutage, first_line
+from collavo.remote_file import RemoteFile, RemoteWriter
+
+_MOST_RETRIES = 10
+"""They take a minute."""
 
 _PART_BYTES = 72 << 20
 """A larger file is uploaded in parts of this size. A file of drafts is smaller."""
-
-
-class StoreFault(OSError):
-    """A store refuses something, or does not answer; the message names the file."""
 
 
 class S3:
@@ -42,7 +42,7 @@ class S3:
             root,
             config=_region(root),
             client_options={"allow_http": True, "timeout": "5m", "connect_timeout": "5s"},
-            retry_config={"max_retries": 10, "backoff": {"init_backoff": timedelta(seconds=0.2), "base": 2}},
+            retry_config={"max_retries": _MOST_RETRIES, "backoff": {"init_backoff": timedelta(seconds=0.2), "base": 2}},
         )
 
     def read(self, path: str, most_bytes: int) -> bytes | None:
@@ -58,12 +58,12 @@ class S3:
                 return FileInfo(path, FileType.File, size=self.size(path))
             except FileNotFoundError:
                 return FileInfo(path, FileType.NotFound)
-        with _faults(f"{self._root}/{path.base_dir}"):
-            prefix = f"{path.base_dir}/" if path.base_dir else None
+        prefix = f"{path.base_dir}/" if path.base_dir else ""
+        with _faults(f"{self._root}/{prefix}"):
             if path.recursive:
-                found = obstore.list(self._store, prefix).collect()
+                found = obstore.list(self._store, prefix or None).collect()
             else:
-                found = obstore.list_with_delimiter(self._store, prefix)["objects"]
+                found = obstore.list_with_delimiter(self._store, prefix or None)["objects"]
         return [FileInfo(each["path"], FileType.File, size=each["size"]) for each in found]
 
     def size(self, path: str) -> int:
@@ -92,7 +92,7 @@ class S3:
 
     def open_output_stream(self, path: str) -> BinaryIO:
         writer = obstore.open_writer(self._store, path, buffer_size=_PART_BYTES, max_concurrency=2)
-        return cast(BinaryIO, _Writer(writer, f"{self._root}/{path}"))
+        return cast(BinaryIO, RemoteWriter(writer, partial(_faults, f"{self._root}/{path}")))
 
     def copy_file(self, source: str, destination: str) -> None:
         with _faults(f"{self._root}/{destination}"):
@@ -141,32 +141,6 @@ class _Reader(RemoteFile):
         return data
 
 
-class _Writer:
-    """A new file, which is there once it is closed; where writing fails, it never is."""
-
-    def __init__(self, writer: Any, uri: str) -> None:
-        self._writer = writer
-        self._uri = uri
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.close()
-
-    def write(self, data: bytes) -> int:
-        with _faults(self._uri):
-            return self._writer.write(memoryview(data).cast("B"))
-
-    def flush(self) -> None:
-        pass  # as it would end a part of the upload
-
-    def close(self) -> None:
-        with _faults(self._uri):
-            self._writer.close()
-
-
 @contextmanager
 def _faults(uri: str) -> Iterator[None]:
     """Raise what the client raises as one line, with what the store itself says of it."""
@@ -176,8 +150,14 @@ def _faults(uri: str) -> Iterator[None]:
         raise FileNotFoundError(f"{uri}: there is no such file") from error
     except Exception as error:
         text = str(error)
-        said = re.search(r'<Message>([^<]+)|(?:message|error): "([^"]+)', text)
-        line = f"{uri}: {said[1] or said[2] if said else first_line(error)}"
-        if isinstance(error, obstore.exceptions.GenericError) and not re.search(r"status code: 4(?!08|29)", text):
-            line += f" ({tried[0]})" if (tried := re.search(r"after \d+ retries", text)) else " (no answer)"
+        wordings = (r"<Message>([^<]+)", r'(?:message|error): "([^"]+)', r"HTTP error: (.+)")
+        said = next(filter(None, (re.search(wording, text) for wording in wordings)), None)
+        line = f"{uri}: {said[1] if said else first_line(error)}"
+        # What a store says of a request has a type of its own, but for some of the statuses that begin with 4. A writer
+        # raises an OSError.
+        if isinstance(error, (obstore.exceptions.GenericError, OSError)) and not re.search(
+            r"status code: 4(?!08|29)", text
+        ):
+            tried = re.search(r"after \d+ retries", text)
+            raise StoreOutage(f"{line} ({tried[0]})" if tried else line) from error
         raise StoreFault(line) from error

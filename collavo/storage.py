@@ -14,19 +14,22 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import lru_cache, partial, wraps
 from glob import glob
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, Concatenate, ParamSpec, TypeVar, cast
 from urllib.parse import unquote
 
 import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, PyFileSystem
 
-from collavo.errors import Rejected, UserError, first_line
-from collavo.remote_file import RemoteFile
+from collavo.errors import Rejected, StoreFault, StoreOutage, UserError, first_line
+from collavo.remote_file import RemoteFile, RemoteWriter
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MANIFEST, REJECTS, REPORT = "manifest.json", "rejects.jsonl", "report.html"
 """Files of a finished data set, beside its shards."""
@@ -35,16 +38,15 @@ MAX_FILE_BYTES = 256 << 20
 """An image or mask file larger than this is refused unread."""
 
 FAULTS = (OSError, pa.ArrowException)
-"""What reading and writing raise where the storage refuses."""
+"""What reading and writing raise where a disk or a store refuses; one that does not answer raises `StoreOutage`."""
 
 _NATIVE_SCHEMES = ("gs", "gcs", "abfs", "abfss")
 _GCS_OPTIONS = "?retry_limit_seconds=60"
 _SCHEMES = "s3, gs and abfs are read as they are, hf and whatever else fsspec knows through its package"
 _OUTAGE = re.compile(
-    r"\((after \d+ retries|no answer)\)$|HTTP status 5\d\d"
-    r"|google::cloud::Status\((UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED)"
+    r"google::cloud::Status\((UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED)|HTTP status 5\d\d"
 )
-"""What the clients say where a store does not answer, which tells nothing of the file."""
+"""What Arrow says where a store does not answer; the type of its error is the same as for any other."""
 
 _READ_AHEAD_BYTES = 4 << 20
 
@@ -77,14 +79,30 @@ def _real_folder(folder: str) -> str:
 
 
 @contextmanager
-def _one_kind_of_fault() -> Iterator[None]:
-    """Raise as OSError what the clients behind fsspec raise, each in its own way."""
+def _faults(uri: str) -> Iterator[None]:
+    """Raise what the clients of stores raise, each in its own way, as `StoreOutage` or `StoreFault`; what a disk
+    refuses, and a missing file, come as they are."""
     try:
         yield
-    except (*FAULTS, UserError, Rejected):
+    except (FileNotFoundError, StoreFault, UserError):
         raise
     except Exception as error:
-        raise OSError(first_line(error)) from error
+        if is_local(uri):
+            raise
+        line = first_line(error).partition(" error_info=")[0]  # where Google's client says it all again
+        no_answer = _OUTAGE.search(line) or isinstance(error, (ConnectionError, TimeoutError))
+        raise (StoreOutage if no_answer else StoreFault)(f"{uri}: {line}") from error
+
+
+def _one_kind_of_fault(function: Callable[Concatenate[str, P], T]) -> Callable[Concatenate[str, P], T]:
+    """Have all faults of a function's first argument, a URI, raised as `_faults` does."""
+
+    @wraps(function)
+    def guarded(uri: str, *rest: P.args, **named: P.kwargs) -> T:
+        with _faults(uri):
+            return function(uri, *rest, **named)
+
+    return guarded
 
 
 def check_reachable(uri: str) -> None:
@@ -102,7 +120,7 @@ def read_bytes(uri: str) -> bytes:
 
     Raises:
         Rejected: `missing_file`, `not_a_file`, `unreadable_file`, or `oversized_file` above `MAX_FILE_BYTES`;
-            UserError: where a store does not answer, as after its client has tried for a while.
+            StoreOutage: where a store does not answer, as after its client has tried for a while.
     """
     try:
         if is_local(uri) and not stat.S_ISREG(os.stat(local_path(uri)).st_mode):
@@ -110,11 +128,10 @@ def read_bytes(uri: str) -> bytes:
         data = _read_bounded(uri)
     except FileNotFoundError as error:
         raise Rejected("missing_file", uri) from error
+    except StoreOutage:
+        raise
     except (*FAULTS, UserError) as error:
-        line = fault_line(uri, error)
-        if _OUTAGE.search(line):
-            raise UserError(line, exit_status=1) from error
-        raise Rejected("unreadable_file", line) from error
+        raise Rejected("unreadable_file", fault_line(uri, error)) from error
     if data is None:
         raise Rejected("oversized_file", f"{uri}: more than {MAX_FILE_BYTES >> 20} MiB")
     return data
@@ -125,7 +142,7 @@ def fault_line(uri: str, error: Exception) -> str:
     return f"{uri}: {first_line(error).removeprefix(f'{uri}: ')}"
 
 
-@_one_kind_of_fault()
+@_one_kind_of_fault
 def _read_bounded(uri: str) -> bytes | None:
     """Read a file; None if it is too large."""
     if _is_s3(uri):
@@ -138,7 +155,7 @@ def _read_bounded(uri: str) -> bytes | None:
         return None if size > MAX_FILE_BYTES else file.read()
 
 
-@_one_kind_of_fault()
+@_one_kind_of_fault
 def read_range(uri: str, offset: int, length: int) -> bytes:
     """Read some bytes of a file."""
     if _is_s3(uri):
@@ -149,7 +166,7 @@ def read_range(uri: str, offset: int, length: int) -> bytes:
         return file.read(length)
 
 
-@_one_kind_of_fault()
+@_one_kind_of_fault
 def size_of(uri: str) -> int:
     """Return the bytes of a file."""
     if is_local(uri):
@@ -164,7 +181,7 @@ def size_text(size: float) -> str:
     return f"{size / factor:,.1f} {unit}"
 
 
-@_one_kind_of_fault()
+@_one_kind_of_fault
 def exists(uri: str) -> bool:
     """Tell whether there is a file of that name, or on a disk a folder."""
     if is_local(uri):
@@ -179,36 +196,42 @@ def open_read(uri: str) -> BinaryIO:
     return file if is_local(uri) else cast(BinaryIO, io.BufferedReader(file, _READ_AHEAD_BYTES))
 
 
-@_one_kind_of_fault()
+@_one_kind_of_fault
 def open_random(uri: str) -> BinaryIO:
     """Open a file to read here and there; on a store, each read is one request for just these bytes."""
     if is_local(uri):
         return open(local_path(uri), "rb")
     files, path = _remote(uri)
-    return cast(BinaryIO, _GoogleFile(files, path) if uri.startswith("g") else files.open_input_file(path))
+    return cast(BinaryIO, files.open_input_file(path) if _is_s3(uri) else _ArrowFile(uri, files, path))
 
 
-class _GoogleFile(RemoteFile):
-    """A file on Google Cloud; the whole of it is one request.
+class _ArrowFile(RemoteFile):
+    """A file in a store that Arrow reaches; on Google Cloud, the whole of it is one request.
 
-    Arrow's own asks for all bytes from there on when it is opened and at each seek, and fails at the end of the file.
+    There Arrow's own asks for all bytes from there on when it is opened and at each seek, and fails at the end of the
+    file.
     """
 
     _file: pa.NativeFile | None = None
 
-    def __init__(self, files: FileSystem, path: str) -> None:
-        info = files.get_file_info(path)
-        if info.type != FileType.File:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-        super().__init__(info.size)
-        self._files, self._path = files, path
+    def __init__(self, uri: str, files: FileSystem, path: str) -> None:
+        self._uri, self._files, self._path = uri, files, path
+        if uri.startswith("g"):
+            info = files.get_file_info(path)
+            if info.type != FileType.File:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+            super().__init__(info.size)
+        else:
+            self._file = files.open_input_file(path)
+            super().__init__(self._file.size())
 
     def fetch(self, offset: int, size: int) -> bytes:
-        if size == self.length():
-            with self._files.open_input_stream(self._path) as stream:
-                return bytes(stream.read())
-        self._file = self._file or self._files.open_input_file(self._path)
-        return bytes(self._file.read_at(size, offset))
+        with _faults(self._uri):
+            if self._file is None and size == self.length():
+                with self._files.open_input_stream(self._path) as stream:
+                    return bytes(stream.read())
+            self._file = self._file or self._files.open_input_file(self._path)
+            return bytes(self._file.read_at(size, offset))
 
     def close(self) -> None:
         if self._file:
@@ -216,7 +239,7 @@ class _GoogleFile(RemoteFile):
         super().close()
 
 
-@_one_kind_of_fault()
+@_one_kind_of_fault
 def open_write(uri: str) -> BinaryIO:
     """Open a new file, with the folders above it; on a store it exists only once it is closed."""
     if is_local(uri):
@@ -225,7 +248,8 @@ def open_write(uri: str) -> BinaryIO:
     files, path = _remote(uri)
     if isinstance(files, PyFileSystem):  # fsspec also reaches servers that have folders, as by SFTP
         files.create_dir(path.rpartition("/")[0])
-    return cast(BinaryIO, files.open_output_stream(path))
+    stream = files.open_output_stream(path)
+    return cast(BinaryIO, stream if _is_s3(uri) else RemoteWriter(stream, partial(_faults, uri)))
 
 
 def is_folder(pattern: str) -> bool:
@@ -250,7 +274,7 @@ def list_files(pattern: str) -> list[str]:
     return sorted(path for path in glob(pattern, recursive=True) if not os.path.isdir(path))
 
 
-@_one_kind_of_fault()
+@_one_kind_of_fault
 def put_in_place(source: str, destination: str) -> None:
     """Give a finished file its final name; a repeated call, after a retry, finds it there.
 
@@ -267,28 +291,33 @@ def put_in_place(source: str, destination: str) -> None:
             raise FileNotFoundError(f"neither {source} nor {destination} exists") from None
 
 
-@_one_kind_of_fault()
 def delete(uris: Sequence[str]) -> None:
     """Remove files, and folders with all that is in them; whatever is not there is left out."""
     for uri in uris:
-        if not is_local(uri):
-            files, path = _remote(uri)
-            if _is_s3(uri):
-                files.delete(path)
-                continue
-            kind = files.get_file_info(path).type
-            if kind == FileType.Directory:
-                with suppress(FileNotFoundError):  # of Google Cloud, where no object stands for the folder itself
-                    files.delete_dir(path)
-            elif kind == FileType.File:
-                files.delete_file(path)
-        elif os.path.isdir(local_path(uri)):
+        _delete(uri)
+
+
+@_one_kind_of_fault
+def _delete(uri: str) -> None:
+    if is_local(uri):
+        if os.path.isdir(local_path(uri)):
             shutil.rmtree(local_path(uri))
         else:
             Path(local_path(uri)).unlink(missing_ok=True)
+        return
+    files, path = _remote(uri)
+    if _is_s3(uri):
+        files.delete(path)
+        return
+    kind = files.get_file_info(path).type
+    if kind == FileType.Directory:
+        with suppress(FileNotFoundError):  # of Google Cloud, where no object stands for the folder itself
+            files.delete_dir(path)
+    elif kind == FileType.File:
+        files.delete_file(path)
 
 
-@_one_kind_of_fault()
+@_one_kind_of_fault
 def _list_remote(pattern: str) -> list[str]:
     """List files in a store, found with a single listing of what lies below the fixed part of the pattern."""
     from fsspec.utils import glob_translate

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from collavo import cli
-from collavo.errors import UserError
+from collavo.errors import StoreOutage, UserError
 from collavo.folders import whole_folder
 from collavo.storage import FAULTS, MANIFEST, REJECTS, REPORT, delete, is_local, open_read, size_text
 from pipelines.local_workers import LocalWorkers, cores, count_workers, gpus_for, runs_here
@@ -57,7 +57,7 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
     # Only now, since Beam takes seconds to import. It then warns that Google's client libraries are missing, which only
     # a job on Google Cloud needs.
     logging.getLogger().addFilter(lambda record: "apitools not found" not in record.getMessage())
-    from pipelines.earlier import prepare, what_is_left
+    from pipelines.earlier import clear, prepare
     from pipelines.job import SEGMENTED
     from pipelines.launch import run_job
     from pipelines.plan import make_plan
@@ -70,12 +70,10 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
         if is_local(publication.output):
             with cli.naming("output"):
                 stack.enter_context(whole_folder(Path(publication.output), publication.stage_inside, SEGMENTED))
-        else:
-            stack.callback(_remove, publication.work)
         try:
             prepare(publication, flags.output.resume, flags.output.discard, by_model=plan.job.model is not None)
-        except FAULTS as error:
-            what_is_left(publication)
+        except (*FAULTS, StoreOutage) as error:
+            clear(publication)
             why = getattr(error, "strerror", None) or str(error)
             raise UserError(f"--output {publication.output}: {why}", exit_status=1) from error
         for note in plan.notes:
@@ -86,19 +84,14 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
             if not run_job(plan, workers, console):
                 return
         except BaseException:
-            with suppress(*FAULTS):  # the store may be what failed
-                if left := what_is_left(publication):
-                    print(left, file=sys.stderr)
+            clear(publication)
             raise
         if is_local(publication.output):
             delete([join(publication.work, ""), join(publication.segmented, "")])
+        else:
+            with suppress(*FAULTS, StoreOutage):  # of bundles that a runner tried again; the data set is whole
+                delete([join(publication.work, "")])
     _print_summary(publication.output, time.perf_counter() - start, console)
-
-
-def _remove(folder: str) -> None:
-    """Remove a folder, where its store answers; the next build finds what is left of it."""
-    with suppress(*FAULTS):
-        delete([join(folder, "")])
 
 
 def _draw_scenes(scenes: "SceneRequest", console: Console) -> None:

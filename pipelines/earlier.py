@@ -7,15 +7,18 @@ build may be others.
 
 import json
 import re
+import sys
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from posixpath import basename, join
 from typing import Any
 
 import collavo
 from collavo.dataset import opened_parquet, stated_facts
-from collavo.errors import UserError, first_line
+from collavo.errors import StoreOutage, UserError, first_line
 from collavo.storage import (
+    FAULTS,
     MANIFEST,
     delete,
     exists,
@@ -76,14 +79,19 @@ def prepare(publication: Publication, resume: bool, discard: bool, by_model: boo
             file.write(json.dumps(made_by).encode())
 
 
-def what_is_left(publication: Publication) -> str | None:
-    """Say what a build that stopped has left, in one line; None where that is nothing. Remove an empty folder."""
-    left = _segmented_files(publication)
-    if not left:
-        delete([join(publication.segmented, "")])
-        return None
-    kept = f"{_size_of(left)} of segmented pictures are kept in {publication.segmented}"
-    return f"{kept}: --resume uses them, --discard removes them"
+def clear(publication: Publication) -> None:
+    """Remove what nobody can use of a build that stopped, and say on standard error what the next one can.
+
+    Where a store does not answer, all is left to the next build, which finds it.
+    """
+    with suppress(*FAULTS, StoreOutage):
+        if left := _segmented_files(publication):
+            kept = f"{_size_of(left)} of segmented pictures are kept in {publication.segmented}"
+            print(f"{kept}: --resume uses them, --discard removes them", file=sys.stderr)
+        else:
+            delete([join(publication.segmented, "")])
+        if not is_local(publication.output):  # there, the staging folder vanishes with all of it
+            delete([join(publication.work, "")])
 
 
 def check_extension(output: str, configuration: Mapping[str, Any], templates_sha256: str, by_model: bool) -> None:

@@ -119,7 +119,8 @@ def _end_of_job(error: BaseException) -> str:
         return f"the runner cannot be reached any more ({error.code().name}): {(error.details() or '')[:_MAX_LINE]}"
     text = str(error).strip()
     state = re.search(r"\bstate:? ([A-Z_]+)", text, re.IGNORECASE)
-    last = re.sub(r"^Pipeline \S+ failed in state \w+: | \[while running .*", "", text.rpartition("\n")[2])
+    around = r"^Pipeline \S+ failed in state \w+: |[\w.]*\bStore(Fault|Outage): | \[while running .*"
+    last = re.sub(around, "", text.rpartition("\n")[2])
     return f"the job ended in state {state[1] if state else 'unknown'}: {last[:_MAX_LINE] or type(error).__name__}"
 
 
@@ -239,8 +240,12 @@ def _explained(error: BaseException | None, publication: Publication, local: boo
         text = f"{type(error).__name__}: {error}"
         if "KeyboardInterrupt" in text:
             return KeyboardInterrupt()
-        if lines := re.findall(r"\bUserError: ([^\n]+)", text):  # the last one was raised from those before
-            line = re.sub(r" \[while running .*", "", lines[-1])
+        # The last one was raised from those before.
+        if told := re.findall(r"\b(UserError|StoreFault|StoreOutage): ([^\n]+)", text):
+            kind, line = told[-1]
+            if kind != "UserError" and not local:
+                return None  # the state of the job is told with it
+            line = re.sub(r" \[while running .*", "", line)
             return UserError(line, exit_status=2 if line.startswith("--") else 1)
         if match := re.search(r"\[Errno (\d+)\](?:[^\n]*?: '([^'\n]+)')?", text):
             number, path = int(match[1]), match[2] or ""
@@ -248,8 +253,5 @@ def _explained(error: BaseException | None, publication: Publication, local: boo
                 ours = not path or path.startswith((publication.output, publication.folder))
                 where = f"--output {publication.output}" if ours else path
                 return UserError(f"{where}: {os.strerror(number)}", exit_status=1)
-        # Of a store, which has no numbers for its faults. Other runners' are told with the state of the job.
-        if local and (match := re.search(r"\b(?:StoreFault|OSError): (?!\[Errno)([^\n]+)", text)):
-            return UserError(re.sub(r" \[while running .*", "", match[1]), exit_status=1)
         error = error.__cause__ or error.__context__
     return None

@@ -454,7 +454,7 @@ def _list_for_root(source: ImagesSource, notes: list[str]) -> list[str]:
     try:
         paths, hidden = listed_paths(source.pattern)
     except UserError as error:
-        raise UserError(f"{source.pattern}: {error}") from error
+        raise UserError(fault_line(source.pattern, error), error.exit_status) from error
     except FAULTS as error:
         raise UserError(fault_line(source.pattern, error)) from error
     if hidden:

@@ -15,7 +15,7 @@ from apache_beam.pvalue import TaggedOutput
 
 from collavo.dataset import check_schema, checked_row, digest_of, opened_parquet, stated_facts
 from collavo.dataset import read_records as read_crayon_records
-from collavo.errors import Rejected, UserError
+from collavo.errors import Rejected, StoreOutage, UserError
 from collavo.sources.coco_instances import ImageInstances, stream_image_instances
 from collavo.sources.coco_panoptic import AnnotatedImage, stream_annotated_images
 from collavo.sources.dialogues import DialogueEntry, stream_dialogues
@@ -199,6 +199,8 @@ def _naming(flag: str, uri: str) -> Iterator[None]:
     """Say which flag named a source that cannot be read."""
     try:
         yield
+    except StoreOutage:
+        raise
     except (UserError, *FAULTS) as error:
         raise UserError(f"--{flag} {uri}: {str(error).removeprefix(f'{uri}: ')}") from error
 

@@ -1,5 +1,6 @@
 """An S3 server in the test process, and what was asked of it."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -14,10 +15,43 @@ BUCKET = "bucket"
 class Store:
     """A bucket, its objects and the requests since it was last asked for them."""
 
-    def __init__(self, endpoint: str) -> None:
-        self._client = boto3.client("s3", endpoint_url=endpoint)
+    def __init__(self) -> None:
+        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        self._server.start()
+        self._address = self._server.get_host_and_port()
+        self.endpoint = "http://{}:{}".format(*self._address)
+        self._client = boto3.client("s3", endpoint_url=self.endpoint)
         self._client.create_bucket(Bucket=BUCKET)
         self.requests: list[str] = []
+        self._last_request: str | None = None
+
+    def note(self, request: str) -> None:
+        """Take note of a request, which may be the last one."""
+        self.requests.append(request)
+        if self._last_request and re.search(self._last_request, request):
+            self._last_request = None
+            self.stop()
+
+    def stop(self) -> None:
+        """Answer no longer; objects are kept."""
+        server = self._server._server
+        self._server.stop()
+        server.server_close()
+
+    @contextmanager
+    def dying_after(self, request: str) -> Iterator[None]:
+        """Die after the first request that a pattern fits, or at once for one that fits nothing; live again later."""
+        self._last_request = request
+        if re.search(request, ""):
+            self.note("")
+        try:
+            yield
+        finally:
+            if self._last_request:  # it never came
+                self.stop()
+            self._last_request = None
+            self._server = ThreadedMotoServer(*self._address, verbose=False)
+            self._server.start()
 
     def put(self, name: str, data: bytes) -> None:
         self._client.put_object(Bucket=BUCKET, Key=name, Body=data)
@@ -33,15 +67,12 @@ class Store:
 @contextmanager
 def s3_store() -> Iterator[Store]:
     """A store that this process and its children reach as `s3://bucket`, by the environment variables of the SDKs."""
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         patch.setenv("AWS_ACCESS_KEY_ID", "someone")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "something")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        store = Store(f"http://{host}:{port}")
-        patch.setattr(WSGIRequestHandler, "log_request", lambda self, *_: store.requests.append(self.requestline))
+        store = Store()
+        patch.setenv("AWS_ENDPOINT_URL", store.endpoint)
+        patch.setattr(WSGIRequestHandler, "log_request", lambda self, *_: store.note(self.requestline))
         yield store
-    server.stop()
+        store.stop()

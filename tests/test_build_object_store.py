@@ -9,8 +9,8 @@ from builds import build, planned, scene_sources
 from PIL import Image
 from stores import Store, s3_store
 
-from collavo import storage
-from collavo.s3 import StoreFault
+from collavo import s3, storage
+from collavo.errors import StoreFault
 from collavo.scenes import write_scenes
 from pipelines import launch
 from pipelines.command import main
@@ -90,11 +90,39 @@ def test_a_bucket_that_is_not_there_is_said_in_one_line(flags, store, tmp_path, 
     assert "s3://nowhere/" in line and f"error: {flags[0]}" in line
 
 
+@pytest.mark.parametrize(
+    ("last_request", "named"),
+    [
+        ("^$", "s3://bucket/dies"),
+        (r"GET /bucket\?.*dies", "s3://bucket/in/panoptic.json"),
+        ("GET /bucket/in/panoptic.json", "s3://bucket/in/"),
+        ("PUT /bucket/dies/.*arrow", "s3://bucket/dies/"),
+        ("PUT /bucket/dies/.*parquet", "s3://bucket/dies/"),
+        ("PUT /bucket/dies/README.md", "s3://bucket/dies/manifest.json"),
+        ("PUT /bucket/dies/manifest.json", "s3://bucket/dies/"),
+    ],
+)
+def test_a_store_that_dies_at_any_moment_is_one_line_and_leaves_nothing_whole(
+    last_request, named, store, monkeypatch, capsys
+):
+    monkeypatch.setattr(s3, "_MOST_RETRIES", 1)
+    storage._file_system.cache_clear()
+    storage.delete(["s3://bucket/dies/"])
+    flags = [*sources("s3://bucket/in"), "--output", "s3://bucket/dies", "--num_shards", "2"]
+    with store.dying_after(last_request):
+        status = main([*flags, "--direct_num_workers", "1"])
+    *_, line = capsys.readouterr().err.splitlines()
+    assert status == 1 and line.startswith("build_crayon.py: error: ") and named in line and "(after 1 retries)" in line
+    assert ("manifest.json" in store.objects("dies/")) == ("manifest" in last_request)
+    assert main([*flags, "--overwrite", "--discard"]) == 0
+    assert not [name for name in store.objects("dies/") if name.startswith(".")]
+
+
 def test_what_a_store_refuses_is_said_in_one_line_whichever_process_it_happened_in(scenes, tmp_path):
     publication = planned(*scene_sources(scenes), "--output", tmp_path / "out").job.publication
     fault = StoreFault("s3://bucket/out/a.arrow: Access Denied")
     shown = [
-        f"Traceback (most recent call last):\n  File ...\ncollavo.s3.StoreFault: {fault}\n\nDuring handling of ...",
+        f"Traceback (most recent call last):\n  File ...\ncollavo.errors.StoreFault: {fault}\n\nDuring handling of ...",
         f"StoreFault: {fault} [while running 'WriteShards']",
     ]
     for error in (fault, *map(RuntimeError, shown)):

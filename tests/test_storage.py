@@ -5,8 +5,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from collavo import storage
-from collavo.errors import Rejected, UserError
+from collavo import s3, storage
+from collavo.errors import Rejected, StoreOutage, UserError
 from collavo.storage import (
     canonical,
     check_reachable,
@@ -228,8 +228,9 @@ def test_whatever_a_client_raises_is_a_fault_of_the_storage_in_one_line(call):
 def test_a_store_that_does_not_answer_tells_nothing_of_the_file(monkeypatch):
     for name, value in {"ENDPOINT_URL": "http://127.0.0.1:1", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setattr(s3, "_MOST_RETRIES", 1)
     storage._file_system.cache_clear()
-    with pytest.raises(UserError, match="Connection refused"):
+    with pytest.raises(StoreOutage, match="Connection refused"):
         storage.read_bytes("s3://nobody/a.jpg")
     storage._file_system.cache_clear()
 
