@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,12 @@ from collavo.errors import UserError
 from collavo.scenes import write_scenes
 from collavo.storage import MANIFEST, exists, list_files, open_read, open_write
 from pipelines.command import main
+from pipelines.job import SEGMENTED
+from pipelines.model_segmentation import BatchSegmenter
+from pipelines.spill import spilled_pictures
+
+_OTHERS = 6
+"""Pictures that a network has to segment."""
 
 pytestmark = [pytest.mark.cluster, needs_scenes_model]
 
@@ -31,7 +38,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Annotated scenes with dialogues, and pictures that a network has to segment."""
     folder = tmp_path_factory.mktemp("scenes")
     write_scenes(folder / "annotated", 24, (96, 72))
-    write_scenes(folder / "others", 6, (96, 72), start=100)
+    write_scenes(folder / "others", _OTHERS, (96, 72), start=100)
     return folder
 
 
@@ -101,7 +108,12 @@ KILLS = [
 
 @pytest.mark.parametrize("victim, moment", KILLS, ids=[f"{kill.victim}-{kill.moment[-5:]}" for kill in KILLS])
 def test_what_is_killed_costs_no_row_and_leaves_nothing_that_looks_whole(
-    victim: str, moment: str, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    victim: str,
+    moment: str,
+    scenes: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Callable[[str, object], None],
 ) -> None:
     expected = build(tmp_path / "here", *sources(scenes, by_network=True)).hashes
     with Gcs(tmp_path) as store, Prism(tmp_path, store.environment) as runner:
@@ -123,13 +135,22 @@ def test_what_is_killed_costs_no_row_and_leaves_nothing_that_looks_whole(
         assert done or victim != "launcher"
         if not done:
             assert "Traceback" not in errors and launcher.returncode == 1
+            record_property("said", errors)
             (log,) = re.findall(r"error: --runner PortableRunner: .*; its log: (\S+)", errors)
             assert Path(log).read_text()
             with pytest.raises(UserError):
                 find_files([output])
-            kept = [uri for uri in list_files(f"{output}/") if uri.endswith(".arrow")]
+            spilled_pictures.cache_clear()
+            kept = len(spilled_pictures(f"{output}/{SEGMENTED}", ""))
             assert ("of segmented pictures are kept" in errors) == bool(kept) or victim == "store"
+            seen = []
+            segment_each = BatchSegmenter.segment_each
+            monkeypatch.setattr(
+                BatchSegmenter, "segment_each", lambda self, images: seen.extend(images) or segment_each(self, images)
+            )
             assert main([*job, "--resume" if kept else "--discard"]) == 0
+            assert len(seen) <= _OTHERS - kept
+            record_property("kept, segmented again", (kept, len(seen)))
         assert hashes(output) == expected
         assert not [uri for uri in list_files(f"{output}/") if "/." in uri]
 
