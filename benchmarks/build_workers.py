@@ -4,10 +4,10 @@
         [--store s3://BUCKET/FOLDER]
 
 No network runs: a stand-in sleeps for --seconds per image, as a worker waits for its GPU, so that more workers than
-cores can be compared. The rest of the build takes the cores as ever. Rates are given without start-up, which is the
-time for one image. What the graph adds is the CPU time of a build from annotations in one process, less that of the
-same steps called one after the other; what a store adds, that of such a build from and to it, less that of one on the
-disk. Prints a table, and as the last line JSON.
+cores can be compared. The rest of the build takes the cores as ever. A rate is that from when the first worker takes
+its first batch until the last one is done with its last. What the graph adds is the CPU time of a build from
+annotations in one process, less that of the same steps called one after the other; what a store adds, that of such a
+build from and to it, less that of one on the disk. Prints a table, and as the last line JSON.
 """
 
 import argparse
@@ -43,12 +43,16 @@ class Sleeper:
 
     categories = COCO_PANOPTIC
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, log: Path) -> None:
         self._seconds = seconds
+        self._log = log
         self.facts = {"segmenter": "sleeper"}
 
     def segment(self, images: Sequence[np.ndarray]) -> list[PanopticMap]:
+        start = time.monotonic()
         time.sleep(self._seconds * len(images))
+        with self._log.open("a") as log:  # of all workers
+            log.write(f"{start} {time.monotonic()}\n")
         return [build_panoptic_map(_halves(image), (SegmentInfo(1, 0), SegmentInfo(2, 119))) for image in images]
 
 
@@ -68,26 +72,28 @@ def main() -> None:
     add_common_flags(parser)
     args = parser.parse_args()
 
-    model = ModelConfig(partial(Sleeper, args.seconds), batch_size=8, max_batch_pixels=16_000_000, model_copies=None)
+    log = args.cache / "naps.txt"
+    model = ModelConfig(
+        partial(Sleeper, args.seconds, log), batch_size=8, max_batch_pixels=16_000_000, model_copies=None
+    )
     plan._model = lambda *_: model  # type: ignore[assignment]
 
-    def seconds_of(scenes: Path, workers: int) -> float:
+    def rate_of(scenes: Path, workers: int) -> float:
+        log.unlink(missing_ok=True)
         flags = ["--images", f"{scenes}/images/", "--output", f"{args.cache}/out-workers", "--overwrite", "--discard"]
         flags += ["--segmenter_checkpoint", "scenes"]  # which is here; the stand-in takes its place
-        start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
             assert build([*flags, "--direct_num_workers", str(workers)]) == 0
-        return time.perf_counter() - start
+        naps = [[*map(float, line.split())] for line in log.read_text().splitlines()]
+        return args.count / (max(end for _, end in naps) - min(start for start, _ in naps))
 
     one, many = (cached_scenes(args.cache, count, args.size) for count in (1, args.count))
     shuffled = _count_packed()
-    seconds_of(many, 1)
+    rates = {1: rate_of(many, 1)}  # in this process
     per_image = sum(shuffled) / args.count
-    rates: dict[int, float] = {}
     for workers in args.workers:
-        startup = seconds_of(one, workers)
-        rates[workers] = (args.count - 1) / (seconds_of(many, workers) - startup)
-        print(f"{workers} workers: {rates[workers]:.1f} images/s, start-up {startup:.1f} s", flush=True)
+        rates[workers] = rates.get(workers) or rate_of(many, workers)
+        print(f"{workers} workers: {rates[workers]:.2f} images/s", flush=True)
     print(f"an image puts {per_image:.0f} bytes into shuffles")
     added = _added_per_image(one, many, args)
     print("CPU milliseconds an image: " + ", ".join(f"{name} {ms:.2f}" for name, ms in added.items()))

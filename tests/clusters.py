@@ -225,17 +225,20 @@ class Prism:
     def kill(self) -> None:
         kill(self._process)
 
-    def kill_worker(self) -> None:
-        """Kill the processes that the pools start for the job, once there are any."""
-        workers: list[int] = []
-        while not workers:
+    def workers(self) -> list[int]:
+        """Wait for the processes that the pools start for the job."""
+        found: list[int] = []
+        while not found:
             time.sleep(0.1)
             for process in Path("/proc").glob("[0-9]*"):
                 with suppress(OSError):  # it has ended
                     of_job = b"SdkHarness(" in (process / "cmdline").read_bytes()
                     if of_job and os.getpgid(int(process.name)) in self._pools:
-                        workers.append(int(process.name))
-        for worker in workers:
+                        found.append(int(process.name))
+        return found
+
+    def kill_worker(self) -> None:
+        for worker in self.workers():
             os.kill(worker, signal.SIGKILL)
 
 

@@ -124,7 +124,8 @@ def test_what_is_killed_costs_no_row_and_leaves_nothing_that_looks_whole(
         while not any(re.search(moment, uri) for uri in list_files(f"{output}/")):
             assert launcher.poll() is None
             time.sleep(0.05)
-        time.sleep(2 if moment == "made_by" else 0)  # the job is on its way to the runner
+        if moment == "made_by":
+            runner.workers()  # the runner has got the job
         {"worker": runner.kill_worker, "runner": runner.kill, "store": store.kill, "launcher": launcher.kill}[victim]()
         _, errors = launcher.communicate(timeout=600)
         if victim == "store":
