@@ -117,6 +117,8 @@ def _end_of_job(error: BaseException) -> str:
     """Say in what state a job ended, with the last line of what its runner said of it."""
     if isinstance(error, grpc.RpcError) and isinstance(error, grpc.Call):
         return f"the runner cannot be reached any more ({error.code().name}): {(error.details() or '')[:_MAX_LINE]}"
+    if isinstance(error, grpc.FutureTimeoutError):
+        return "the runner cannot be reached"
     text = str(error).strip()
     state = re.search(r"\bstate:? ([A-Z_]+)", text, re.IGNORECASE)
     around = r"^Pipeline \S+ failed in state \w+: |[\w.]*\bStore(Fault|Outage): | \[while running .*"

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
-from builds import status_of
+from builds import scene_sources, status_of
 from conftest import cores
 
 from collavo.errors import UserError
+from collavo.scenes import write_scenes
 from pipelines import local_workers
 from pipelines.options import build_parser
 from pipelines.runners import check_file_systems, check_workers, parse_beam_options
@@ -170,3 +171,11 @@ def test_the_image_of_the_workers_imports_what_is_there():
     dockerfile = (Path(__file__).parents[1] / "docker" / "Dockerfile").read_text()
     modules = re.findall(r"\b(?:pipelines|collavo)\.[\w.]+", dockerfile)
     assert modules and all(importlib.util.find_spec(module) for module in modules)
+
+
+def test_a_runner_that_is_not_there_is_said_in_one_line(tmp_path, capfd):
+    write_scenes(tmp_path / "scenes", 1, (96, 72))
+    runner = ["--runner", "PortableRunner", "--job_endpoint", "localhost:1", "--job_server_timeout", "1"]
+    assert status_of(*scene_sources(tmp_path / "scenes"), "--output", tmp_path / "out", *runner) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "error: --runner PortableRunner: the runner cannot be reached; its log: " in line
