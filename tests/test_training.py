@@ -151,31 +151,42 @@ def assert_alike(run: Path, finished: Path, exactly: bool = False) -> None:
         torch.testing.assert_close(tensor, weights(finished)[name], **tolerance, msg=name)  # type: ignore[arg-type]
 
 
+def killed(processes: int, run: Path, *flags: str) -> None:
+    """Train until a checkpoint in the second phase is there, and kill all processes."""
+    running = torchrun(processes, *flags)
+    while len(list(run.glob("checkpoints/step-00000[45]"))) == 0 and running.poll() is None:
+        time.sleep(0.02)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    assert not (run / "crayon.safetensors").exists()
+
+
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one_also_after_they_were_killed(world: Path, finished: Path) -> None:
-    whole, killed = world / "two", world / "killed"
+    whole, run = world / "two", world / "killed"
     whole.mkdir()
     (whole / "train_args.json").write_text("{}")
     assert torchrun(2, *command(world, whole, "--overwrite")).wait() == 0  # one of them replaces the old run
     assert_alike(whole, finished)
-    flags = command(world, killed, "--checkpoint_steps", "2")
-    running = torchrun(2, *flags)
-    while len(list(killed.glob("checkpoints/step-00000[45]"))) == 0 and running.poll() is None:
-        time.sleep(0.02)
-    os.killpg(running.pid, signal.SIGKILL)
-    running.wait()
-    assert not (killed / "crayon.safetensors").exists()
-    shutil.copytree(killed, world / "killed_again")
+    flags = command(world, run, "--checkpoint_steps", "2")
+    killed(2, run, *flags)
+    shutil.copytree(run, world / "killed_again")
     assert torchrun(2, *flags, "--resume").wait() == 0
-    assert_alike(killed, whole, exactly=True)
+    assert_alike(run, whole, exactly=True)
     assert train.main([*command(world, world / "killed_again"), "--resume"]) == 0
     assert_alike(world / "killed_again", finished)
 
 
 @pytest.mark.slow
-def test_four_processes_take_the_steps_of_one(world: Path, finished: Path) -> None:
+def test_four_processes_take_the_steps_of_one_also_where_two_go_on_after_they_were_killed(
+    world: Path, finished: Path
+) -> None:
     assert torchrun(4, *command(world, world / "four")).wait() == 0
     assert_alike(world / "four", finished)
+    flags = command(world, world / "fewer", "--checkpoint_steps", "2")
+    killed(4, world / "fewer", *flags)
+    assert torchrun(2, *flags, "--resume").wait() == 0
+    assert_alike(world / "fewer", finished)
 
 
 def test_queries_can_begin_as_names_of_which_the_first_step_is_already_told(world: Path, finished: Path) -> None:
