@@ -69,9 +69,10 @@ class ImageHeader:
     """Pillow's name, such as `JPEG`."""
 
     size_wh: tuple[int, int]
-    orientation: int = 1
-    """EXIF\'s, 1 to 8; 1 for an image that is stored upright."""
     """Of the upright image."""
+
+    orientation: int = 1
+    """EXIF's, 1 to 8; 1 for an image that is stored upright."""
 
 
 def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -190,13 +191,18 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise Rejected("oversized_image", f"{error}") from error
     except UnidentifiedImageError as error:
-        raise Rejected("not_an_image", f"not an image: {_kind_of_file(data)}") from error
+        raise Rejected("not_an_image", f"not an image: {fault_in_image(data, error)}") from error
     except Exception as error:
         raise Rejected("broken_image", f"{type(error).__name__}: {error}") from error
     width, height = image.size
     if width * height > max_pixels:
         raise Rejected("oversized_image", f"{width} x {height} is more than {max_pixels} pixels")
     return image
+
+
+def fault_in_image(data: bytes, error: Exception) -> str:
+    """Say what is wrong with a file that Pillow cannot open: its own words name an address in memory alone."""
+    return _kind_of_file(data) if isinstance(error, UnidentifiedImageError) else str(error)
 
 
 def _kind_of_file(data: bytes) -> str:

@@ -77,7 +77,7 @@ def test_a_mask_of_another_size_is_refused_with_both_sizes():
 def test_what_is_no_whole_png_is_refused(data: bytes):
     with pytest.raises(Rejected) as refusal:
         decode_ids(data, (200, 200))
-    assert refusal.value.reason == "broken_mask"
+    assert refusal.value.reason == "broken_mask" and " object at 0x" not in str(refusal.value)
 
 
 @settings(max_examples=100)

@@ -13,6 +13,7 @@ from kornia_rs.io import decode_image_png_u8
 from PIL import Image
 
 from collavo.errors import Rejected
+from collavo.images import fault_in_image
 from collavo.panoptic.maps import IdRuns, id_runs
 
 _GREY_MODES = ("L", "I;16", "I;16B", "I")
@@ -79,6 +80,6 @@ def _decode(data: bytes, size_wh: tuple[int, int]) -> np.ndarray:
                 return np.asarray(mask)
             return np.asarray(mask.convert("RGB"))
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged data
-        raise Rejected("broken_mask", f"not a readable PNG: {error}") from error
+        raise Rejected("broken_mask", f"not a readable PNG: {fault_in_image(data, error)}") from error
     found, expected = f"{mask.width} x {mask.height}", f"{size_wh[0]} x {size_wh[1]}"
     raise Rejected("mask_size_mismatch", f"the mask is {found}, its image {expected}")

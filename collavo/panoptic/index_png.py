@@ -15,6 +15,7 @@ from PIL import Image
 from zlib_ng import zlib_ng
 
 from collavo.errors import Rejected
+from collavo.images import fault_in_image
 from collavo.panoptic.colors import segment_palette
 from collavo.panoptic.maps import PanopticMap
 from schemas.categories import CategorySet
@@ -61,7 +62,7 @@ def decode_index_map(data: bytes) -> np.ndarray:
     try:
         index_map = np.asarray(Image.open(io.BytesIO(data), formats=("PNG",)))
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged data
-        raise Rejected("broken_map", f"not a readable PNG: {error}") from error
+        raise Rejected("broken_map", f"not a readable PNG: {fault_in_image(data, error)}") from error
     if index_map.ndim != 2 or index_map.dtype.kind not in "ui":
         raise Rejected("broken_map", f"a map has one whole number a pixel, not {index_map.shape} of {index_map.dtype}")
     return index_map
