@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 import ijson
 
 from collavo.errors import UserError
-from collavo.sources import whole_id
+from collavo.sources import parsed_json, whole_id
+from collavo.sources.image_paths import is_utf8
 from schemas.categories import COCO_PANOPTIC, LEFT_OUT, CategorySet, name_key, without_suffixes
 
 CATEGORIES_FILE = "categories.json"
@@ -184,7 +185,7 @@ def categories_of_file(path: str, data: bytes) -> CategorySet:
         UserError: where it is not such a file.
     """
     try:
-        content = json.loads(data.decode("utf-8-sig"))
+        content = parsed_json(data.decode("utf-8-sig"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from error
     return read_categories(content.get("categories") if isinstance(content, dict) else content, path)
@@ -250,6 +251,8 @@ def _listed(names: Sequence[str]) -> str:
 def _record(record: Any, position: int, name: str, are_things: bool) -> dict[str, Any]:
     fields = record if isinstance(record, Mapping) else {}
     text, number = fields.get("name"), whole_id(fields.get("id", position))
+    if odd := [value for value in fields.values() if isinstance(value, str) and not is_utf8(value)]:
+        raise UserError(f"{name}: category {position} holds half of a surrogate pair, which is no text: {odd[0]!r:.80}")
     said = fields.get("isthing", fields.get("is_thing"))
     if not isinstance(text, str) or not text.strip() or number is None:
         raise UserError(
@@ -363,6 +366,6 @@ def _last_categories(tail: bytes) -> Any:
     text = tail[place + len(b'"categories"') :].decode("utf-8", errors="replace").lstrip().removeprefix(":").lstrip()
     try:
         value, _ = json.JSONDecoder().raw_decode(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, list) and all(isinstance(v, dict) and "name" in v for v in value) else None

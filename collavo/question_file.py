@@ -21,6 +21,7 @@ from collavo.dataset import LeftOut
 from collavo.errors import Rejected, UserError
 from collavo.inference import Answerer, Picture, Request
 from collavo.panoptic.maps import PanopticMap
+from collavo.sources import parsed_json
 
 
 class Asked(NamedTuple):
@@ -60,7 +61,7 @@ def count_answers(questions: Path, answers: Path) -> int:
     for number, (line, asked) in enumerate(zip_longest(lines, islice(read_questions(questions), len(lines))), start=1):
         answered: Any = None
         with suppress(ValueError):
-            answered = json.loads(line)
+            answered = parsed_json(line)
         same = asked and isinstance(answered, dict) and {**answered, **asked.record} == answered
         if not same:
             raise UserError(f"{answers}: its line {number} answers no question of {questions}; name another file")
@@ -151,8 +152,8 @@ class QuestionAnswerer:
 
 def _asked(number: int, line: bytes) -> Asked:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        record = parsed_json(line)
+    except ValueError as error:
         return Asked(number, {"id": number}, f"not JSON: {error}")
     if not isinstance(record, dict):
         return Asked(number, {"id": number}, "not a JSON object")

@@ -3,7 +3,6 @@
 Every contradiction is refused in one line, before anything is read or written.
 """
 
-import json
 import posixpath
 import re
 import uuid
@@ -35,6 +34,7 @@ from collavo.folders import staging_of
 from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, Phrasebook, load_phrasebook
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.segmenters import NoSegmenter, Segmenter, checkpoint_categories, load_segmenter
+from collavo.sources import parsed_json
 from collavo.sources.json_files import open_json
 from collavo.sources.records import NoImageColumn, count_records, ignored_columns, is_record_file
 from collavo.storage import (
@@ -314,7 +314,7 @@ class _Sets:
 
 def _read_map(path: str) -> dict[str, str]:
     try:
-        renamed = json.loads(_bytes_of(path).decode("utf-8-sig"))
+        renamed = parsed_json(_bytes_of(path).decode("utf-8-sig"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from error
     if not isinstance(renamed, dict) or not all(isinstance(name, str) for name in renamed.values()):

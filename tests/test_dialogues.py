@@ -59,7 +59,9 @@ def test_lines_are_read_one_by_one() -> None:
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-@pytest.mark.parametrize("damaged", ['{"id": 9, "conversations": [{"from": "hum', "nonsense", '"\ud800"}'])
+@pytest.mark.parametrize(
+    "damaged", ['{"id": 9, "conversations": [{"from": "hum', "nonsense", '"\ud800"}', '{"id":' * 9999]
+)
 def test_a_damaged_line_leaves_the_others(place: int, damaged: str) -> None:
     lines = [json.dumps({"id": i, "conversations": TURNS}) for i in range(2)]
     lines.insert(place, damaged)
@@ -106,6 +108,8 @@ def test_turns_alternate_or_the_entry_is_one_reject(
     "record, reason",
     [
         ({"conversations": "Hi"}, "malformed_entry"),
+        ({"conversations": [{"from": "human", "value": "\ud800"}, TURNS[1]]}, "malformed_entry"),
+        ({"id": "\ud800", "conversations": TURNS}, "malformed_entry"),
         ({"image": 7, "conversations": TURNS}, "malformed_entry"),
         ({"image": "a.jpg", "conversations": [{"from": "narrator", "value": "Once"}]}, "malformed_entry"),
         ({"image": "a.jpg", "conversations": [{"from": "human", "value": None}]}, "malformed_entry"),
@@ -119,6 +123,13 @@ def test_turns_alternate_or_the_entry_is_one_reject(
 def test_an_unusable_entry_does_not_stop_the_others(record: Any, reason: str) -> None:
     first, second = stream([record, {"id": "q", "image": "a.jpg", "conversations": TURNS}])
     assert isinstance(first, Rejected) and first.reason == reason
+    assert isinstance(second, DialogueEntry)
+
+
+def test_an_entry_that_is_nested_too_deeply_leaves_the_others() -> None:
+    deep = f'{{"image": {"[" * 2000}{"]" * 2000}, "conversations": []}}'
+    first, second = stream(f"[{deep}, {json.dumps({'conversations': TURNS})}]")
+    assert isinstance(first, Rejected) and (first.reason, first.entry_id) == ("malformed_entry", "#0")
     assert isinstance(second, DialogueEntry)
 
 

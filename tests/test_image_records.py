@@ -129,3 +129,17 @@ def test_damage_is_one_line_that_names_the_file(name: str) -> None:
     with pytest.raises(UserError, match=rf"^{name}: cannot be read") as refused:
         list(stream_records(io.BytesIO(b"nothing of the kind" * 60), name))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "members, reason",
+    [
+        ({"0.jpg": b"x", "0.json": b"[" * 9999}, "malformed_entry"),
+        ({"0.jpg": b"x", "0.json": json.dumps({"conversations": [{**TURNS[0], "value": "\ud800"}, TURNS[1]]}).encode()},
+         "malformed_entry"),
+        ({"\udcff.jpg": b"x"}, "bad_path"),
+    ],
+)  # fmt: skip
+def test_text_that_is_none_and_json_that_is_too_deep_are_rejects(members: dict[str, bytes], reason: str) -> None:
+    (found,) = stream_records(tar(members), "s.tar")
+    assert isinstance(found, Rejected) and found.reason == reason

@@ -6,7 +6,6 @@ braces, such as `{plural}`; `PLACEHOLDERS` lists those of each task. The default
 module."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from string import Formatter
 from typing import Any
 
 from collavo.errors import UserError
+from collavo.sources import parsed_json
+from collavo.sources.image_paths import is_utf8
 from schemas.crayon_row import TASKS
 
 DEFAULT_PHRASEBOOK = Path(__file__).with_name("phrasebook.json")
@@ -56,7 +57,7 @@ def load_phrasebook(path: Path = DEFAULT_PHRASEBOOK) -> Phrasebook:
     """
     try:
         data = path.read_bytes()
-        tasks = json.loads(data)
+        tasks = parsed_json(data)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(tasks, dict) or not tasks or set(tasks) - set(TASKS):
@@ -83,7 +84,7 @@ def _checked_phrasings(path: Path, task: str, entries: Any) -> tuple[Phrasing, .
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    return isinstance(value, str) and bool(value.strip()) and is_utf8(value)
 
 
 def _check_placeholders(path: Path, task: str, place: str, text: str) -> None:

@@ -1,5 +1,6 @@
 """Read the sources of images: COCO panoptic files, LLaVA files, and the paths that they name."""
 
+import json
 from typing import Any
 
 
@@ -8,6 +9,18 @@ def fault_in_json(error: Exception) -> str:
     message = error.args[0] if error.args else ""
     text = message.decode(errors="replace") if isinstance(message, bytes) else str(message)
     return f"{type(error).__name__}: {text.partition(chr(10))[0]}"
+
+
+def parsed_json(text: str | bytes) -> Any:
+    """Parse JSON.
+
+    Raises:
+        ValueError: if it is no JSON, or is nested more deeply than Python's stack is.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def whole_id(value: Any) -> int | None:

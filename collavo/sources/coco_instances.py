@@ -71,7 +71,7 @@ def stream_image_instances(file: BinaryIO, name: str, labels: Mapping[int, int])
                 store.write(text)
             for image_id, image in images.items():
                 yield _image(image_id, image, places.get(image_id), store)
-    except (ijson.JSONError, AttributeError, TypeError) as error:
+    except (ijson.JSONError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{name}: not COCO instance JSON to its end ({fault_in_json(error)})") from error
 
 

@@ -85,7 +85,7 @@ def stream_annotated_images(
                     yield annotation
                 else:
                     yield images[image_id]._replace(annotation=annotation)
-    except (ijson.JSONError, AttributeError, TypeError) as error:
+    except (ijson.JSONError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{name}: not COCO panoptic JSON to its end ({fault_in_json(error)})") from error
     for image_id, image in images.items():
         if image_id not in annotated:

@@ -10,7 +10,6 @@ after that is one reject: nobody knows what answers what. The 665k mix is larger
 whole.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
@@ -19,7 +18,8 @@ from typing import Any, BinaryIO, NamedTuple
 import ijson
 
 from collavo.errors import Rejected, UserError
-from collavo.sources import fault_in_json
+from collavo.sources import fault_in_json, parsed_json
+from collavo.sources.image_paths import is_utf8
 from schemas.crayon_row import Dialogue
 
 SPEAKERS = {
@@ -59,6 +59,8 @@ def stream_dialogues(file: BinaryIO, name: str) -> Iterator[DialogueEntry | Reje
             yield record if isinstance(record, Rejected) else _entry(record, position)
         except Rejected as error:
             yield error
+        except RecursionError:  # where a message would show what was found
+            yield Rejected("malformed_entry", "nested too deeply", f"#{position}")
     if position < 0:
         raise UserError(f"{name}: no entries; expected a JSON list, or JSON lines, of objects with 'conversations'")
 
@@ -72,7 +74,10 @@ def dialogue_of(fields: Mapping[str, Any], entry_id: str) -> Dialogue:
     said = fields.get("conversations") or fields.get("messages")
     if not isinstance(said, list) or not said:
         raise Rejected("malformed_entry", "expected an object with turns in 'conversations' or 'messages'", entry_id)
-    return Dialogue(entry_id, _turns(said, entry_id))
+    turns = _turns(said, entry_id)
+    if not all(map(is_utf8, (entry_id, *(value for _, value in turns)))):
+        raise Rejected("malformed_entry", "half of a surrogate pair, which JSON can hold, is no text", entry_id)
+    return Dialogue(entry_id, turns)
 
 
 def _records(file: BinaryIO, name: str) -> Iterator[Any]:
@@ -107,7 +112,7 @@ def _is_json_lines(file: BinaryIO) -> bool:
     lines = islice((line for line in map(bytes.strip, file) if line), 2)
     for line in lines:
         with suppress(ValueError):
-            record = json.loads(line)
+            record = parsed_json(line)
             if isinstance(record, dict) and ("conversations" in record or "messages" in record):
                 return True
         if line.endswith((b"{", b"[", b":", b",")):
@@ -122,7 +127,7 @@ def _lines(file: BinaryIO) -> Iterator[Any]:
         if not line.strip():
             continue
         try:
-            yield json.loads(line)
+            yield parsed_json(line)
         except ValueError as error:
             yield Rejected("malformed_entry", f"line {number} is not JSON ({error})", f"line {number}")
 

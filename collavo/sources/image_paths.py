@@ -49,10 +49,10 @@ def is_hidden(path: str) -> bool:
     return any(part.startswith(".") for part in path.split("/") if part not in ("", ".", ".."))
 
 
-def is_utf8(path: str) -> bool:
-    """Tell whether a path is proper text; names in file systems need not be."""
+def is_utf8(text: str) -> bool:
+    """Tell whether a text is a proper one; names in file systems and escapes in JSON need not be."""
     try:
-        path.encode()
+        text.encode()
     except UnicodeEncodeError:
         return False
     return True

@@ -7,7 +7,6 @@ columns and members are left alone.
 """
 
 import io
-import json
 import posixpath
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -19,8 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from collavo.errors import Rejected, UserError
+from collavo.sources import parsed_json
 from collavo.sources.dialogues import dialogue_of
-from collavo.sources.image_paths import is_hidden, is_image_name, without_extension
+from collavo.sources.image_paths import is_hidden, is_image_name, is_utf8, without_extension
 from schemas.crayon_row import Dialogue
 
 DIALOGUE_COLUMNS = ("conversations", "messages")
@@ -173,7 +173,7 @@ def _tar_record(stem: str, key: str, members: Mapping[str, bytes], image_column:
         listed = ", ".join(f".{column}" for column in images or members)
         return Rejected(reason, f"its {'images' if images else 'members'} are {listed}", f"{stem}/{key}")
     try:
-        said = json.loads(members["json"]) if "json" in members else {}
+        said = parsed_json(members["json"]) if "json" in members else {}
     except ValueError as error:
         return Rejected("malformed_entry", f"{key}.json is not JSON ({error})", f"{stem}/{key}")
     said = said if isinstance(said, dict) else {"conversations": said}
@@ -181,6 +181,8 @@ def _tar_record(stem: str, key: str, members: Mapping[str, bytes], image_column:
 
 
 def _record(path: str, image: Any, said: Mapping[str, Any]) -> ImageRecord | Rejected:
+    if not is_utf8(path):
+        return Rejected("bad_path", f"{path!r} is not UTF-8", path)
     # A list of one is what chat data sets have; of several, none is the picture that a row is about.
     if isinstance(image, list):
         if len(image) > 1:
