@@ -96,13 +96,25 @@ def test_scattered_annotations_come_together() -> None:
     assert second.instances is None and second.size_wh is None
 
 
-def test_one_bad_annotation_leaves_the_others() -> None:
+@pytest.mark.parametrize(
+    "bad, reason",
+    [
+        (annotation("x", 1), "malformed_entry"),
+        (annotation(3, 1, segmentation=[]), "malformed_entry"),
+        (annotation(5, 1, category_id=2), "unknown_category"),
+    ],
+)
+def test_an_image_of_which_an_annotation_cannot_be_used_is_one_reject(bad: Any, reason: str) -> None:
+    images = [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "b.jpg"}]
+    spoiled, image = stream({"images": images, "annotations": [bad, annotation(4, 1), bad, annotation(6, 2)]})
+    assert (spoiled.reason, spoiled.entry_id) == (reason, "1") and f"annotation {bad['id']}: " in str(spoiled)
+    assert [i[0] for i in json.loads(image.instances)] == [6]
+
+
+def test_an_annotation_of_no_image_leaves_the_others() -> None:
     images = [{"id": 1, "file_name": "a.jpg"}]
-    bad = [annotation("x", 1), annotation(2, 9), annotation(3, 1, segmentation=[]), annotation(5, 1, category_id=2)]
-    bad.append(annotation(4, 1))
-    *rejects, image = stream({"images": images, "annotations": bad})
-    assert [r.reason for r in rejects] == ["malformed_entry", "unknown_image", "malformed_entry", "unknown_category"]
-    assert [i[0] for i in json.loads(image.instances)] == [4]
+    rejected, image = stream({"images": images, "annotations": [annotation(2, 9), annotation(4, 1)]})
+    assert rejected.reason == "unknown_image" and [i[0] for i in json.loads(image.instances)] == [4]
 
 
 COCO_THINGS = [{"id": c.category_id, "name": c.name, "supercategory": "any"} for c in COCO_PANOPTIC.things]

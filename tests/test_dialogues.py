@@ -24,6 +24,7 @@ NULL_PARTS = [
     {"role": "assistant", "content": [{"type": "text", "text": "A person."}]},
 ]
 URL_PARTS = [{"type": "image_url", "image_url": {"url": "a.jpg"}, "text": None}, {"type": "text", "text": "\nWho?"}]
+DEEP = '{"id":' * 9999 + "1"
 SAID = (("human", "<image>\nWho?"), ("gpt", "A person."))
 
 
@@ -59,9 +60,7 @@ def test_lines_are_read_one_by_one() -> None:
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-@pytest.mark.parametrize(
-    "damaged", ['{"id": 9, "conversations": [{"from": "hum', "nonsense", '"\ud800"}', '{"id":' * 9999]
-)
+@pytest.mark.parametrize("damaged", ['{"id": 9, "conversations": [{"from": "hum', "nonsense", '"\ud800"}', DEEP])
 def test_a_damaged_line_leaves_the_others(place: int, damaged: str) -> None:
     lines = [json.dumps({"id": i, "conversations": TURNS}) for i in range(2)]
     lines.insert(place, damaged)
@@ -108,8 +107,6 @@ def test_turns_alternate_or_the_entry_is_one_reject(
     "record, reason",
     [
         ({"conversations": "Hi"}, "malformed_entry"),
-        ({"conversations": [{"from": "human", "value": "\ud800"}, TURNS[1]]}, "malformed_entry"),
-        ({"id": "\ud800", "conversations": TURNS}, "malformed_entry"),
         ({"image": 7, "conversations": TURNS}, "malformed_entry"),
         ({"image": "a.jpg", "conversations": [{"from": "narrator", "value": "Once"}]}, "malformed_entry"),
         ({"image": "a.jpg", "conversations": [{"from": "human", "value": None}]}, "malformed_entry"),

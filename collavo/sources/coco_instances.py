@@ -1,7 +1,8 @@
 """COCO's *instance* annotation files, read as streams: masks of things, for counting and boxes without panoptic masks.
 
 The annotations of one image stand scattered over a file of half a gigabyte. So the file is read once, each annotation
-goes to a temporary file, and what is kept in memory is where those of each image lie.
+goes to a temporary file, and what is kept in memory is where those of each image lie. An image one of whose annotations
+cannot be used is one reject: without that object, its counts and what it is said not to show would be wrong.
 
 Source: the COCO data format, https://cocodataset.org/#format-data, object detection.
 """
@@ -56,39 +57,46 @@ def stream_image_instances(file: BinaryIO, name: str, labels: Mapping[int, int])
         file.seek(0)
         with tempfile.TemporaryFile() as store:
             places: dict[str, array[int]] = {}
+            spoiled: dict[str, Rejected] = {}
             for record in ijson.items(file, "annotations.item", use_float=True):
-                problem = _problem(record, images, labels)
-                if problem:
-                    yield problem
+                image_id = image_key(record.get("image_id"))
+                if image_id is None or image_id not in images:
+                    detail = "an annotation of an image not in 'images'"
+                    yield Rejected("unknown_image", detail, f"annotation {record.get('id')}")
                     continue
-                category_id = whole_id(record["category_id"])
-                label = labels[-1 if category_id is None else category_id]
-                if label == LEFT_OUT:
+                try:
+                    instance = _instance(record, labels)
+                except Rejected as error:
+                    detail = f"annotation {record.get('id')}: {error}"
+                    spoiled.setdefault(image_id, Rejected(error.reason, detail, image_id))
                     continue
-                kept = [whole_id(record["id"]), label, int(bool(record.get("iscrowd"))), record["segmentation"]]
-                text = json.dumps(kept, separators=(",", ":")).encode()
-                places.setdefault(image_key(record["image_id"]) or "", array("Q")).extend([store.tell(), len(text)])
-                store.write(text)
+                if instance:
+                    text = json.dumps(instance, separators=(",", ":")).encode()
+                    places.setdefault(image_id, array("Q")).extend([store.tell(), len(text)])
+                    store.write(text)
             for image_id, image in images.items():
-                yield _image(image_id, image, places.get(image_id), store)
+                yield spoiled.get(image_id) or _image(image_id, image, places.get(image_id), store)
     except (ijson.JSONError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{name}: not COCO instance JSON to its end ({fault_in_json(error)})") from error
 
 
-def _problem(record: Any, images: Mapping[str, Any], labels: Mapping[int, int]) -> Rejected | None:
-    image_id = image_key(record.get("image_id"))
-    id_, category_id = (whole_id(record.get(key)) for key in ("id", "category_id"))
-    entry_id = f"annotation {record.get('id')}"
-    if id_ is None or category_id is None or image_id is None:
-        detail = "an annotation needs an 'image_id' and whole numbers 'id' and 'category_id'"
-        return Rejected("malformed_entry", detail, entry_id)
-    if image_id not in images:
-        return Rejected("unknown_image", "an annotation of an image not in 'images'", entry_id)
+def _instance(record: Mapping[str, Any], labels: Mapping[int, int]) -> list[Any] | None:
+    """Return `[id, label, iscrowd, segmentation]`, None for an instance of a class that is left out.
+
+    Raises:
+        Rejected: `malformed_entry` or `unknown_category`.
+    """
+    id_, category_id = whole_id(record.get("id")), whole_id(record.get("category_id"))
+    if id_ is None or category_id is None:
+        raise Rejected("malformed_entry", "an annotation needs whole numbers 'id' and 'category_id'")
     if category_id not in labels:
-        return Rejected("unknown_category", f"category_id {category_id} is not in the file's categories", entry_id)
-    if not isinstance(record.get("segmentation"), list | dict) or not record["segmentation"]:
-        return Rejected("malformed_entry", "an instance without a 'segmentation'; a box alone makes no map", entry_id)
-    return None
+        raise Rejected("unknown_category", f"category_id {category_id} is not in the file's categories")
+    if labels[category_id] == LEFT_OUT:
+        return None
+    segmentation = record.get("segmentation")
+    if not isinstance(segmentation, list | dict) or not segmentation:
+        raise Rejected("malformed_entry", "an instance without a 'segmentation'; a box alone makes no map")
+    return [id_, labels[category_id], int(bool(record.get("iscrowd"))), segmentation]
 
 
 def _image(image_id: str, image: Mapping[str, Any], places: "array[int] | None", store: BinaryIO) -> ImageInstances:
