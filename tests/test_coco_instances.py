@@ -2,6 +2,7 @@
 
 import io
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 from builds import DataSet, build
 from conftest import encoded as image_bytes
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from pycocotools import mask as coco_mask
 
 from collavo.errors import Rejected, UserError
 from collavo.panoptic.index_png import decode_index_map
-from collavo.panoptic.instances import Instance, instances_map
+from collavo.panoptic.instances import Instance, instances_map, run_lengths
 from collavo.panoptic.maps import SegmentInfo
 from collavo.sources.coco_instances import stream_image_instances
 from schemas.categories import COCO_PANOPTIC
@@ -40,8 +43,8 @@ def instance(id_: int, segmentation: Any, label: int = 0, is_crowd: bool = False
 
 def test_overlaps_go_to_the_smaller_and_boxes_are_each_ones_own() -> None:
     large, small = instance(1, rectangle(0, 0, 10, 10)), instance(2, encoded((6, 4, 16, 8)))
-    for given in ([large, small], [small, large]):
-        found = instances_map(given, SIZE_WH)
+    for both in ([large, small], [small, large]):
+        found = instances_map(both, SIZE_WH)
         first, second = found.segments
         assert (first.id, first.box_xyxy, first.area, first.numbering) == (1, (0, 0, 10, 10), 100, 1)
         assert (second.id, second.box_xyxy, second.area, second.numbering) == (2, (6, 4, 16, 8), 40, 2)
@@ -66,7 +69,14 @@ def test_crowds_are_not_numbered() -> None:
     [
         ([[1, 2]], "broken_mask"),
         ([[1, 2, 3, 4]], "broken_mask"),  # no box
+        ([[0, 0, float("nan"), 0, 9, 9]], "broken_mask"),  # pycocotools would end the process
+        ([[0, 0, 1e300, 0, 9, 9]], "broken_mask"),
+        ([[0, 0, 9, 0, 9, 9, 1]], "broken_mask"),
         ({"size": [10, 20], "counts": 7}, "broken_mask"),
+        ({"size": [10, 20], "counts": [10, 50]}, "broken_mask"),  # pycocotools fills the rest from memory
+        ({"size": [10, 20], "counts": [10, -5, 195]}, "broken_mask"),
+        ({"size": [10, 20], "counts": ""}, "broken_mask"),
+        ({"size": [10, 20], "counts": "zzzzzzzz~~~"}, "broken_mask"),
         ({"counts": "abc"}, "broken_mask"),
         ({"size": [20, 10], "counts": [0, 200]}, "mask_size_mismatch"),
         (encoded(), "empty_segment"),
@@ -76,6 +86,22 @@ def test_a_mask_that_cannot_be_used_is_told(segmentation: Any, reason: str) -> N
     with pytest.raises(Rejected) as refused:
         instances_map([instance(1, segmentation)], SIZE_WH)
     assert refused.value.reason == reason
+
+
+@given(st.data())
+def test_compressed_runs_are_read_as_pycocotools_writes_them_and_damaged_ones_are_refused(data: st.DataObject) -> None:
+    height, width = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40))
+    seed, share = data.draw(st.integers(0, 99)), data.draw(st.sampled_from([0.0, 0.01, 0.5, 1.0]))
+    mask = np.random.default_rng(seed).random((height, width)) < share
+    text = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"]
+    runs = run_lengths(text)
+    assert np.array_equal(np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T, mask)
+    damaged = bytearray(text)
+    for place in data.draw(st.lists(st.integers(0, len(text) - 1), min_size=1, max_size=3)):
+        damaged[place] = data.draw(st.integers(0, 127))
+    with suppress(Rejected):
+        segmentation = {"size": [height, width], "counts": damaged.decode()}
+        assert instances_map([instance(1, segmentation)], (width, height)).index_map.shape == mask.shape
 
 
 def stream(content: Any) -> list[Any]:

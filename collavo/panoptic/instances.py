@@ -16,6 +16,9 @@ from collavo.images import turn_upright
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, assemble_panoptic_map
 from schemas.categories import COCO_PANOPTIC, CategorySet
 
+_FAR = 1e5
+"""Pixels; a corner further out is a mistake."""
+
 
 class Instance(NamedTuple):
     """One annotated instance; `segmentation` is COCO's: polygons, or a run-length encoding."""
@@ -39,7 +42,7 @@ def instances_map(
         orientation: EXIF's, by which masks in the frame of the image as stored are turned; 1 for upright ones.
 
     Raises:
-        Rejected: `broken_mask` for a segmentation that pycocotools cannot read, `mask_size_mismatch` for an encoding
+        Rejected: `broken_mask` for a segmentation that is none, `mask_size_mismatch` for an encoding
             of another size, `empty_segment` for an instance without a pixel, `repeated_segment` for an id listed twice.
     """
     mask_wh = size_wh if orientation < 5 else (size_wh[1], size_wh[0])
@@ -61,28 +64,64 @@ def instances_map(
 
 def _mask(instance: Instance, size_wh: tuple[int, int]) -> np.ndarray:
     """bool [height, width]"""
-    width, height = size_wh
     segmentation = instance.segmentation
     try:
         if isinstance(segmentation, list):
-            # pycocotools takes four numbers for a box.
-            if any(len(polygon) < 6 for polygon in segmentation):
-                raise ValueError("a polygon with less than three corners")
-            encoded = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-        else:
-            found = [int(side) for side in segmentation["size"]]
-            if found != [height, width]:
-                detail = (
-                    f"the mask of instance {instance.info.id} is {found[1]} x {found[0]}, its image {width} x {height}"
-                )
-                raise Rejected("mask_size_mismatch", detail)
-            uncompressed = isinstance(segmentation["counts"], list)
-            encoded = coco_mask.frPyObjects(segmentation, height, width) if uncompressed else segmentation
-        return np.asarray(coco_mask.decode(encoded), dtype=bool)
+            return _filled(segmentation, size_wh)
+        width, height = size_wh
+        found = [int(side) for side in segmentation["size"]]
+        if found != [height, width]:
+            detail = f"the mask of instance {instance.info.id} is {found[1]} x {found[0]}, its image {width} x {height}"
+            raise Rejected("mask_size_mismatch", detail)
+        counts = segmentation["counts"]
+        runs = np.array(counts, dtype=np.int64) if isinstance(counts, list) else run_lengths(counts)
+        if (runs < 0).any() or (runs > width * height).any() or runs.sum() != width * height:
+            raise ValueError("its runs are not those of all pixels")
+        return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
     except Rejected:
         raise
-    except Exception as error:  # pycocotools' C code raises whatever it stumbles over
+    except Exception as error:  # whatever the segmentation is
         raise Rejected("broken_mask", f"instance {instance.info.id}: not a COCO segmentation ({error})") from error
+
+
+def _filled(polygons: Sequence[Any], size_wh: tuple[int, int]) -> np.ndarray:
+    """bool [height, width], of what polygons enclose.
+
+    Raises:
+        ValueError: for a list that is no polygon; pycocotools takes four numbers for a box.
+    """
+    for polygon in polygons:
+        if len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError("a polygon with less than three corners, or with half a one")
+        # At a corner that is no number, or is that far, pycocotools' C code runs for hours or ends the process.
+        if not (np.abs(np.asarray(polygon, dtype=np.float64)) < _FAR).all():
+            raise ValueError("a polygon with a corner that is nowhere near the picture")
+    runs = coco_mask.frPyObjects(polygons, size_wh[1], size_wh[0])
+    return np.asarray(coco_mask.decode(coco_mask.merge(runs)), dtype=bool)
+
+
+def run_lengths(text: str | bytes) -> np.ndarray:
+    """Read COCO's compressed run lengths: int64 [runs], column by column, the first of background.
+
+    pycocotools reads them too, but makes a mask of whatever is in memory where they end early, and at some damage ends
+    the process. A run is written as its difference to the one before the last, five bits a character, the lowest first.
+
+    Raises:
+        ValueError: for text that holds no such runs.
+    """
+    digits = np.frombuffer(text.encode() if isinstance(text, str) else text, np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero(digits & 32 == 0)  # of each run
+    if not len(digits) or digits.min() < 0 or digits.max() > 63 or last[-1:] != len(digits) - 1:
+        raise ValueError("no run lengths")
+    first = np.concatenate(([0], last[:-1] + 1))
+    if (last - first).max() > 7:
+        raise ValueError("a run of more than 32 bits")
+    place = np.arange(len(digits)) - np.repeat(first, last - first + 1)
+    values = np.add.reduceat((digits & 31) << 5 * place, first)
+    values -= (digits[last] >> 4 & 1) << 5 * (place[last] + 1)  # the sign
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])
+    return values
 
 
 def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
