@@ -239,7 +239,7 @@ def opened_parquet(file: Path | str | BinaryIO, name: str = "") -> Iterator[pq.P
     """
     try:
         yield pq.ParquetFile(open_random(file) if isinstance(file, str) and not is_local(file) else file)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # names of columns are decoded when asked for
         raise UserError(f"{name or file}: cannot be read as Parquet ({first_line(error)})") from error
 
 

@@ -168,6 +168,14 @@ def test_text_that_is_none_and_a_damaged_page_are_one_line(tmp_path: Path) -> No
         list(read_rows([path], left_out=left_out))
 
 
+def test_a_name_in_the_footer_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    path = write_crayon_file(tmp_path / "rows.parquet", ROWS)
+    head, schema, group, *rest = path.read_bytes().split(b"image_sha256")
+    path.write_bytes(b"image_sha256".join((head, schema)) + b"image\x97sha256" + b"image_sha256".join((group, *rest)))
+    with pytest.raises(UserError, match=r"^\S*rows.parquet: cannot be read as Parquet \([^\n]*\)$"):
+        read_as_all_do(path, tmp_path)
+
+
 def test_a_damaged_map_is_a_skipped_sample(tmp_path: Path) -> None:
     found = lists(records())
     found[0]["panoptic_map"]["bytes"] = found[1]["panoptic_map"]["bytes"][20:50]
