@@ -320,8 +320,12 @@ def _faults(record: Mapping[str, Any], classes: int) -> Iterator[str]:
             yield "of image and panoptic_map, one is missing"
         if has_image and image.get("path") is None:
             yield "image.path is null"
-        if has_image and not all(_is_side(record[side]) for side in ("width", "height")):
-            yield f"width and height are {record['width']} and {record['height']}"
+    sides = [record.get(side) for side in ("width", "height")]
+    has_no_frame = (
+        sides == [None, None] and not record.get("segments") and not (record.get("panoptic_map") or {}).get("bytes")
+    )
+    if {"width", "height"} <= record.keys() and not (has_no_frame or all(map(_is_side, sides))):
+        yield f"width and height are {sides[0]} and {sides[1]}"
     ids = set()
     for segment in record.get("segments", ()):
         ids.add(segment["id"])

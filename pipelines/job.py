@@ -72,6 +72,9 @@ class CrayonJob:
     categories: CategorySet
     """The set of the rows' classes."""
 
+    askable: frozenset[int] | None
+    """The things that all sources look for, see `ClassStatistics`; None for all of the set."""
+
     mask_frame: str
     """Where EXIF turns an image, whether masks are `stored` or `upright`; `auto` where their size tells."""
 

@@ -26,7 +26,7 @@ from collavo.categories import (
     labels_by_id,
 )
 from collavo.cli import naming
-from collavo.dataset import category_set
+from collavo.dataset import category_set, opened_parquet, stated_facts
 from collavo.dataset import notes as file_notes
 from collavo.embedded import SCENES
 from collavo.errors import Rejected, UserError
@@ -247,6 +247,7 @@ class _Sets:
     def __init__(self, flags: Flags, notes: list[str]) -> None:
         self._notes = notes
         self._found: list[CategorySet] = []
+        self._looked_for: list[CategorySet] = []
         self._finished: CategorySet | None = None
         self.stated = self.renamed = None
         if path := flags.segmentation.categories:
@@ -271,6 +272,7 @@ class _Sets:
     def add(self, found: CategorySet) -> None:
         """Take note of a set that the rows are to have."""
         self._found.append(joined(found))
+        self._looked_for.append(found)
 
     def note(self, line: str) -> None:
         """Tell the user something before the job runs."""
@@ -286,10 +288,26 @@ class _Sets:
             return False
         return True
 
-    def add_finished(self, found: CategorySet) -> None:
+    def add_finished(self, found: CategorySet, files: Sequence[str]) -> None:
         """Take note of the set of finished rows, which have to keep it: they name classes by their place in it."""
         self._finished = found
         self._found.insert(0, found)
+        for uri in files:
+            with open_random(uri) as file, opened_parquet(file, uri) as parquet:
+                names = stated_facts(parquet.metadata.metadata, uri).get("askable")
+            if isinstance(names, list):
+                self._looked_for.append(CategorySet(found.name, tuple(c for c in found if c.name in names)))
+
+    def askable(self) -> frozenset[int] | None:
+        """Return the things, as positions among those of the target, that every source looks for; None for all.
+
+        A file with three of COCO's classes joins COCO's set, and says nothing about the others.
+        """
+        position_of, askable = self.target.thing_positions, frozenset(range(len(self.target.things)))
+        for found in self._looked_for:
+            labels = labels_by_id(found, self.target, self.renamed).values()
+            askable &= {position_of[label] for label in labels if label in position_of}
+        return askable if len(askable) < len(position_of) else None
 
     @property
     def target(self) -> CategorySet:
@@ -350,7 +368,7 @@ def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources
     crayon_files = tuple(uri for pattern in flags.from_crayon for uri in _crayon_files(pattern))
     if crayon_files:
         with naming("from_crayon"):
-            sets.add_finished(category_set(crayon_files))
+            sets.add_finished(category_set(crayon_files), crayon_files)
             notes.extend(file_notes(crayon_files))
     tables = [labels_by_id(source, sets.target, sets.renamed) for source in own]
     splits = _parallel("coco_split", flags.coco_split, flags.coco, notes)
@@ -520,6 +538,8 @@ def _job(flags: Flags, sources: Sources, sets: _Sets, publication: Publication) 
     phrasebook = _phrasebook(flags)
     options = flags.instructions.options
     model = _model(flags.segmentation, sources, sets)
+    with naming("segmenter"):
+        askable = sets.askable()
     return CrayonJob(
         publication=publication,
         sources=sources,
@@ -531,8 +551,10 @@ def _job(flags: Flags, sources: Sources, sets: _Sets, publication: Publication) 
             "code_version": collavo.__version__,
             "templates_sha256": phrasebook.sha256,
             "instructions": asdict(options),
+            **({} if askable is None else {"askable": [sets.target.things[place].name for place in sorted(askable)]}),
         },
         categories=sets.target,
+        askable=askable,
         mask_frame=flags.segmentation.mask_frame,
         embed_images=flags.output.image_storage == "embed",
         validation_ratio=flags.output.validation_ratio,

@@ -59,6 +59,7 @@ def write_shard(
         owners: for every id that several pictures would have, the key of the one that keeps it.
         sample_count: how many rows to prepare for the report.
     """
+    statistics = dataclasses.replace(statistics, askable=job.askable)
     counts = Counts()
     samples = []
     all_rejects = list(rejects)

@@ -189,6 +189,21 @@ def test_cocos_own_instance_file_becomes_rows_of_the_built_in_set(tmp_path: Path
     assert " cars" in asked and " people" not in asked  # of whom there is a crowd
 
 
+def test_what_no_file_looks_for_is_not_called_absent(tmp_path: Path) -> None:
+    two = [{"id": 1, "name": "Person"}, {"id": 3, "name": "dog"}]
+    annotations = [annotation(10, 1, segmentation=rectangle(0, 0, 5, 5))]
+    few = build_instances(tmp_path / "few", two, annotations)
+    again = build(tmp_path / "again", "--from_crayon", few.folder, "--seed", 5)
+    (tmp_path / "map.json").write_text('{"cat": ""}')
+    three = [*two, {"id": 4, "name": "cat"}]
+    left_out = build_instances(tmp_path / "left_out", three, annotations, "--category_map", tmp_path / "map.json")
+    for data in (few, again, left_out):
+        (row,) = data.rows.values()
+        assert row.segments[0].label == COCO_PANOPTIC.by_key["person"].label
+        absent = [i.question for i in row.instructions if i.polarity == "absent"]
+        assert absent and all("dog" in question for question in absent)
+
+
 def test_classes_of_ones_own_are_things_in_an_instance_file(tmp_path: Path) -> None:
     own = [{"id": 1, "name": "Safety Helmet"}, {"id": 3, "name": "Forklift", "supercategory": "none"}]
     (row,) = build_instances(tmp_path, own, [annotation(10, 1, segmentation=rectangle(0, 0, 5, 5))]).rows.values()

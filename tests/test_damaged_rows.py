@@ -153,6 +153,15 @@ def test_a_damaged_row_is_left_out_counted_and_named(
         list(read_rows([path]))
 
 
+@pytest.mark.parametrize("width", [0, None])
+def test_a_picture_without_a_width_is_left_out(tmp_path: Path, width: int | None) -> None:
+    found = lists(records())
+    found[0]["width"] = width
+    left_out = read_as_all_do(save(tmp_path / "rows.parquet", found), tmp_path)
+    height = ROWS[0].height
+    assert left_out.lines() == [f"1 bad_value (row 1 of rows.parquet: width and height are {width} and {height})"]
+
+
 def test_text_that_is_none_and_a_damaged_page_are_one_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     marked = [replace(ROWS[0], sources=("in-clear-text",)), *ROWS[1:]]

@@ -39,6 +39,9 @@ class ClassStatistics:
 
     together: np.ndarray
 
+    askable: frozenset[int] | None = None
+    """The things that may be called absent; None for all. What no source looks for may be in any picture."""
+
     @classmethod
     def of(cls, things: int) -> Self:
         """Empty statistics over that many thing classes."""
@@ -60,7 +63,7 @@ def draw_absent_things(present: Sequence[int], count: int, statistics: ClassStat
 
     Args:
         present: the things that occur in the image, as positions among the things of their set.
-        count: how many to draw; fewer come back only if fewer classes are absent.
+        count: how many to draw; fewer come back only if fewer classes are absent and askable.
         statistics: of the whole data set.
         key: the subject of the draw, from which the first kind and all chances follow.
     """
@@ -73,9 +76,10 @@ def draw_absent_things(present: Sequence[int], count: int, statistics: ClassStat
     arrivals = np.lexsort((waiting / np.where(weights > 0, weights, 1.0), preference))
     races = [iter(things) for things in arrivals.tolist()]
     first_kind = stable_hash("kind", *key) % len(NEGATIVE_KINDS)
-    taken = set(present)
+    everything = frozenset(range(len(frequency)))
+    taken = set(present) | (everything - (everything if statistics.askable is None else statistics.askable))
     drawn: list[int] = []
-    for turn in range(min(count, len(frequency) - len(present))):
+    for turn in range(min(count, len(everything - taken))):
         race = races[(first_kind + turn) % len(races)]
         drawn.append(next(thing for thing in race if thing not in taken))
         taken.add(drawn[-1])
