@@ -6,6 +6,8 @@
 #
 #   COCO=/data/coco bash examples/coco.sh
 #
+# The same command again goes on where it stopped: what is built or trained already is kept.
+#
 # Never run on COCO as a whole, which was not downloaded here, nor on a GPU. All steps ran on drawn scenes in its layout
 # with the tiny base, and the build on one of its photographs.
 set -euo pipefail
@@ -18,15 +20,17 @@ TRAIN_FLAGS=${TRAIN_FLAGS:---preset collavo-7b --micro_batch_size 4 --gradient_c
 # 1. Build: 118,287 images for training, 5,000 for validation. At the 337 images a second and core that were measured
 #    (docs/cost.md), six minutes on one core if the disk keeps up. The rows hold the images, so the data set takes as
 #    much room as they do.
-python pipelines/build_crayon.py \
-    --coco_panoptic "$COCO/annotations/panoptic_train2017.json" "$COCO/annotations/panoptic_val2017.json" \
-    --coco_images "$COCO/train2017" "$COCO/val2017" --coco_split train validation --segmenter annotations \
-    --max_reject_ratio 0.01 --output "$OUT/data" --overwrite
+if [ ! -e "$OUT/data/manifest.json" ]; then
+    python pipelines/build_crayon.py \
+        --coco_panoptic "$COCO/annotations/panoptic_train2017.json" "$COCO/annotations/panoptic_val2017.json" \
+        --coco_images "$COCO/train2017" "$COCO/val2017" --coco_split train validation --segmenter annotations \
+        --max_reject_ratio 0.01 --output "$OUT/data"
+fi
 
 # 2. Train. COCO has no dialogues, so the image adapter alone is trained; llava_7b.sh trains both. Needs a GPU; neither
 #    time nor memory was measured, hence the small micro batch.
 # shellcheck disable=SC2086  # TRAIN_FLAGS is several words
-torchrun --nproc_per_node "$GPUS" -m collavo.train --data "$OUT"/data/*.parquet --output_dir "$OUT/run" --overwrite \
+torchrun --nproc_per_node "$GPUS" -m collavo.train --data "$OUT"/data/*.parquet --output_dir "$OUT/run" --resume \
     $TRAIN_FLAGS
 
 # 3. Evaluate: 500 images of the validation split, whose truth are COCO's annotations.

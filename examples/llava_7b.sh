@@ -7,6 +7,8 @@
 #   LLaVA's files and images as its README lays them out: playground/data/coco/train2017, gqa, ocr_vqa, textvqa, vg
 #
 #   PLAYGROUND=/data/playground/data COCO_ANNOTATIONS=/data/annotations GPUS=8 bash examples/llava_7b.sh
+#
+# The same command again goes on where it stopped: what is built, imported or trained already is kept.
 set -euo pipefail
 
 PLAYGROUND=${PLAYGROUND:?name the folder that LLaVA image paths start from}
@@ -17,24 +19,28 @@ PRESET=${PRESET:-}  # empty for a base that step 2 makes of BASE
 OUT=${OUT:-llava}
 DEVICE=${DEVICE:-cuda}  # that segments
 GPUS=${GPUS:-1}
+BUILD_FLAGS=${BUILD_FLAGS:-}  # such as --resume for what a stopped build has segmented, or --max_images 1000 for a trial
 TRAIN_FLAGS=${TRAIN_FLAGS:---micro_batch_size 4 --gradient_checkpointing}
 
 # 1. Build. COCO's images have exact masks; Mask2Former (Swin-L) segments the others. Dialogues without an image, some
-#    40,000 in the 665k mix, become rows without one.
-python pipelines/build_crayon.py \
-    --coco_panoptic "$COCO_ANNOTATIONS/panoptic_train2017.json" --coco_images "$PLAYGROUND/coco/train2017" \
-    --llava_json "$LLAVA_JSON" --image_root "$PLAYGROUND" --device "$DEVICE" --output "$OUT/data"
+#    40,000 in the 665k mix, become rows without one. A process for each GPU of the machine segments.
+if [ ! -e "$OUT/data/manifest.json" ]; then
+    # shellcheck disable=SC2086  # BUILD_FLAGS is several words
+    python pipelines/build_crayon.py \
+        --coco_panoptic "$COCO_ANNOTATIONS/panoptic_train2017.json" --coco_images "$PLAYGROUND/coco/train2017" \
+        --llava_json "$LLAVA_JSON" --image_root "$PLAYGROUND" --device "$DEVICE" --output "$OUT/data" $BUILD_FLAGS
+fi
 
 # 2. A base: LLaVA with a closed Crayon Prompt, 490 px, its projector kept.
 if [ -z "$PRESET" ]; then
     PRESET=$OUT/base
-    python -m collavo.import_base --llava "$BASE" --chat_format vicuna --output "$PRESET"
+    [ -d "$PRESET" ] || python -m collavo.import_base --llava "$BASE" --chat_format vicuna --output "$PRESET"
 fi
 
-# 3. Train both phases: one pass each, 32 sequences a step over all GPUs. Go on after a stop with --resume.
+# 3. Train both phases: one pass each, 32 sequences a step over all GPUs.
 # shellcheck disable=SC2086  # TRAIN_FLAGS is several words
 torchrun --nproc_per_node "$GPUS" -m collavo.train --data "$OUT"/data/*.parquet --preset "$PRESET" \
-    --output_dir "$OUT/run" $TRAIN_FLAGS
+    --output_dir "$OUT/run" --resume $TRAIN_FLAGS
 
 # 4. Evaluate with and without the object list in the prompt, then public benchmarks by lmms-eval.
 python -m collavo.evaluate --model "$OUT/run" --data "$OUT"/data/*.parquet --object_list both --max_images 500
@@ -43,4 +49,4 @@ if command -v lmms-eval; then  # pip install 'collavo[lmms-eval]'
 fi
 
 # 5. One model without adapters, for plain transformers.
-python -m collavo.export_model --model "$OUT/run" --output "$OUT/merged" --as merged
+[ -d "$OUT/merged" ] || python -m collavo.export_model --model "$OUT/run" --output "$OUT/merged" --as merged
