@@ -2,10 +2,11 @@
 
 import json
 import logging
+import signal
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from posixpath import join
 from typing import TYPE_CHECKING, Any
@@ -30,9 +31,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         its exit status: 0, 1 where the job could not be done, 2 where a flag names what cannot be used, 130 where the
-        job was interrupted.
+        job was interrupted, by Ctrl-C or by SIGTERM as from a batch system.
     """
-    return cli.run(PROGRAM, lambda: _main(sys.argv[1:] if argv is None else argv))
+    with _ended_like_ctrl_c():
+        return cli.run(PROGRAM, lambda: _main(sys.argv[1:] if argv is None else argv))
+
+
+@contextmanager
+def _ended_like_ctrl_c() -> Iterator[None]:
+    """Take SIGTERM for Ctrl-C while the block runs; Python's default would end the process with nothing said or cleaned
+    up."""
+    try:
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    except ValueError:  # in a thread of a notebook, say, whose signals are not ours
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _main(argv: Sequence[str]) -> None:

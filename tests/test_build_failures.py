@@ -182,21 +182,23 @@ def test_a_killed_replacement_leaves_the_old_data_and_nothing_else_that_looks_wh
 
 
 @pytest.mark.parametrize(
-    "mode, moment",
+    "mode, moment, sent",
     [
-        ("in_memory", "busy"),
-        pytest.param("multi_processing", "busy", marks=pytest.mark.slow),
-        ("multi_processing", "workers are starting"),
+        ("in_memory", "busy", signal.SIGTERM),
+        pytest.param("in_memory", "busy", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("multi_processing", "busy", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("multi_processing", "busy", signal.SIGTERM, marks=pytest.mark.slow),
+        ("multi_processing", "workers are starting", signal.SIGINT),
     ],
 )
-def test_an_interrupted_run_says_so_in_one_line_and_cleans_up(long_build, tmp_path, mode, moment):
+def test_an_interrupted_run_says_so_in_one_line_and_cleans_up(long_build, tmp_path, mode, moment, sent):
     output = tmp_path / "out"
     process = start(*long_build, "--output", output, "--direct_running_mode", mode)
     if moment == "busy":
         wait_until(lambda: busy(tmp_path, "segmented"), process)
     else:
         wait_until(lambda: psutil.Process(process.pid).children(recursive=True), process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(process.pid, sent)  # as a terminal or a batch system does
     _, stderr = process.communicate(timeout=240)
     assert process.returncode == 130
     assert stderr.splitlines() == ["build_crayon.py: interrupted"]

@@ -94,12 +94,12 @@ def test_a_bucket_that_is_not_there_is_said_in_one_line(flags, store, tmp_path, 
     ("last_request", "named"),
     [
         ("^$", "s3://bucket/dies"),
-        (r"GET /bucket\?.*dies", "s3://bucket/in/panoptic.json"),
-        ("GET /bucket/in/panoptic.json", "s3://bucket/in/"),
-        ("PUT /bucket/dies/.*arrow", "s3://bucket/dies/"),
+        pytest.param(r"GET /bucket\?.*dies", "s3://bucket/in/panoptic.json", marks=pytest.mark.slow),
+        pytest.param("GET /bucket/in/panoptic.json", "s3://bucket/in/", marks=pytest.mark.slow),
+        pytest.param("PUT /bucket/dies/.*arrow", "s3://bucket/dies/", marks=pytest.mark.slow),
         ("PUT /bucket/dies/.*parquet", "s3://bucket/dies/"),
-        ("PUT /bucket/dies/README.md", "s3://bucket/dies/manifest.json"),
-        ("PUT /bucket/dies/manifest.json", "s3://bucket/dies/"),
+        pytest.param("PUT /bucket/dies/README.md", "s3://bucket/dies/manifest.json", marks=pytest.mark.slow),
+        pytest.param("PUT /bucket/dies/manifest.json", "s3://bucket/dies/", marks=pytest.mark.slow),
     ],
 )
 def test_a_store_that_dies_at_any_moment_is_one_line_and_leaves_nothing_whole(
