@@ -335,7 +335,7 @@ def _known_color(key: str) -> list[int] | None:
 
 
 @cache
-def _hue(turn: int) -> tuple[int, ...]:
+def _candidate_rgb(turn: int) -> tuple[int, ...]:
     lightness, saturation = _SHADES[turn // 7 % len(_SHADES)]
     return tuple(round(255 * c) for c in colorsys.hls_to_rgb(turn * 0.618034 % 1.0, lightness, saturation))
 
@@ -349,7 +349,7 @@ def _colors(given: Sequence[list[int] | None]) -> Iterator[list[int]]:
         for turn in count(position):
             if color is not None:
                 break
-            rgb = _hue(turn)
+            rgb = _candidate_rgb(turn)
             # Of hundreds of classes, some have to make do with a colour that is merely another one.
             if rgb not in exact and (turn > position + 20 or _shade(rgb) not in taken):
                 taken.add(_shade(rgb))

@@ -21,7 +21,7 @@ from collavo.instructions.write import InstructionOptions, present_things, write
 from collavo.model import CollavoConfig, CollavoForConditionalGeneration
 from collavo.model.processing import CollavoProcessor, build_processor
 from collavo.panoptic.index_png import encode_index_map
-from collavo.panoptic.maps import SegmentInfo, build_panoptic_map
+from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
 from collavo.scenes import draw_scene
 from schemas.categories import COCO_PANOPTIC, CategorySet
 from schemas.crayon_row import CrayonRow, Dialogue
@@ -127,30 +127,38 @@ def _scene_row(seed: int) -> CrayonRow:
     statistics = ClassStatistics.of(len(COCO_PANOPTIC.things))
     statistics.add_image(present_things(panoptic.segments, COCO_PANOPTIC))
     name = f"scene-{seed:03d}"
+    dialogues = tuple(Dialogue(f"{name}-{i}", tuple(t)) for i, t in enumerate(scene.dialogues))
     image = encoded(Image.fromarray(scene.image), "JPEG")
+    row = _row(seed, f"{name}.jpg", image, "scenes", panoptic, statistics)
+    return replace(row, conversations=dialogues)
+
+
+def _row(
+    number: int, path: str, image: bytes, source: str, panoptic: PanopticMap, statistics: ClassStatistics
+) -> CrayonRow:
+    """The row of a picture of 96 x 72, without dialogues; every fourth is in the validation split."""
+    name = path.partition(".")[0]
     options = InstructionOptions(max_instructions=12)
     return CrayonRow(
         image_id=name,
         image_sha256=hashlib.sha256(image).hexdigest(),
         image_bytes=image,
-        image_path=f"{name}.jpg",
+        image_path=path,
         width=96,
         height=72,
-        sources=("scenes",),
+        sources=(source,),
         license_id=None,
-        split="validation" if seed % 4 == 3 else "train",
+        split="validation" if number % 4 == 3 else "train",
         panoptic_png=encode_index_map(panoptic),
         segments=panoptic.segments,
         instructions=write_instructions(
-            name, (96, 72), panoptic.segments, COCO_PANOPTIC, load_phrasebook(), statistics, options
+            name, (96, 72), panoptic.segments, panoptic.categories, load_phrasebook(), statistics, options
         ),
-        conversations=tuple(Dialogue(f"{name}-{i}", tuple(t)) for i, t in enumerate(scene.dialogues)),
     )
 
 
 def own_rows(count: int) -> list[CrayonRow]:
     """Rows of coloured squares, of the classes of `OWN_CLASSES`; every fourth is in the validation split."""
-    phrasebook, options = load_phrasebook(), InstructionOptions(max_instructions=12)
     statistics = ClassStatistics.of(len(OWN_CLASSES.things))
     statistics.add_image([0, 1, 2])
     rows = []
@@ -164,24 +172,9 @@ def own_rows(count: int) -> list[CrayonRow]:
         panoptic = build_panoptic_map(ids, infos, OWN_CLASSES)
         colors = np.array([(0, 0, 0), *(OWN_CLASSES[s.label].color_rgb for s in panoptic.segments)], dtype=np.uint8)
         image, name = encoded(Image.fromarray(colors[panoptic.index_map])), f"square-{number:03d}"
-        rows.append(
-            CrayonRow(
-                image_id=name,
-                image_sha256=hashlib.sha256(image + name.encode()).hexdigest(),
-                image_bytes=image,
-                image_path=f"{name}.png",
-                width=96,
-                height=72,
-                sources=("coco",),
-                license_id=None,
-                split="validation" if number % 4 == 3 else "train",
-                panoptic_png=encode_index_map(panoptic),
-                segments=panoptic.segments,
-                instructions=write_instructions(
-                    name, (96, 72), panoptic.segments, OWN_CLASSES, phrasebook, statistics, options
-                ),
-            )
-        )
+        row = _row(number, f"{name}.png", image, "coco", panoptic, statistics)
+        # Some are alike, but each stands for a picture of its own.
+        rows.append(replace(row, image_sha256=hashlib.sha256(image + name.encode()).hexdigest()))
     return rows
 
 

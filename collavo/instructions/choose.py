@@ -76,11 +76,10 @@ def draw_absent_things(present: Sequence[int], count: int, statistics: ClassStat
     arrivals = np.lexsort((waiting / np.where(weights > 0, weights, 1.0), preference))
     races = [iter(things) for things in arrivals.tolist()]
     first_kind = stable_hash("kind", *key) % len(NEGATIVE_KINDS)
-    everything = frozenset(range(len(frequency)))
-    taken = set(present) | (everything - (everything if statistics.askable is None else statistics.askable))
+    absent = set(range(len(frequency)) if statistics.askable is None else statistics.askable).difference(present)
     drawn: list[int] = []
-    for turn in range(min(count, len(everything - taken))):
+    for turn in range(min(count, len(absent))):
         race = races[(first_kind + turn) % len(races)]
-        drawn.append(next(thing for thing in race if thing not in taken))
-        taken.add(drawn[-1])
+        drawn.append(next(thing for thing in race if thing in absent))
+        absent.remove(drawn[-1])
     return drawn
