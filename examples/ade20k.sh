@@ -12,6 +12,8 @@
 #       TRAIN=gtFine/cityscapes_panoptic_train.json TRAIN_IMAGES=leftImg8bit/train \
 #       VAL=gtFine/cityscapes_panoptic_val.json VAL_IMAGES=leftImg8bit/val bash examples/ade20k.sh
 #
+# The same command again goes on where it stopped: what is built or trained already is kept.
+#
 # Its commands were run with drawn pictures in both layouts, with the preset `tiny` on a CPU; never with the data sets themselves.
 set -euo pipefail
 
@@ -24,13 +26,15 @@ OUT=${OUT:-ade20k}
 TRAIN_FLAGS=${TRAIN_FLAGS:-}  # more flags of collavo.train, such as --preset
 
 # 1. Build. The two files stay two splits.
-python pipelines/build_crayon.py --coco_panoptic "$TRAIN" "$VAL" --coco_images "$TRAIN_IMAGES" "$VAL_IMAGES" \
-    --coco_split train validation --output "$OUT/data" --overwrite
+if [ ! -e "$OUT/data/manifest.json" ]; then
+    python pipelines/build_crayon.py --coco_panoptic "$TRAIN" "$VAL" --coco_images "$TRAIN_IMAGES" "$VAL_IMAGES" \
+        --coco_split train validation --output "$OUT/data"
+fi
 echo "Look at $OUT/data/report.html before you train: are segments, counts and boxes right?"
 
 # 2. Train. There are no dialogues, so the image adapter alone is trained. Without a GPU this takes the preset tiny.
 # shellcheck disable=SC2086  # TRAIN_FLAGS is several words
-python -m collavo.train --data "$OUT"/data/*.parquet --output_dir "$OUT/run" --overwrite $TRAIN_FLAGS
+python -m collavo.train --data "$OUT"/data/*.parquet --output_dir "$OUT/run" --resume $TRAIN_FLAGS
 
 # 3. Evaluate on the validation split, 500 pictures of it at most.
 python -m collavo.evaluate --model "$OUT/run" --data "$OUT"/data/*.parquet --max_images 500

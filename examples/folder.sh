@@ -8,6 +8,8 @@
 #   python -m collavo.scenes --output scenes --count 40 --size 320x240
 #   IMAGES=scenes/images CHECKPOINT=scenes VALIDATION_RATIO=0.2 TRAIN_FLAGS="--max_steps 10" bash examples/folder.sh
 #
+# The same command again goes on where it stopped: what is built or trained already is kept.
+#
 # Run as a whole on drawn scenes; never with published weights, nor with a GPU.
 set -euo pipefail
 
@@ -19,17 +21,21 @@ CHECKPOINT=${CHECKPOINT:-facebook/mask2former-swin-large-coco-panoptic}
 DIALOGUES=${DIALOGUES:-}              # a file of dialogues about these pictures, in LLaVA's format or as messages
 VALIDATION_RATIO=${VALIDATION_RATIO:-0.05}  # share of pictures that evaluation asks about
 OUT=${OUT:-folder}
+BUILD_FLAGS=${BUILD_FLAGS:-}          # such as --resume for what a stopped build has segmented
 TRAIN_FLAGS=${TRAIN_FLAGS:-}          # more flags of collavo.train, such as --preset
 
 # 1. Build. A GPU is wise with a large checkpoint.
 sources=(--images "$IMAGES" --segmenter transformers --segmenter_checkpoint "$CHECKPOINT")
 if [ -n "$DIALOGUES" ]; then sources+=(--llava_json "$DIALOGUES" --image_root "$IMAGES"); fi
-python pipelines/build_crayon.py "${sources[@]}" --validation_ratio "$VALIDATION_RATIO" --output "$OUT/data" --overwrite
+if [ ! -e "$OUT/data/manifest.json" ]; then
+    # shellcheck disable=SC2086  # BUILD_FLAGS is several words
+    python pipelines/build_crayon.py "${sources[@]}" --validation_ratio "$VALIDATION_RATIO" --output "$OUT/data" $BUILD_FLAGS
+fi
 echo "Look at $OUT/data/report.html before you train: are segments, counts and boxes right?"
 
 # 2. Train. Without dialogues the image adapter alone is trained. Without a GPU this takes the preset tiny.
 # shellcheck disable=SC2086  # TRAIN_FLAGS is several words
-python -m collavo.train --data "$OUT"/data/*.parquet --output_dir "$OUT/run" --overwrite $TRAIN_FLAGS
+python -m collavo.train --data "$OUT"/data/*.parquet --output_dir "$OUT/run" --resume $TRAIN_FLAGS
 
 # 3. Evaluate. What the network found counts as the truth.
 python -m collavo.evaluate --model "$OUT/run" --data "$OUT"/data/*.parquet --max_images 500

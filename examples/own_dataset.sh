@@ -9,6 +9,8 @@
 #   TRAIN=road/panoptic_train.json TRAIN_IMAGES=road/train VAL=road/panoptic_val.json VAL_IMAGES=road/val \
 #       bash examples/own_dataset.sh
 #
+# The same command again goes on where it stopped: what is built or trained already is kept.
+#
 # Run as a whole on drawn data, and its steps one by one on 468 road photographs of CamVid with eleven classes, on a CPU;
 # docs/own-data.md tells what came out. Never run with a GPU.
 set -euo pipefail
@@ -26,12 +28,14 @@ sources=(--coco_panoptic "$TRAIN" "$VAL" --coco_images "$TRAIN_IMAGES" "$VAL_IMA
 if [ -n "$DIALOGUES" ]; then
     sources+=(--llava_json "$DIALOGUES" --image_root "$TRAIN_IMAGES" --llava_split train --segmenter annotations)
 fi
-python pipelines/build_crayon.py "${sources[@]}" --output "$OUT/data" --overwrite
+if [ ! -e "$OUT/data/manifest.json" ]; then
+    python pipelines/build_crayon.py "${sources[@]}" --output "$OUT/data"
+fi
 echo "Look at $OUT/data/report.html before you train: are segments, counts and boxes right?"
 
 # 2. Train. Crayon data alone train the image adapter alone. Without a GPU this takes the preset tiny.
 # shellcheck disable=SC2086  # TRAIN_FLAGS is several words
-python -m collavo.train --data "$OUT"/data/*.parquet --output_dir "$OUT/run" --overwrite $TRAIN_FLAGS
+python -m collavo.train --data "$OUT"/data/*.parquet --output_dir "$OUT/run" --resume $TRAIN_FLAGS
 
 # 3. Evaluate on the validation split: questions whose answers follow from your annotations.
 python -m collavo.evaluate --model "$OUT/run" --data "$OUT"/data/*.parquet

@@ -6,6 +6,8 @@
 #   TRAIN=road/panoptic_train.json TRAIN_IMAGES=road/train VAL=road/panoptic_val.json VAL_IMAGES=road/val \
 #       IMAGES=road/more bash examples/own_segmenter.sh
 #
+# The same command again goes on where it stopped: what is built or trained already is kept.
+#
 # Its steps were run on 468 road photographs of CamVid, on a CPU; docs/segmenters.md tells what came out. Never run with a
 # GPU or with published weights.
 set -euo pipefail
@@ -22,22 +24,28 @@ SEGMENTER_FLAGS=${SEGMENTER_FLAGS:-}  # more flags of collavo train-segmenter, s
 TRAIN_FLAGS=${TRAIN_FLAGS:-}          # more flags of collavo.train, such as --max_steps
 
 # 1. Rows of the annotated pictures; no network runs.
-python pipelines/build_crayon.py --coco_panoptic "$TRAIN" "$VAL" --coco_images "$TRAIN_IMAGES" "$VAL_IMAGES" \
-    --coco_split train validation --output "$OUT/annotated" --overwrite
+if [ ! -e "$OUT/annotated/manifest.json" ]; then
+    python pipelines/build_crayon.py --coco_panoptic "$TRAIN" "$VAL" --coco_images "$TRAIN_IMAGES" "$VAL_IMAGES" \
+        --coco_split train validation --output "$OUT/annotated"
+fi
 
 # 2. A segmenter for their classes, judged class by class on the validation rows.
-# shellcheck disable=SC2086  # both are several words
-python -m collavo.train_segmenter --data "$OUT"/annotated/*.parquet --segmenter_checkpoint "$CHECKPOINT" \
-    --output_dir "$OUT/segmenter" --overwrite $SEGMENTER_FLAGS
+if [ ! -e "$OUT/segmenter/config.json" ]; then
+    # shellcheck disable=SC2086  # SEGMENTER_FLAGS is several words
+    python -m collavo.train_segmenter --data "$OUT"/annotated/*.parquet --segmenter_checkpoint "$CHECKPOINT" \
+        --output_dir "$OUT/segmenter" $SEGMENTER_FLAGS
+fi
 
 # 3. Rows of the other pictures, which it segments.
-python pipelines/build_crayon.py --images "$IMAGES" --segmenter transformers --segmenter_checkpoint "$OUT/segmenter" \
-    --validation_ratio 0.1 --output "$OUT/data" --overwrite
+if [ ! -e "$OUT/data/manifest.json" ]; then
+    python pipelines/build_crayon.py --images "$IMAGES" --segmenter transformers --segmenter_checkpoint "$OUT/segmenter" \
+        --validation_ratio 0.1 --output "$OUT/data"
+fi
 echo "Look at $OUT/data/report.html before you train: are segments, counts and boxes right?"
 
 # 4. Train; judge by the annotated pictures of the validation split; ask about a picture as it comes.
-# shellcheck disable=SC2086
-python -m collavo.train --data "$OUT"/data/*.parquet --output_dir "$OUT/run" --overwrite $TRAIN_FLAGS
+# shellcheck disable=SC2086  # TRAIN_FLAGS is several words
+python -m collavo.train --data "$OUT"/data/*.parquet --output_dir "$OUT/run" --resume $TRAIN_FLAGS
 python -m collavo.evaluate --model "$OUT/run" --data "$OUT"/annotated/*.parquet
 picture=$(find "$IMAGES" -type f | sort | head -n 1)
 python -m collavo.chat --model "$OUT/run" --segmenter transformers --segmenter_checkpoint "$OUT/segmenter" \

@@ -131,6 +131,13 @@ def test_damage_is_one_line_that_names_the_file(name: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+def test_a_gzip_whose_checksum_is_wrong_is_damaged() -> None:
+    data = bytearray(tar({"0.jpg": b"x"}, "w:gz").getvalue())
+    data[-8] ^= 1
+    with pytest.raises(UserError, match=r"^x\.tar\.gz: cannot be read \(CRC check failed"):
+        list(stream_records(io.BytesIO(data), "x.tar.gz"))
+
+
 @pytest.mark.parametrize(
     "members, reason",
     [

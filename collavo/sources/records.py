@@ -6,9 +6,11 @@ Dialogues are taken from `conversations` or `messages`, in any shape that `colla
 columns and members are left alone.
 """
 
+import gzip
 import io
 import posixpath
 import tarfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -25,7 +27,7 @@ from schemas.crayon_row import Dialogue
 
 DIALOGUE_COLUMNS = ("conversations", "messages")
 _ROWS_IN_MEMORY = 50
-_PARQUET, _TAR = b"PAR1", (".tar", ".tar.gz", ".tgz")
+_GZIP, _TAR = b"\x1f\x8b", (".tar", ".tar.gz", ".tgz")
 
 
 class NoImageColumn(UserError):
@@ -49,7 +51,7 @@ def stream_records(file: BinaryIO, name: str, image_column: str | None = None) -
     """Yield all images of a Parquet file or tar shard, in order; an unusable one comes as the error that says why.
 
     Args:
-        file: open for reading; seekable for Parquet.
+        file: open for reading, and seekable.
         name: its path, for messages and for the paths of its records.
         image_column: the column with the images. None for Parquet's `image`, or else its only column of images; in a
             tar, for the only image of a record, or the only one whose column is a mere extension.
@@ -99,7 +101,7 @@ def ignored_columns(file: BinaryIO, name: str, image_column: str | None = None) 
 def _damage_named(name: str) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, tarfile.TarError, EOFError) as error:
+    except (pa.ArrowException, tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{name}: cannot be read ({str(error).strip().splitlines()[0]})") from error
 
 
@@ -140,7 +142,10 @@ def _members_by_key(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
     part of any: macOS puts a `._0.jpg` beside each `0.jpg`."""
     key = ""
     members: dict[str, bytes] = {}
-    with tarfile.open(fileobj=file, mode="r|*") as tar:
+    packed = file.read(len(_GZIP)) == _GZIP
+    file.seek(0)
+    stream = gzip.GzipFile(fileobj=file) if packed else file
+    with tarfile.open(fileobj=stream, mode="r|*") as tar:
         for member in tar:
             if not member.isfile() or is_hidden(member.name):
                 continue
@@ -152,6 +157,8 @@ def _members_by_key(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
             key = its_key
             content = tar.extractfile(member)
             members[base.partition(".")[2].lower()] = content.read() if content else b""
+    while packed and stream.read(1 << 20):  # at its end, a gzip checks what it unpacked
+        pass
     if members:
         yield key, members
 
