@@ -85,7 +85,7 @@ def test_only_a_data_set_can_be_extended(network, tmp_path, capfd):
 
 
 def test_a_killed_build_goes_on_where_it_was(network, tmp_path, capfd, monkeypatch):
-    flags = ["--images", pictures(tmp_path / "p", range(16)), *network]
+    flags = ["--images", pictures(tmp_path / "p", range(9)), *network]
     seen = []
     segment_each = BatchSegmenter.segment_each
     monkeypatch.setattr(
