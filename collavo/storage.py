@@ -266,12 +266,39 @@ def list_files(pattern: str) -> list[str]:
         return _list_remote(pattern)
     pattern = local_path(pattern)
     if is_folder(pattern):
-        return sorted(
-            os.path.join(folder, name) for folder, _, names in os.walk(pattern, followlinks=True) for name in names
-        )
+        return sorted(_files_below(pattern))
     if os.path.exists(pattern):
         return [pattern]
-    return sorted(path for path in glob(pattern, recursive=True) if not os.path.isdir(path))
+    if "**" not in pattern.split("/"):
+        return sorted(path for path in glob(pattern) if not os.path.isdir(path))
+    start = "".join(fixed_part(pattern).rpartition("/")[:2])
+    matches = _glob_matcher(pattern[len(start) :])  # Python's `**` would go round in circles where links do
+    found = (path if start else path.removeprefix("./") for path in _files_below(start or "./"))
+    return sorted(path for path in found if matches(path[len(start) :]))
+
+
+def fixed_part(pattern: str) -> str:
+    """Return a glob pattern up to its first wildcard."""
+    return re.split(r"[*?\[]", pattern, maxsplit=1)[0]
+
+
+def _files_below(top: str) -> Iterator[str]:
+    """Yield the files of a folder to its depths. A link to a folder that it lies in is not followed: it has no end."""
+    above: dict[str, tuple[str, ...]] = {top: (os.path.realpath(top),)}
+    for folder, folders, names in os.walk(top, followlinks=True):
+        yield from (os.path.join(folder, name) for name in names)
+        passed = above.pop(folder)
+        real = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
+        folders[:] = [name for name in folders if real[name] not in passed]
+        above.update((os.path.join(folder, name), (*passed, real[name])) for name in folders)
+
+
+def _glob_matcher(pattern: str) -> Callable[[str], object]:
+    """Return what tells whether a path matches; `**` within a name is a `*`."""
+    from fsspec.utils import glob_translate
+
+    parts = (part if part == "**" else re.sub(r"\*\*+", "*", part) for part in pattern.split("/"))
+    return re.compile(glob_translate("/".join(parts))).match
 
 
 @_one_kind_of_fault
@@ -320,18 +347,16 @@ def _delete(uri: str) -> None:
 @_one_kind_of_fault
 def _list_remote(pattern: str) -> list[str]:
     """List files in a store, found with a single listing of what lies below the fixed part of the pattern."""
-    from fsspec.utils import glob_translate
-
     root, rest = _split_root(pattern)
     files, base = _file_system(root)
     base = f"{base.rstrip('/')}/" if base else ""
-    above, deep, matches = rest, True, re.compile("").match
+    above, deep, matches = rest, True, _glob_matcher("**")
     if not is_folder(pattern):
-        fixed = re.split(r"[*?\[]", rest, maxsplit=1)[0]
+        fixed = fixed_part(rest)
         if fixed == rest:
             return [pattern] if files.get_file_info(base + rest).type == FileType.File else []
         above, deep = fixed.rpartition("/")[0], "/" in rest[len(fixed) :]
-        matches = re.compile(glob_translate(rest)).match
+        matches = _glob_matcher(rest)
     found = files.get_file_info(FileSelector((base + above).rstrip("/"), recursive=deep, allow_not_found=True))
     names = (info.path[len(base) :] for info in found if info.type == FileType.File)
     # A name may look like a pattern.

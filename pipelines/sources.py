@@ -22,7 +22,7 @@ from collavo.sources.dialogues import DialogueEntry, stream_dialogues
 from collavo.sources.image_paths import checked_relative, image_names, is_hidden, is_utf8
 from collavo.sources.json_files import open_json
 from collavo.sources.records import stream_records
-from collavo.storage import FAULTS, canonical, exists, list_files, open_random, open_read
+from collavo.storage import FAULTS, canonical, exists, fixed_part, list_files, open_random, open_read
 from pipelines.records import UNSEEN, Draft, Input, Mention, Reject
 
 Entry = TypeVar("Entry")
@@ -218,7 +218,16 @@ def _mention_or_reject(
 
 def _rejected(source: str, uri: str, error: Rejected) -> RejectOutput:
     """Reject an entry of a file; an id alone, such as `line 3`, does not tell which of several files it is in."""
-    return reject_output(Reject(error.entry_id, source, "list", error.reason, f"{uri}: {error}"))
+    entry_id, detail = (_readable(text) for text in (error.entry_id, f"{uri}: {error}"))
+    return reject_output(Reject(entry_id, source, "list", error.reason, detail))
+
+
+def _readable(text: str) -> str:
+    """Write bytes of a name that are not UTF-8, and halves of surrogate pairs, as escapes."""
+    try:
+        return text.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    except UnicodeEncodeError:  # a half that stands for no byte
+        return text.encode(errors="backslashreplace").decode()
 
 
 class _ImageFolder:
@@ -292,8 +301,7 @@ def _dialogue_mention(source: LlavaSource, root: str, number: int, entry: Dialog
 def _file_mention(source: ImagesSource, root: str, path: str) -> Mention:
     """Make a mention of a file below `root`, or of a line of a list file."""
     if not is_utf8(path) or "\0" in path:
-        readable = path.encode(errors="surrogateescape").decode(errors="backslashreplace")
-        raise Rejected("bad_path", "the file's name is not UTF-8 text", readable)
+        raise Rejected("bad_path", "the file's name is not UTF-8 text", path)
     if is_list(source.pattern) and not is_absolute(path):
         path = join(source.image_root, _inside(path, path))
     uri = canonical(path)
@@ -320,16 +328,21 @@ def listed_paths(pattern: str) -> tuple[list[str], int]:
     """
     if is_list(pattern):
         with open_read(pattern) as file:
-            lines = file.read().removeprefix(codecs.BOM_UTF8).splitlines()
+            text = file.read().removeprefix(codecs.BOM_UTF8)
+        if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # PowerShell's `>` writes it
+            text = text.decode("utf-16", "replace").encode()
+        lines = text.splitlines()
         return [path for line in lines if (path := line.decode(errors="surrogateescape").strip())], 0
     found = list_files(pattern)
-    if paths := [path for path in found if not is_hidden(path.removeprefix(pattern))]:
+    # Hidden is what is below the folder that the user names, which may lie in a hidden one itself.
+    if paths := [p for p in found if not is_hidden(p.removeprefix(pattern).removeprefix(fixed_part(pattern)))]:
         return paths, len(found) - len(paths)
-    raise UserError("names no file; a folder, a glob in quotes, or a .txt list would work")
+    names = "names hidden files only" if found else "names no file"
+    raise UserError(f"{names}; a folder, a glob in quotes, or a .txt list would work")
 
 
 def is_list(pattern: str) -> bool:
-    return pattern.endswith(".txt")
+    return pattern.lower().endswith(".txt")
 
 
 def is_absolute(path: str) -> bool:

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -190,3 +191,25 @@ def test_odd_names_make_ids_that_find_the_file(odd):
     assert by_reason["latin-\\xe9.jpg"] == by_reason["x.jpg"] == "bad_path"
     assert by_reason["bomb.png"] == by_reason["wide.png"] == "oversized_image"
     assert {f"same{extension}" for extension in EXTENSIONS.values()} <= rows.keys()
+
+
+def test_a_list_of_files_as_shells_write_it(tmp_path):
+    (tmp_path / ".hidden").mkdir()
+    for name in ("ä.png", ".hidden/b.png"):
+        (tmp_path / name).write_bytes(next(pictures(random.Random(0)))[1] + name.encode())
+    (tmp_path / "list.TXT").write_bytes("ä.png\r\n\r\n".encode("utf-16"))  # PowerShell
+    sources = ["--images", tmp_path / "list.TXT", tmp_path / ".hidden" / "*.png", "--image_root", tmp_path]
+    data = build(tmp_path / "out", *sources, "--segmenter", "none")
+    assert set(data.rows) == {"ä.png", ".hidden/b.png"} and not data.rejects
+
+
+def test_a_member_of_a_tar_whose_name_is_not_utf8_is_a_reject(tmp_path):
+    picture = next(pictures(random.Random(0)))[1]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("a.png", "b\udce9.png"):
+            member = tarfile.TarInfo(name)
+            member.size = len(picture)
+            tar.addfile(member, io.BytesIO(picture))
+    data = build(tmp_path / "out", "--dataset", tmp_path / "a.tar", "--segmenter", "none")
+    assert set(data.rows) == {"a.tar/a.png"}
+    assert [(reject["id"], reject["reason"]) for reject in data.rejects] == [("a.tar/b\\xe9.png", "bad_path")]

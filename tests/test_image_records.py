@@ -45,10 +45,47 @@ def test_a_parquet_column_of_images_in_any_shape(tmp_path: Path, image: Any) -> 
 
 
 def test_rows_that_cannot_be_used_are_rejects(tmp_path: Path) -> None:
-    rows = [{"image": [b"a", b"b"]}, {"image": []}, {"image": None}, {"image": [b"jpeg"]}]
+    rows = [{"image": [b"a", b"b"]}, {"image": []}, {"image": None}, {"image": [b""]}, {"image": [b"jpeg"]}]
     with parquet(tmp_path, rows).open("rb") as stream:
         found = list(stream_records(stream, "data.parquet"))
-    assert [f.reason for f in found if isinstance(f, Rejected)] == ["several_images", "missing_file", "missing_file"]
+    assert [f.reason for f in found if isinstance(f, Rejected)] == ["several_images", *["missing_file"] * 3]
+
+
+def test_a_dialogue_beside_an_empty_picture_is_not_one_about_none(tmp_path: Path) -> None:
+    rows = [{"image": {"bytes": b"", "path": ""}, "conversations": TURNS}]
+    with parquet(tmp_path, rows).open("rb") as stream:
+        (found,) = stream_records(stream, "data.parquet")
+    assert isinstance(found, Rejected) and found.reason == "missing_file"
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        json.dumps(TURNS),
+        {"from": ["human", "gpt"], "value": ["Who?", "A person."]},
+        json.dumps({"role": ["user", "assistant"], "content": ["Who?", "A person."]}),
+    ],
+)
+def test_turns_as_json_text_or_as_a_struct_of_lists(tmp_path: Path, turns: Any) -> None:
+    with parquet(tmp_path, [{"image": b"jpeg", "messages": turns}]).open("rb") as stream:
+        (found,) = stream_records(stream, "data.parquet")
+    assert isinstance(found, ImageRecord) and found.dialogue
+    assert found.dialogue.turns == (("human", "Who?"), ("gpt", "A person."))
+
+
+@pytest.mark.parametrize("turns", ["half", {"from": [], "value": []}, {"from": ["human", "gpt"], "value": ["Who?"]}])
+def test_turns_that_are_no_dialogue_are_rejected(tmp_path: Path, turns: Any) -> None:
+    with parquet(tmp_path, [{"image": b"jpeg", "messages": turns}]).open("rb") as stream:
+        (found,) = stream_records(stream, "data.parquet")
+    assert isinstance(found, Rejected) and found.reason == "malformed_entry"
+
+
+@pytest.mark.parametrize("type_", [pa.dictionary(pa.int32(), pa.binary()), pa.binary_view(), pa.large_binary()])
+def test_a_column_of_images_is_found_however_its_bytes_are_stored(tmp_path: Path, type_: pa.DataType) -> None:
+    column = pa.array([b"jpeg"]).cast(type_) if type_ != pa.binary_view() else pa.array([b"jpeg"], type_)
+    pq.write_table(pa.table({"picture": column}), tmp_path / "data.parquet")
+    with (tmp_path / "data.parquet").open("rb") as stream:
+        assert [f.data for f in stream_records(stream, "data.parquet") if isinstance(f, ImageRecord)] == [b"jpeg"]
 
 
 @pytest.mark.parametrize("image", [None, {"bytes": None, "path": None}])

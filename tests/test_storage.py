@@ -45,6 +45,7 @@ def photos(tmp_path, monkeypatch) -> Path:
         ("photos", ["photos/[1].jpg", "photos/a.png", "photos/b.jpg", "photos/sub/c.jpg", "photos/sub/deep/d.jpg"]),
         ("photos/sub/", ["photos/sub/c.jpg", "photos/sub/deep/d.jpg"]),
         ("photos/*.jpg", ["photos/[1].jpg", "photos/b.jpg"]),
+        ("./**/d**/*.jpg", ["./photos/sub/deep/d.jpg"]),
         # ** is any number of folders, none included
         ("photos/**/*.jpg", ["photos/[1].jpg", "photos/b.jpg", "photos/sub/c.jpg", "photos/sub/deep/d.jpg"]),
         ("*.jpg", ["e.jpg"]),  # in the current folder
@@ -69,6 +70,16 @@ def test_linked_folders_and_broken_links_leave_a_trace(photos: Path, tmp_path_fa
     (photos / "sub" / "gone.jpg").symlink_to("nowhere.jpg")
     for pattern in ("photos/sub", "photos/sub/**"):
         assert {"photos/sub/linked/x.jpg", "photos/sub/gone.jpg"} <= set(list_files(pattern))
+
+
+@pytest.mark.parametrize("pattern", [".", "**", "**/*.jpg"])
+def test_links_that_lead_back_are_not_followed(photos: Path, monkeypatch, pattern: str):
+    monkeypatch.chdir(photos)
+    before = list_files(pattern)
+    for name, target in (("up", ".."), ("up2", "../.."), ("deep/self", "."), ("deep/up", "..")):
+        (photos / "sub" / name).symlink_to(target)
+    assert len(before) > 2
+    assert {file for file in list_files(pattern) if "up2" not in file} == set(before)
 
 
 def test_a_name_that_is_not_utf8_is_listed_and_read(tmp_path):

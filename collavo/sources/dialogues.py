@@ -3,6 +3,7 @@
     LLaVA, ShareGPT4V   a JSON list of `{id, image?, conversations: [{from: human|gpt, value}]}`
     Cambrian            the same, one entry a line (JSONL)
     ms-swift, TRL       `messages: [{role: user|assistant|system, content}]`, `images: [path]`
+    Parquet             any of them as JSON text, or as `{from: [...], value: [...]}`
 
 Turns are kept verbatim under LLaVA's names, `system`, `human` and `gpt`. A system turn stays where it stands, first;
 a `gpt` turn before the first question is dropped, as LLaVA's own trainer does. A dialogue whose turns do not alternate
@@ -12,7 +13,7 @@ whole.
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any, BinaryIO, NamedTuple
 
 import ijson
@@ -72,6 +73,12 @@ def dialogue_of(fields: Mapping[str, Any], entry_id: str) -> Dialogue:
         Rejected: `malformed_entry` or `turns_do_not_alternate`.
     """
     said = fields.get("conversations") or fields.get("messages")
+    if isinstance(said, str):
+        with suppress(ValueError):
+            said = parsed_json(said)
+    if isinstance(said, dict) and all(isinstance(column, list) for column in said.values()):
+        # What `datasets` made of a list of turns before its version 4: a struct of lists.
+        said = [dict(zip(said, turn, strict=True)) for turn in zip_longest(*said.values())]
     if not isinstance(said, list) or not said:
         raise Rejected("malformed_entry", "expected an object with turns in 'conversations' or 'messages'", entry_id)
     turns = _turns(said, entry_id)

@@ -122,7 +122,9 @@ def _holds_bytes(type_: pa.DataType) -> bool:
         return _holds_bytes(type_.value_type)
     if pa.types.is_struct(type_):
         return any(field.name == "bytes" and _holds_bytes(field.type) for field in type_)
-    return bool(pa.types.is_binary(type_) or pa.types.is_large_binary(type_))
+    if pa.types.is_dictionary(type_):
+        return _holds_bytes(type_.value_type)
+    return any(is_kind(type_) for is_kind in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
 
 
 def _parquet_records(file: BinaryIO, name: str, stem: str, asked: str | None) -> Iterator[ImageRecord | Rejected]:
@@ -197,7 +199,7 @@ def _record(path: str, image: Any, said: Mapping[str, Any]) -> ImageRecord | Rej
         image = image[0] if image else None
     data, named = (image.get("bytes"), image.get("path")) if isinstance(image, Mapping) else (image, None)
     has_dialogue = any(said.get(column) for column in DIALOGUE_COLUMNS)
-    if not isinstance(data, bytes) and (data or named or not has_dialogue):
+    if not (data and isinstance(data, bytes)) and (data is not None or named or not has_dialogue):
         found = f"only the path {named!r}" if named else f"only {data!r:.80}" if data else "nothing"
         return Rejected("missing_file", f"the record holds no image bytes, {found}", path)
     try:
