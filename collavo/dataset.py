@@ -432,6 +432,8 @@ def check_schema(schema: pa.Schema, path: str) -> None:
             f"its columns are {found}; build data with pipelines/build_crayon.py"
         )
     for column in expected:
+        if schema.names.count(column.name) > 1:
+            raise UserError(f"{path}: has several columns {column.name!r}; crayon data has one")
         found = schema.field(column.name).type
         is_float = column.name in _NULLABLE_NUMBERS and pa.types.is_floating(found)
         if not (is_float or _holds(found, column.type)):

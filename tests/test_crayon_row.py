@@ -146,6 +146,7 @@ def changed(name: str, type_: pa.DataType) -> pa.Schema:
         (CRAYON_SCHEMA.with_metadata({b"collavo.schema_version": b"3"}), "version 3, but this code reads version 2"),
         (without("split", "height"), "no column 'height', 'split'"),
         (without("other_paths"), "no column 'other_paths'"),  # which only version 1 may lack
+        (CRAYON_SCHEMA.append(CRAYON_SCHEMA.field("width")), "several columns 'width'"),
         (changed("width", pa.string()), "column 'width' is string, but crayon data has int32"),
         (changed("image", pa.struct([("bytes", pa.binary())])), "column 'image'"),
         (changed("sources", pa.string()), "column 'sources'"),

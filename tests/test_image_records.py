@@ -80,6 +80,12 @@ def test_turns_that_are_no_dialogue_are_rejected(tmp_path: Path, turns: Any) -> 
     assert isinstance(found, Rejected) and found.reason == "malformed_entry"
 
 
+def test_a_column_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_arrays([pa.array([b"a"]), pa.array([b"b"])], ["image"] * 2), tmp_path / "data.parquet")
+    with (tmp_path / "data.parquet").open("rb") as stream, pytest.raises(UserError, match="several columns 'image'"):
+        list(stream_records(stream, "data.parquet"))
+
+
 @pytest.mark.parametrize("type_", [pa.dictionary(pa.int32(), pa.binary()), pa.binary_view(), pa.large_binary()])
 def test_a_column_of_images_is_found_however_its_bytes_are_stored(tmp_path: Path, type_: pa.DataType) -> None:
     column = pa.array([b"jpeg"]).cast(type_) if type_ != pa.binary_view() else pa.array([b"jpeg"], type_)

@@ -132,6 +132,8 @@ def _parquet_records(file: BinaryIO, name: str, stem: str, asked: str | None) ->
     names = parquet.schema_arrow.names
     image_column = _image_column(parquet.schema_arrow, name, asked)
     columns = [column for column in (image_column, "id", *DIALOGUE_COLUMNS) if column in names]
+    if repeated := [column for column in columns if names.count(column) > 1]:
+        raise UserError(f"{name}: has several columns {repeated[0]!r}")
     row = 0
     for batch in parquet.iter_batches(batch_size=_ROWS_IN_MEMORY, columns=columns):
         for record in batch.to_pylist():
