@@ -44,7 +44,6 @@ from collavo.storage import (
     exists,
     fault_line,
     is_local,
-    list_files,
     open_random,
     open_read,
     read_bytes,
@@ -63,6 +62,7 @@ from pipelines.sources import (
     is_absolute,
     is_list,
     listed_paths,
+    visible_files,
 )
 from schemas.categories import COCO_PANOPTIC, CategorySet
 
@@ -486,7 +486,7 @@ def _list_for_root(source: ImagesSource, notes: list[str]) -> list[str]:
 
 def _record_files(path: str) -> list[str]:
     try:
-        found = [uri for uri in list_files(path) if is_record_file(uri)]
+        found = [uri for uri in visible_files(path)[0] if is_record_file(uri)]
     except FAULTS as error:
         raise UserError(f"--dataset {fault_line(path, error)}") from error
     if not found:
@@ -523,7 +523,7 @@ def _opened_records(uri: str) -> Iterator[BinaryIO]:
 
 def _crayon_files(pattern: str) -> list[str]:
     try:
-        found = [uri for uri in list_files(pattern) if uri.endswith(".parquet")]
+        found = [uri for uri in visible_files(pattern)[0] if uri.endswith(".parquet")]
     except FAULTS as error:
         raise UserError(f"--from_crayon {fault_line(pattern, error)}") from error
     if not found:

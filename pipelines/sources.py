@@ -333,12 +333,21 @@ def listed_paths(pattern: str) -> tuple[list[str], int]:
             text = text.decode("utf-16", "replace").encode()
         lines = text.splitlines()
         return [path for line in lines if (path := line.decode(errors="surrogateescape").strip())], 0
-    found = list_files(pattern)
-    # Hidden is what is below the folder that the user names, which may lie in a hidden one itself.
-    if paths := [p for p in found if not is_hidden(p.removeprefix(pattern).removeprefix(fixed_part(pattern)))]:
-        return paths, len(found) - len(paths)
-    names = "names hidden files only" if found else "names no file"
+    paths, hidden = visible_files(pattern)
+    if paths:
+        return paths, hidden
+    names = "names hidden files only" if hidden else "names no file"
     raise UserError(f"{names}; a folder, a glob in quotes, or a .txt list would work")
+
+
+def visible_files(pattern: str) -> tuple[list[str], int]:
+    """Return the files that a glob or folder names, and the number of hidden ones, which are left out.
+
+    Hidden is what is so below the folder that the user names, which may lie in a hidden one itself.
+    """
+    found = list_files(pattern)
+    paths = [p for p in found if not is_hidden(p.removeprefix(pattern).removeprefix(fixed_part(pattern)))]
+    return paths, len(found) - len(paths)
 
 
 def is_list(pattern: str) -> bool:

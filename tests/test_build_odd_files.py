@@ -210,6 +210,7 @@ def test_a_member_of_a_tar_whose_name_is_not_utf8_is_a_reject(tmp_path):
             member = tarfile.TarInfo(name)
             member.size = len(picture)
             tar.addfile(member, io.BytesIO(picture))
-    data = build(tmp_path / "out", "--dataset", tmp_path / "a.tar", "--segmenter", "none")
+    (tmp_path / "._a.tar").write_bytes(b"what macOS puts beside it")
+    data = build(tmp_path / "out", "--dataset", tmp_path, "--segmenter", "none")
     assert set(data.rows) == {"a.tar/a.png"}
     assert [(reject["id"], reject["reason"]) for reject in data.rejects] == [("a.tar/b\\xe9.png", "bad_path")]
