@@ -8,7 +8,8 @@
 #   python -m collavo.scenes --output scenes --count 40 --size 320x240
 #   IMAGES=scenes/images CHECKPOINT=scenes VALIDATION_RATIO=0.2 TRAIN_FLAGS="--max_steps 10" bash examples/folder.sh
 #
-# The same command again goes on where it stopped: what is built or trained already is kept.
+# The same command again goes on where it stopped: what is built or trained already is kept. A build that was stopped while
+# its network ran goes on with BUILD_FLAGS=--resume.
 #
 # Run as a whole on drawn scenes; never with published weights, nor with a GPU.
 set -euo pipefail

@@ -6,7 +6,8 @@
 #   TRAIN=road/panoptic_train.json TRAIN_IMAGES=road/train VAL=road/panoptic_val.json VAL_IMAGES=road/val \
 #       IMAGES=road/more bash examples/own_segmenter.sh
 #
-# The same command again goes on where it stopped: what is built or trained already is kept.
+# The same command again goes on where it stopped: what is built or trained already is kept. A build that was stopped while
+# its network ran goes on with BUILD_FLAGS=--resume.
 #
 # Its steps were run on 468 road photographs of CamVid, on a CPU; docs/segmenters.md tells what came out. Never run with a
 # GPU or with published weights.
@@ -21,6 +22,7 @@ IMAGES=${IMAGES:?name a folder of pictures without annotation}
 CHECKPOINT=${CHECKPOINT:-scenes}
 OUT=${OUT:-own}
 SEGMENTER_FLAGS=${SEGMENTER_FLAGS:-}  # more flags of collavo train-segmenter, such as --steps
+BUILD_FLAGS=${BUILD_FLAGS:-}          # of the build of IMAGES, such as --resume for what a stopped one has segmented
 TRAIN_FLAGS=${TRAIN_FLAGS:-}          # more flags of collavo.train, such as --max_steps
 
 # 1. Rows of the annotated pictures; no network runs.
@@ -38,8 +40,9 @@ fi
 
 # 3. Rows of the other pictures, which it segments.
 if [ ! -e "$OUT/data/manifest.json" ]; then
+    # shellcheck disable=SC2086  # BUILD_FLAGS is several words
     python pipelines/build_crayon.py --images "$IMAGES" --segmenter transformers --segmenter_checkpoint "$OUT/segmenter" \
-        --validation_ratio 0.1 --output "$OUT/data"
+        --validation_ratio 0.1 --output "$OUT/data" $BUILD_FLAGS
 fi
 echo "Look at $OUT/data/report.html before you train: are segments, counts and boxes right?"
 

@@ -30,8 +30,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # a test that names a model of the hub wants
 # A build in the tests' own process stays in it, where it does not ask for workers: they would import all once more.
 cores, local_workers.cores = local_workers.cores, lambda: 1
 # Beam looks for state and timers in the signatures of all methods of every step, several times, which takes a third of
-# a small build. No step has any. Builds in processes of their own do look.
-userstate.get_dofn_specs = lambda dofn: (set(), set())
+# a small build. No step has any, which test_graph checks. Builds in processes of their own do look.
+state_and_timers, userstate.get_dofn_specs = userstate.get_dofn_specs, lambda dofn: (set(), set())
 
 settings.register_profile("collavo", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("collavo")

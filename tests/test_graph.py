@@ -10,10 +10,12 @@ import apache_beam as beam
 import numpy as np
 import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.pipeline import PipelineVisitor
 from apache_beam.portability import common_urns
 from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.transforms.environments import DockerEnvironment
 from builds import PICTURE, REPOSITORY, CocoFolder, planned
+from conftest import state_and_timers
 
 from collavo.dataset import CrayonFileWriter
 from collavo.instructions.choose import ClassStatistics
@@ -167,3 +169,22 @@ def test_class_statistics_are_the_same_for_any_grouping():
 def test_the_number_of_shards_follows_the_rows_unless_it_is_given():
     assert [count_shards(rows, None) for rows in (0, 199, 200, 2999, 17_001, 118_287)] == [1, 1, 2, 8, 9, 59]
     assert count_shards(10, 64) == 64
+
+
+class _Steps(PipelineVisitor):
+    def __init__(self) -> None:
+        self.functions: list[beam.DoFn] = []
+
+    def visit_transform(self, node) -> None:
+        if isinstance(node.transform, beam.ParDo):
+            self.functions.append(node.transform.fn)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_step_keeps_state_or_timers(jobs, kind):
+    """A bundle may then run anywhere and twice; and conftest leaves out Beam's search for them."""
+    pipeline, steps = beam.Pipeline(options=DATAFLOW), _Steps()
+    build_graph(pipeline, jobs[kind])
+    pipeline.visit(steps)
+    assert len(steps.functions) > 10
+    assert [function for function in steps.functions if state_and_timers(function) != (set(), set())] == []

@@ -118,12 +118,10 @@ def _image_column(schema: pa.Schema, name: str, asked: str | None) -> str:
 
 
 def _holds_bytes(type_: pa.DataType) -> bool:
-    if pa.types.is_list(type_) or pa.types.is_large_list(type_):
+    if pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_dictionary(type_):
         return _holds_bytes(type_.value_type)
     if pa.types.is_struct(type_):
         return any(field.name == "bytes" and _holds_bytes(field.type) for field in type_)
-    if pa.types.is_dictionary(type_):
-        return _holds_bytes(type_.value_type)
     return any(is_kind(type_) for is_kind in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
 
 
