@@ -151,7 +151,7 @@ def _estimate(manifest: dict[str, Any], seconds: float) -> str:
     trial = manifest["trial"]
     share = trial["images"] / trial["of"]
     minutes = seconds / share / 60
-    took = f"{minutes / 60:,.1f} hours" if minutes > 90 else f"{minutes:,.0f} minutes" if minutes > 1 else "a minute"
+    took = f"{minutes / 60:,.1f} hours" if minutes > 90 else f"{minutes:,.0f} minutes" if minutes > 1.5 else "a minute"
     size = size_text(sum(file["bytes"] for file in manifest["files"]) / share)
     return (
         f"A trial of {share:.2%} of {trial['of']:,} images. At its pace, start-up included, all of them would take "

@@ -59,7 +59,7 @@ def prepare(publication: Publication, resume: bool, discard: bool, by_model: boo
     note, left, unused = join(publication.segmented, _NOTE), _segmented_files(publication), _stale_files(publication)
     if not resume:
         if (left or unused) and not discard:
-            kept = f"{_size_of(left)} of segmented pictures" + f" and {_size_of(unused)} more" * bool(unused)
+            kept = f"{_size_of(left)} of finished pictures" + f" and {_size_of(unused)} more" * bool(unused)
             raise UserError(
                 f"--output {publication.output}: a stopped build left {kept} there; --resume uses the pictures, "
                 "--discard removes all"
@@ -86,7 +86,7 @@ def clear(publication: Publication) -> None:
     """
     with suppress(*FAULTS, StoreOutage):
         if left := _segmented_files(publication):
-            kept = f"{_size_of(left)} of segmented pictures are kept in {publication.segmented}"
+            kept = f"{_size_of(left)} of finished pictures are kept in {publication.segmented}"
             print(f"{kept}: --resume uses them, --discard removes them", file=sys.stderr)
         else:
             delete([join(publication.segmented, "")])

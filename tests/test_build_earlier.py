@@ -123,7 +123,7 @@ def test_a_build_that_fails_keeps_what_its_network_did(network, tmp_path, capfd)
     flags = ["--images", folder, *network, "--output", tmp_path / "out"]
     assert status_of(*flags, "--max_reject_ratio", 0) == 1
     kept, line = capfd.readouterr().err.splitlines()
-    assert "of segmented pictures are kept in" in kept and "--max_reject_ratio 0" in line
+    assert "of finished pictures are kept in" in kept and "--max_reject_ratio 0" in line
     resumed = build(tmp_path / "out", *flags[:-2], "--resume")
     assert len(resumed.rows) == 3 and resumed.manifest["seconds"]["segment"] == 0
 

@@ -70,9 +70,7 @@ def test_a_store_gets_the_files_that_a_disk_gets_and_they_are_replaced_when_aske
 def test_what_a_killed_launcher_left_is_told_and_removed_when_asked(store, capsys):
     flags = [*sources("s3://bucket/in"), "--output", "s3://bucket/left"]
     store.put("left/.work-0123/drafts/some.arrow", b"some drafts")
-    assert (
-        main(flags) == 2 and "a stopped build left 0.0 kB of segmented pictures and 0.0 kB" in capsys.readouterr().err
-    )
+    assert main(flags) == 2 and "a stopped build left 0.0 kB of finished pictures and 0.0 kB" in capsys.readouterr().err
     assert main([*flags, "--discard"]) == 0
     assert not [name for name in store.objects("left/") if name.startswith(".")]
 

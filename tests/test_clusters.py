@@ -143,7 +143,7 @@ def test_what_is_killed_costs_no_row_and_leaves_nothing_that_looks_whole(
                 find_files([output])
             spilled_pictures.cache_clear()
             kept = len(spilled_pictures(f"{output}/{SEGMENTED}", ""))
-            assert ("of segmented pictures are kept" in errors) == bool(kept) or victim == "store"
+            assert ("of finished pictures are kept" in errors) == bool(kept) or victim == "store"
             seen = []
             segment_each = BatchSegmenter.segment_each
             monkeypatch.setattr(
