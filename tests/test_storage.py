@@ -126,6 +126,12 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path, name: str, reason: str
     assert refusal.value.reason == reason and name in str(refusal.value)
 
 
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "list.txt")
+    with pytest.raises(UserError, match=r"list.txt: is a pipe; write its content to a file"):
+        open_read(str(tmp_path / "list.txt"))
+
+
 def test_a_file_has_one_spelling_however_its_folder_is_reached(photos: Path):
     (photos.parent / "linked").symlink_to(photos / "sub")
     spellings = ["photos/sub/c.jpg", "photos/../photos/./sub/c.jpg", str(photos / "sub" / "c.jpg"), "linked/c.jpg"]
