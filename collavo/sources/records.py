@@ -201,7 +201,8 @@ def _record(path: str, image: Any, said: Mapping[str, Any]) -> ImageRecord | Rej
     has_dialogue = any(said.get(column) for column in DIALOGUE_COLUMNS)
     if not (data and isinstance(data, bytes)) and (data is not None or named or not has_dialogue):
         found = f"only the path {named!r}" if named else f"only {data!r:.80}" if data else "nothing"
-        return Rejected("missing_file", f"the record holds no image bytes, {found}", path)
+        remedy = "; store the bytes of the image file there, not base64 or its path" if named or data else ""
+        return Rejected("missing_file", f"the record holds no image bytes, {found}{remedy}", path)
     try:
         dialogue = dialogue_of(said, str(said.get("id") or path)) if has_dialogue else None
     except Rejected as error:
