@@ -64,7 +64,7 @@ from pipelines.sources import (
     listed_paths,
     visible_files,
 )
-from schemas.categories import COCO_PANOPTIC, CategorySet
+from schemas.categories import COCO_PANOPTIC, CategorySet, name_key
 
 _PATH_FLAGS = (
     *("coco_panoptic", "coco_instances", "coco_images", "coco_masks", "llava_json", "image_root", "images"),
@@ -129,6 +129,7 @@ def make_plan(flags: Flags, rest: Sequence[str], share_gpu: bool) -> Plan:
     sets = _Sets(flags, notes)
     sources = _scene_sources(scenes.folder) if scenes else _named_sources(flags.sources, sets, notes)
     job = _job(flags, sources, sets, publication)
+    sets.note_unused()
     if job.model is None and (unused := flags.given & set(_MODEL_FLAGS)):
         raise UserError(
             f"--{min(unused)}: no model runs, annotations are all there is; --segmenter transformers runs one"
@@ -287,6 +288,12 @@ class _Sets:
         except UserError:
             return False
         return True
+
+    def note_unused(self) -> None:
+        """Tell of names in the map that no source has: a slip in one leaves a class as it is."""
+        known = {key for found in self._looked_for for key in found.by_key}
+        if unused := [name for name in self.renamed or () if name_key(name) not in known]:
+            self.note(f"--category_map: no source has {', '.join(map(repr, unused))}")
 
     def add_finished(self, found: CategorySet, files: Sequence[str]) -> None:
         """Take note of the set of finished rows, which have to keep it: they name classes by their place in it."""

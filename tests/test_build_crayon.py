@@ -457,14 +457,15 @@ def test_a_sources_split_wins_and_a_picture_that_one_source_holds_out_is_in_no_o
     check_sums(data)
 
 
-def test_a_class_that_the_map_leaves_out_is_unknown_in_a_picture_that_stays(tmp_path):
+def test_a_class_that_the_map_leaves_out_is_unknown_in_a_picture_that_stays(tmp_path, capsys):
     coco = CocoFolder(tmp_path / "coco")
     coco.add("a.png", numbered(1))
-    (tmp_path / "map.json").write_text('{"sky": ""}')
+    (tmp_path / "map.json").write_text('{"sky": "", "persom": ""}')
     data = build(tmp_path / "out", *coco.flags(), *ANNOTATED, "--category_map", tmp_path / "map.json")
     (row,) = data.rows.values()
     assert [(s.id, s.category, s.area) for s in row.segments] == [(7, "person", 24)]
     assert row.panoptic_png and decode_index_map(row.panoptic_png)[0].tolist() == [1] * 4 + [0] * 4
+    assert "no source has 'persom'" in capsys.readouterr().out
     check_sums(data)
 
 
