@@ -112,16 +112,21 @@ def notes(files: Sequence[Path | str]) -> list[str]:
     return [f"{len(old)} files, {old[0]} first, are of schema version 1: their rows have no image_sha256"]
 
 
-def check_splits(files: Sequence[str]) -> None:
+def check_splits(files: Sequence[str]) -> list[str]:
     """Refuse data sets that hold the same picture in different splits: a model would be judged on what it has seen.
 
+    Returns:
+        a line about pictures that several data sets hold in the same split, if there are any: each may bring other
+        questions and dialogues about them.
+
     Raises:
-        UserError: naming two files and how many pictures they share so.
+        UserError: naming two data sets and how many pictures they share so.
     """
     if len({dirname(file) for file in files}) < 2:  # in one data set, a picture has one row
-        return
+        return []
     seen: dict[bytes, tuple[str, str]] = {}
     crossing: list[tuple[str, str]] = []
+    repeated: list[tuple[str, str]] = []
     for file in files:
         if "image_sha256" not in _schema_of(file).names:
             continue
@@ -132,12 +137,20 @@ def check_splits(files: Sequence[str]) -> None:
                 other_split, other = seen.setdefault(digest, (record["split"], file))
                 if other_split != record["split"]:
                     crossing.append((other, file))
+                elif dirname(other) != dirname(file):
+                    repeated.append((other, file))
+    if not (crossing or repeated):
+        return []
+    one, other = map(dirname, (crossing or repeated)[0])
+    merge = f"build_crayon.py --from_crayon {one} {other}"
     if crossing:
-        one, other = map(dirname, crossing[0])
         raise UserError(
-            f"{len(crossing)} pictures are in one split of {one} and in the other of {other}; merge the "
-            f"data sets with build_crayon.py --from_crayon {one} {other}"
+            f"{len(crossing)} pictures are in one split of {one} and in the other of {other}; merge the data sets with "
+            f"{merge}"
         )
+    return [
+        f"{len(repeated)} pictures are in {one} and again in {other}, and count twice; {merge} makes one row of each"
+    ]
 
 
 @dataclass(slots=True)

@@ -1,3 +1,4 @@
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -164,7 +165,9 @@ def test_a_picture_in_both_splits_is_refused(tmp_path):
     again = crayon_row(image_id="elsewhere/a", split="validation")
     text_only = crayon_row(image_sha256=None, panoptic_png=None, image_bytes=None, image_path=None)
     first = saved("first", one, other, text_only)
-    check_splits([first, saved("same", one, other, text_only)])
+    assert check_splits([first]) == []
+    (note,) = check_splits([first, saved("same", one, other, text_only)])
+    assert re.match(r"2 pictures are in .*first and again in .*same, and count twice; .* --from_crayon ", note)
     with pytest.raises(
         UserError, match=r"^1 pictures are in one split of .*first and in the other of .*second; [^\n]*$"
     ):

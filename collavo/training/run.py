@@ -54,8 +54,8 @@ class TrainingRun:
         with naming("data"):
             self.files = find_files(arguments.data)
             self.categories = category_set(self.files)
-            check_splits(self.files)
-        for note in notes(self.files):
+            repeats = check_splits(self.files)
+        for note in notes(self.files) + repeats:
             console.print(note, highlight=False, soft_wrap=True)
         self.accelerator = _accelerator(arguments)
         self._prepare_folder()
