@@ -68,6 +68,7 @@ def write_shard(
     data_uri = join(job.work, f"{attempt}.parquet") if ordered else ""
     size, sha256 = 0, ""
     segmenters: set[str] = set()
+    unfamiliar = []
     if ordered:
         chosen = evenly(len(ordered), sample_count)
         writer = CrayonFileWriter(open_write(data_uri), job.facts, job.categories)
@@ -97,10 +98,14 @@ def write_shard(
             draft.seconds["phrase"] = phrased - start
             draft.seconds["write"] = time.perf_counter() - phrased
             segmenters.update(draft.segmenters)
+            if draft.unfamiliar:
+                unfamiliar.append(row.image_id)
             counts.add_row(row, draft, merged=len(drafts) - 1)
             tick(job.work, WRITTEN)
         start = time.perf_counter()
-        size, sha256 = writer.close({"segmenters": sorted(segmenters)})
+        size, sha256 = writer.close(
+            {"segmenters": sorted(segmenters)} | ({"unfamiliar": unfamiliar} if unfamiliar else {})
+        )
         counts.add_seconds({"write": time.perf_counter() - start})
     rejects_uri = _write_rejects(join(job.work, f"{attempt}.rejects.jsonl"), all_rejects, counts)
     return WrittenShard(shard, data_uri, rejects_uri, size, sha256, counts, tuple(sorted(segmenters)), tuple(samples))

@@ -172,7 +172,8 @@ def read_crayon_rows(uri: str, classes: int, keep_image_bytes: bool) -> Iterator
     """
     with _naming("from_crayon", uri), open_random(uri) as file, opened_parquet(file, uri) as parquet:
         check_schema(parquet.schema_arrow, uri)
-        segmenters = tuple(stated_facts(parquet.metadata.metadata, uri).get("segmenters", ()))
+        facts = stated_facts(parquet.metadata.metadata, uri)
+        segmenters, unfamiliar = tuple(facts.get("segmenters", ())), frozenset(facts.get("unfamiliar", ()))
         for record in read_crayon_records(parquet):
             try:
                 row = checked_row(record, classes, with_instructions=False)
@@ -185,7 +186,8 @@ def read_crayon_rows(uri: str, classes: int, keep_image_bytes: bool) -> Iterator
             # The file says by what its pictures were segmented, not which by what; an empty map may be nobody's.
             seen_by = tuple(segmenter for segmenter in segmenters if segmenter != UNSEEN)
             made_by = (UNSEEN,) if seen_by != segmenters and not row.segments else seen_by
-            yield Draft(row, (Input("crayon", row.image_id),), made_by, {}, split_stated=True)
+            read = (Input("crayon", row.image_id),)
+            yield Draft(row, read, made_by, {}, unfamiliar=row.image_id in unfamiliar, split_stated=True)
 
 
 @contextmanager

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from builds import PICTURE, CocoFolder, DataSet, build, start, status_of, tiny_mask2former
-from conftest import encoded
+from conftest import encoded, needs_scenes_model
 from PIL import Image
 
+from collavo.scenes import draw_scene, scene_seed
 from collavo.sources.records import count_records
 from pipelines.model_segmentation import BatchSegmenter
 from schemas.crayon_row import CRAYON_SCHEMA
@@ -126,6 +127,19 @@ def test_a_build_that_fails_keeps_what_its_network_did(network, tmp_path, capfd)
     assert "of finished pictures are kept in" in kept and "--max_reject_ratio 0" in line
     resumed = build(tmp_path / "out", *flags[:-2], "--resume")
     assert len(resumed.rows) == 3 and resumed.manifest["seconds"]["segment"] == 0
+
+
+@needs_scenes_model
+def test_what_a_network_did_not_know_is_told_of_extended_and_merged_data_sets_too(real, tmp_path):
+    network = ["--segmenter_checkpoint", "scenes", "--device", "cpu"]
+    photograph = next((real / "coco").rglob("*.jpg"))
+    known, unknown = tmp_path / "scene.png", tmp_path / "photograph.jpg"
+    known.write_bytes(encoded(Image.fromarray(draw_scene(scene_seed(4_000_037, 0), (320, 240)).image)))
+    unknown.write_bytes(photograph.read_bytes())
+    build(tmp_path / "out", "--images", unknown, *network)
+    extended = build(tmp_path / "out", "--images", known, *network, "--extend")
+    merged = build(tmp_path / "merged", "--from_crayon", tmp_path / "out")
+    assert [len(extended.rows), extended.manifest["unfamiliar"], merged.manifest["unfamiliar"]] == [2, 1, 1]
 
 
 def test_data_sets_that_use_the_same_names_are_merged_without_a_loss(tmp_path):
