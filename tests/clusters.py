@@ -121,16 +121,18 @@ class Store:
 
     Args:
         folder: for its objects and its log.
+        host: by which it is reached; `HOME` is there while there are `hosts`, which have no other way to it.
     """
 
     scheme = ""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, host: str = HOME) -> None:
         self.folder = folder / self.scheme
         (self.folder / "crayon").mkdir(parents=True)  # a bucket
         self.log = folder / f"{self.scheme}.log"
         self.port = free_port()
-        self.url = f"http://{HOME}:{self.port}"
+        self.address = f"{host}:{self.port}"
+        self.url = f"http://{self.address}"
         self.bucket = f"{self.scheme}://crayon"
 
     def __enter__(self) -> "Store":
@@ -188,7 +190,7 @@ class Gcs(Store):
 
     @property
     def command(self) -> list[str]:
-        where = ["-port", str(self.port), "-public-host", f"{HOME}:{self.port}", "-external-url", self.url]
+        where = ["-port", str(self.port), "-public-host", self.address, "-external-url", self.url]
         return [program("fake-gcs-server"), "-scheme", "http", "-filesystem-root", str(self.folder), *where]
 
     @property

@@ -178,7 +178,7 @@ def test_the_template_for_dataflow_is_what_its_interface_takes(
     """The template is read back by Google's own client, strictly: all fields are known to it, and of the right type."""
     dataflow = pytest.importorskip("google.cloud.dataflow_v1beta3", reason="needs apache-beam[gcp]")
     image, accelerator = "registry/collavo:1", "type:nvidia-l4;count:1;machine_type:g2-standard-8;install-nvidia-driver"
-    with Gcs(tmp_path) as store:
+    with Gcs(tmp_path, "localhost") as store:
         put(scenes, store, monkeypatch)
         bucket, output = store.bucket, f"{store.bucket}/out"
         words = [
