@@ -112,21 +112,17 @@ def notes(files: Sequence[Path | str]) -> list[str]:
     return [f"{len(old)} files, {old[0]} first, are of schema version 1: their rows have no image_sha256"]
 
 
-def check_splits(files: Sequence[str]) -> list[str]:
-    """Refuse data sets that hold the same picture in different splits: a model would be judged on what it has seen.
-
-    Returns:
-        a line about pictures that several data sets hold in the same split, if there are any: each may bring other
-        questions and dialogues about them.
+def check_repeats(files: Sequence[str]) -> None:
+    """Refuse data sets that hold the same picture: a model would learn it twice, or be judged on what it has seen.
 
     Raises:
-        UserError: naming two data sets and how many pictures they share so.
+        UserError: naming two data sets, how many pictures all share, and how to merge them.
     """
     if len({dirname(file) for file in files}) < 2:  # in one data set, a picture has one row
-        return []
+        return
     seen: dict[bytes, tuple[str, str]] = {}
-    crossing: list[tuple[str, str]] = []
     repeated: list[tuple[str, str]] = []
+    crossing = 0
     for file in files:
         if "image_sha256" not in _schema_of(file).names:
             continue
@@ -134,23 +130,17 @@ def check_splits(files: Sequence[str]) -> list[str]:
             for record in read_records(parquet, columns=["image_sha256", "split"]):
                 if isinstance(record, Rejected) or (digest := digest_of(record)) is None:
                     continue
-                other_split, other = seen.setdefault(digest, (record["split"], file))
-                if other_split != record["split"]:
-                    crossing.append((other, file))
-                elif dirname(other) != dirname(file):
-                    repeated.append((other, file))
-    if not (crossing or repeated):
-        return []
-    one, other = map(dirname, (crossing or repeated)[0])
-    merge = f"build_crayon.py --from_crayon {one} {other}"
-    if crossing:
+                split, folder = seen.setdefault(digest, (record["split"], dirname(file)))
+                if folder != dirname(file) or split != record["split"]:
+                    repeated.append((folder, dirname(file)))
+                    crossing += split != record["split"]
+    if repeated:
+        one, other = repeated[0]
+        splits = f", {crossing} of them in another split," * bool(crossing)
         raise UserError(
-            f"{len(crossing)} pictures are in one split of {one} and in the other of {other}; merge the data sets with "
-            f"{merge}"
+            f"{len(repeated)} pictures of {one} are in {other} too{splits} and would count twice; merge the data sets "
+            f"with build_crayon.py --from_crayon {one} {other}"
         )
-    return [
-        f"{len(repeated)} pictures are in {one} and again in {other}, and count twice; {merge} makes one row of each"
-    ]
 
 
 @dataclass(slots=True)

@@ -70,14 +70,14 @@ def _command(flags: Flags) -> None:
     # These take seconds to import, so the flags are parsed first.
     from rich.console import Console
 
-    from collavo.dataset import category_set, check_splits, find_files
+    from collavo.dataset import category_set, check_repeats, find_files
     from collavo.segmenter_training.finetuning import SegmentedRows
     from collavo.segmenter_training.judging import judge, open_for, table
 
     root = Path(flags.image_root) if flags.image_root else None
     with naming("data"):
         files = find_files(flags.data)
-        check_splits(files)
+        check_repeats(files)
         categories = category_set(files)
         training, validation = (
             SegmentedRows.of_split(files, split, categories, root) for split in ("train", "validation")

@@ -13,7 +13,7 @@ import pytest
 from tiny_model import scene_rows, tiny_processor, write_crayon_file
 
 from collavo import export_data
-from collavo.dataset import LeftOut, category_set, check_splits, count_rows, find_files, read_rows
+from collavo.dataset import LeftOut, category_set, check_repeats, count_rows, find_files, read_rows
 from collavo.errors import Rejected, UserError
 from collavo.evaluation.judge import Judge
 from collavo.evaluation.questions import EVALUATED_TASKS, questions_of
@@ -47,7 +47,7 @@ def read_as_all_do(path: Path, folder: Path) -> LeftOut:
     """Read a file as training, evaluation, `--from_crayon` and the exports do; what the index leaves out."""
     files = find_files([str(path)])
     categories = category_set(files)
-    check_splits(files)
+    check_repeats(files)
     limit = LengthLimit(PROCESSOR, 2000, "dialogues", instructions_per_sequence=8)
     index = build_row_index(files, "train", limit, classes=len(categories))
     examples = ExampleDataset(index, PROCESSOR, None, categories)

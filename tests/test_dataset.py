@@ -1,4 +1,3 @@
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 from conftest import crayon_row, segment
 from tiny_model import OWN_CLASSES, own_rows, scene_rows, tiny_processor, write_crayon_file
 
-from collavo.dataset import category_set, check_splits, count_rows, find_files, notes, read_rows
+from collavo.dataset import category_set, check_repeats, count_rows, find_files, notes, read_rows
 from collavo.errors import UserError
 from collavo.training.lengths import LengthLimit
 from collavo.training.row_index import build_row_index
@@ -156,7 +155,7 @@ def test_a_file_states_its_set_and_sets_are_not_mixed(tmp_path):
         category_set([coco, own])
 
 
-def test_a_picture_in_both_splits_is_refused(tmp_path):
+def test_a_picture_that_two_data_sets_hold_is_refused(tmp_path):
     def saved(folder: str, *rows: CrayonRow) -> Path:
         (tmp_path / folder).mkdir()
         return write_crayon_file(tmp_path / folder / "rows.parquet", list(rows))
@@ -165,10 +164,11 @@ def test_a_picture_in_both_splits_is_refused(tmp_path):
     again = crayon_row(image_id="elsewhere/a", split="validation")
     text_only = crayon_row(image_sha256=None, panoptic_png=None, image_bytes=None, image_path=None)
     first = saved("first", one, other, text_only)
-    assert check_splits([first]) == []
-    (note,) = check_splits([first, saved("same", one, other, text_only)])
-    assert re.match(r"2 pictures are in .*first and again in .*same, and count twice; .* --from_crayon ", note)
-    with pytest.raises(
-        UserError, match=r"^1 pictures are in one split of .*first and in the other of .*second; [^\n]*$"
+    check_repeats([first])
+    check_repeats([first, saved("others", crayon_row(image_sha256="2" * 64), text_only)])
+    for folder, rows, counted in (
+        ("same", [one, other], r"2 pictures of \S+first are in \S+same too and would count twice"),
+        ("split", [again], r"1 pictures of \S+first are in \S+split too, 1 of them in another split, and would"),
     ):
-        check_splits([first, saved("second", again)])
+        with pytest.raises(UserError, match=rf"^{counted}[^\n]* --from_crayon \S+first \S+{folder}$"):
+            check_repeats([first, saved(folder, *rows)])

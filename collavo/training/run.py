@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from collavo.cli import naming
-from collavo.dataset import category_set, check_splits, find_files, notes
+from collavo.dataset import category_set, check_repeats, find_files, notes
 from collavo.device import device_of_ranks
 from collavo.errors import UserError
 from collavo.folders import make_folder, remove, writing
@@ -54,8 +54,8 @@ class TrainingRun:
         with naming("data"):
             self.files = find_files(arguments.data)
             self.categories = category_set(self.files)
-            repeats = check_splits(self.files)
-        for note in notes(self.files) + repeats:
+            check_repeats(self.files)
+        for note in notes(self.files):
             console.print(note, highlight=False, soft_wrap=True)
         self.accelerator = _accelerator(arguments)
         self._prepare_folder()
