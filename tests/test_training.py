@@ -118,17 +118,17 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened(
 def test_signals_save_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(
     world: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def kill(display: RunDisplay, result: Any, phase: Any) -> None:
-        step(display, result, phase)
-        if result.step == at_step:
+    def kill(trainer: Trainer, number: int, *more: Any) -> Any:
+        if number == at_step:
             os.kill(os.getpid(), sent)
+        return step(trainer, number, *more)
 
-    step, run = RunDisplay.step, tmp_path / "run"
+    step, run = Trainer._step, tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(RunDisplay, "step", kill)
+        patched.setattr(Trainer, "_step", kill)
         for sent, at_step, flags in ((signal.SIGTERM, 1, []), (signal.SIGINT, 4, ["--resume"])):  # in cpt, in cit
             assert train.main([*command(world, run), *flags]) == 128 + sent
-            said = f"stopped by {sent.name} after step {at_step + 1}, with a checkpoint; --resume goes on from it"
+            said = f"stopped by {sent.name} after step {at_step}, with a checkpoint; --resume goes on from it"
             assert said in capsys.readouterr().err
     assert train.main([*command(world, run), "--resume"]) == 0
     assert losses(run) == losses(finished)

@@ -150,13 +150,14 @@ class Trainer:
             number = phase.steps_before + step + 1
             pieces = [next(loader) for _ in of_step]
             skipped = [sample for piece in pieces for sample in piece.skipped]
+            with memory_named(helpful, f"step {number}"):
+                loss, norm, tokens = self._step(number, [piece for piece in pieces if piece.inputs], optimizer)
             # All ranks have to stop after the same step, so they agree on it; one of them may have got the signal.
+            # Behind the step, since what sent the signal waits half a minute or so: no time for one more.
             said = torch.tensor([[self.signals[-1] if self.signals else 0, len(skipped)]], device=device)
             self.stopped_by, most = accelerator.gather(said).max(0).values.tolist()
             if most:
                 self._count_skipped(skipped, most_skipped)
-            with memory_named(helpful, f"step {number}"):
-                loss, norm, tokens = self._step(number, [piece for piece in pieces if piece.inputs], optimizer)
             seconds = time.perf_counter() - start
             result = StepResult(
                 step=number,
