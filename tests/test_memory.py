@@ -16,6 +16,7 @@ from collavo.training.stages import CRAYON_PROMPT, StagedModel, cit_stage
 
 ADAPTERS = ("image_cit", "vl_cit")
 LLAVA_7B = Shape(4096, 11008, 32, 4096, 32064, 303_000_000 + 21_000_000)
+INTERNLM2_7B = Shape(4096, 14336, 32, 1024, 92544, 303_000_000 + 21_000_000)
 GB = 1e9
 
 
@@ -69,16 +70,13 @@ def test_the_count_of_a_layer_is_what_a_layer_of_real_width_saves():
     assert Shape.of(config).saved_per_token(64) == pytest.approx(measured, rel=0.02)
 
 
-@pytest.mark.parametrize(
-    ("gigabytes", "changes"),
-    [
-        (80, {}),
-        (24, {"micro_batch_size": 2, "gradient_checkpointing": True}),
-    ],
-)
-def test_the_longest_sequences_of_the_7b_preset_fit_with_a_tenth_to_spare(gigabytes: int, changes: dict[str, Any]):
-    arguments = TrainArguments(data=("x",), **{**PRESETS["collavo-7b"].arguments, **changes})
-    check_memory(LLAVA_7B, arguments, 2, arguments.max_length, 500, int(0.9 * gigabytes * GB))
+@pytest.mark.parametrize(("preset", "shape"), [("collavo-7b", LLAVA_7B), ("collavo-internlm2-7b", INTERNLM2_7B)])
+@pytest.mark.parametrize(("gigabytes", "changes"), [(80, {}), (24, {"gradient_checkpointing": True})])
+def test_the_longest_sequences_of_the_7b_presets_fit_with_a_tenth_to_spare(
+    preset: str, shape: Shape, gigabytes: int, changes: dict[str, Any]
+):
+    arguments = TrainArguments(data=("x",), **{**PRESETS[preset].arguments, **changes})
+    check_memory(shape, arguments, 2, arguments.max_length, 500, int(0.9 * gigabytes * GB))
 
 
 def test_what_does_not_fit_is_refused_with_flags_that_make_it_fit():

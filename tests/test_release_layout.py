@@ -121,6 +121,20 @@ def test_the_release_gives_the_logits_of_its_own_layout(
         torch.testing.assert_close(ours, reference, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("objects", ["(#1 user) [0.10, 0.20, 0.30, 0.40]", ""])
+def test_prompts_have_the_tokens_of_the_releases_own_code(
+    release: Path, loaded: tuple[CollavoForConditionalGeneration, CollavoProcessor], objects: str
+) -> None:
+    """`make_system_prompt` and `make_and_add_prompt_and_im_mask` compose them; `<image>` is cut out."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(release / "tokenizer.model"))
+    listed = f"The image includes {objects}." if objects else "None of detailed object information for image."
+    before = "AI assistant should give helpful and detailed answers to user after fully understanding an image. "
+    after = f" [UNUSED_TOKEN_146]user\n{listed} who asks?[UNUSED_TOKEN_145]\n[UNUSED_TOKEN_146]assistant\n"
+    image = [loaded[1].image_token_id] * GRID**2
+    expected = [model.bos_id(), *model.encode(before), *image, *model.encode(after)]
+    assert loaded[1].render([("human", "who asks?")], objects).input_ids == expected
+
+
 def test_a_left_padded_batch_gives_what_each_gives_alone(
     model: CollavoForConditionalGeneration, samples: list[dict[str, Any]]
 ) -> None:

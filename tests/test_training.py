@@ -440,6 +440,19 @@ def test_a_refused_resume_names_the_arguments_and_the_files_that_differ(
     assert f"{world / 'rows.parquet'} was among the data; {others} was not among the data; go on with" in error
 
 
+@pytest.mark.parametrize("file", ["state.json", "weights.safetensors", "optimizer.safetensors"])
+def test_a_damaged_checkpoint_is_one_line_that_says_what_to_do(
+    world: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    damaged = max(run.glob("checkpoints/*"))
+    (damaged / file).write_bytes((damaged / file).read_bytes()[:99])
+    assert train.main(command(world, run, "--resume", "--max_steps", "4", "--epochs", "3")) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"--resume: {damaged}: damaged, or written by another version (" in error and "delete it" in error
+
+
 def test_a_finished_run_says_so_and_is_extended(
     world: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,16 +11,18 @@ model has no dropout. Position, weights and moments are all. No pickles, which c
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from collavo.dataset import LeftOut
-from collavo.errors import UserError
+from collavo.errors import UserError, first_line
 from collavo.folders import whole_folder, writing
 from collavo.training import record
 
@@ -82,24 +84,28 @@ def read_position(checkpoint: Path, learned_from: Mapping[str, Any]) -> Position
     """Read where a checkpoint stands.
 
     Raises:
-        UserError: if it was made from other data or with other arguments; it names them.
+        UserError: if it was made from other data or with other arguments, which it names, or is damaged.
     """
-    state = json.loads((checkpoint / STATE).read_text())
-    skipped = state.pop("skipped")
-    if differing := record.differences(state.pop("learned_from"), learned_from):
+    with _readable(checkpoint):
+        state = json.loads((checkpoint / STATE).read_text())
+        before, skipped = state.pop("learned_from"), state.pop("skipped")
+        position = Position(**state, skipped=LeftOut(Counter(skipped["counts"]), skipped["named"]))
+        differing = record.differences(before, learned_from)
+    if differing:
         raise UserError(
             f"{checkpoint}: {'; '.join(differing)}; go on with what the run began with, or train into another folder"
         )
-    return Position(**state, skipped=LeftOut(Counter(skipped["counts"]), skipped["named"]))
+    return position
 
 
 def load_weights(checkpoint: Path, parameters: Mapping[str, torch.Tensor]) -> None:
     """Put a checkpoint's weights into parameters, in place.
 
     Raises:
-        UserError: if the names differ.
+        UserError: if the names differ, or the file is damaged.
     """
-    weights = load_file(checkpoint / WEIGHTS)
+    with _readable(checkpoint):
+        weights = load_file(checkpoint / WEIGHTS)
     if differing := set(weights) ^ set(parameters):
         raise UserError(f"{checkpoint}: {len(differing)} weights do not match, such as {min(differing)}")
     with torch.no_grad():
@@ -108,9 +114,31 @@ def load_weights(checkpoint: Path, parameters: Mapping[str, torch.Tensor]) -> No
 
 
 def load_optimizer(checkpoint: Path, parameters: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's moments into an optimizer. Weights that have not learned yet have none, as before."""
-    for key, tensor in load_file(checkpoint / OPTIMIZER).items():
+    """Put a checkpoint's moments into an optimizer. Weights that have not learned yet have none, as before.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    with _readable(checkpoint):
+        moments = load_file(checkpoint / OPTIMIZER)
+    for key, tensor in moments.items():
         entry, _, name = key.partition("/")
         parameter = parameters[name]
         # AdamW keeps its step count on the CPU, the moments beside the weight.
         optimizer.state[parameter][entry] = tensor if entry == "step" else tensor.to(parameter.device)
+
+
+@contextmanager
+def _readable(checkpoint: Path) -> Iterator[None]:
+    """Say in one line that a checkpoint is damaged, or that another version wrote it.
+
+    Raises:
+        UserError: if what the block reads is not as it was written.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(
+            f"{checkpoint}: damaged, or written by another version ({type(error).__name__}: {first_line(error)}); "
+            "delete it to go on from the one before it"
+        ) from error

@@ -179,7 +179,8 @@ class TrainingRun:
         optimizer = torch.optim.AdamW(parameters.values(), weight_decay=0.0)
         first_step = 0
         if self.start and self.done.phase == phase.name:
-            checkpoint.load_optimizer(self.start, parameters, optimizer)
+            with naming("resume"):
+                checkpoint.load_optimizer(self.start, parameters, optimizer)
             first_step = self.done.phase_steps
 
         def after_step(result: StepResult) -> None:
