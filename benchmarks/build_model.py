@@ -96,7 +96,7 @@ def bare_loop(images: Path, output: Path, checkpoint: Path, input_size: int, dev
     for first in range(0, len(files), BATCH_SIZE):
         batch = files[first : first + BATCH_SIZE]
         maps = segmenter.segment([decode_rgb(file.read_bytes()) for file in batch])
-        areas.update((f.stem, [s.area for s in m.segments]) for f, m in zip(batch, maps, strict=True))
+        areas.update((f.name, [s.area for s in m.segments]) for f, m in zip(batch, maps, strict=True))
     output.write_text(json.dumps(areas))
 
 

@@ -50,4 +50,5 @@ def test_every_command_runs_at_toy_size(gpu, capfd):
     assert result["results"].keys() == gpu.PARTS.keys() and not result["failed"]
     assert [row["who"] for row in result["results"]["sweep"]["sweep"]][-1] == "Trainer + peft + bitsandbytes"
     assert result["results"]["segmenter_swin_l"]["shape"] == "swin_toy"
+    assert result["results"]["segmenter_swin_l"]["images_with_equal_segments"] == 1
     assert result["results"]["segmenter_shapes"]["shapes"]["toy"]["input_hw"] == [64, 64]
