@@ -14,6 +14,7 @@ last line JSON.
 """
 
 import argparse
+import hashlib
 import io
 import json
 import statistics
@@ -131,7 +132,7 @@ def plain_script(scenes: Path, output: Path) -> None:
         record = row.as_record()
         size_wh = (row.width, row.height)
         instructions = write_instructions(
-            row.image_id, size_wh, row.segments, COCO_PANOPTIC, phrasebook, statistics_, options
+            str(row.image_sha256), size_wh, row.segments, COCO_PANOPTIC, phrasebook, statistics_, options
         )
         records.append({**record, "instructions": [instruction.as_record() for instruction in instructions]})
     pq.write_table(pa.Table.from_pylist(records, schema=CRAYON_SCHEMA), output, compression="zstd")
@@ -160,31 +161,33 @@ def plain_row(scenes: Path, image: dict[str, Any], annotation: dict[str, Any], d
         index_map[mask] = position + 1
         ordinals[label] += 1
         numbering = 0 if is_crowd or ordinals[label] > MAX_NUMBERING else ordinals[label]
-        segments.append(Segment(id_, label, box, -negative_area, numbering, is_crowd))
+        segments.append(Segment.of(COCO_PANOPTIC[label], id_, box, -negative_area, numbering, is_crowd))
 
     png = Image.fromarray(index_map)
     png.putpalette([channel for color in segment_palette(segments, COCO_PANOPTIC) for channel in color])
     encoded = io.BytesIO()
     png.save(encoded, "PNG")
+    digest, path = hashlib.sha256(image_bytes).hexdigest(), f"images/{image['file_name']}"
     return CrayonRow(
-        image_id=image["file_name"].removesuffix(".jpg"),
+        image_id=path,
+        image_sha256=digest,
         image_bytes=image_bytes,
-        image_path=image["file_name"],
+        image_path=path,
         width=ids.shape[1],
         height=ids.shape[0],
         sources=("coco", "llava") if dialogues else ("coco",),
         license_id=image["license"],
-        split=split_of(image["file_name"].removesuffix(".jpg")),
+        split=split_of(digest),
         panoptic_png=encoded.getvalue(),
         segments=tuple(segments),
         conversations=tuple(sorted(dialogues, key=lambda dialogue: dialogue.id)),
     )
 
 
-def split_of(image_id: str) -> str:
+def split_of(digest: str) -> str:
     from pipelines.image_steps import split_of  # here, so that the plain script's start-up is its own
 
-    return split_of(image_id, 0.05)
+    return split_of(digest, 0.05)
 
 
 if __name__ == "__main__":
