@@ -17,7 +17,7 @@ TEXTS = [*PAGES, ROOT / "docker" / "README.md", *sorted((ROOT / "examples").glob
 CODE = re.compile(r"^```\w*\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 FOLDERS = ("schemas", "collavo", "pipelines", "pretraining", "tests", "benchmarks", "docker", "docs", "examples", ".ci")
-OTHERS_FLAGS = {"--data_path", "--image_folder", "--format"}
+OTHERS_FLAGS = {"--data_path", "--image_folder", "--format", "--shutdown_timeout"}
 """Flags of other people's programs that the prose names."""
 
 
