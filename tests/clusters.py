@@ -6,6 +6,7 @@ takes root, on Linux.
 """
 
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -291,6 +292,10 @@ def _host(name: str, address: str, folder: Path) -> Iterator[list[str]]:
         empty = dict.fromkeys((tempfile.gettempdir(), "/tmp", "/var/tmp", str(Path.home() / ".cache")))
         mounts = [f"mount --bind {folder}/hosts /etc/hosts"]
         mounts += [f"mount -t tmpfs none {path}" for path in empty if Path(path).is_dir()]
+        # This Python may live below one of these; its folder is opened before they are emptied, and put back after.
+        python = shlex.quote(sys.prefix)
+        mounts = [f"exec 9<{python}", *mounts, f"mkdir -p {python}", f"mount -c --bind /proc/self/fd/9 {python}"]
+        mounts += ["exec 9<&-"]
         yield ["ip", "netns", "exec", name, "unshare", "--mount", "sh", "-c", " && ".join([*mounts, 'exec "$@"']), "sh"]
     finally:
         _ip("netns", "delete", name)
