@@ -7,7 +7,7 @@ image bytes stored as they are, since they are compressed already, and zstd for 
 import hashlib
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -116,13 +116,12 @@ def check_repeats(files: Sequence[str]) -> None:
     """Refuse data sets that hold the same picture: a model would learn it twice, or be judged on what it has seen.
 
     Raises:
-        UserError: naming two data sets, how many pictures all share, and how to merge them.
+        UserError: naming two data sets, how many pictures they share, and how to merge them.
     """
     if len({dirname(file) for file in files}) < 2:  # in one data set, a picture has one row
         return
     seen: dict[bytes, tuple[str, str]] = {}
-    repeated: list[tuple[str, str]] = []
-    crossing = 0
+    repeated: defaultdict[tuple[str, str], list[bool]] = defaultdict(list)  # whether in another split, by data sets
     for file in files:
         if "image_sha256" not in _schema_of(file).names:
             continue
@@ -132,13 +131,12 @@ def check_repeats(files: Sequence[str]) -> None:
                     continue
                 split, folder = seen.setdefault(digest, (record["split"], dirname(file)))
                 if folder != dirname(file) or split != record["split"]:
-                    repeated.append((folder, dirname(file)))
-                    crossing += split != record["split"]
+                    repeated[folder, dirname(file)].append(split != record["split"])
     if repeated:
-        one, other = repeated[0]
-        splits = f", {crossing} of them in another split," * bool(crossing)
+        (one, other), crossing = next(iter(repeated.items()))
+        splits = f", {sum(crossing)} of them in another split," * any(crossing)
         raise UserError(
-            f"{len(repeated)} pictures of {one} are in {other} too{splits} and would count twice; merge the data sets "
+            f"{len(crossing)} pictures of {one} are in {other} too{splits} and would count twice; merge the data sets "
             f"with build_crayon.py --from_crayon {one} {other}"
         )
 
