@@ -196,16 +196,25 @@ def open_read(uri: str) -> BinaryIO:
     return file if is_local(uri) else cast(BinaryIO, io.BufferedReader(file, _READ_AHEAD_BYTES))
 
 
+def refuse_pipe(uri: str) -> None:
+    """Refuse a local pipe, which is read once and in order, and waits for ever where nobody writes.
+
+    Raises:
+        UserError: naming it; OSError where nothing is there.
+    """
+    if stat.S_ISFIFO(os.stat(local_path(uri)).st_mode):
+        raise UserError(f"{uri}: is a pipe; write its content to a file")
+
+
 @_one_kind_of_fault
 def open_random(uri: str) -> BinaryIO:
     """Open a file to read here and there; on a store, each read is one request for just these bytes.
 
     Raises:
-        UserError: for a pipe, which is read once and in order, and waits for ever where nobody writes.
+        UserError: for a pipe.
     """
     if is_local(uri):
-        if stat.S_ISFIFO(os.stat(local_path(uri)).st_mode):
-            raise UserError(f"{uri}: is a pipe; write its content to a file")
+        refuse_pipe(uri)
         return open(local_path(uri), "rb")
     files, path = _remote(uri)
     return cast(BinaryIO, files.open_input_file(path) if _is_s3(uri) else _ArrowFile(uri, files, path))

@@ -1,3 +1,4 @@
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -174,3 +175,9 @@ def test_a_picture_that_two_data_sets_hold_is_refused(tmp_path):
             check_repeats([first, saved(folder, *rows)])
     with pytest.raises(UserError, match=r"^2 pictures of \S+first are in \S+same too and would"):  # of these two alone
         check_repeats([first, tmp_path / "same" / "rows.parquet", saved("third", one)])
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "rows.parquet")
+    with pytest.raises(UserError, match=r"rows.parquet: is a pipe"):
+        category_set([tmp_path / "rows.parquet"])
