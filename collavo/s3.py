@@ -8,7 +8,7 @@ put in its place.
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -104,6 +104,10 @@ class S3:
             found = [each["path"] for each in obstore.list(self._store, f"{path.rstrip('/')}/").collect()]
             if paths := found if path.endswith("/") else [path, *found]:
                 obstore.delete(self._store, paths)
+
+    def delete_files(self, paths: Sequence[str]) -> None:
+        """Delete files; one that is not there is left out."""
+        obstore.delete(self._store, [*paths])
 
 
 def _region(root: str) -> Any:

@@ -17,7 +17,7 @@ from rich.table import Table
 from collavo import cli
 from collavo.errors import StoreOutage, UserError
 from collavo.folders import whole_folder
-from collavo.storage import FAULTS, MANIFEST, REJECTS, REPORT, delete, is_local, open_read, size_text
+from collavo.storage import FAULTS, MANIFEST, REJECTS, REPORT, delete, is_local, list_files, open_read, size_text
 from pipelines.local_workers import LocalWorkers, cores, count_workers, gpus_for, runs_here
 from pipelines.options import PROGRAM, Flags, SegmentationFlags, parse_flags
 from schemas.crayon_row import TASKS
@@ -88,7 +88,9 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
             with cli.naming("output"):
                 stack.enter_context(whole_folder(Path(publication.output), publication.stage_inside, SEGMENTED))
         try:
-            prepare(publication, flags.output.resume, flags.output.discard, by_model=plan.job.model is not None)
+            local = is_local(publication.output)
+            content = list_files(join(publication.folder, "")) if local else plan.output_content
+            prepare(publication, content, flags.output.resume, flags.output.discard, plan.job.model is not None)
         except (*FAULTS, StoreOutage) as error:
             clear(publication)
             why = getattr(error, "strerror", None) or str(error)
@@ -107,7 +109,7 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
             delete([join(publication.work, ""), join(publication.segmented, "")])
         else:
             with suppress(*FAULTS, StoreOutage):  # of bundles that a runner tried again; the data set is whole
-                delete([join(publication.work, "")])
+                delete([join(publication.work, ""), *([join(publication.segmented, "")] if plan.job.model else [])])
     _print_summary(publication.output, time.perf_counter() - start, console)
 
 

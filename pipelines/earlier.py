@@ -8,7 +8,7 @@ build may be others.
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from posixpath import basename, join
@@ -21,7 +21,6 @@ from collavo.storage import (
     FAULTS,
     MANIFEST,
     delete,
-    exists,
     is_local,
     list_files,
     open_random,
@@ -45,18 +44,20 @@ EXTENSION_FLAGS = (*(field.name for field in fields(InstructionFlags)), "validat
 _NOTE = "made_by.json"
 
 
-def prepare(publication: Publication, resume: bool, discard: bool, by_model: bool) -> None:
+def prepare(publication: Publication, content: Sequence[str], resume: bool, discard: bool, by_model: bool) -> None:
     """Make ready the folder for what the network will segment.
 
     Args:
-        by_model: whether there is one.
+        content: what lies in the folder of the publication, to its depths.
+        by_model: whether there is a network.
 
     Raises:
         UserError: if a stopped build has left something and nothing says what to do with it; or if this build is to go
             on with it, and there is nothing or the flags do not fit.
     """
     made_by = _made_by(publication.configuration)
-    note, left, unused = join(publication.segmented, _NOTE), _segmented_files(publication), _stale_files(publication)
+    note, left = join(publication.segmented, _NOTE), _segmented(publication, content)
+    unused = [uri for uri in content if uri.startswith(join(publication.folder, WORK))]
     if not resume:
         if (left or unused) and not discard:
             kept = f"{_size_of(left)} of finished pictures" + f" and {_size_of(unused)} more" * bool(unused)
@@ -66,7 +67,7 @@ def prepare(publication: Publication, resume: bool, discard: bool, by_model: boo
             )
         if left or is_local(publication.segmented):
             delete([join(publication.segmented, "")])
-    elif not exists(note):
+    elif note not in content:
         raise UserError(f"--resume: no stopped build has left anything for --output {publication.output}")
     else:
         with open_read(note) as file:
@@ -85,7 +86,7 @@ def clear(publication: Publication) -> None:
     Where a store does not answer, all is left to the next build, which finds it.
     """
     with suppress(*FAULTS, StoreOutage):
-        if left := _segmented_files(publication):
+        if left := _segmented(publication, list_files(join(publication.segmented, ""))):
             kept = f"{_size_of(left)} of finished pictures are kept in {publication.segmented}"
             print(f"{kept}: --resume uses them, --discard removes them", file=sys.stderr)
         else:
@@ -123,13 +124,8 @@ def check_extension(output: str, configuration: Mapping[str, Any], templates_sha
         raise UserError(f"--extend: {output} was built with {difference}; give the same, or merge with --from_crayon")
 
 
-def _segmented_files(publication: Publication) -> list[str]:
-    return [uri for uri in list_files(join(publication.segmented, "")) if basename(uri) != _NOTE]
-
-
-def _stale_files(publication: Publication) -> list[str]:
-    """List what lies in work folders of a store, where the launcher of a build was killed, or still runs."""
-    return [] if is_local(publication.folder) else list_files(join(publication.folder, f"{WORK}*/**"))
+def _segmented(publication: Publication, content: Iterable[str]) -> list[str]:
+    return [uri for uri in content if uri.startswith(join(publication.segmented, "")) and basename(uri) != _NOTE]
 
 
 def _difference(earlier: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str]) -> str:

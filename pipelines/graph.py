@@ -67,7 +67,7 @@ from pipelines.spill import SpilledDraft, SpillWriter, shard_of
 ROWS_PER_SHARD = 2000
 """Aim of the automatic number of shards: files of 200-400 MB where COCO's images are embedded."""
 
-_SHARDS_AT_LEAST, _LEAST_ROWS = 8, 100
+_SHARDS_AT_LEAST, _LEAST_ROWS = 8, 200
 """A smaller data set is divided further, so that several workers phrase and write it, and several ranks read it."""
 
 _PARTITIONS = 256

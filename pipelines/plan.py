@@ -51,7 +51,7 @@ from collavo.storage import (
 from pipelines.earlier import check_extension
 from pipelines.job import WORK, CrayonJob, ModelConfig, Publication
 from pipelines.options import Flags, SegmentationFlags, SourceFlags, build_parser
-from pipelines.publish import FAILED_REJECTS, published_files, strangers
+from pipelines.publish import FAILED_REJECTS, content_of, published_files, strangers
 from pipelines.runners import check_file_systems, check_workers, parse_beam_options
 from pipelines.sources import (
     CocoSource,
@@ -101,6 +101,9 @@ class Plan:
     job: CrayonJob
     beam_options: PipelineOptions
     scenes: SceneRequest | None
+    output_content: list[str]
+    """What lies in the output; see `content_of`."""
+
     notes: tuple[str, ...]
     """What the user should know before the job runs, a line each."""
 
@@ -119,12 +122,13 @@ def make_plan(flags: Flags, rest: Sequence[str], share_gpu: bool) -> Plan:
     _check_unused(flags)
     paths = [(name, path) for name in _PATH_FLAGS for path in _as_tuple(flags.values[name])]
     check_file_systems(beam_options, paths)
-    _check_output(flags, paths)
+    content = _check_output(flags, paths)
     runner = beam_options.view_as(StandardOptions).runner
     publication = _publication(flags, runner)
     scenes = None if flags.sources.named else _scene_request(flags.sources, publication)
     if flags.output.extend:
-        flags = flags._replace(sources=_with_rows_of(flags.sources, publication.output))
+        rows = [uri for uri in published_files(publication.output, content) if uri.endswith(".parquet")]
+        flags = flags._replace(sources=replace(flags.sources, from_crayon=(*flags.sources.from_crayon, *rows)))
     notes: list[str] = []
     sets = _Sets(flags, notes)
     sources = _scene_sources(scenes.folder) if scenes else _named_sources(flags.sources, sets, notes)
@@ -138,7 +142,7 @@ def make_plan(flags: Flags, rest: Sequence[str], share_gpu: bool) -> Plan:
         check_extension(publication.output, publication.configuration, job.phrasebook.sha256, job.model is not None)
     device = flags.segmentation.device if job.model else None
     check_workers(beam_options, share_gpu, device, flags.segmentation.model_copies, flags.segmentation.accelerator)
-    return Plan(job, beam_options, scenes, tuple(notes))
+    return Plan(job, beam_options, scenes, content, tuple(notes))
 
 
 def _check_unused(flags: Flags) -> None:
@@ -172,16 +176,17 @@ def _check_unused(flags: Flags) -> None:
             raise UserError(f"--{name} acts only {where}")
 
 
-def _check_output(flags: Flags, paths: Sequence[tuple[str, str]]) -> None:
-    """Refuse an output that holds what must not be lost."""
+def _check_output(flags: Flags, paths: Sequence[tuple[str, str]]) -> list[str]:
+    """Refuse an output that holds what must not be lost; return what it holds."""
     output = flags.output.output
     if is_local(output) and Path(output).exists() and not Path(output).is_dir():
         raise UserError(f"--output {output}: is a file; name a folder")
     try:
-        present = [uri for uri in published_files(output) if basename(uri) != FAILED_REJECTS]
+        content = content_of(output)
     except FAULTS as error:
         raise UserError(f"--output {fault_line(output, error)}") from error
-    if foreign := strangers(output):
+    present = [uri for uri in published_files(output, content) if basename(uri) != FAILED_REJECTS]
+    if foreign := strangers(output, content):
         raise UserError(
             f"--output {output} holds {foreign[0]}, which is not part of a data set, and would be replaced as a whole; "
             "move that away or name another folder"
@@ -196,6 +201,7 @@ def _check_output(flags: Flags, paths: Sequence[tuple[str, str]]) -> None:
     for name, path in paths:  # finished rows are safe to replace: they are read before
         if name not in ("output", "from_crayon") and present and canonical(path).startswith(f"{canonical(output)}/"):
             raise UserError(f"--{name} {path}: lies in --output {output}, which is replaced; name another output")
+    return content
 
 
 def _publication(flags: Flags, runner: str) -> Publication:
@@ -217,11 +223,6 @@ def _publication(flags: Flags, runner: str) -> Publication:
         max_reject_ratio=flags.output.max_reject_ratio,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def _with_rows_of(sources: SourceFlags, output: str) -> SourceFlags:
-    files = [uri for uri in published_files(output) if uri.endswith(".parquet")]
-    return replace(sources, from_crayon=(*sources.from_crayon, *files))
 
 
 def _scene_request(flags: SourceFlags, publication: Publication) -> SceneRequest:

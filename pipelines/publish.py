@@ -25,7 +25,7 @@ from collavo.storage import (
     MANIFEST,
     REJECTS,
     REPORT,
-    delete,
+    delete_files,
     is_local,
     list_files,
     open_read,
@@ -82,10 +82,10 @@ def publish(
         _gather_rejects(join(publication.output, FAILED_REJECTS), ordered)
         raise
     old = [uri for uri in found if _is_ours(folder, uri)]
-    delete([uri for uri in old if uri == manifest_uri])
+    delete_files([uri for uri in old if uri == manifest_uri])
     written = [shard for shard in ordered if shard.data_uri]
     names = _names(written)
-    delete([uri for uri in old if uri != manifest_uri and basename(uri) not in names])
+    delete_files([uri for uri in old if uri != manifest_uri and basename(uri) not in names])
     for shard, name in zip(written, names, strict=True):
         put_in_place(shard.data_uri, join(folder, name))
     rejects = _gather_rejects(join(folder, REJECTS), ordered)
@@ -107,17 +107,19 @@ def publish(
     with open_write(manifest_uri) as file:
         file.write(json.dumps(manifest, indent=2).encode() + b"\n")
     if not is_local(publication.work):  # a local launcher still watches the progress in it, and removes it then
-        used = [of for of in (publication.work, publication.segmented) if any(uri.startswith(of) for uri in found)]
-        delete([join(folder, "") for folder in used])
+        delete_files([uri for uri in found if uri.startswith((publication.work, publication.segmented))])
 
 
-def published_files(output: str) -> list[str]:
-    """List what an earlier build left in an output folder, the manifest first."""
+def content_of(output: str) -> list[str]:
+    """List what lies in an output folder: by name on a disk, to its depths in a store, which is one request."""
     if is_local(output):
-        found = [join(output, name) for name in sorted(os.listdir(output))] if os.path.isdir(output) else []
-    else:
-        found = list_files(join(output, "*"))
-    return sorted((uri for uri in found if _is_ours(output, uri)), key=lambda uri: basename(uri) != MANIFEST)
+        return [join(output, name) for name in sorted(os.listdir(output))] if os.path.isdir(output) else []
+    return list_files(join(output, ""))
+
+
+def published_files(output: str, content: Sequence[str]) -> list[str]:
+    """Return those files of an output folder that an earlier build left, the manifest first."""
+    return sorted((uri for uri in content if _is_ours(output, uri)), key=lambda uri: basename(uri) != MANIFEST)
 
 
 def _is_ours(output: str, uri: str) -> bool:
@@ -126,12 +128,12 @@ def _is_ours(output: str, uri: str) -> bool:
     return name in (MANIFEST, CARD, REJECTS, REPORT, FAILED_REJECTS) or _SHARD.fullmatch(name) is not None
 
 
-def strangers(output: str) -> list[str]:
-    """List the names in a local output folder that no build wrote."""
-    if not (is_local(output) and os.path.isdir(output)):
+def strangers(output: str, content: Sequence[str]) -> list[str]:
+    """Return the names in a local output folder that no build wrote."""
+    if not is_local(output):
         return []
-    ours = {*map(basename, published_files(output)), *INTERNAL}
-    return sorted(name for name in os.listdir(output) if name not in ours)
+    ours = {*published_files(output, content), *(join(output, name) for name in INTERNAL)}
+    return sorted(basename(uri) for uri in content if uri not in ours)
 
 
 def _names(written: Sequence[WrittenShard]) -> list[str]:
