@@ -13,11 +13,14 @@ from safetensors.torch import load_file
 from tiny_model import save_tiny_base, scene_rows, tiny_config, tiny_model, write_crayon_file
 
 from collavo import export_model, train
+from collavo.errors import UserError
 from collavo.model import CollavoConfig, CollavoForConditionalGeneration
 from collavo.runs import load_base, load_run
+from collavo.training.arguments import TrainArguments
 from collavo.training.batches import Batch, ExampleDataset
 from collavo.training.display import RunDisplay
 from collavo.training.loop import learning_rate_at
+from collavo.training.run import _check_shares
 from pipelines.command import main as build_crayon
 
 COMMON = (
@@ -225,3 +228,11 @@ def test_the_preset_on_internlm2_says_what_makes_its_base(
 def test_alignment_has_llavas_figures() -> None:
     arguments = train.parse_arguments(["--data", "x", "--preset", "somewhere"])
     assert (arguments.align_learning_rate, arguments.align_batch_size, arguments.epochs) == (1e-3, 256, 1)
+
+
+def test_ranks_have_to_share_batches_evenly_those_of_alignment_too():
+    arguments = TrainArguments(data=("x",), batch_size=24, align_batch_size=256)
+    _check_shares(arguments, 3, aligns=False)
+    _check_shares(arguments, 8, aligns=True)
+    with pytest.raises(UserError, match="--align_batch_size 256 cannot be shared evenly by 3 processes"):
+        _check_shares(arguments, 3, aligns=True)

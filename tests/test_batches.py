@@ -226,6 +226,17 @@ def test_a_worker_that_dies_is_told_of_in_one_line(tmp_path: Path, monkeypatch: 
         next(loader)
 
 
+def test_the_sample_that_takes_most_memory_is_found_by_its_tokens(tmp_path: Path) -> None:
+    turns = lambda question, answer: (("human", question), ("gpt", answer))  # noqa: E731
+    dialogues = Dialogue("asks", turns("one two " * 30, "no")), Dialogue("tells", turns("Why?", "one two " * 20))
+    examples = dataset(tmp_path, [replace(scene_rows(1)[0], conversations=dialogues)])
+    asks, tells = (Sample("dialogue", 0, (number,), 100) for number in (0, 1))
+    longest, most_supervised = examples.longest([asks, tells]), examples.longest([asks, tells], supervised_weight=9)
+    assert longest is not None and most_supervised is not None
+    assert longest[0] == asks and most_supervised[0] == tells
+    assert longest[1] > most_supervised[1] and longest[2] < most_supervised[2]
+
+
 def test_workers_give_the_batches_of_the_plan_in_order(tmp_path: Path) -> None:
     examples = dataset(tmp_path, scene_rows(4))
     samples = [[Sample("crayon", row, (0, 1))] for row in (2, 0, 1)]

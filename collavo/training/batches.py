@@ -40,8 +40,11 @@ _LATE_COLUMNS = ("image_id", "image", "width", "height", "panoptic_map")
 """What the index could not check, since it does not read pictures and maps."""
 
 
+_TEXT_COLUMNS = tuple(name for name in _COLUMNS if name != "image")
+"""What a prompt is made of. Pictures are nearly all of a row's bytes."""
+
 _RENDERED_AT_MOST = 16
-"""Samples among which the longest is looked for."""
+"""Samples among which the one that takes most memory is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +104,11 @@ class RowReader:
 
     Args:
         kept_rows: how many rows to keep, see `collavo.training.batch_plan.rows_in_use`.
+        columns: to read of them.
     """
 
-    def __init__(self, row_groups: Sequence[RowGroup], kept_rows: int) -> None:
+    def __init__(self, row_groups: Sequence[RowGroup], kept_rows: int, columns: Sequence[str] = _COLUMNS) -> None:
+        self._columns = list(columns)
         self._groups = row_groups
         self._first_rows = [group.first_row for group in row_groups]
         self._kept_rows = kept_rows
@@ -120,7 +125,7 @@ class RowReader:
             group = self._groups[number]
             try:
                 with opened_parquet(group.file) as parquet:
-                    self._tables[number] = parquet.read_row_group(group.group, columns=list(_COLUMNS))
+                    self._tables[number] = parquet.read_row_group(group.group, columns=self._columns)
             except UserError as error:
                 detail = f"row group {group.group} of {error}"
                 raise Rejected("unreadable_rows", detail, f"row {row}") from error
@@ -146,7 +151,8 @@ class ExampleDataset(Dataset[Example | Skipped | UserError]):
         categories: CategorySet = COCO_PANOPTIC,
     ) -> None:
         self.index = index
-        self._reader = RowReader(index.row_groups, rows_in_use(index.row_groups))
+        self._reader = RowReader(index.row_groups, kept := rows_in_use(index.row_groups))
+        self._text_reader = RowReader(index.row_groups, kept, _TEXT_COLUMNS)
         self._processor = processor
         self._image_root = image_root
         self._categories = categories
@@ -187,24 +193,28 @@ class ExampleDataset(Dataset[Example | Skipped | UserError]):
             raise Rejected(error.reason, str(error), record["image_id"]) from error
         return example_of(self._processor, sample.kind, record["image_id"], prompts, pixels, panoptic)
 
-    def longest(self, samples: Iterable[Sample]) -> tuple[Sample, int, int] | None:
-        """Find the sample with the longest sequence, its tokens, and how many of them are supervised; None without any.
+    def longest(self, samples: Iterable[Sample], supervised_weight: float = 0) -> tuple[Sample, int, int] | None:
+        """Find the sample whose sequence takes most memory, its tokens, and how many of them are supervised; None
+        without any.
 
         Samples know bounds of their lengths. Those with the highest are rendered, for their tokens.
+
+        Args:
+            supervised_weight: what a supervised token takes beside what each token does.
         """
         found = []
         for sample in nlargest(_RENDERED_AT_MOST, samples, key=lambda sample: sample.tokens):
             with suppress(Rejected):
-                prompts = self._prompts(sample, self._reader.read(sample.row))
+                prompts = self._prompts(sample, self._text_reader.read(sample.row))
                 input_ids, labels, _ = pack_prompts(prompts, self._processor.image_token_id)
                 found.append((sample, len(input_ids), int((labels != IGNORED).sum())))
-        return max(found, key=lambda one: one[1], default=None)
+        return max(found, key=lambda one: one[1] + supervised_weight * one[2], default=None)
 
     def prompt_of(self, batch: Batch) -> RenderedPrompt | None:
         """Return the first prompt of a batch, to show it; None if no sample of it can be rendered."""
         for sample in batch.samples:
             with suppress(Rejected):
-                return self._prompts(sample, self._reader.read(sample.row))[0]
+                return self._prompts(sample, self._text_reader.read(sample.row))[0]
         return None
 
     def collate_or_error(self, examples: Sequence[Example | Skipped | UserError]) -> MicroBatch | UserError:

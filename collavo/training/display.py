@@ -16,7 +16,9 @@ from collavo.folders import write_whole, writing
 from collavo.model.prompt import Kind
 from collavo.progress import Progress
 from collavo.runs import read_metrics
+from collavo.storage import size_text
 from collavo.training.loop import StepResult
+from collavo.training.memory import LongestBatch
 from collavo.training.phases import Phase
 
 
@@ -38,16 +40,27 @@ class RunDisplay:
 
     @contextmanager
     def shown(
-        self, phases: Sequence[Phase], facts: Mapping[str, str], left_out: Sequence[str], example: Text, steps_done: int
+        self,
+        phases: Sequence[Phase],
+        facts: Mapping[str, str],
+        memory: Table | None,
+        left_out: Sequence[str],
+        example: Text,
+        steps_done: int,
     ) -> Iterator[None]:
-        """Print facts about the run, what it leaves out and one prompt, then show progress while the block runs.
+        """Print facts about the run, its memory, what it leaves out and one prompt, then show progress while the block
+        runs.
 
-        Metrics of later steps than `steps_done` are deleted: a resumed run takes those steps again.
+        Args:
+            memory: see `memory_table`.
+            steps_done: metrics of later steps are deleted, for a resumed run takes those steps again.
         """
         table = Table(show_header=False, box=None, pad_edge=False)
         for fact in facts.items():
             table.add_row(*fact)
         self._progress.console.print(table, highlight=False)
+        if memory:
+            self._progress.console.print("", memory, "", highlight=False)
         self.left_out(left_out)
         self._progress.console.print(Text("A prompt, the supervised part in green: ") + example, soft_wrap=True)
         if self._accelerator.is_main_process:
@@ -86,3 +99,19 @@ class RunDisplay:
             with writing(self._metrics), self._metrics.open("a") as file:
                 file.write(json.dumps(values) + "\n")
             self._accelerator.log({k: v for k, v in values.items() if isinstance(v, float)}, step=values["step"])
+
+
+def memory_table(needs: Mapping[str, Mapping[str, int]], longest: Mapping[str, LongestBatch], available: int) -> Table:
+    """Make a table of what each phase takes of a GPU's memory, see `collavo.training.memory.check_memory`."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("GPU memory, reckoned")
+    for phase in needs:
+        table.add_column(phase, justify="right")
+    sizes = [f"{longest[phase].sequences} x {longest[phase].tokens:,}" for phase in needs]
+    table.add_row("tokens of the longest batch", *sizes)
+    for part in next(iter(needs.values())):
+        table.add_row(part, *(size_text(parts[part]) for parts in needs.values()))
+    totals = [sum(parts.values()) for parts in needs.values()]
+    table.add_row("together", *map(size_text, totals), style="bold")
+    table.add_row(f"of the GPU's {size_text(available)}", *(f"{100 * total / available:.0f} %" for total in totals))
+    return table

@@ -173,17 +173,17 @@ class Trainer:
             with memory_named(helpful, f"after step {number}"):  # it may evaluate
                 after_step(result)
 
-    def rehearse(self, phase: Phase, sample: Sample, dataset: ExampleDataset) -> None:
-        """Take the longest sequence of a phase, as often as a micro-batch holds, forward and back, and change nothing.
+    def rehearse(self, phase: Phase, sample: Sample, sequences: int, dataset: ExampleDataset) -> None:
+        """Take the longest sequence of a phase forward and back, as many times at once as its batches do, and change
+        nothing.
 
         Raises:
             UserError: if the GPU's memory does not suffice, which so shows before the first step.
         """
         self._staged.enter(phase.stages[sample.kind])
-        samples = [sample] * self._arguments.micro_batch_size
         helpful = "a lower --micro_batch_size, --gradient_checkpointing, a lower --max_length"
         with memory_named(helpful, f"{phase.name}, its longest batch"):
-            for piece in build_loader(dataset, [samples], 0, pin_memory=False):
+            for piece in build_loader(dataset, [[sample] * sequences], 0, pin_memory=False):
                 if piece.supervised_tokens:
                     self._loss(piece, piece.supervised_tokens).backward()
         for parameter in self._staged.learning.values():

@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from collavo.cli import naming
@@ -22,16 +23,26 @@ from collavo.folders import make_folder, remove, writing
 from collavo.model.configuration import CollavoConfig
 from collavo.model.prompt import KINDS, Kind, show_supervision
 from collavo.model_card import write_model_card
-from collavo.runs import ADAPTERS, CARD, CRAYON, METRICS, PROJECTOR, TRAIN_ARGS, base_from, read_metrics, save_run
-from collavo.storage import size_text
+from collavo.runs import (
+    ADAPTERS,
+    CARD,
+    CRAYON,
+    METRICS,
+    PROJECTOR,
+    TRAIN_ARGS,
+    base_config,
+    base_from,
+    read_metrics,
+    save_run,
+)
 from collavo.training import checkpoint, record
 from collavo.training.arguments import TrainArguments
 from collavo.training.batch_plan import PlanOptions, Sample, plan_epoch
 from collavo.training.batches import ExampleDataset
-from collavo.training.display import RunDisplay
+from collavo.training.display import RunDisplay, memory_table
 from collavo.training.lengths import LengthLimit
 from collavo.training.loop import StepResult, Trainer, signals_noted
-from collavo.training.memory import Shape, check_memory, memory_of
+from collavo.training.memory import LongestBatch, Shape, check_memory, estimate, memory_of
 from collavo.training.phases import ADAPTER_OF, Phase, phases_left, plan_phases
 from collavo.training.row_index import RowIndex, build_row_index
 from collavo.training.trainable import compute_dtype, count_weights, load_trainable
@@ -70,6 +81,7 @@ class TrainingRun:
             self.accelerator.init_trackers("collavo", {k: str(v) for k, v in asdict(arguments).items()})
         self.dtype = compute_dtype(arguments.precision, self.accelerator.device)
         self.adapters = list(dict.fromkeys(ADAPTER_OF[arguments.adapters].values()))
+        self._check_base()
         torch.manual_seed(arguments.seed)
         self.staged, self.processor = load_trainable(
             arguments,
@@ -81,7 +93,9 @@ class TrainingRun:
             self.dtype,
         )
         self.config = cast(CollavoConfig, self.staged.model.get_base_model().config)
+        self.shape = Shape.of(self.config)
         self.aligns = arguments.phase == "align" or self.config.projector_untrained
+        _check_shares(arguments, self.accelerator.num_processes, self.aligns)
         self.projector_trained = self.aligns or projector_file is not None
         self.limit = LengthLimit(
             self.processor, arguments.max_length, arguments.object_list, arguments.instructions_per_sequence
@@ -127,17 +141,18 @@ class TrainingRun:
         most_skipped = int(arguments.max_skipped_ratio * samples)
         steps_done = max(done.total_steps, phases[0].steps_before)
         damaged = self.train_set.index.left_out.lines()
+        left = [phase for phase in phases if phase.last_step > done.total_steps]
         available = memory_of(self.accelerator.device)
-        longest = self._longest(phases) if available else {}
-        facts = {**self._facts(phases), **self._memory_facts(longest, available or 0)}
-        with self.display.shown(phases, facts, damaged, prompt, steps_done), signals_noted() as signals:
+        rehearsed = [] if available is None else [(phase, *found) for phase in left if (found := self._longest(phase))]
+        memory = self._memory({phase.name: batch for phase, _, batch in rehearsed}, available or 0)
+        facts = self._facts(phases)
+        with self.display.shown(phases, facts, memory, damaged, prompt, steps_done), signals_noted() as signals:
             trainer = Trainer(self.staged, self.accelerator, arguments, self.dtype)
             trainer.skipped, trainer.signals = done.skipped, signals
-            for phase in phases:
-                if phase.last_step > done.total_steps:
-                    if phase.name in longest:
-                        trainer.rehearse(phase, longest[phase.name][0], self.train_set)
-                    self._run_phase(trainer, phase, learning, most_skipped)
+            for phase, sample, batch in rehearsed:  # of all phases, for nobody wants to wait days for the last one's
+                trainer.rehearse(phase, sample, batch.sequences, self.train_set)
+            for phase in left:
+                self._run_phase(trainer, phase, learning, most_skipped)
         self.display.left_out(trainer.skipped.lines())
         self.config.projector_untrained = False
         if is_main:
@@ -148,27 +163,50 @@ class TrainingRun:
         self.console.print(f"Trained: {self.folder}", soft_wrap=True)
         self.accelerator.end_training()
 
-    def _longest(self, phases: Sequence[Phase]) -> dict[str, tuple[Sample, int, int]]:
-        """Find the longest sequence of each phase, see `ExampleDataset.longest`."""
-        found = {p.name: self.train_set.longest(s for batch in p.batches for s in batch.samples) for p in phases}
-        return {name: longest for name, longest in found.items() if longest}
+    def _longest(self, phase: Phase) -> tuple[Sample, LongestBatch] | None:
+        """Find the sequence of a phase that takes most memory, and the batch that holds nothing else."""
+        one = estimate(self.shape, self.arguments, len(self.adapters), phase.name, LongestBatch(1, 1, 1))
+        samples = (sample for batch in phase.batches for sample in batch.samples)
+        found = self.train_set.longest(samples, one["logits"] / one["activations"])
+        if not found:
+            return None
+        sample, tokens, supervised = found
+        return sample, LongestBatch(self._at_once(len(phase.batches[0].samples)), tokens, supervised)
 
-    def _memory_facts(self, longest: Mapping[str, tuple[Sample, int, int]], available: int) -> dict[str, str]:
-        """Say what a step takes of the GPU's memory at its peak.
+    def _at_once(self, batch_size: int) -> int:
+        """Return how many sequences of a step a rank takes forward and back at once."""
+        return min(self.arguments.micro_batch_size, batch_size // self.accelerator.num_processes)
+
+    def _memory(self, longest: Mapping[str, LongestBatch], available: int) -> Table | None:
+        """Say what a step takes of the GPU's memory at its peak, by phase.
 
         Raises:
             UserError: if it does not fit, naming the flags with which it does.
         """
         if not longest:
-            return {}
-        _, tokens, supervised = max(longest.values(), key=lambda one: one[1])
-        shape = Shape.of(self.staged.model.config)
-        parts = check_memory(shape, self.arguments, len(self.adapters), tokens, supervised, available)
-        return {
-            "memory": f"about {size_text(sum(parts.values()))} of {size_text(available)} for the longest batch, "
-            f"{self.arguments.micro_batch_size} x {tokens:,} tokens: "
-            + ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
-        }
+            return None
+        needs = check_memory(self.shape, self.arguments, len(self.adapters), longest, available)
+        return memory_table(needs, longest, available)
+
+    def _check_base(self) -> None:
+        """Refuse a base that a GPU has no room for, before it is loaded: the image alone, for the data are not known
+        yet.
+
+        Raises:
+            UserError: naming the flags with which it fits.
+        """
+        arguments, available = self.arguments, memory_of(self.accelerator.device)
+        if available is None:
+            return
+        with naming("preset"):
+            config = base_config(arguments.base)
+        if not hasattr(config, "text_config"):
+            return  # which loading it says in a line
+        phase = "cit" if arguments.phase == "all" else arguments.phase
+        size = arguments.align_batch_size if phase == "align" else arguments.batch_size
+        cells = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        image = {phase: LongestBatch(self._at_once(size), cells, 0)}
+        check_memory(Shape.of(config), arguments, len(self.adapters), image, available)
 
     def _run_phase(self, trainer: Trainer, phase: Phase, learning: Sequence[str], most_skipped: int) -> None:
         """Take the steps of a phase that are not done yet; `learning` are the groups of weights of all phases."""
@@ -320,8 +358,17 @@ def _accelerator(arguments: TrainArguments) -> Accelerator:
         project_dir=arguments.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_LONGEST_WAIT)],
     )
-    if arguments.batch_size % accelerator.num_processes:
-        raise UserError(
-            f"--batch_size {arguments.batch_size} cannot be shared evenly by {accelerator.num_processes} processes"
-        )
+    _check_shares(arguments, accelerator.num_processes, aligns=arguments.phase == "align")
     return accelerator
+
+
+def _check_shares(arguments: TrainArguments, ranks: int, aligns: bool) -> None:
+    """Refuse batches that the ranks cannot share evenly; a remainder would be left out of every step.
+
+    Args:
+        aligns: whether there is an alignment.
+    """
+    sizes = {} if arguments.phase == "align" else {"batch_size": arguments.batch_size}
+    for name, size in (sizes | {"align_batch_size": arguments.align_batch_size} if aligns else sizes).items():
+        if size % ranks:
+            raise UserError(f"--{name} {size} cannot be shared evenly by {ranks} processes")

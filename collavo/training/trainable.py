@@ -12,9 +12,8 @@ from collavo.model.adapters import add_adapters, enable_checkpointing, quantize_
 from collavo.model.configuration import CollavoConfig
 from collavo.model.processing import CollavoProcessor
 from collavo.model.query_init import begin_with_names
-from collavo.runs import CONFIG, base_config, load_base, load_crayon_prompt, load_projector
+from collavo.runs import CONFIG, load_base, load_crayon_prompt, load_projector
 from collavo.training.arguments import TrainArguments
-from collavo.training.memory import Shape, check_memory, memory_of
 from collavo.training.stages import CRAYON_PROMPT, PROJECTOR, StagedModel
 from schemas.categories import CategorySet
 
@@ -40,13 +39,6 @@ def load_trainable(
     Raises:
         UserError: if base or files cannot be used, or do not fit the arguments.
     """
-    available = memory_of(device)
-    if available is not None:
-        with naming("preset"):
-            config = base_config(arguments.base)
-        if hasattr(config, "text_config"):  # the image alone, before anything is loaded; the data are not known yet
-            cells = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-            check_memory(Shape.of(config), arguments, len(adapters), cells, 0, available)
     # What is not quantised takes half the memory in bfloat16, which matters on a GPU only.
     base_dtype = dtype if device.type == "cuda" else torch.float32
     with naming("preset"):
