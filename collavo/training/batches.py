@@ -3,6 +3,7 @@
 All of it happens in the loader's worker processes.
 """
 
+import math
 import signal
 from bisect import bisect_right
 from collections import OrderedDict
@@ -342,13 +343,15 @@ def _ignore_signals(_: int) -> None:
 
 
 def build_loader(
-    dataset: ExampleDataset, samples: Sequence[list[Sample]], workers: int, pin_memory: bool
+    dataset: ExampleDataset, samples: Sequence[list[Sample]], workers: int, pin_memory: bool, ahead: int = 1
 ) -> Iterator[MicroBatch]:
     """Load micro-batches in the order of the plan; samples that cannot be prepared are skipped.
 
     Args:
         samples: those of each micro-batch.
         workers: processes that read and decode; 0 for none beside this one.
+        ahead: micro-batches to prepare before they are asked for, at least. A step takes all of its own at its
+            beginning, and a GPU should not wait for them.
 
     Raises:
         UserError: if rows refer to their images and there is no root, or a worker process dies.
@@ -358,7 +361,7 @@ def build_loader(
         batch_sampler=samples,  # any iterable of lists of indices will do, and here an index is a sample
         collate_fn=dataset.collate_or_error,
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=max(4, math.ceil(ahead / workers)) if workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_ignore_signals,
     )

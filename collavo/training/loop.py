@@ -133,7 +133,10 @@ class Trainer:
             micro_batches(batch, arguments.micro_batch_size, accelerator.process_index, accelerator.num_processes)
             for batch in phase.batches[first_step:]
         ]
-        loader = build_loader(dataset, [*chain.from_iterable(micro)], arguments.workers, pin_memory=on_gpu)
+        samples = [*chain.from_iterable(micro)]
+        # Pinned batches leave the shared memory at once. Others would lie there, and a container may have little of it.
+        ahead = max(map(len, micro)) if on_gpu else 1
+        loader = build_loader(dataset, samples, arguments.workers, pin_memory=on_gpu, ahead=ahead)
         helpful = (
             "--resume with a lower --micro_batch_size, or --gradient_checkpointing; in a new run also a lower "
             "--max_length or fewer --instructions_per_sequence"
