@@ -16,7 +16,9 @@ from collavo.training.arguments import parse_arguments
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0, 1 if training had to stop, 2 for wrong input, 130 if
     interrupted."""
-    return cli.run("collavo.train", lambda: _train(argv))
+    # Which of several GPUs has no memory left, say.
+    rank = f", rank {os.environ.get('RANK', '0')}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    return cli.run(f"collavo.train{rank}", lambda: _train(argv))
 
 
 def _train(argv: Sequence[str] | None) -> None:
