@@ -1,4 +1,4 @@
-"""Compare a training step with the steps that others take: results first, then interleaved times, median and spread.
+"""Compare a training step with the steps that others take: results first, then interleaved times, paired ratios.
 
     python benchmarks/train_step.py                         # on a CPU: a 1:8 model of the 7B shape, in its proportions
     python benchmarks/train_step.py --sizes 7b --device cuda                # the 7B shape with random weights, in NF4
@@ -12,7 +12,8 @@ Compared:
     sweep    samples/s, share of the measured bf16 matrix product rate, and peak memory over micro-batches, with and
              without gradient checkpointing and packing, beside Trainer + peft + bitsandbytes as they come (for a GPU)
 
-The last line is JSON.
+On a CPU, times are the process's CPU seconds, which other work on the machine lengthens little; on a GPU, those of the
+clock. The last line is JSON.
 """
 
 import argparse
@@ -164,23 +165,26 @@ class Step:
 
 
 def interleaved(steps: dict[str, Callable[[], float]], repeats: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every step, in turn, after one warm-up each."""
+    """Seconds of every step, in turn, after one warm-up each; each round goes the other way, so that drift cancels."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    now = time.perf_counter if device.type == "cuda" else time.process_time
     for round_ in range(repeats + 1):
-        for name, step in steps.items():
+        for name in list(steps)[:: (-1) ** round_]:
             _synchronize(device)
-            start = time.perf_counter()
-            step()
+            start = now()
+            steps[name]()
             _synchronize(device)
             if round_:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(now() - start)
     return seconds
 
 
-def ratio(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
-    """Median, smallest and largest of the pairwise ratios."""
+def ratio(first: Sequence[float], second: Sequence[float]) -> dict[str, float]:
+    """Mean of the pairwise ratios with its standard error, their median, smallest and largest."""
     pairs = sorted(a / b for a, b in zip(first, second, strict=True))
-    return statistics.median(pairs), pairs[0], pairs[-1]
+    error = statistics.stdev(pairs) / len(pairs) ** 0.5 if len(pairs) > 1 else 0.0
+    found = {"mean": statistics.mean(pairs), "error": error, "median": statistics.median(pairs)}
+    return {name: round(value, 4) for name, value in {**found, "least": pairs[0], "most": pairs[-1]}.items()}
 
 
 def compare_step(sizes: Sizes, batch: int, repeats: int, device: torch.device) -> dict[str, Any]:
