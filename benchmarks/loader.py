@@ -1,11 +1,13 @@
 """How fast one worker feeds the trainer at 490 px, shuffled, and how often it reads each byte.
 
-    python benchmarks/loader.py --data out/*.parquet [--base collavo/assets/tiny_base] [--image_size 490]
+    python benchmarks/loader.py --data out/*.parquet [--base BASE] [--image_size 490]
+    python benchmarks/loader.py --data out/*.parquet --ranks 1 2 4 8     # what so many ranks read together in an epoch
 
 A 7B model trains on fewer than 20 samples a second on the fastest card, so one worker has to deliver at least 20. The
 worker reads whole row groups in the order of the plan, after the index has read the text columns, so no byte should be
-read much more than once. Only a data set of more than 2,000 rows, as many as a worker keeps, can show that. The last
-line is JSON.
+read much more than once. Only a data set of more than 3,000 rows, as many as a worker keeps, can show that. With
+`--ranks`, the rows of steps of 32 are read as each rank's worker reads them, and nothing is decoded. The last line is
+JSON.
 """
 
 import argparse
@@ -21,13 +23,14 @@ from transformers import AutoConfig, AutoProcessor
 
 import collavo.model  # noqa: F401  # registers the architecture
 from collavo.dataset import find_files
+from collavo.embedded import find_embedded
 from collavo.model.processing import build_processor
 from collavo.model.prompt import KINDS
 from collavo.training.arguments import PRESETS
-from collavo.training.batch_plan import PlanOptions, plan_epoch
-from collavo.training.batches import ExampleDataset, build_loader
+from collavo.training.batch_plan import Batch, PlanOptions, plan_epoch, rows_in_use
+from collavo.training.batches import ExampleDataset, RowReader, build_loader, micro_batches
 from collavo.training.lengths import LengthLimit
-from collavo.training.row_index import build_row_index
+from collavo.training.row_index import RowIndex, build_row_index
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,18 +39,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", default=PRESETS["tiny"].base, help="whose tokenizer is used")
     parser.add_argument("--image_size", type=int, default=490)
     parser.add_argument("--instructions_per_sequence", type=int, default=8)
+    parser.add_argument("--ranks", type=int, nargs="+", help="count their reads, and leave the rest")
     arguments = parser.parse_args(argv)
 
-    config = AutoConfig.from_pretrained(arguments.base)
+    embedded = find_embedded(arguments.base)
+    base = embedded.folder if embedded else arguments.base
+    config = AutoConfig.from_pretrained(base)
     config.vision_config.image_size, config.vision_config.patch_size = arguments.image_size, 14
-    processor = build_processor(config, AutoProcessor.from_pretrained(arguments.base).tokenizer)
+    processor = build_processor(config, AutoProcessor.from_pretrained(base).tokenizer)
     files = find_files(arguments.data)
     read_before = psutil.Process().io_counters().read_chars
     limit = LengthLimit(processor, 4096, "dialogues", arguments.instructions_per_sequence)
     index = build_row_index(files, "train", limit)
-    options = PlanOptions(1, 0, arguments.instructions_per_sequence, limit.room)
     indexed = psutil.Process().io_counters().read_chars - read_before
+    stored = sum(Path(file).stat().st_size for file in files)
+    options = PlanOptions(32 if arguments.ranks else 1, 0, arguments.instructions_per_sequence, limit.room)
     plan = plan_epoch(index, KINDS, options, epoch=0)
+    if arguments.ranks:
+        times = {ranks: round(read_by_ranks(index, plan, ranks) / stored, 3) for ranks in arguments.ranks}
+        of_index, groups = round(indexed / stored, 3), len(index.row_groups)
+        print(f"{groups} row groups, {stored / 1e6:,.0f} MB; reads of a stored byte in an epoch, by ranks: {times}")
+        print(json.dumps({"row_groups": groups, "bytes": stored, "index": of_index, "ranks": times}))
+        return
     dataset = ExampleDataset(index, processor)
     samples = [list(batch.samples) for batch in plan]
 
@@ -59,7 +72,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         if worker.is_alive():
             read = psutil.Process(worker.pid).io_counters().read_chars
     seconds = time.perf_counter() - start
-    stored = sum(Path(file).stat().st_size for file in files)
     found = {
         "samples": len(samples),
         "samples_per_s": round((len(samples) - 1) / seconds, 1),
@@ -72,6 +84,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     print(f"every stored byte read {found['bytes_read_per_byte_stored']} times")
     print(json.dumps(found))
+
+
+def read_by_ranks(index: RowIndex, plan: Sequence[Batch], ranks: int) -> int:
+    """Bytes that ranks with a worker each read together for the batches of a plan."""
+    before = psutil.Process().io_counters().read_chars
+    for rank in range(ranks):
+        reader = RowReader(index.row_groups, rows_in_use(index.row_groups))
+        for batch in plan:
+            for sample in (sample for piece in micro_batches(batch, 2, rank, ranks) for sample in piece):
+                reader.read(sample.row)
+    return psutil.Process().io_counters().read_chars - before
 
 
 if __name__ == "__main__":

@@ -1,15 +1,32 @@
-"""The benchmark of a training step runs from end to end where there is no GPU, and counts what it should."""
+"""The benchmarks of training run from end to end where there is no GPU, and count what they should."""
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tiny_model import scene_rows, write_crayon_file
 
-_SPEC = importlib.util.spec_from_file_location("train_step", Path(__file__).parents[1] / "benchmarks" / "train_step.py")
-assert _SPEC is not None and _SPEC.loader is not None
-train_step = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(train_step)
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "benchmarks" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+train_step, loader = script("train_step"), script("loader")
+
+
+def test_what_ranks_read_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row group that two ranks share is read by both."""
+    file = write_crayon_file(tmp_path / "rows.parquet", [replace(row, split="train") for row in scene_rows(16)])
+    loader.main(["--data", str(file), "--ranks", "1", "2"])
+    read = json.loads(capsys.readouterr().out.splitlines()[-1])["ranks"]
+    assert 0.9 < read["1"] < 1.5 and read["2"] == pytest.approx(2 * read["1"], rel=0.01)
 
 
 def test_all_parts_run_and_end_in_a_line_of_json(capsys: pytest.CaptureFixture[str]) -> None:
