@@ -429,6 +429,24 @@ def test_a_run_is_not_mixed_with_another(world: Path, finished: Path, capsys: py
     assert "--resume continues it, --overwrite replaces it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("mistake", [["--batch_size", "4000"], ["--max_length", "20"], ["--phase", "cit"]])
+def test_a_mistake_does_not_cost_the_run_that_was_to_be_replaced(
+    world: Path, finished: Path, tmp_path: Path, mistake: list[str]
+) -> None:
+    shutil.copytree(finished, tmp_path / "run")
+    before = sorted(tmp_path.rglob("*"))
+    assert train.main(command(world, tmp_path / "run", "--overwrite", *mistake)) == 2
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_replaced_run_is_gone_whole(world: Path, tmp_path: Path) -> None:
+    assert train.main(command(world, tmp_path / "run", "--seed", "7", "--max_steps", "2")) == 0
+    (tmp_path / "run" / "note.txt").write_text("old")
+    assert train.main(command(world, tmp_path / "run", "--phase", "cpt", "--max_steps", "1", "--overwrite")) == 0
+    assert [step for step, _, _ in losses(tmp_path / "run")] == [1]
+    assert not {"adapters", "note.txt"} & {file.name for file in (tmp_path / "run").iterdir()}
+
+
 def test_a_refused_resume_names_the_arguments_and_the_files_that_differ(
     world: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

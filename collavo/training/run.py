@@ -69,7 +69,7 @@ class TrainingRun:
         for note in notes(self.files):
             console.print(note, highlight=False, soft_wrap=True)
         self.accelerator = _accelerator(arguments)
-        self._prepare_folder()
+        self.replaces = self._replaces()
         self.learned_from = record.learned_from(arguments, self.files)
         checkpoints = checkpoint.list_checkpoints(self.folder) if arguments.resume else []
         self.start = checkpoints[-1] if checkpoints else None
@@ -77,8 +77,6 @@ class TrainingRun:
         if self.start:
             with naming("resume"):  # before a large base is loaded
                 self.done = checkpoint.read_position(self.start, self.learned_from)
-        if arguments.report_to:
-            self.accelerator.init_trackers("collavo", {k: str(v) for k, v in asdict(arguments).items()})
         self.dtype = compute_dtype(arguments.precision, self.accelerator.device)
         self.adapters = list(dict.fromkeys(ADAPTER_OF[arguments.adapters].values()))
         self._check_base()
@@ -130,12 +128,6 @@ class TrainingRun:
                 soft_wrap=True,
             )
             return
-        if is_main:
-            (self.folder / CARD).unlink(missing_ok=True)  # written last, it says that the run has ended
-            dtype, ranks = str(self.dtype).removeprefix("torch."), self.accelerator.num_processes
-            record.write_train_args(
-                self.folder, arguments, self.files, saved_adapters, self.projector_trained, dtype, ranks
-            )
         shown = self.train_set.prompt_of(phases[-1].batches[0])
         prompt = show_supervision(self.processor.tokenizer, shown) if shown else Text("none of the first batch")
         most_skipped = int(arguments.max_skipped_ratio * samples)
@@ -145,6 +137,15 @@ class TrainingRun:
         available = memory_of(self.accelerator.device)
         rehearsed = [] if available is None else [(phase, *found) for phase in left if (found := self._longest(phase))]
         memory = self._memory({phase.name: batch for phase, _, batch in rehearsed}, available or 0)
+        self._prepare_folder()
+        if arguments.report_to:
+            self.accelerator.init_trackers("collavo", {k: str(v) for k, v in asdict(arguments).items()})
+        if is_main:
+            (self.folder / CARD).unlink(missing_ok=True)  # written last, it says that the run has ended
+            dtype, ranks = str(self.dtype).removeprefix("torch."), self.accelerator.num_processes
+            record.write_train_args(
+                self.folder, arguments, self.files, saved_adapters, self.projector_trained, dtype, ranks
+            )
         facts = self._facts(phases)
         with self.display.shown(phases, facts, memory, damaged, prompt, steps_done), signals_noted() as signals:
             trainer = Trainer(self.staged, self.accelerator, arguments, self.dtype)
@@ -283,10 +284,12 @@ class TrainingRun:
             named = Path(self.arguments.projector)
             return named / PROJECTOR if named.is_dir() else named
         own = self.folder / PROJECTOR
-        return own if self.arguments.phase in ("cpt", "cit") and own.exists() else None
+        return own if self.arguments.phase in ("cpt", "cit") and own.exists() and not self.replaces else None
 
     def _steps_before(self) -> int:
         """Return the steps of earlier phases in the same folder, which this run continues."""
+        if self.replaces:
+            return 0
         earlier = {"cpt": ("align",), "cit": ("align", "cpt")}.get(self.arguments.phase, ())
         return max((line["step"] for line in read_metrics(self.folder) if line["phase"] in earlier), default=0)
 
@@ -310,11 +313,12 @@ class TrainingRun:
             ),
         }
 
-    def _prepare_folder(self) -> None:
-        """Make the run directory, and never mix two runs in it.
+    def _replaces(self) -> bool:
+        """Tell whether this run replaces one in its folder, so that two are never mixed there.
 
         Raises:
-            UserError: if it holds a run that is neither resumed, replaced nor continued, or cannot be written to.
+            UserError: if the folder holds a run that is neither resumed, replaced nor continued, or cannot be written
+                to.
         """
         folder, arguments = self.folder, self.arguments
         aligned, tuned, instructed = ((folder / name).exists() for name in (PROJECTOR, CRAYON, ADAPTERS))
@@ -322,15 +326,27 @@ class TrainingRun:
         replaces = (folder / TRAIN_ARGS).exists() and not (arguments.resume or continues)
         if replaces and not arguments.overwrite:
             raise UserError(f"--output_dir {folder} holds a run; --resume continues it, --overwrite replaces it")
-        # Ranks that delete the same folder trip over one another, so one deletes. The barrier before it lets all look
-        # at the old run, the one after it keeps them out until the new folder is there.
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            with naming("output_dir"), writing(folder):
-                if replaces:
-                    remove([*folder.iterdir()])  # the folder itself may be a link
-                make_folder(folder)
-        self.accelerator.wait_for_everyone()
+        if replaces and arguments.phase == "cit" and arguments.queries != "none":
+            raise UserError(
+                f"--phase cit goes on from a finished cpt, and --overwrite would replace what is in {folder}; use "
+                "--phase all, or another --output_dir with a copy of the cpt"
+            )
+        with naming("output_dir"), writing(folder):
+            make_folder(folder)
+        return replaces
+
+    def _prepare_folder(self) -> None:
+        """Remove the run that this one replaces. By now, all is loaded and checked, so that a mistake costs no run.
+
+        Raises:
+            UserError: if the disk refuses.
+        """
+        self.accelerator.wait_for_everyone()  # none reads of it any more
+        if (
+            self.accelerator.is_main_process and self.replaces
+        ):  # ranks that delete the same folder trip over one another
+            with naming("output_dir"), writing(self.folder):
+                remove([*self.folder.iterdir()])  # the folder itself may be a link
 
 
 _LONGEST_WAIT = timedelta(hours=2)

@@ -55,9 +55,10 @@ def load_trainable(
             "--output_dir, --phase all begins with that, and --projector names one that is trained"
         )
     if arguments.phase == "cit":
-        with naming("phase"):
-            _check_classes(crayon_file, categories, arguments)
-            load_crayon_prompt(crayon_file, model)
+        if arguments.queries != "none":  # else what lies there is of a run that this one replaces
+            with naming("phase"):
+                _check_classes(crayon_file, categories, arguments)
+                load_crayon_prompt(crayon_file, model)
     elif arguments.query_start == "names" and arguments.phase != "align":
         with naming("query_start"):
             begin_with_names(model, processor.tokenizer)
