@@ -185,10 +185,14 @@ class Trainer:
         """
         self._staged.enter(phase.stages[sample.kind])
         helpful = "a lower --micro_batch_size, --gradient_checkpointing, a lower --max_length"
+        learning = self._staged.parameters_of(phase.groups).values()
         with memory_named(helpful, f"{phase.name}, its longest batch"):
+            # As much as the moments of AdamW, which come with the first step, will take.
+            moments = [torch.empty_like(parameter) for parameter in (*learning, *learning)]
             for piece in build_loader(dataset, [[sample] * sequences], 0, pin_memory=False):
                 if piece.supervised_tokens:
                     self._loss(piece, piece.supervised_tokens).backward()
+            del moments
         for parameter in self._staged.learning.values():
             parameter.grad = None
 
