@@ -119,7 +119,7 @@ activations                    11.3 GB    14.5 GB    54.5 GB
 logits                         61.6 MB   410.4 MB   513.0 MB
 reserve                         2.2 GB     2.4 GB     4.1 GB
 together                       19.9 GB    23.7 GB    70.1 GB
-of the GPU's 80.0 GB              25 %       30 %       88 %
+of 80.0 GB free on the GPU        25 %       30 %       88 %
 """
     )
 

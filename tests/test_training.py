@@ -363,7 +363,7 @@ def test_the_memory_of_a_gpu_is_reckoned_and_tried_before_the_first_step(
     assert train.main(command(world, world / "reckoned")) == 0
     said = capsys.readouterr().out
     assert re.search(r"GPU memory, reckoned +cpt +cit\ntokens of the longest batch +2 x \d+ +2 x \d+\nweights ", said)
-    assert re.search(r"\nof the GPU's 10.0 GB +\d+ % +\d+ %\n", said)
+    assert re.search(r"\nof 10.0 GB free on the GPU +\d+ % +\d+ %\n", said)
     assert losses(world / "reckoned") == losses(finished)  # trying changes nothing
     gpu_of(10**9)
     assert train.main(command(world, world / "refused")) == 2

@@ -113,5 +113,7 @@ def memory_table(needs: Mapping[str, Mapping[str, int]], longest: Mapping[str, L
         table.add_row(part, *(size_text(parts[part]) for parts in needs.values()))
     totals = [sum(parts.values()) for parts in needs.values()]
     table.add_row("together", *map(size_text, totals), style="bold")
-    table.add_row(f"of the GPU's {size_text(available)}", *(f"{100 * total / available:.0f} %" for total in totals))
+    table.add_row(
+        f"of {size_text(available)} free on the GPU", *(f"{100 * total / available:.0f} %" for total in totals)
+    )
     return table
