@@ -87,25 +87,25 @@ class PretrainingExamples(Dataset[Example]):
         step -= SHORT_LISTS_FIRST
         for lesson, steps in SIMPLE_CHARTS_NEXT:
             if step < steps:
-                return self._chart(index, lesson)
+                return self.chart(index, lesson)
             step -= steps
         match ROTATION[step % len(ROTATION)]:
             case "scene":
-                return self._scene(index)
+                return self.scene(index)
             case "list":
                 return self._words(index, list_dialogues(index))
             case lesson:
-                return self._chart(index, lesson)
+                return self.chart(index, lesson)
 
-    def _scene(self, index: int) -> Example:
+    def scene(self, index: int) -> Example:
         scene = draw_scene(scene_seed(TRAIN_SCENES_SEED, index), self._SIZES_WH[index % len(self._SIZES_WH)])
         dialogues = (*scene.dialogues, *color_dialogues(scene.image, index), word_dialogue(index))
         prompts = [self._processor.render(turns) for turns in dialogues]
         return self._example(index, pack_prompts(prompts, self._processor.image_token_id), scene.image)
 
-    def _chart(self, index: int, lesson: Lesson) -> Example:
+    def chart(self, index: int, lesson: Lesson) -> Example:
         chart = draw_chart(index, self._processor.grid_hw, lesson)
-        return chart_example(chart, _chart_picture(index % CHART_PICTURES), self._processor)
+        return chart_example(chart, chart_picture(index % CHART_PICTURES), self._processor)
 
     def _words(self, index: int, dialogues: Sequence[Turns]) -> Example:
         """Pack conversations as if they were about one picture: their common beginning once, then the rest of each."""
@@ -179,7 +179,7 @@ def new_base() -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
     model = CollavoForConditionalGeneration(config)
     match_like_with_like(model)
     processor = build_processor(config, build_tokenizer())
-    show_positions(model, _chart_pictures(processor))
+    show_positions(model, chart_pictures(processor))
     return model, processor
 
 
@@ -229,12 +229,12 @@ def match_like_with_like(model: CollavoForConditionalGeneration) -> None:
         layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
 
 
-def _chart_pictures(processor: CollavoProcessor) -> torch.Tensor:
-    return torch.stack([processor.pixel_values(_chart_picture(number)) for number in range(CHART_PICTURES)])
+def chart_pictures(processor: CollavoProcessor) -> torch.Tensor:
+    return torch.stack([processor.pixel_values(chart_picture(number)) for number in range(CHART_PICTURES)])
 
 
 @cache
-def _chart_picture(number: int) -> np.ndarray:
+def chart_picture(number: int) -> np.ndarray:
     return draw_scene(scene_seed(TRAIN_SCENES_SEED, number), (192, 144)).image
 
 
@@ -272,7 +272,7 @@ def _train(argv: Sequence[str] | None) -> None:
     with naming("start"):
         model, processor = load_base(flags.start, torch.float32) if flags.start else new_base()
     if flags.show_positions:
-        show_positions(model, _chart_pictures(processor))
+        show_positions(model, chart_pictures(processor))
     if flags.freeze_vision:
         model.model.vision_tower.requires_grad_(False)
         model.model.multi_modal_projector.requires_grad_(False)

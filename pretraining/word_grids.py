@@ -9,6 +9,7 @@ words. But a chart has nothing to do with the picture below it: no segmentation,
 picture takes part.
 """
 
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from itertools import pairwise, product
 from typing import Any, Literal, NamedTuple
@@ -35,9 +36,12 @@ QUESTIONS_PER_CHART = 15
 MAX_WORDS, MAX_PLACES = 8, 20
 """Most different words on a chart, and most places where they stand; its ground comes on top."""
 
-Lesson = Literal["whether", "tiles", "all"]
+Lesson = Literal["whether", "tiles", "all", "where"]
 """What a chart teaches: `whether` a word is there; what stands in a box, on charts that four words share like `tiles`;
-`all`, which needs the first two and is learned soonest after them, in this order."""
+`all`, which needs the first two and is learned soonest after them, in this order; `where` a word stands, as boxes."""
+
+WHERE_QUESTIONS, MOST_BOXES = 4, 4
+"""Number of questions of a chart that ask where a word stands, and most places of such a word."""
 
 _ASKED = {
     "whether": ("whether",),
@@ -102,6 +106,11 @@ def draw_chart(index: int, grid_hw: tuple[int, int], lesson: Lesson = "all") -> 
     semantic, numbering = _ground(rng, grid_hw)
     lay = _lay_tiles if lesson == "tiles" else _lay_words
     places = lay(rng, semantic, numbering)
+    if lesson == "where":
+        while min(Counter(place.word for place in places).values()) > MOST_BOXES:
+            semantic, numbering = _ground(rng, grid_hw)
+            places = lay(rng, semantic, numbering)
+        return Chart(torch.from_numpy(semantic), torch.from_numpy(numbering), _where(rng, places, grid_hw))
     kinds = _ASKED[lesson]
     dialogues = [_question(rng, kinds[number % len(kinds)], places, grid_hw) for number in range(QUESTIONS_PER_CHART)]
     return Chart(torch.from_numpy(semantic), torch.from_numpy(numbering), dialogues)
@@ -226,6 +235,32 @@ def _question(rng: np.random.Generator, kind: str, places: list[_Place], grid_hw
     return _turns(rng, _WHETHER, word.with_article, "Yes." if word in present else "No.")
 
 
+def _where(rng: np.random.Generator, places: list[_Place], grid_hw: tuple[int, int]) -> list[Turns]:
+    """Ask where words of up to `MOST_BOXES` places stand, now and then a word that is not there."""
+    rows, columns = grid_hw
+    by_word: dict[Category, list[_Place]] = defaultdict(list)
+    for place in sorted(places, key=lambda place: place.number):
+        by_word[place.word].append(place)
+    few = [word for word in by_word if len(by_word[word]) <= MOST_BOXES]
+    absent = [word for word in COCO_PANOPTIC.things if word not in by_word]
+    rng.shuffle(few)  # type: ignore[arg-type]
+    dialogues = []
+    for number in range(WHERE_QUESTIONS):
+        if rng.random() < 0.12:
+            word = absent[int(rng.integers(len(absent)))]
+            answer = _NOWHERE[int(rng.integers(len(_NOWHERE)))].format(word.singular)
+        else:
+            word = few[number % len(few)]
+            answer = _THERE[int(rng.integers(len(_THERE)))].format(
+                ", ".join(
+                    f"(#{place.number} {word.display_name}) {format_box(place.box_xyxy, (columns, rows))}"
+                    for place in by_word[word]
+                )
+            )
+        dialogues.append(_turns(rng, _WHERE, word.singular, answer))
+    return dialogues
+
+
 _WHAT = (
     "What is in {}?", "Which word stands at {}?", "What do you read within the box {}?",
     "Name the word and number at {}.", "Tell me what you read within {}.", "What is inside the box {}?",
@@ -237,6 +272,14 @@ _COUNT = (
 _WHETHER = (
     "Is there {} on the chart?", "Does the chart have {}?", "Can you read {} in the image? Yes or no?",
     "Does the chart contain {}?",
+)  # fmt: skip
+_WHERE = (
+    "Where is each {}?", "Give the box of every {}.", "Find each {} on the chart.", "At which boxes do you read {}?",
+    "Locate every {} by its box.", "Write the boxes of each {} with their numbers.", "In which boxes is each {}?",
+)  # fmt: skip
+_THERE = ("{}.", "Sure, it is {}.", "Sure, it is {}.", "It is {}.", "I read {}.")
+_NOWHERE = (
+    "There is no {} in the image.", "There is no {} in the image.", "There is no {} on the chart.", "I read no {}.",
 )  # fmt: skip
 _ANY = ("Is there any {} on the chart?", "Is any {} in this picture?")
 

@@ -1,0 +1,512 @@
+"""Teach a base to write boxes, with three more layers behind its own.
+
+    python -m pretraining.box_writing --start runs/base/model --output runs/boxes
+
+A base that reads which word of a word grid stands in a box cannot write the box of a word, and no loss on answers alone
+taught it (benchmarks/LOG.md, 2026-11-29). Here its own layers stay as they are, and with them all that it can do. Each
+of three new ones is told where to look, on charts that ask where a word is:
+
+    edges    the word of an answer attends to its cells at the four edges of its box, one head an edge
+    next     it attends to the cells of the same word with the next number, or to the first token if there are none, so
+             that the answer can end
+    fetch    the four numbers of a box attend to the word, one head a number
+
+What the base knows of a word and of a cell is in its last states already, and linear regressions find it there: the
+heads of the first two layers begin as these. The first is trained alone, on the words of answers, then all three, on
+whole answers and on charts and scenes as in `pretraining.base`. The base's states never change, so each sequence passes
+it once.
+
+The output's folder `model` is a base for `collavo.train --preset`.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import nn
+from torch.nn import functional
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from collavo import cli
+from collavo.cli import REQUIRED, flag, naming
+from collavo.errors import UserError
+from collavo.instructions.text import Box, find_boxes, parse_objects
+from collavo.model import CollavoForConditionalGeneration
+from collavo.model.branches import CRAYON_SIGNAL
+from collavo.model.packing import PADDING, SHARED, packing_mask
+from collavo.model.processing import CollavoProcessor
+from collavo.model.query_init import ClassWords
+from collavo.progress import Progress
+from collavo.runs import load_base
+from collavo.training.batches import IGNORED, Example, collate, packed_positions
+from pretraining.base import CHART_PICTURES, PretrainingExamples, chart_picture
+from pretraining.word_grids import WordPrompt, chart_example, draw_chart
+from schemas.categories import COCO_PANOPTIC, MAX_NUMBERING
+
+EDGES = 4
+"""Left, top, right and bottom; as many as the base has heads, and as a box has numbers."""
+
+_BINS = 48
+"""Parts of the picture's width or height that a linear probe has to tell apart behind the first layer: without it, the
+numbers come late."""
+
+_STEADY = 3e-3
+"""Heads begin to match words by those turns of the rotary embedding that are slower than this, in radians a token: a
+word may stand hundreds of tokens behind its cells."""
+
+_FIRST_SEED, _OTHER_SEED = 20_000, 900_000
+"""Numbers of the first chart that asks where words are, and of the first other chart and scene."""
+
+Kind = Literal["where", "all", "scene"]
+
+
+class Written(NamedTuple):
+    """A box in an answer: where it stands, as positions in its sequence, and what it means."""
+
+    word: int
+    """The last token of the name."""
+
+    opens: int
+    closes: int
+    """The brackets."""
+
+    box_xyxy: Box
+    """Fractions of the picture."""
+
+    edges: torch.Tensor
+    """bool [4, cells]: the cells of the object that lie at each edge of them all."""
+
+    following: torch.Tensor
+    """bool [cells]: the cells of the object of the same name with the next number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A sequence as the base knows it: the states behind its last layer."""
+
+    kind: Kind
+    states: torch.Tensor
+    """bfloat16 [tokens, hidden]"""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    sequence_ids: torch.Tensor
+    semantic_ids: torch.Tensor
+    numbering_ids: torch.Tensor
+    written: tuple[Written, ...]
+
+
+class Batch:
+    """Sequences padded to one length, with what a layer is given besides the states.
+
+    Args:
+        words: vectors of classes and of numbers, and the scale of a signal; see `ClassWords.vectors`.
+    """
+
+    def __init__(self, known: Sequence[Known], words: tuple[torch.Tensor, ...], image_token: int) -> None:
+        self.known = known
+        names, numbers, scale = words
+        pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+        self.states = pad([k.states.float() for k in known])
+        self.input_ids = pad([k.input_ids for k in known])
+        self.labels = pad([k.labels for k in known], padding_value=IGNORED)
+        self.sequence_ids = pad([k.sequence_ids for k in known], padding_value=PADDING)
+        signals = [((names[k.semantic_ids] + numbers[k.numbering_ids]) * scale).flatten(0, 1) for k in known]
+        cells = self.input_ids == image_token
+        self.signal = torch.zeros_like(self.states).masked_scatter(cells[..., None], torch.cat(signals))
+        self.first_cell = cells.int().argmax(1).tolist()
+        self.positions = packed_positions(self.sequence_ids)
+        self.objects = [(row, written) for row, k in enumerate(known) for written in k.written]
+
+    def on_cells(self, row: int, cells: torch.Tensor) -> torch.Tensor:
+        """Spread a mask of cells, [..., cells], over the tokens of the sequence: [..., tokens]."""
+        first = self.first_cell[row]
+        return functional.pad(cells, (first, self.states.shape[1] - first - cells.shape[-1]))
+
+    @property
+    def words(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows and positions of the words of all objects."""
+        return tuple(torch.tensor(each) for each in zip(*((r, w.word) for r, w in self.objects), strict=True))  # type: ignore[return-value]
+
+    @property
+    def edges(self) -> torch.Tensor:
+        """bool [objects, 4, tokens]"""
+        return torch.stack([self.on_cells(row, written.edges) for row, written in self.objects])
+
+    @property
+    def boxes(self) -> torch.Tensor:
+        """float [objects, 4], fractions of the picture."""
+        return torch.tensor([written.box_xyxy for _, written in self.objects])
+
+
+class Writer(nn.Module):
+    """The new layers of a grown base, with the probe that helps to train them."""
+
+    def __init__(self, model: CollavoForConditionalGeneration, processor: CollavoProcessor) -> None:
+        super().__init__()
+        language_model: Any = model.model.language_model
+        self.layers = language_model.layers[-3:]
+        self.probe = nn.Linear(language_model.embed_tokens.embedding_dim, EDGES * _BINS)
+        self.requires_grad_(True)
+        self._model = [model]  # in a list, so that only the new layers are this module's
+        self._image_token = processor.image_token_id
+        self._comma, self._closes = processor.tokenizer.convert_tokens_to_ids([",", "]"])
+        self._words = tuple(v.detach() for v in ClassWords(processor.tokenizer, COCO_PANOPTIC).vectors(model))
+        self._attention: dict[int, torch.Tensor] = {}
+        self._at_edges = torch.empty(0)
+        for place, layer in enumerate(self.layers):
+            layer.self_attn.register_forward_hook(partial(self._keep_attention, place))
+        self.layers[0].register_forward_hook(self._keep_states)
+
+    def batch(self, known: Sequence[Known]) -> Batch:
+        return Batch(known, self._words, self._image_token)
+
+    @torch.no_grad()
+    def begin(self, known: Sequence[Known]) -> None:
+        """Let the heads of the first two layers begin as linear regressions on what the base knows.
+
+        The queries of a word are regressed to the signal that its cells have, or would have with the next number, and
+        the keys of a cell to its own signal, so that both meet; the values of a cell to its column and row.
+        """
+        names, numbers, scale = self._words
+        edge, following, fetch = self.layers
+        rows, columns = known[0].semantic_ids.shape
+        y, x = torch.arange(rows * columns) // columns, torch.arange(rows * columns) % columns
+        places = torch.cat([functional.one_hot(x, columns), functional.one_hot(y, rows)], 1).float()
+        at_words, own, later, at_cells, signals = [], [], [], [], []
+        for sequence in known:
+            batch = self.batch([sequence])
+            seen = edge.input_layernorm(batch.states[0]) + batch.signal[0]
+            cells = slice(batch.first_cell[0], batch.first_cell[0] + rows * columns)
+            at_cells.append(seen[cells])
+            signals.append(batch.signal[0, cells])
+            for _, written in batch.objects:
+                cell = int(written.edges[0].int().argmax())
+                label, number = sequence.semantic_ids.flatten()[cell], sequence.numbering_ids.flatten()[cell]
+                at_words.append(seen[written.word])
+                own.append((names[label] + numbers[number]) * scale)
+                later.append((names[label] + numbers[min(number + 1, MAX_NUMBERING)]) * scale)
+        word, cell, signal = torch.stack(at_words), torch.cat(at_cells), torch.cat(signals)
+        key, value = _regression(cell, signal), _regression(cell, places.repeat(len(known), 1), 0.01)
+        for layer, targets, heads in ((edge, own, EDGES), (following, later, 1)):
+            attention, size = layer.self_attn, layer.self_attn.head_dim
+            query = _regression(word, torch.stack(targets))
+            for head in range(heads):
+                chosen = slice(head * size, (head + 1) * size)
+                steady = _steady_projection(size, key.shape[0])
+                attention.q_proj.weight[chosen] = steady @ query
+                attention.k_proj.weight[chosen] = steady @ key
+        # What the new layers write has to be heard beside states whose norm is in the hundreds.
+        edge.self_attn.v_proj.weight.normal_(std=0.02)
+        for head in range(EDGES):
+            edge.self_attn.v_proj.weight[head * edge.self_attn.head_dim :][: len(value)] = value
+        edge.self_attn.o_proj.weight.normal_(std=4.0)
+        edge.mlp.down_proj.weight.normal_(std=0.1)
+        for layer in (following, fetch):
+            layer.self_attn.v_proj.weight.normal_(std=0.05)
+            layer.self_attn.o_proj.weight.normal_(std=0.5)
+            layer.mlp.down_proj.weight.normal_(std=0.3)
+
+    def loss_at_edges(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        """Return the loss of the first layer alone, at the words: a twelfth of the work of all layers at all tokens."""
+        layer, (rows, words) = self.layers[0], batch.words
+        attention, size = layer.self_attn, layer.self_attn.head_dim
+        seen = layer.input_layernorm(batch.states) + batch.signal
+        cos, sin = self._model[0].model.language_model.rotary_emb(seen, batch.positions)
+        key, value = (
+            projection(seen).unflatten(2, (EDGES, size)).transpose(1, 2)
+            for projection in (attention.k_proj, attention.v_proj)
+        )
+        key = apply_rotary_pos_emb(key, key, cos, sin)[1]
+        query = attention.q_proj(seen[rows, words]).unflatten(1, (EDGES, 1, size)).squeeze(2)[:, :, None]
+        query = apply_rotary_pos_emb(query, query, cos[rows, words][:, None], sin[rows, words][:, None])[0][:, :, 0]
+        sequence_ids = batch.sequence_ids[rows]
+        own = sequence_ids == batch.sequence_ids[rows, words][:, None]
+        allowed = (torch.arange(seen.shape[1]) <= words[:, None]) & (own | (sequence_ids == SHARED))
+        weights, read = [], []
+        for row in range(len(batch.known)):
+            of_row = rows == row
+            scores = torch.einsum("nhd,htd->nht", query[of_row], key[row]) * attention.scaling
+            weights.append(scores.masked_fill(~allowed[of_row, None], -math.inf).softmax(-1))
+            read.append(torch.einsum("nht,htd->nhd", weights[-1], value[row]))
+        states = batch.states[rows, words] + attention.o_proj(torch.cat(read).flatten(1))
+        states = states + layer.mlp(layer.post_attention_layernorm(states))
+        on, unlike = _attended(torch.cat(weights), batch.edges)
+        told = self._told(states, batch)
+        return unlike + told, {"edges": on, "probe": told.item()}
+
+    def loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, float]]:
+        """Return the loss of all layers: on answers and, where these write boxes, on where each layer looks."""
+        language_model: Any = self._model[0].model.language_model
+        states = batch.states
+        for layer in self.layers:
+            states = layer(
+                states,
+                attention_mask=packing_mask(batch.sequence_ids, "eager", states.dtype),
+                position_ids=batch.positions,
+                position_embeddings=language_model.rotary_emb(states, batch.positions),
+                **{CRAYON_SIGNAL: batch.signal},
+            )
+        following = functional.pad(batch.labels, (0, 1), value=IGNORED)[:, 1:]
+        supervised = following != IGNORED
+        logits = language_model.norm(states[supervised]) @ language_model.embed_tokens.weight.T
+        answers = functional.cross_entropy(logits, following[supervised])
+        kind = batch.known[0].kind
+        right = (logits.argmax(-1) == following[supervised]).float()
+        figures = {kind: answers.item(), f"{kind}_right": right.mean().item()}
+        if not batch.objects:
+            return answers, figures
+        figures["ends_right"] = right[batch.input_ids[supervised] == self._closes].mean().item()
+        rows, words = batch.words
+        on_edges, edges = _attended(self._attention[0][rows, :, words], batch.edges)
+        on_next, later = _attended(self._attention[1][rows, 0, words], self._next(batch))
+        told = self._told(self._at_edges[rows, words], batch)
+        on_word, fetched = self._fetched(batch)
+        figures |= {"edges": on_edges, "next": on_next, "fetch": on_word, "probe": told.item()}
+        return 3 * answers + 0.5 * edges + 0.3 * later + 0.5 * told + 0.5 * fetched, figures
+
+    def _next(self, batch: Batch) -> torch.Tensor:
+        """Return where the second layer is to look: bool [objects, tokens]."""
+        masks = torch.stack([batch.on_cells(row, written.following) for row, written in batch.objects])
+        masks[~masks.any(1), 0] = True
+        return masks
+
+    def _fetched(self, batch: Batch) -> tuple[float, torch.Tensor]:
+        """Return how much the tokens of number k attend to the word by head k, and to the first token by others."""
+        rows, tokens, targets = [], [], []
+        for row, written in batch.objects:
+            number = 0
+            for token in range(written.opens, written.closes):
+                rows.append(row)
+                tokens.append(token)
+                targets.append([written.word if head == number else 0 for head in range(EDGES)])
+                number += int(batch.input_ids[row, token + 1] == self._comma)
+        weights = self._attention[2][torch.tensor(rows), :, torch.tensor(tokens)]
+        weights = weights.gather(2, torch.tensor(targets)[..., None]).squeeze(2)
+        return weights.mean().item(), -weights.clamp_min(1e-7).log().mean()
+
+    def _told(self, states: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Return the loss of the probe on states of words: float [objects, hidden]."""
+        told = self.probe(functional.rms_norm(states, states.shape[-1:])).unflatten(1, (EDGES, _BINS))
+        return functional.cross_entropy(told.flatten(0, 1), (batch.boxes * _BINS).long().clamp_max(_BINS - 1).flatten())
+
+    def _keep_attention(self, place: int, _: nn.Module, __: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        self._attention[place] = output[1]
+
+    def _keep_states(self, _: nn.Module, __: Any, output: torch.Tensor) -> None:
+        self._at_edges = output
+
+
+def grow(model: CollavoForConditionalGeneration, layers: int = 3) -> CollavoForConditionalGeneration:
+    """Return a model with more layers behind those of another; the new ones write nothing yet."""
+    config = model.config
+    config.text_config.num_hidden_layers += layers
+    grown = CollavoForConditionalGeneration(config)
+    grown.load_state_dict(model.state_dict(), strict=False)
+    grown.tie_weights()
+    with torch.no_grad():
+        for layer in grown.model.language_model.layers[-layers:]:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    return grown
+
+
+def _regression(inputs: torch.Tensor, targets: torch.Tensor, ridge: float = 0.02) -> torch.Tensor:
+    """Return the weights of a ridge regression on centred values: float [targets, inputs]."""
+    x, y = (values.double() - values.double().mean(0) for values in (inputs, targets))
+    gram = x.T @ x + ridge * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
+    return torch.linalg.solve(gram, x.T @ y).T.float()
+
+
+def _steady_projection(size: int, width: int) -> torch.Tensor:
+    """Return a random projection onto those dimensions of a head that rotary embeddings hardly turn."""
+    turns = 10000.0 ** (-torch.arange(size // 2) / (size // 2))
+    projection = torch.randn(size, width)
+    projection[~(turns < _STEADY).repeat(2)] = 0
+    return projection / projection.norm() * 8
+
+
+def _attended(weights: torch.Tensor, targets: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Return the mean share of attention on some tokens, and its loss."""
+    shares = (weights * targets).sum(-1)
+    return shares.mean().item(), -shares.clamp_min(1e-7).log().mean()
+
+
+@torch.no_grad()
+def known_sequences(
+    model: CollavoForConditionalGeneration, processor: CollavoProcessor, kind: Kind, examples: Iterator[Example]
+) -> Iterator[Known]:
+    """Yield what a base knows of examples."""
+    states: list[torch.Tensor] = []
+    handle = model.model.language_model.norm.register_forward_pre_hook(lambda _, args: states.append(args[0]))
+    for example in examples:
+        inputs = collate([example], processor.tokenizer.pad_token_id).inputs
+        with torch.autocast("cpu", torch.bfloat16):
+            model.model(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
+        maps = example.semantic_ids, example.numbering_ids
+        written = tuple(_written(example, processor)) if kind == "where" else ()
+        (of_example,) = states.pop()
+        yield Known(
+            kind, of_example.bfloat16(), example.input_ids, example.labels, example.sequence_ids, *maps, written
+        )
+    handle.remove()
+
+
+def _written(example: Example, processor: CollavoProcessor) -> Iterator[Written]:
+    """Find the boxes in the answers about a chart; those of objects that no cell shows are left out."""
+    tokenizer, ids = processor.tokenizer, example.input_ids.tolist()
+    begins, opens, closes = tokenizer.convert_tokens_to_ids(["Ġ(#", "Ġ[", "]"])
+    for place, token in enumerate(ids):
+        if token != opens or example.labels[place] == IGNORED:
+            continue
+        first = max(i for i in range(place) if ids[i] == begins)
+        last = ids.index(closes, place)
+        text = tokenizer.decode(ids[first : last + 1]).strip()
+        (mention,) = parse_objects(text, {category.display_name for category in COCO_PANOPTIC})
+        label = next(c.label for c in COCO_PANOPTIC if c.display_name == mention.name)
+        same = example.semantic_ids == label + 1
+        cells = (same & (example.numbering_ids == mention.numbering)).nonzero()
+        if len(cells):
+            following = (same & (example.numbering_ids == mention.numbering + 1)).flatten()
+            (box,) = find_boxes(text)
+            yield Written(place - 2, place, last, box, _edges(cells, processor.grid_hw), following)
+
+
+def _edges(cells_yx: torch.Tensor, grid_hw: tuple[int, int]) -> torch.Tensor:
+    y, x = cells_yx.T
+    masks = torch.zeros(EDGES, grid_hw[0] * grid_hw[1], dtype=torch.bool)
+    for edge, chosen in enumerate((x == x.min(), y == y.min(), x == x.max(), y == y.max())):
+        masks[edge, (y * grid_hw[1] + x)[chosen]] = True
+    return masks
+
+
+@dataclass(frozen=True, slots=True)
+class Flags:
+    start: str = flag(REQUIRED, "base to grow", metavar="DIR")
+    output: str = flag(REQUIRED, "folder for metrics and the model", metavar="DIR")
+    charts: int = flag(4000, "charts that ask where words are", least=8)
+    others: int = flag(240, "other charts, and half as many scenes", least=4)
+    edge_epochs: int = flag(6, "passes over these charts with the first layer alone", least=1)
+    steps: int = flag(1000, "updates of all three layers", least=1)
+    learning_rate: float = flag(1e-3, "peak of the learning rate")
+    seed: int = flag(0, "of the initial weights and the order", least=0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; the module's docstring describes it."""
+    return cli.run("pretraining.box_writing", lambda: _train(argv))
+
+
+def _train(argv: Sequence[str] | None) -> None:
+    flags = cli.parse(
+        Flags,
+        argv,
+        prog="python -m pretraining.box_writing",
+        usage="python -m pretraining.box_writing --start DIR --output DIR [options]",
+        description="Teach a base to write boxes, with three more layers.",
+    )
+    torch.manual_seed(flags.seed)
+    rng = np.random.default_rng(flags.seed)
+    with naming("start"):
+        base, processor = load_base(flags.start, torch.float32)
+        if base.config.text_config.num_attention_heads != EDGES:
+            raise UserError(f"{flags.start} has not {EDGES} heads, one for each edge of a box")
+    run, console = Path(flags.output), Console()
+    run.mkdir(parents=True, exist_ok=True)
+    crayon_prompt, base.model.crayon_prompt = base.model.crayon_prompt, WordPrompt(base, processor.tokenizer)
+    with Progress(console) as progress:
+        known: dict[Kind, list[Known]] = {"where": [], "all": [], "scene": []}
+        total = flags.charts + flags.others * 3 // 2
+        bar = progress.add("states", total)
+        for kind, examples in _examples(processor, flags).items():
+            for each in known_sequences(base, processor, kind, examples):
+                known[kind].append(each)
+                progress.update(bar, sum(map(len, known.values())))
+        base.model.crayon_prompt = crayon_prompt
+        model = grow(base)
+        model.requires_grad_(False)
+        model.set_attn_implementation("eager")
+        writer = Writer(model, processor)
+        charts = [each for each in known["where"] if each.written]
+        writer.begin(charts[:500])
+        learn = partial(_learn, writer, flags.learning_rate, run, progress)
+        orders = (chunk for _ in range(flags.edge_epochs) for chunk in _in_eights(rng.permutation(len(charts))))
+        batches = [[charts[i] for i in chunk] for chunk in orders]
+        learn("edges", batches, writer.loss_at_edges)
+        batches = []
+        for step in range(flags.steps):
+            # One step in four keeps what the new layers must not disturb.
+            pool, size = (charts, 6) if step % 4 < 3 else (known["all" if step % 8 == 3 else "scene"], 3)
+            batches.append([pool[i] for i in rng.choice(len(pool), min(size, len(pool)), replace=False)])
+        learn("boxes", batches, writer.loss)
+    model.set_attn_implementation("sdpa")
+    model.bfloat16().save_pretrained(run / "model")
+    processor.save_pretrained(run / "model")
+
+
+def _examples(processor: CollavoProcessor, flags: Flags) -> dict[Kind, Iterator[Example]]:
+    others = PretrainingExamples(processor, 1)
+
+    def chart(index: int) -> Example:
+        drawn = draw_chart(index, processor.grid_hw, "where")
+        return chart_example(drawn, chart_picture(index % CHART_PICTURES), processor)
+
+    return {
+        "where": map(chart, range(_FIRST_SEED, _FIRST_SEED + flags.charts)),
+        "all": (others.chart(_OTHER_SEED + number, "all") for number in range(flags.others)),
+        "scene": (others.scene(_OTHER_SEED + number) for number in range(flags.others // 2)),
+    }
+
+
+def _in_eights(order: np.ndarray) -> list[np.ndarray]:
+    return [order[first : first + 8] for first in range(0, len(order), 8)]
+
+
+def _learn(
+    writer: Writer,
+    learning_rate: float,
+    run: Path,
+    progress: Progress,
+    name: str,
+    batches: list[list[Known]],
+    loss_of: Callable[[Batch], tuple[torch.Tensor, dict[str, float]]],
+) -> None:
+    """Train on some batches, with a rate that rises for 30 steps and falls along a cosine, and log the figures."""
+    parameters = [*writer.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    bar = progress.add(name, len(batches))
+    sums: dict[str, list[float]] = {}
+    began = time.monotonic()
+    for step, known in enumerate(batches):
+        for group in optimizer.param_groups:
+            fallen = 0.02 + 0.98 * (1 + math.cos(math.pi * step / len(batches))) / 2
+            group["lr"] = learning_rate * min(1, (step + 1) / 30) * fallen
+        loss, figures = loss_of(writer.batch(known))
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(parameters, 2.0)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"{name}, step {step}: loss {loss.item()}, gradient norm {norm.item()}")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        progress.update(bar, step + 1, note=f"loss {loss.item():.3f}")
+        for figure, value in figures.items():
+            sums.setdefault(figure, []).append(value)
+        if (step + 1) % 50 == 0 or step + 1 == len(batches):
+            line = {"step": step + 1, "seconds": time.monotonic() - began}
+            line |= {figure: float(np.nanmean(values)) for figure, values in sums.items()}
+            with (run / "metrics.jsonl").open("a") as file:
+                rounded = {key: round(value, 4) for key, value in line.items()}
+                file.write(json.dumps({"part": name, **rounded}) + "\n")
+            sums.clear()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
