@@ -45,9 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--folder", type=Path, required=True, help="scenes, data and runs go here")
     add("--settings", nargs="+", choices=SETTINGS, default=SETTINGS)
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
-    add("--train_scenes", type=int, default=1000)
-    add("--eval_scenes", type=int, default=120)
-    add("--cit_steps", type=int, default=150, help="of instruction tuning, but for four_times")
+    add("--train_scenes", type=int, default=800)
+    add("--eval_scenes", type=int, default=100)
+    add("--cit_steps", type=int, default=100, help="of instruction tuning, but for four_times")
     add("ablation_flags", nargs="*", help="further flags of ablation.py, after --")
     args = parser.parse_args(argv)
     rows = []
@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "train_scenes": args.train_scenes,
             "eval_scenes": args.eval_scenes,
             "cit_steps": args.cit_steps * (4 if setting == "four_times" else 1),
+            "batch_size": 4,
             "crayon_share": 0.9 if setting == "nine_to_one" else 0.5,
             "segmenter": "annotations",
         }

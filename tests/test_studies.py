@@ -18,7 +18,7 @@ from tiny_model import save_tiny_base
 @pytest.mark.slow
 def test_a_setting_is_a_study_of_one_adapter_and_of_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train_flags = "--lora_rank=4 --max_length=700 --workers=0 --micro_batch_size=4"
-    flags = f"--base {save_tiny_base(tmp_path / 'base')} --cpt_steps 2 --batch_size 4".split()
+    flags = f"--base {save_tiny_base(tmp_path / 'base')} --cpt_steps 2".split()
     argv = [
         "--settings",
         "nine_to_one",
