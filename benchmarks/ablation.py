@@ -36,6 +36,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from measure import circumstances, source_flags
+from studies import cell, mean_and_deviation
 
 from collavo import train
 from collavo.dataset import find_files, read_rows
@@ -54,9 +55,6 @@ from schemas.crayon_row import CrayonRow, Segment
 TRAIN_SEED, EVALUATION_SEED = 20_001, 30_001
 """Seeds of the scenes; neither the embedded models nor the build use them."""
 
-CRAYON_SHARE = 0.5
-"""Share of crayon batches among the steps of instruction tuning, where it has both kinds."""
-
 PICTURES_AT_ONCE, QUESTIONS_AT_ONCE = 16, 128
 MAX_NEW_TOKENS = dict.fromkeys(EVALUATED_TASKS, 24) | {"class_to_box": 64, DIALOGUE: 16}
 """Two boxes with their names fit into 64 tokens of the embedded base, which writes digit by digit."""
@@ -66,8 +64,8 @@ TRAIN_FLAGS = "--tasks counting box_to_class class_to_binary --instructions_per_
 boxes, and the long answers, 70 % of all tokens, would drown the other tasks (benchmarks/LOG.md, 2026-11-26)."""
 
 STUDY, FIGURES = "study.json", "figures.json"
-STUDY_FLAGS = ("train_scenes", "eval_scenes", "cpt_steps", "cit_steps", "batch_size", "base", "train_flags",
-               "segmenter", "segmenter_checkpoint")  # fmt: skip
+STUDY_FLAGS = ("train_scenes", "eval_scenes", "cpt_steps", "cit_steps", "batch_size", "crayon_share", "base",
+               "train_flags", "questions", "segmenter", "segmenter_checkpoint")  # fmt: skip
 """Flags that must not change within one folder."""
 
 
@@ -145,8 +143,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--cpt_steps", type=int, default=20, help="of Crayon Prompt Tuning")
     add("--cit_steps", type=int, default=500, help="of instruction tuning with both kinds of batches")
     add("--batch_size", type=int, default=8, help="sequences per step")
+    add("--crayon_share", type=float, default=0.5, help="of crayon batches in instruction tuning with both kinds")
     add("--base", default="tiny", help="a preset of collavo.train, or a base of yours")
     add("--train_flags", default=TRAIN_FLAGS, help="further flags of collavo.train, in quotes")
+    add("--questions", nargs="+", choices=MEASURES, default=list(MEASURES), help="tasks to ask about (default: all)")
     add("--segmenter", choices=("transformers", "annotations"), default="transformers")
     add("--segmenter_checkpoint", default="scenes", help="default: the embedded network")
     add("--report_only", action="store_true", help="train nothing; report on what is finished")
@@ -187,7 +187,7 @@ class Study:
         asked = [question.task for _, questions in self._pairs() for question in questions]
         return {
             "study": json.loads((self._folder / STUDY).read_text()),
-            "questions": {task: asked.count(task) for task in MEASURES},
+            "questions": {task: asked.count(task) for task in self._flags.questions},
             **circumstances(),
             "versions": {name: version(name) for name in ("collavo", "torch", "transformers", "peft", "bitsandbytes")},
         }
@@ -213,7 +213,7 @@ class Study:
             segmenter += ["--segmenter_checkpoint", flags.segmenter_checkpoint]
         training = self._scenes("train", flags.train_scenes, TRAIN_SEED)
         evaluation = self._scenes("evaluation", flags.eval_scenes, EVALUATION_SEED)
-        asked = ["--tasks", *(task for task in MEASURES if task != DIALOGUE)]
+        asked = ["--tasks", *(task for task in flags.questions if task != DIALOGUE)]
         self._build("train", training, *segmenter)
         self._build("maps", evaluation, *segmenter)
         self._build("truth", evaluation, "--segmenter", "annotations", *asked)
@@ -237,7 +237,7 @@ class Study:
         """Yield rows with predicted maps, each with the questions that come from its image's annotation."""
         truth = {row.image_id: row for row in self._rows("truth")}
         for row in self._rows("maps"):
-            if questions := questions_of(truth[row.image_id], tuple(MEASURES), JUDGE):
+            if questions := questions_of(truth[row.image_id], self._flags.questions, JUDGE):
                 yield row, questions
 
     def _rows(self, name: str) -> Iterator[CrayonRow]:
@@ -255,7 +255,7 @@ class Study:
                 shutil.rmtree(copied, ignore_errors=True)
                 shutil.copytree(tuned, copied, ignore=shutil.ignore_patterns(CARD, "checkpoints"))
                 copied.rename(run)
-        steps, share = self._flags.cit_steps, CRAYON_SHARE
+        steps, share = self._flags.cit_steps, self._flags.crayon_share
         if arm.adapters == "vl_only":
             self._collavo_train(run, arm, seed, "cit", round(steps * (1 - share)))
         else:
@@ -374,17 +374,6 @@ def percentages(figures: Figures) -> dict[str, float]:
     return {title: 100 * value for title, value in found.items() if value is not None}
 
 
-def mean_and_deviation(of_seeds: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Return mean and standard deviation over seeds by title; a single seed has no deviation."""
-    found = {}
-    for title in of_seeds[0]:
-        values = [of_seed[title] for of_seed in of_seeds]
-        found[title] = {"mean": float(np.mean(values))}
-        if len(values) > 1:
-            found[title]["deviation"] = float(np.std(values, ddof=1))
-    return found
-
-
 def markdown(values: Values) -> str:
     """Return the two tables: mean and standard deviation over seeds in percent."""
     titles = [title for title, _ in MEASURES.values()]
@@ -395,16 +384,10 @@ def markdown(values: Values) -> str:
         for arm, name in {**arms, MAP: "*the predicted map, read without a mistake*"}.items():
             if arm in values:
                 figures = mean_and_deviation(list(values[arm].values()))
-                cells = [_cell(figures.get(title)) for title in titles]
+                cells = [cell(figures.get(title)) for title in titles]
                 lines.append(f"| {name} | {'' if arm == MAP else len(values[arm])} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
-
-
-def _cell(figure: Mapping[str, float] | None) -> str:
-    if figure is None:
-        return ""
-    return f"{figure['mean']:.1f}" + (f" ± {figure['deviation']:.1f}" if "deviation" in figure else "")
 
 
 def plot(values: Values) -> Figure:

@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from collavo import evaluate, train
-from collavo.evaluation.report import REPORT
+from studies import built, evaluated, trained
+
 from collavo.scenes import write_scenes
-from pipelines import command as build_command
 from schemas.categories import COCO_PANOPTIC
 
 LEFT_OUT = ("sheep", "bottle", "chair", "kite", "carrot", "suitcase")
@@ -44,7 +43,6 @@ def main() -> int:
     _build(folder, "asked", "other_scenes", "--coco_split", "validation")
     rows = []
     for arm in args.arms:
-        _build(folder, *_training_data(folder, arm))
         rows.append(_figures(arm, _evaluated(folder, arm)))
     print("\n".join(["| arm | classes | " + " | ".join(TASKS.values()) + " |", "|---|---|---:|---:|---:|", *rows]))
     return 0
@@ -63,24 +61,16 @@ def _training_data(folder: Path, arm: str) -> tuple[str, ...]:
     return "seen_classes", "scenes", *flags, "--categories", str(seen), "--category_map", str(renamed)
 
 
-def _build(folder: Path, name: str, scenes: str, *flags: str) -> None:
-    if not (folder / name).exists():
-        annotations = ("--coco_panoptic", f"{folder}/{scenes}/panoptic.json")
-        images = ("--coco_images", f"{folder}/{scenes}/images")
-        assert build_command.main([*annotations, *images, *flags, "--output", f"{folder}/{name}"]) == 0
+def _build(folder: Path, name: str, scenes: str, *flags: str) -> Path:
+    annotations = ("--coco_panoptic", f"{folder}/{scenes}/panoptic.json", "--coco_images", f"{folder}/{scenes}/images")
+    return built(folder / name, *annotations, *flags)
 
 
 def _evaluated(folder: Path, arm: str) -> Mapping[str, Any]:
-    run = folder / f"run_{arm}"
-    data = folder / ("all_classes" if arm == "all" else "seen_classes")
-    if not (run / "README.md").exists():
-        kind = "table" if arm == "table" else "words"
-        flags = ["--semantic_queries", kind, "--crayon_share", "0.7", "--preset", "tiny", "--overwrite"]
-        assert train.main(["--data", str(data), "--output_dir", str(run), *flags]) == 0
-    if not (run / "evaluation" / REPORT).exists():
-        asked = ["--model", str(run), "--data", str(folder / "asked"), "--tasks", *TASKS]
-        assert evaluate.main(asked) == 0
-    return json.loads((run / "evaluation" / REPORT).read_text())["results"]["trained"]
+    kind = "table" if arm == "table" else "words"
+    flags = ["--semantic_queries", kind, "--crayon_share", "0.7", "--preset", "tiny"]
+    data = _build(folder, *_training_data(folder, arm))
+    return evaluated(trained(folder / f"run_{arm}", data, *flags), folder / "asked", tuple(TASKS))
 
 
 def _figures(arm: str, results: Mapping[str, Any]) -> str:
