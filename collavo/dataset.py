@@ -53,6 +53,10 @@ ROWS_PER_GROUP = 100
 BYTES_PER_GROUP = 32 << 20
 """A row group ends at whichever of the two comes first."""
 
+_LEAST_ROWS_PER_GROUP, _GROUPS = 8, 64
+"""A small data set has row groups of fewer rows, but not below the first, so that there are as many as the second: with
+few, several ranks of a training read many of them twice (`collavo.training.batch_plan`)."""
+
 _ROWS_IN_MEMORY = 50
 _SHARD_NAME = re.compile(r"(crayon|train|validation)-\d{5}-of-(\d{5})\.parquet")
 
@@ -229,12 +233,15 @@ def count_rows(files: Sequence[Path | str], split: str | None = None) -> int:
 
 
 @contextmanager
-def opened_parquet(file: Path | str | BinaryIO, name: str = "") -> Iterator[pq.ParquetFile]:
+def opened_parquet(
+    file: Path | str | BinaryIO, name: str = "", footer: pq.FileMetaData | None = None
+) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file; whatever damage Arrow finds in the block becomes one line.
 
     Args:
         file: a path, a URI, or an open file.
         name: what the line calls an open file.
+        footer: the file's, where it was read before; it is not read again then.
 
     Raises:
         UserError: for a file that cannot be read.
@@ -242,7 +249,8 @@ def opened_parquet(file: Path | str | BinaryIO, name: str = "") -> Iterator[pq.P
     try:
         if isinstance(file, str | Path) and is_local(str(file)):
             refuse_pipe(str(file))  # Arrow opens files of a disk itself, faster than through Python
-        yield pq.ParquetFile(open_random(file) if isinstance(file, str) and not is_local(file) else file)
+        source = open_random(file) if isinstance(file, str) and not is_local(file) else file
+        yield pq.ParquetFile(source, metadata=footer)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # names of columns are decoded when asked for
         raise UserError(f"{name or file}: cannot be read as Parquet ({first_line(error)})") from error
 
@@ -536,16 +544,20 @@ class RowGroupWriter:
     Args:
         file: open for writing.
         raw: columns, by their Parquet path, that are compressed already and stored as they are.
+        rows_per_group: rows of a row group at most.
         options: further ones of `pyarrow.parquet.ParquetWriter`.
     """
 
-    def __init__(self, file: Any, schema: pa.Schema, raw: Sequence[str], **options: Any) -> None:
+    def __init__(
+        self, file: Any, schema: pa.Schema, raw: Sequence[str], rows_per_group: int = ROWS_PER_GROUP, **options: Any
+    ) -> None:
         columns = [leaf for column in schema for leaf in _leaf_columns(column)]
         compression = {column: "none" if column in raw else "zstd" for column in columns}
         self._schema = schema
         self._writer = pq.ParquetWriter(file, schema, compression=compression, write_page_index=True, **options)
         self._records: list[dict[str, Any]] = []
         self._bytes = 0
+        self._rows_per_group = rows_per_group
         self.rows = 0
 
     def write(self, record: dict[str, Any], size: int) -> None:
@@ -553,7 +565,7 @@ class RowGroupWriter:
         self._records.append(record)
         self._bytes += size
         self.rows += 1
-        if len(self._records) >= ROWS_PER_GROUP or self._bytes >= BYTES_PER_GROUP:
+        if len(self._records) >= self._rows_per_group or self._bytes >= BYTES_PER_GROUP:
             self._flush()
 
     def close(self, metadata: Mapping[bytes, bytes] | None = None) -> None:
@@ -576,14 +588,25 @@ class CrayonFileWriter:
         file: open for writing.
         facts: of the build, for the file's metadata.
         categories: the set of the rows' classes, for the metadata too.
+        expected_rows: of all files of its split, about; None for many.
     """
 
-    def __init__(self, file: BinaryIO, facts: Mapping[str, Any], categories: CategorySet = COCO_PANOPTIC) -> None:
+    def __init__(
+        self,
+        file: BinaryIO,
+        facts: Mapping[str, Any],
+        categories: CategorySet = COCO_PANOPTIC,
+        expected_rows: int | None = None,
+    ) -> None:
         stated = {"name": categories.name, "categories": categories.as_records()}
         metadata = {**CRAYON_SCHEMA.metadata, **metadata_of({**facts, "categories": stated})}
         schema = CRAYON_SCHEMA.with_metadata(metadata)
         self._file = _HashingFile(file)
-        self._writer = RowGroupWriter(self._file, schema, ["image.bytes"], use_dictionary=list(_DICTIONARY_COLUMNS))
+        rows = ROWS_PER_GROUP
+        if expected_rows is not None:
+            rows = min(max(expected_rows // _GROUPS, _LEAST_ROWS_PER_GROUP), ROWS_PER_GROUP)
+        dictionaries = list(_DICTIONARY_COLUMNS)
+        self._writer = RowGroupWriter(self._file, schema, ["image.bytes"], rows, use_dictionary=dictionaries)
 
     def write(self, row: CrayonRow) -> None:
         self._writer.write(row.as_record(), len(row.image_bytes or b"") + len(row.panoptic_png or b""))

@@ -443,7 +443,8 @@ def _write_shard(
     of_splits_before = sum(count for split, count in shard_counts.items() if split < shard[0])
     sample_count = samples_of_shard(of_splits_before + shard[1], max(1, sum(shard_counts.values())))
     drafts, rejects = (chain.from_iterable(map(unpacked, groups[name])) for name in ("drafts", "rejects"))
-    return write_shard(shard, drafts, rejects, statistics, owners, sample_count, job)
+    shard_count = shard_counts.get(shard[0], 1)
+    return write_shard(shard, drafts, rejects, statistics, owners, sample_count, shard_count, job)
 
 
 def _late(value: Any) -> WindowedValue:

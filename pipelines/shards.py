@@ -49,6 +49,7 @@ def write_shard(
     statistics: ClassStatistics,
     owners: Mapping[str, str],
     sample_count: int,
+    shard_count: int,
     job: CrayonJob,
 ) -> WrittenShard:
     """Write the rows of one shard of a split, shuffled by a hash of their pictures, and its rejects in order.
@@ -58,6 +59,7 @@ def write_shard(
     Args:
         owners: for every id that several pictures would have, the key of the one that keeps it.
         sample_count: how many rows to prepare for the report.
+        shard_count: of its split, all of about the same size.
     """
     statistics = dataclasses.replace(statistics, askable=job.askable)
     counts = Counts()
@@ -71,7 +73,8 @@ def write_shard(
     unfamiliar = []
     if ordered:
         chosen = evenly(len(ordered), sample_count)
-        writer = CrayonFileWriter(open_write(data_uri), job.facts, job.categories)
+        expected_rows = len(ordered) * shard_count
+        writer = CrayonFileWriter(open_write(data_uri), job.facts, job.categories, expected_rows)
         keyed = zip((place.key for place in ordered), read_drafts([place.block for place in ordered]), strict=True)
         for key, same in groupby(keyed, key=lambda pair: pair[0]):
             start = time.perf_counter()

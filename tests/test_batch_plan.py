@@ -110,6 +110,8 @@ def test_ranks_together_read_each_row_group_once_but_for_a_few_in_the_end(
     monkeypatch: pytest.MonkeyPatch, ranks: int, group_rows: int, groups: int
 ) -> None:
     class File:
+        metadata = None
+
         def read_row_group(self, group: int, columns: list[str]) -> pa.Table:
             reads.append(group)
             return pa.table({"row": range(rows.row_groups[group].rows)})
@@ -117,7 +119,7 @@ def test_ranks_together_read_each_row_group_once_but_for_a_few_in_the_end(
     varied, count = np.random.default_rng(0), groups * group_rows
     rows = index(varied.integers(0, 9, count).tolist(), varied.integers(0, 3, count).tolist(), group_rows)
     reads: list[int] = []
-    monkeypatch.setattr("collavo.training.batches.opened_parquet", lambda _: nullcontext(File()))
+    monkeypatch.setattr("collavo.training.batches.opened_parquet", lambda _, footer: nullcontext(File()))
     plan = plan_epoch(rows, KINDS, options(batch_size=32), epoch=0)
     for rank in range(ranks):
         reader, last = RowReader(rows.row_groups, rows_in_use(rows.row_groups)), -1

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -21,9 +22,9 @@ from collavo.model.prompt import KINDS, LISTED
 from collavo.panoptic.grid import crayon_grid
 from collavo.panoptic.index_png import decode_index_map
 from collavo.training.batch_plan import PlanOptions, Sample, plan_epoch
-from collavo.training.batches import ExampleDataset, MicroBatch, build_loader, pack_prompts, prompts_of
+from collavo.training.batches import ExampleDataset, MicroBatch, RowReader, build_loader, pack_prompts, prompts_of
 from collavo.training.lengths import NO_LIST, TOO_LONG, LengthLimit, object_list
-from collavo.training.row_index import build_row_index
+from collavo.training.row_index import RowGroup, build_row_index
 from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import CrayonRow, Dialogue
 
@@ -199,6 +200,19 @@ def test_every_row_group_is_read_once_by_one_worker(tmp_path: Path, monkeypatch:
             examples._reader.read(sample.row)
     assert len(examples.index.row_groups) == 3
     assert sorted(reads) == [0, 1, 2]
+
+
+def test_a_file_s_footer_is_read_once_for_all_its_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = [RowGroup(str(tmp_path / "rows.parquet"), number, 4 * number, 4) for number in range(20)]
+    pq.write_table(pa.table({"row": range(80)}), tmp_path / "rows.parquet", row_group_size=4)
+    footers = []
+    opened = pq.ParquetFile
+    monkeypatch.setattr(
+        pq, "ParquetFile", lambda source, metadata: (footers.append(metadata), opened(source, metadata=metadata))[1]
+    )
+    reader = RowReader(groups, 8, ["row"])
+    assert [reader.read(row)["row"] for row in range(0, 80, 3)] == [*range(0, 80, 3)]
+    assert footers[0] is None and len(footers) == 20 and None not in footers[1:]
 
 
 def test_rows_that_refer_to_their_image_need_its_root(tmp_path: Path) -> None:

@@ -167,7 +167,7 @@ def test_class_statistics_are_the_same_for_any_grouping():
 
 
 def test_the_number_of_shards_follows_the_rows_unless_it_is_given():
-    assert [count_shards(rows, None) for rows in (0, 199, 200, 2999, 17_001, 118_287)] == [1, 1, 2, 8, 9, 59]
+    assert [count_shards(rows, None) for rows in (0, 399, 400, 2999, 17_001, 118_287)] == [1, 1, 2, 8, 9, 59]
     assert count_shards(10, 64) == 64
 
 

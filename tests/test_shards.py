@@ -44,6 +44,15 @@ def test_rows_come_back_in_order_from_groups_of_a_hundred(tmp_path):
     assert [CrayonRow.from_record(record) for record in table.to_pylist()] == written
 
 
+@pytest.mark.parametrize(("expected_rows", "rows_per_group"), [(40, 8), (600, 9), (3200, 50), (10**6, 100)])
+def test_a_small_data_set_has_smaller_groups(tmp_path, expected_rows, rows_per_group):
+    writer = CrayonFileWriter((tmp_path / "shard.parquet").open("wb"), {}, COCO_PANOPTIC, expected_rows)
+    for row in rows(120):
+        writer.write(row)
+    writer.close({})
+    assert group_sizes(tmp_path / "shard.parquet")[0] == rows_per_group
+
+
 def test_a_group_of_large_images_ends_by_its_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(dataset, "BYTES_PER_GROUP", 10_000)
     write(tmp_path / "shard.parquet", [*rows(7, image_bytes=4000), *rows(2, image_bytes=50_000)], {}, {})

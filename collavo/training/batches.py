@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
@@ -100,6 +101,10 @@ class MicroBatch:
         return self
 
 
+_KEPT_FOOTERS = 64
+"""Of files whose row groups are read one by one: a footer may be larger than a row group of a few small pictures."""
+
+
 class RowReader:
     """Reads rows by their number and keeps the last row groups in memory.
 
@@ -114,6 +119,7 @@ class RowReader:
         self._first_rows = [group.first_row for group in row_groups]
         self._kept_rows = kept_rows
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()
+        self._footers: OrderedDict[str, pq.FileMetaData] = OrderedDict()
 
     def read(self, row: int) -> dict[str, Any]:
         """Read a row, as plain values.
@@ -125,13 +131,16 @@ class RowReader:
         if number not in self._tables:
             group = self._groups[number]
             try:
-                with opened_parquet(group.file) as parquet:
+                with opened_parquet(group.file, footer=self._footers.get(group.file)) as parquet:
                     self._tables[number] = parquet.read_row_group(group.group, columns=self._columns)
+                    self._footers[group.file] = parquet.metadata
             except UserError as error:
                 detail = f"row group {group.group} of {error}"
                 raise Rejected("unreadable_rows", detail, f"row {row}") from error
             while len(self._tables) > 1 and sum(map(len, self._tables.values())) > self._kept_rows:
                 self._tables.popitem(last=False)
+            if len(self._footers) > _KEPT_FOOTERS:
+                self._footers.popitem(last=False)
         self._tables.move_to_end(number)
         return self._tables[number].slice(row - self._first_rows[number], 1).to_pylist()[0]
 
