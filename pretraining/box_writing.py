@@ -65,7 +65,11 @@ word may stand hundreds of tokens behind its cells."""
 _FIRST_SEED, _OTHER_SEED = 20_000, 900_000
 """Numbers of the first chart that asks where words are, and of the first other chart and scene."""
 
-Kind = Literal["where", "all", "scene"]
+Kind = Literal["where", "all", "tiles", "scene"]
+
+_KEPT: tuple[Kind, ...] = ("all", "scene", "all", "tiles")
+"""What every second step holds, in turn: what the new layers must not disturb. With one step in four, and no tiles, the
+base named the word in a box in 84.6 % of 240 questions, where it had been 92.5 %."""
 
 
 class Written(NamedTuple):
@@ -393,7 +397,7 @@ class Flags:
     start: str = flag(REQUIRED, "base to grow", metavar="DIR")
     output: str = flag(REQUIRED, "folder for metrics and the model", metavar="DIR")
     charts: int = flag(4000, "charts that ask where words are", least=8)
-    others: int = flag(240, "other charts, and half as many scenes", least=4)
+    others: int = flag(480, "charts of all other questions; half as many of tiles, and of scenes", least=8)
     edge_epochs: int = flag(6, "passes over these charts with the first layer alone", least=1)
     steps: int = flag(1000, "updates of all three layers", least=1)
     learning_rate: float = flag(1e-3, "peak of the learning rate")
@@ -423,8 +427,8 @@ def _train(argv: Sequence[str] | None) -> None:
     run.mkdir(parents=True, exist_ok=True)
     crayon_prompt, base.model.crayon_prompt = base.model.crayon_prompt, WordPrompt(base, processor.tokenizer)
     with Progress(console) as progress:
-        known: dict[Kind, list[Known]] = {"where": [], "all": [], "scene": []}
-        total = flags.charts + flags.others * 3 // 2
+        known: dict[Kind, list[Known]] = {"where": [], "all": [], "tiles": [], "scene": []}
+        total = flags.charts + flags.others * 2
         bar = progress.add("states", total)
         for kind, examples in _examples(processor, flags).items():
             for each in known_sequences(base, processor, kind, examples):
@@ -443,8 +447,7 @@ def _train(argv: Sequence[str] | None) -> None:
         learn("edges", batches, writer.loss_at_edges)
         batches = []
         for step in range(flags.steps):
-            # One step in four keeps what the new layers must not disturb.
-            pool, size = (charts, 6) if step % 4 < 3 else (known["all" if step % 8 == 3 else "scene"], 3)
+            pool, size = (known[_KEPT[step // 2 % len(_KEPT)]], 4) if step % 2 else (charts, 6)
             batches.append([pool[i] for i in rng.choice(len(pool), min(size, len(pool)), replace=False)])
         learn("boxes", batches, writer.loss)
     model.set_attn_implementation("sdpa")
@@ -462,6 +465,7 @@ def _examples(processor: CollavoProcessor, flags: Flags) -> dict[Kind, Iterator[
     return {
         "where": map(chart, range(_FIRST_SEED, _FIRST_SEED + flags.charts)),
         "all": (others.chart(_OTHER_SEED + number, "all") for number in range(flags.others)),
+        "tiles": (others.chart(2 * _OTHER_SEED + number, "tiles") for number in range(flags.others // 2)),
         "scene": (others.scene(_OTHER_SEED + number) for number in range(flags.others // 2)),
     }
 
