@@ -28,6 +28,7 @@ from collavo.model.processing import CollavoProcessor
 from collavo.model.prompt import Kind, RenderedPrompt
 from collavo.panoptic.index_png import panoptic_map_of
 from collavo.panoptic.maps import PanopticMap, build_panoptic_map
+from collavo.storage import is_local
 from collavo.training.batch_plan import Batch, Sample, rows_in_use
 from collavo.training.lengths import object_list, turns_of
 from collavo.training.row_index import RowGroup, RowIndex
@@ -166,6 +167,11 @@ class ExampleDataset(Dataset[Example | Skipped | UserError]):
         self._processor = processor
         self._image_root = image_root
         self._categories = categories
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all rows lie on disks of this machine."""
+        return all(is_local(group.file) for group in self.index.row_groups)
 
     def __getitem__(self, sample: Sample) -> Example | Skipped | UserError:
         # An error is returned, not raised: what a worker process raises arrives with its whole traceback as message.
@@ -373,6 +379,8 @@ def build_loader(
         prefetch_factor=max(4, math.ceil(ahead / workers)) if workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_ignore_signals,
+        # A store's client has threads, which a forked process lacks: there its first request would wait for ever.
+        multiprocessing_context="spawn" if workers and not dataset.is_local else None,
     )
     try:
         for piece in loader:
