@@ -102,12 +102,13 @@ class S3:
         """Delete all that lies below a folder, and a file of that name if it does not end in a slash."""
         with _faults(f"{self._root}/{path}"):
             found = [each["path"] for each in obstore.list(self._store, f"{path.rstrip('/')}/").collect()]
-            if paths := found if path.endswith("/") else [path, *found]:
-                obstore.delete(self._store, paths)
+        self.delete_files(found if path.endswith("/") else [path, *found])
 
     def delete_files(self, paths: Sequence[str]) -> None:
         """Delete files; one that is not there is left out."""
-        obstore.delete(self._store, [*paths])
+        if paths:
+            with _faults(f"{self._root}/{paths[0]}"):
+                obstore.delete(self._store, [*paths])
 
 
 def _region(root: str) -> Any:

@@ -107,7 +107,8 @@ def publish(
     with open_write(manifest_uri) as file:
         file.write(json.dumps(manifest, indent=2).encode() + b"\n")
     if not is_local(publication.work):  # a local launcher still watches the progress in it, and removes it then
-        delete_files([uri for uri in found if uri.startswith((publication.work, publication.segmented))])
+        used = join(publication.work, ""), join(publication.segmented, "")
+        delete_files([uri for uri in found if uri.startswith(used)])
 
 
 def content_of(output: str) -> list[str]:
