@@ -19,7 +19,6 @@ it once.
 The output's folder `model` is a base for `collavo.train --preset`.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -48,6 +47,7 @@ from collavo.progress import Progress
 from collavo.runs import load_base
 from collavo.training.batches import IGNORED, Example, collate, packed_positions
 from pretraining.base import CHART_PICTURES, PretrainingExamples, chart_picture
+from pretraining.loop import log_line
 from pretraining.word_grids import WordPrompt, chart_example, draw_chart
 from schemas.categories import COCO_PANOPTIC, MAX_NUMBERING
 
@@ -504,11 +504,9 @@ def _learn(
         for figure, value in figures.items():
             sums.setdefault(figure, []).append(value)
         if (step + 1) % 50 == 0 or step + 1 == len(batches):
-            line = {"step": step + 1, "seconds": time.monotonic() - began}
+            line = {"part": name, "step": step + 1, "seconds": time.monotonic() - began}
             line |= {figure: float(np.nanmean(values)) for figure, values in sums.items()}
-            with (run / "metrics.jsonl").open("a") as file:
-                rounded = {key: round(value, 4) for key, value in line.items()}
-                file.write(json.dumps({"part": name, **rounded}) + "\n")
+            log_line(run, line)
             sums.clear()
 
 

@@ -89,7 +89,7 @@ def train_from_scratch(
             done = step + 1
             progress.update(bar, done, note=f"loss {losses[-1]:.3f}")
             if done % options.log_steps == 0 or done == options.steps:
-                _log(run, {"step": done, "loss": sum(losses) / len(losses), "seconds": time.monotonic() - began})
+                log_line(run, {"step": done, "loss": sum(losses) / len(losses), "seconds": time.monotonic() - began})
                 losses.clear()
             if done % options.checkpoint_steps == 0 or done == options.steps:
                 checkpoint.save_checkpoint(
@@ -122,6 +122,8 @@ def _rate(step: int, options: LoopOptions) -> float:
     return 0.01 + 0.99 * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
 
 
-def _log(run: Path, values: dict[str, float]) -> None:
+def log_line(run: Path, values: dict[str, Any]) -> None:
+    """Add a line to the log of a run; fractions are rounded."""
+    rounded = {name: round(value, 5) if isinstance(value, float) else value for name, value in values.items()}
     with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({name: round(value, 5) for name, value in values.items()}) + "\n")
+        file.write(json.dumps(rounded) + "\n")
