@@ -342,9 +342,7 @@ class TrainingRun:
             UserError: if the disk refuses.
         """
         self.accelerator.wait_for_everyone()  # none reads of it any more
-        if (
-            self.accelerator.is_main_process and self.replaces
-        ):  # ranks that delete the same folder trip over one another
+        if self.accelerator.is_main_process and self.replaces:  # ranks that delete the same folder trip over each other
             with naming("output_dir"), writing(self.folder):
                 remove([*self.folder.iterdir()])  # the folder itself may be a link
 
