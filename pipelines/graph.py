@@ -23,6 +23,7 @@ from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
 from collavo.instructions.choose import ClassStatistics
+from collavo.storage import is_local
 from pipelines.image_steps import (
     draft_dialogue,
     draft_known,
@@ -33,6 +34,7 @@ from pipelines.image_steps import (
     split_of,
 )
 from pipelines.job import CrayonJob, ModelConfig
+from pipelines.joins import JoinDrafts
 from pipelines.merge import image_key, merge_mentions
 from pipelines.progress import FOUND, REJECTED, SEGMENTED, tick
 from pipelines.publish import publish
@@ -62,7 +64,7 @@ from pipelines.sources import (
 from pipelines.sources import (
     read_images as read_image_lists,
 )
-from pipelines.spill import SpilledDraft, SpillWriter, shard_of
+from pipelines.spill import DRAFTS, SpilledDraft, SpillWriter, shard_of
 
 ROWS_PER_SHARD = 2000
 """Aim of the automatic number of shards: files of 200-400 MB where COCO's images are embedded."""
@@ -275,8 +277,9 @@ def _write(
         | "WithoutKey" >> beam.Values()
         | "ClassStatistics" >> beam.CombineGlobally(CombineStatistics(len(job.categories.things)))
     )
+    joined = drafts if is_local(job.work) else drafts | "JoinDrafts" >> JoinDrafts(job.work, shard_counts)
     by_shard = {
-        "drafts": drafts | "ShardOfDraft" >> beam.FlatMap(_drafts_by_shard, shard_counts, stated_splits),
+        "drafts": joined | "ShardOfDraft" >> beam.FlatMap(_drafts_by_shard, shard_counts, stated_splits),
         "rejects": rejects
         | "AllRejects" >> beam.Flatten(pipeline=pipeline)
         | "ShardOfReject" >> beam.Map(_reject_by_shard, shard_counts),
@@ -488,7 +491,7 @@ class SpillDrafts(beam.DoFn):
 
     def __init__(self, job: CrayonJob, by_model: bool = False) -> None:
         self._job = job
-        self._folder = job.publication.segmented if by_model else join(job.work, "drafts")
+        self._folder = job.publication.segmented if by_model else join(job.work, DRAFTS)
 
     def start_bundle(self) -> None:
         self._writer: SpillWriter | None = None

@@ -6,19 +6,24 @@ own, sorted by split and by the hash that orders the rows. A shard is a range of
 file is one piece of it, which is one request to a store. A retried bundle writes other files, and nothing refers to
 those of the failed one.
 
+Where files are many, as for many pictures they are, their pieces get small. `pipelines.joins` then has files of a store
+joined before the shards are read.
+
 A file is a stream of Arrow record batches of one row each. What a network has segmented is kept in a folder of its own,
 where a build that goes on after it was stopped finds it by the pictures' content.
 """
 
 import hashlib
 import json
+import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import accumulate
 from posixpath import join
+from tempfile import TemporaryFile
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -30,18 +35,27 @@ from pipelines.records import Draft, Input, Packed, packed
 from schemas.categories import CategorySet
 from schemas.crayon_row import CRAYON_SCHEMA, CrayonRow
 
+DRAFTS = "drafts"
+"""The folder of the work folder that they wait in."""
+
 _FILE_BYTES = 64 << 20
 _FILE_ROWS = 2000
 _FILE_SECONDS = 30.0
 """A file is written when its drafts reach one of these: what a killed worker loses was segmented in that time."""
 
-_HELD_BYTES = 256 << 20
+HELD_BYTES = 256 << 20
 """How much of the files of a store a shard holds at once, unless a draft is larger than an equal part of it."""
+
+_PIECES_AT_ONCE = 3
+"""How many equal parts of that are read at once where files are joined: each takes in a file as a worker writes it."""
 
 _ROWS_AT_ONCE = 32
 _REQUESTS_AT_ONCE = 8
 _SUFFIX = ".arrow"
 _INDEX = b"drafts"
+
+_JOINING = threading.Lock()
+"""Of the threads of a worker, one at a time joins files, since it takes so much of the disk."""
 
 _SCHEMA = pa.schema(
     [
@@ -121,26 +135,65 @@ class SpillWriter:
     def _write(self) -> None:
         waiting = sorted(self._waiting, key=lambda keyed: (keyed[1].row.split, order_of(keyed[0])))
         self._waiting, self._bytes = [], 0
-        uri = join(self._folder, f"{uuid.uuid4().hex}{_SUFFIX}")
         places: list[SpilledDraft] = []
         rows: list[pa.Buffer] = []
         while waiting:  # is emptied, so that few drafts are in memory twice
             some, waiting[:_ROWS_AT_ONCE] = waiting[:_ROWS_AT_ONCE], []
-            places += [self._place(key, draft, uri) for key, draft in some]
             rows += _encoded([draft for _, draft in some])
-        index = [[place.key, row.size] for place, row in zip(places, rows, strict=True)]
-        head = _SCHEMA.with_metadata({_INDEX: json.dumps(index)}).serialize()
-        with open_write(uri) as file:
-            for part in (head, *rows):
-                file.write(part)
-        blocks = _blocks(uri, head.size, [row.size for row in rows])
-        self._packs.append(packed([place._replace(block=block) for place, block in zip(places, blocks, strict=True)]))
+            places += [
+                self._place(key, draft, row.size) for (key, draft), row in zip(some, rows[-len(some) :], strict=True)
+            ]
+        self._packs.append(_write_file(self._folder, places, rows))
 
-    def _place(self, key: str, draft: Draft, uri: str) -> SpilledDraft:
+    def _place(self, key: str, draft: Draft, length: int) -> SpilledDraft:
         row = draft.row
         present = tuple(present_things(row.segments, self._categories))
         finished = draft.inputs[0].source == "crayon"
-        return SpilledDraft(key, row.image_id, finished, row.split, draft.split_stated, present, Block(uri, 0, 0))
+        return SpilledDraft(key, row.image_id, finished, row.split, draft.split_stated, present, Block("", 0, length))
+
+
+def _write_file(folder: str, places: Sequence[SpilledDraft], rows: Iterable[Any]) -> Packed:
+    """Write encoded drafts to a new file.
+
+    Args:
+        places: of the drafts, of whose blocks only the lengths count.
+
+    Returns:
+        the places that they have now.
+    """
+    uri = join(folder, f"{uuid.uuid4().hex}{_SUFFIX}")
+    index = [[place.key, place.block.length] for place in places]
+    head = _SCHEMA.with_metadata({_INDEX: json.dumps(index)}).serialize()
+    with open_write(uri) as file:
+        file.write(head)
+        for row in rows:
+            file.write(row)
+    blocks = _blocks(uri, head.size, [place.block.length for place in places])
+    return packed([place._replace(block=block) for place, block in zip(places, blocks, strict=True)])
+
+
+def join_files(places: Sequence[SpilledDraft], folder: str) -> Packed:
+    """Write drafts that lie in many files of a store to a new one, in the order of the rows.
+
+    They pass through a file on the worker's disk, so that they are read in few requests and take little memory.
+
+    Returns:
+        the places that they have now.
+    """
+    blocks = sorted(place.block for place in places)
+    starts = dict(zip(blocks, accumulate((block.length for block in blocks), initial=0), strict=False))
+    pieces = [*dict.fromkeys(_pieces(blocks, HELD_BYTES // _PIECES_AT_ONCE).values())]
+    with _JOINING, TemporaryFile() as scratch, ThreadPoolExecutor(_PIECES_AT_ONCE) as pool:
+        for first in range(0, len(pieces), _PIECES_AT_ONCE):
+            for data in pool.map(_Piece.read, pieces[first : first + _PIECES_AT_ONCE]):
+                scratch.write(data)
+
+        def row_of(place: SpilledDraft) -> bytes:
+            scratch.seek(starts[place.block])
+            return scratch.read(place.block.length)
+
+        ordered = sorted(places, key=lambda place: (place.split, order_of(place.key)))
+        return _write_file(folder, ordered, map(row_of, ordered))
 
 
 def _digest_of_dialogues(row: CrayonRow) -> str:
@@ -224,10 +277,14 @@ class _Piece:
         self._end, self._left = end, self._left + 1
         return True
 
+    def read(self) -> bytes:
+        """Read the piece."""
+        return read_range(self._uri, self._start, self._end - self._start)
+
     def fetch(self) -> None:
-        """Read the piece, if that was not done yet."""
+        """Read the piece to take drafts from it, if that was not done yet."""
         if self._data is None:
-            self._data = pa.py_buffer(read_range(self._uri, self._start, self._end - self._start))
+            self._data = pa.py_buffer(self.read())
 
     def take(self, block: Block) -> pa.RecordBatch:
         """Return a draft, once."""
@@ -239,15 +296,20 @@ class _Piece:
         return pa.ipc.read_record_batch(message, _SCHEMA)
 
 
-def read_drafts(blocks: Sequence[Block]) -> Iterator[Draft]:
-    """Read drafts in the order given, which may be that of many files; from a store, in few requests."""
+def _pieces(blocks: Sequence[Block], most_bytes: int) -> dict[Block, _Piece]:
+    """Return the piece that each draft is read in, of a bounded size; on a disk, each is read for itself."""
     pieces: dict[Block, _Piece] = {}
     piece = None
-    most_bytes = _HELD_BYTES // max(1, len({block.uri for block in blocks}))
     for block in sorted(blocks):
         if is_local(block.uri) or piece is None or not piece.add(block):
             piece = _Piece(block, most_bytes)
         pieces[block] = piece
+    return pieces
+
+
+def read_drafts(blocks: Sequence[Block]) -> Iterator[Draft]:
+    """Read drafts in the order given, which may be that of many files; from a store, in few requests."""
+    pieces = _pieces(blocks, HELD_BYTES // max(1, len({block.uri for block in blocks})))
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         for first in range(0, len(blocks), _ROWS_AT_ONCE):
             some = blocks[first : first + _ROWS_AT_ONCE]

@@ -12,7 +12,7 @@ from stores import Store, s3_store
 from collavo import s3, storage
 from collavo.errors import StoreFault
 from collavo.scenes import write_scenes
-from pipelines import launch
+from pipelines import joins, launch
 from pipelines.command import main
 
 
@@ -40,7 +40,14 @@ def sources(folder: str) -> list[str]:
     return [str(value).replace("/scenes", folder) for value in flags]
 
 
-def test_a_store_gets_the_files_that_a_disk_gets_and_they_are_replaced_when_asked(scenes, store, tmp_path, capsys):
+def joined_twice(sizes: tuple[int, int, int], shard_counts: dict[str, int]) -> tuple[joins.Join, ...]:
+    """As where pictures are so many that files of drafts are joined."""
+    return joins.Join(2, 2), joins.Join(1, 1)
+
+
+def test_a_store_gets_the_files_that_a_disk_gets_and_they_are_replaced_when_asked(
+    scenes, store, tmp_path, monkeypatch, capsys
+):
     local = build(tmp_path / "out", *sources(str(scenes)), "--num_shards", 2)
     flags = [*sources("s3://bucket/in"), "--output", "s3://bucket/out"]
     store.requests.clear()
@@ -60,6 +67,13 @@ def test_a_store_gets_the_files_that_a_disk_gets_and_they_are_replaced_when_aske
 
     assert main(flags) == 2 and "--output s3://bucket/out holds a data set" in capsys.readouterr().err
     assert store.objects("out/") == made
+    monkeypatch.setattr(joins, "plan_joins", joined_twice)
+    store.requests.clear()
+    assert main([*flags, "--num_shards", "2", "--overwrite", "--direct_num_workers", "1"]) == 0
+    assert sum("PUT" in line and "/drafts/" in line for line in store.requests) > 2
+    again = store.objects("out/")
+    assert all(again[file.name] == file.read_bytes() for file in local.files)
+
     assert main([*flags, "--num_shards", "1", "--validation_ratio", "0", "--overwrite"]) == 0
     files = ["README.md", "manifest.json", "rejects.jsonl", "report.html", "train-00000-of-00001.parquet"]
     assert sorted(store.objects("out/")) == files
