@@ -3,7 +3,7 @@
 Each shard reads a piece of each file. With twice as many pictures both are twice as many, so that the pieces of files
 as workers write them, of 64 MB at most, become single drafts. Then a step before the shards joins files, each draft
 being read and written once more: to so few that a shard's pieces are large, or, where these would be too large for a
-worker's disk, to files of a bounded size, which a second such step divides into ranges of shards and joins anew.
+worker's disk, to files of a bounded size, which the next such step divides into ranges of shards and joins anew.
 On a disk nothing is joined.
 """
 
@@ -38,7 +38,9 @@ _ROWS_PER_PIECE = 200
 _LARGEST_DRAFT = 1 << 20
 """Where drafts are larger than this on average, moving them costs more than asking for them."""
 
-_STEPS = 2
+_STEPS = 3
+"""Enough for a thousand million pictures."""
+
 _KEPT: Final = "kept"
 Kept = TaggedOutput[Literal["kept"], Packed]
 
@@ -68,9 +70,13 @@ def plan_joins(sizes: tuple[int, int, int], shard_counts: dict[str, int]) -> tup
     bounded = max(1, -(-size // JOINED_BYTES))
     if bounded <= few:
         return (Join(shards, few),)
-    ranges = max(1, rows // (bounded * _ROWS_PER_PIECE))
-    together = -(-shards // ranges)
-    return Join(shards, bounded), Join(together, max(1, -(-size * together // (shards * JOINED_BYTES))))
+    steps = [Join(shards, bounded)]
+    ranges = 1
+    while steps[-1].files > few and len(steps) < _STEPS:
+        ranges *= max(2, rows // (bounded * _ROWS_PER_PIECE))
+        together = -(-shards // ranges)
+        steps.append(Join(together, max(1, -(-size * together // (shards * JOINED_BYTES)))))
+    return tuple(steps)
 
 
 class JoinDrafts(beam.PTransform):

@@ -104,3 +104,12 @@ def test_a_joined_file_has_the_drafts_in_the_order_of_the_rows():
     assert {place._replace(block=Block("", 0, 0)) for place in after} == {
         place._replace(block=Block("", 0, 0)) for place in places
     }
+
+
+def test_whatever_the_number_of_pictures_each_shard_reads_few_files_of_a_size_that_a_disk_takes():
+    for rows in (10**5, 10**6, 10**7, 10**8, 10**9):
+        shards = rows // 2000
+        plan = joins.plan_joins((rows // 390, rows, rows * 170_000), {"train": shards})
+        assert plan[-1].files <= 10
+        for step in plan:
+            assert rows * 170_000 * step.shards <= shards * step.files * joins.JOINED_BYTES
