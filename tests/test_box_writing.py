@@ -6,9 +6,11 @@ import torch
 from test_word_grids import GRID_HW, boxes_of
 
 from collavo.embedded import TINY
-from collavo.instructions.text import parse_objects
+from collavo.evaluation.judge import box_iou
+from collavo.instructions.text import find_boxes, parse_objects
 from collavo.runs import load_base
-from collavo.training.batches import collate
+from collavo.training.batches import IGNORED, collate
+from pretraining.base import CHART_PICTURES, chart_picture
 from pretraining.box_writing import Writer, cut, grow, known_sequences
 from pretraining.word_grids import MOST_BOXES, WordPrompt, chart_example, draw_chart
 from schemas.categories import COCO_PANOPTIC
@@ -35,6 +37,30 @@ def test_answers_list_every_place_of_the_word_with_its_box_or_say_that_there_is_
                     fits.append(np.abs(np.array(mention.box) * 12 - cells).max() < 1.25)
     assert counts == set(range(MOST_BOXES + 1))
     assert np.mean(fits) > 0.9
+
+
+def test_the_embedded_base_writes_a_box_near_each_place_of_a_word() -> None:
+    model, processor = load_base(TINY, torch.float32)
+    model.model.crayon_prompt = WordPrompt(model, processor.tokenizer)
+    overlaps = []
+    for index in range(10**6, 10**6 + 3):
+        chart = draw_chart(index, GRID_HW, "where")
+        for turns in chart.dialogues:
+            one = chart_example(chart._replace(dialogues=[turns]), chart_picture(index % CHART_PICTURES), processor)
+            inputs = collate([one], processor.tokenizer.pad_token_id).inputs
+            answer_starts = int((one.labels == IGNORED).sum())
+            names = ("pixel_values", "semantic_ids", "numbering_ids")
+            written = model.generate(
+                input_ids=inputs["input_ids"][:, :answer_starts],
+                **{name: inputs[name] for name in names},
+                max_new_tokens=160,
+                do_sample=False,
+            )
+            said = find_boxes(processor.tokenizer.decode(written[0, answer_starts:], skip_special_tokens=True))
+            true = find_boxes(turns[1][1])
+            overlaps += [box_iou(*pair) for pair in zip(said, true, strict=False)] + [0.0] * abs(len(said) - len(true))
+    assert len(overlaps) > 10
+    assert np.mean(overlaps) > 0.25
 
 
 @pytest.mark.slow
