@@ -3,21 +3,28 @@
     python benchmarks/base_quality.py [--base DIR]
 
 The base predicts every token of an answer from the true tokens before it. Yes or no, the count, or the word without its
-number has to be right; the rest of the sentence does not matter.
+number has to be right; the rest of the sentence does not matter. Answers with boxes are generated; their mean IoU with
+the true boxes counts, in order, and 0 for each box too few or too many.
 """
 
 import argparse
+import json
 import re
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import product
 
+import numpy as np
 import torch
+from measure import circumstances
 
 from collavo import cli
+from collavo.evaluation.judge import box_iou
+from collavo.instructions.text import find_boxes
 from collavo.runs import load_base
 from collavo.scenes import draw_scene, scene_seed
 from collavo.training.batches import IGNORED, collate
+from pretraining.box_writing import written_boxes
 from pretraining.word_grids import Lesson, WordPrompt, chart_example, draw_chart
 
 LESSONS: tuple[Lesson, ...] = ("all", "tiles")
@@ -70,6 +77,16 @@ def main() -> None:
             right[f"{kind}, {lesson}"].append(SAID[kind](truth) == SAID[kind](answer))
     for kind, answers in right.items():
         print(f"{kind:12} {100 * sum(answers) / len(answers):5.1f} % of {len(answers)}")
+    overlaps: list[float] = []
+    for number in range(flags.charts):
+        chart = draw_chart(FIRST_CHART + number, processor.grid_hw, "where")
+        picture = draw_scene(scene_seed(0, number), (192, 144)).image
+        for turns in chart.dialogues:
+            true, said = find_boxes(turns[1][1]), written_boxes(model, processor, chart, turns, picture)
+            overlaps += map(box_iou, true, said)
+            overlaps += [0.0] * abs(len(true) - len(said))
+    print(f"boxes        mean IoU {np.mean(overlaps):.2f} of {len(overlaps)}")
+    print(json.dumps(circumstances()))
 
 
 if __name__ == "__main__":

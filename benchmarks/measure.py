@@ -21,6 +21,7 @@ import psutil
 from collavo.scenes import write_scenes
 
 REPOSITORY = Path(__file__).parents[1]
+sys.path.append(str(REPOSITORY))  # for `pretraining`, which no installation holds
 
 
 class Run(NamedTuple):

@@ -43,13 +43,14 @@ from collavo.model import CollavoForConditionalGeneration
 from collavo.model.branches import CRAYON_SIGNAL
 from collavo.model.packing import PADDING, SHARED, packing_mask
 from collavo.model.processing import CollavoProcessor
+from collavo.model.prompt import Turns
 from collavo.model.query_init import ClassWords
 from collavo.progress import Progress
 from collavo.runs import load_base
 from collavo.training.batches import IGNORED, Example, collate, packed_positions
 from pretraining.base import CHART_PICTURES, PretrainingExamples, chart_picture
 from pretraining.loop import log_line
-from pretraining.word_grids import WordPrompt, chart_example, draw_chart
+from pretraining.word_grids import Chart, WordPrompt, chart_example, draw_chart
 from schemas.categories import COCO_PANOPTIC, MAX_NUMBERING
 
 EDGES = 4
@@ -400,6 +401,33 @@ def grow(model: CollavoForConditionalGeneration, layers: int = 3) -> CollavoForC
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
     return grown
+
+
+def written_boxes(
+    model: CollavoForConditionalGeneration,
+    processor: CollavoProcessor,
+    chart: Chart,
+    turns: Turns,
+    picture: np.ndarray,
+) -> list[Box]:
+    """Let a base answer a question about a chart, and return the boxes in its answer, as fractions of the picture.
+
+    Args:
+        model: with a `WordPrompt`.
+        turns: one of the chart's conversations.
+        picture: uint8 [height, width, 3].
+    """
+    example = chart_example(chart._replace(dialogues=[turns]), picture, processor)
+    asked = example.input_ids[example.labels == IGNORED]
+    answer = model.generate(
+        input_ids=asked[None],
+        pixel_values=example.pixel_values[None],
+        semantic_ids=example.semantic_ids[None],
+        numbering_ids=example.numbering_ids[None],
+        max_new_tokens=160,  # five boxes with their names
+        do_sample=False,
+    )
+    return find_boxes(processor.tokenizer.decode(answer[0, len(asked) :], skip_special_tokens=True))
 
 
 def _regression(

@@ -9,9 +9,9 @@ from collavo.embedded import TINY
 from collavo.evaluation.judge import box_iou
 from collavo.instructions.text import find_boxes, parse_objects
 from collavo.runs import load_base
-from collavo.training.batches import IGNORED, collate
+from collavo.training.batches import collate
 from pretraining.base import CHART_PICTURES, chart_picture
-from pretraining.box_writing import Writer, cut, grow, known_sequences
+from pretraining.box_writing import Writer, cut, grow, known_sequences, written_boxes
 from pretraining.word_grids import MOST_BOXES, WordPrompt, chart_example, draw_chart
 from schemas.categories import COCO_PANOPTIC
 
@@ -46,17 +46,7 @@ def test_the_embedded_base_writes_a_box_near_each_place_of_a_word() -> None:
     for index in range(10**6, 10**6 + 3):
         chart = draw_chart(index, GRID_HW, "where")
         for turns in chart.dialogues:
-            one = chart_example(chart._replace(dialogues=[turns]), chart_picture(index % CHART_PICTURES), processor)
-            inputs = collate([one], processor.tokenizer.pad_token_id).inputs
-            answer_starts = int((one.labels == IGNORED).sum())
-            names = ("pixel_values", "semantic_ids", "numbering_ids")
-            written = model.generate(
-                input_ids=inputs["input_ids"][:, :answer_starts],
-                **{name: inputs[name] for name in names},
-                max_new_tokens=160,
-                do_sample=False,
-            )
-            said = find_boxes(processor.tokenizer.decode(written[0, answer_starts:], skip_special_tokens=True))
+            said = written_boxes(model, processor, chart, turns, chart_picture(index % CHART_PICTURES))
             true = find_boxes(turns[1][1])
             overlaps += [box_iou(*pair) for pair in zip(said, true, strict=False)] + [0.0] * abs(len(said) - len(true))
     assert len(overlaps) > 10

@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,12 @@ def test_a_part_that_fails_or_hangs_is_named_and_the_others_go_on(gpu, monkeypat
     result = json.loads(out.splitlines()[-1])
     assert result["results"] == {"whole": {"rate": 3}}
     assert result["failed"] == {"failing": "no such thing", "hanging": "out of its 2 seconds"}
+
+
+def test_scripts_reach_pretraining_from_a_checkout_that_was_installed(tmp_path: Path) -> None:
+    program = "import measure, pretraining.segmenter"  # the first finds what the second needs
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS)}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
 
 
 def test_all_parts_together_end_within_nine_minutes(gpu):
