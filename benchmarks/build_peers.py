@@ -67,7 +67,7 @@ def main() -> None:
 
             checkpoint = args.cache / "random-mask2former"
             if not checkpoint.exists():
-                save_random_model(checkpoint)
+                save_random_model(checkpoint, "embedded")
             os.environ["BENCHMARK_CHECKPOINT"] = str(checkpoint)
             model = ["--segmenter_checkpoint", str(checkpoint), "--segmenter_input_size", "192", "--device", "cpu"]
             flags = ["--images", str(scenes / "images"), *model, "--batch_size", str(BATCH_SIZE)]
