@@ -19,12 +19,10 @@ import torch
 from measure import circumstances
 
 from collavo import cli
-from collavo.evaluation.judge import box_iou
-from collavo.instructions.text import find_boxes
 from collavo.runs import load_base
 from collavo.scenes import draw_scene, scene_seed
 from collavo.training.batches import IGNORED, collate
-from pretraining.box_writing import written_boxes
+from pretraining.box_writing import box_overlaps
 from pretraining.word_grids import Lesson, WordPrompt, chart_example, draw_chart
 
 LESSONS: tuple[Lesson, ...] = ("all", "tiles")
@@ -82,9 +80,7 @@ def main() -> None:
         chart = draw_chart(FIRST_CHART + number, processor.grid_hw, "where")
         picture = draw_scene(scene_seed(0, number), (192, 144)).image
         for turns in chart.dialogues:
-            true, said = find_boxes(turns[1][1]), written_boxes(model, processor, chart, turns, picture)
-            overlaps += map(box_iou, true, said)
-            overlaps += [0.0] * abs(len(true) - len(said))
+            overlaps += box_overlaps(model, processor, chart, turns, picture)
     print(f"boxes        mean IoU {np.mean(overlaps):.2f} of {len(overlaps)}")
     print(json.dumps(circumstances()))
 

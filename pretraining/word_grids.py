@@ -99,6 +99,11 @@ class _Place(NamedTuple):
     box_xyxy: tuple[float, float, float, float]
     """In cells."""
 
+    @property
+    def name(self) -> str:
+        """Return the word with its number, as `format_object` writes those of a segment."""
+        return f"(#{self.number} {self.word.display_name})"
+
 
 def draw_chart(index: int, grid_hw: tuple[int, int], lesson: Lesson = "all") -> Chart:
     """Draw chart number `index` and write questions about it."""
@@ -210,7 +215,7 @@ def _write(ids: np.ndarray, laid: list[Category], semantic: np.ndarray, numberin
 def _question(rng: np.random.Generator, kind: str, places: list[_Place], grid_hw: tuple[int, int]) -> Turns:
     rows, columns = grid_hw
     place = places[int(rng.integers(len(places)))]
-    name = f"(#{place.number} {place.word.display_name})"
+    name = place.name
     if kind == "what":
         # A little off, as the box of an object is not exactly that of its segment.
         x_min, y_min, x_max, y_max = place.box_xyxy
@@ -252,10 +257,7 @@ def _where(rng: np.random.Generator, places: list[_Place], grid_hw: tuple[int, i
         else:
             word = few[number % len(few)]
             answer = _THERE[int(rng.integers(len(_THERE)))].format(
-                ", ".join(
-                    f"(#{place.number} {word.display_name}) {format_box(place.box_xyxy, (columns, rows))}"
-                    for place in by_word[word]
-                )
+                ", ".join(f"{place.name} {format_box(place.box_xyxy, (columns, rows))}" for place in by_word[word])
             )
         dialogues.append(_turns(rng, _WHERE, word.singular, answer))
     return dialogues

@@ -6,12 +6,11 @@ import torch
 from test_word_grids import GRID_HW, boxes_of
 
 from collavo.embedded import TINY
-from collavo.evaluation.judge import box_iou
-from collavo.instructions.text import find_boxes, parse_objects
+from collavo.instructions.text import parse_objects
 from collavo.runs import load_base
 from collavo.training.batches import collate
 from pretraining.base import CHART_PICTURES, chart_picture
-from pretraining.box_writing import Writer, cut, grow, known_sequences, written_boxes
+from pretraining.box_writing import Writer, box_overlaps, cut, grow, known_sequences
 from pretraining.word_grids import MOST_BOXES, WordPrompt, chart_example, draw_chart
 from schemas.categories import COCO_PANOPTIC
 
@@ -42,13 +41,11 @@ def test_answers_list_every_place_of_the_word_with_its_box_or_say_that_there_is_
 def test_the_embedded_base_writes_a_box_near_each_place_of_a_word() -> None:
     model, processor = load_base(TINY, torch.float32)
     model.model.crayon_prompt = WordPrompt(model, processor.tokenizer)
-    overlaps = []
+    overlaps: list[float] = []
     for index in range(10**6, 10**6 + 3):
         chart = draw_chart(index, GRID_HW, "where")
         for turns in chart.dialogues:
-            said = written_boxes(model, processor, chart, turns, chart_picture(index % CHART_PICTURES))
-            true = find_boxes(turns[1][1])
-            overlaps += [box_iou(*pair) for pair in zip(said, true, strict=False)] + [0.0] * abs(len(said) - len(true))
+            overlaps += box_overlaps(model, processor, chart, turns, chart_picture(index % CHART_PICTURES))
     assert len(overlaps) > 10
     assert np.mean(overlaps) > 0.25
 
