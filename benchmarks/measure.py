@@ -103,12 +103,10 @@ def build(*flags: str) -> list[str]:
 
 
 def run(command: Sequence[str], cores: set[int]) -> Run:
-    """Run a command on some cores, with one thread per core in each process; show its output if it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(len(cores))}
+    """Run a command on some cores; show its output if it fails."""
     start, cpu_start = time.perf_counter(), _cpu_seconds_of_children()
     process = subprocess.Popen(
         command,
-        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         preexec_fn=lambda: os.sched_setaffinity(0, cores),

@@ -54,12 +54,12 @@ def _ended_like_ctrl_c() -> Iterator[None]:
 
 def _main(argv: Sequence[str]) -> None:
     flags, rest = parse_flags(argv)
-    if flags.needs_network and runs_here(rest):
-        _check_network(flags.segmentation)
-    gpus = [] if flags.without_model else gpus_for(flags.segmentation.device)
-    count = count_workers(rest, flags.without_model, gpus)
-    with LocalWorkers(count, gpus) if count > 1 else nullcontext() as workers:
-        _build(flags, rest, workers, share_gpu=count > max(1, len(gpus)))
+    device = None if flags.without_model else flags.segmentation.device
+    count = count_workers(rest, device)
+    with LocalWorkers(count, device) if count > 1 else nullcontext() as workers:
+        if flags.needs_network and runs_here(rest):
+            _check_network(flags.segmentation)
+        _build(flags, rest, workers, share_gpu=count > max(1, len(gpus_for(device or "cpu"))))
 
 
 def _check_network(flags: SegmentationFlags) -> None:

@@ -11,8 +11,8 @@ Instructions are written in the shards, because the choice of absent classes res
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, groupby
 from posixpath import join
 from typing import Any, Final, Literal
 
@@ -78,8 +78,6 @@ _PARTITIONS = 256
 _MENTIONS_AT_ONCE = 4096
 _LEAST_PER_PACK, _MOST_PER_PACK = 16, 512
 _PACKS_AT_LEAST = 64
-"""Tasks travel together, and a runner may make a bundle of each pack, and so a file of drafts. Packs are small where
-images are few, so that several workers are busy, and soon as large as is good for such a file."""
 
 _COUNTS: Final = "counts"
 Counted = TaggedOutput[Literal["counts"], Any]
@@ -134,8 +132,12 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
                 merge_rejects | "OneInputPerRepeat" >> beam.Map(lambda reject: (reject.source, 1)),
             ]
         _announce("Images", tasks | "PacksOfImages" >> beam.Values(), job)
+        counts = AsDict(tasks | "ImagesOfPartition" >> beam.MapTuple(lambda partition, pack: (partition, pack[0])))
         packs = (
-            tasks | "SpreadImages" >> beam.GroupByKey() | "PacksOfGroup" >> beam.FlatMapTuple(lambda _, packs: packs)
+            tasks
+            | "InEvenPacks" >> beam.FlatMap(_in_even_packs, counts, is_local(job.work))
+            | "SpreadImages" >> beam.GroupByKey()
+            | "PiecesOfPack" >> beam.FlatMapTuple(lambda _, pieces: pieces)
         )
         if job.model and job.model.accelerator:
             split = packs | "SplitByNeed" >> beam.FlatMap(_by_need, job).with_outputs(_TO_MODEL, main="annotated")
@@ -156,7 +158,7 @@ def _first_by_hash(tasks: beam.PCollection, number: int) -> beam.PCollection:
         tasks
         | "OneByOne" >> beam.FlatMapTuple(lambda _, pack: unpacked(pack))
         | "FirstByHash" >> Top.Of(number, key=lambda task: image_key(task.mentions[0]), reverse=True)
-        | "PackAgain" >> beam.FlatMap(lambda tasks: _in_packs(0, tasks, _LEAST_PER_PACK))
+        | "OnePartition" >> beam.Map(lambda tasks: (0, packed(tasks)))
     )
 
 
@@ -328,7 +330,7 @@ def _owner(candidates: Iterable[tuple[bool, str, int]]) -> tuple[bool, str, int]
     return unfinished, key, int(any(shared or other != key for _, other, shared in known))
 
 
-def _merge(partition: int, packs: Iterable[Packed]) -> Iterator[tuple[tuple[int, int], Packed] | RejectOutput]:
+def _merge(partition: int, packs: Iterable[Packed]) -> Iterator[tuple[int, Packed] | RejectOutput]:
     """Make the mentions of a partition into one task per image."""
     by_image: dict[bytes, list[Mention]] = defaultdict(list)
     for mention in chain.from_iterable(map(unpacked, packs)):
@@ -338,17 +340,34 @@ def _merge(partition: int, packs: Iterable[Packed]) -> Iterator[tuple[tuple[int,
         task, rejects = merge_mentions(mentions)
         yield from map(reject_output, rejects)
         tasks.append(task)
-    # Small partitions, which are all of about the same size, share as many keys as there are to be packs.
-    shared = min(_PARTITIONS // _LEAST_PER_PACK * len(tasks), _PACKS_AT_LEAST)
-    together = shared * _MOST_PER_PACK > _PARTITIONS * len(tasks)
-    count = -(-len(tasks) // _MOST_PER_PACK)
-    yield from _in_packs(partition % shared if together else partition, tasks, -(-len(tasks) // count))
+    yield partition, packed(tasks)
 
 
-def _in_packs(group: int, tasks: Sequence[ImageTask], size: int) -> Iterator[tuple[tuple[int, int], Packed]]:
-    """Pack tasks, each pack with a key; packs of the same group and number go on together."""
-    for first in range(0, len(tasks), size):
-        yield (group, first), packed(tasks[first : first + size])
+def _in_even_packs(tasks: tuple[int, Packed], counts: dict[int, int], is_local: bool) -> Iterator[tuple[int, Packed]]:
+    """Divide the tasks of a partition among the packs of all, which hold the same number of images, give or take one.
+
+    Args:
+        counts: the numbers of images by partition, which say where in the line of all images this one begins.
+    """
+    partition, pack_of_partition = tasks
+    images = sum(counts.values())
+    before = sum(count for other, count in counts.items() if other < partition)
+    packs = _count_packs(images, is_local)
+    in_line = enumerate(unpacked(pack_of_partition), before)
+    for pack, placed in groupby(in_line, key=lambda numbered: numbered[0] * packs // images):
+        yield pack, packed([task for _, task in placed])
+
+
+def _count_packs(images: int, is_local: bool) -> int:
+    """Choose the number of packs in which images travel to what segments them.
+
+    A local runner divides the packs among its workers once, so there are many. Elsewhere a runner may make a bundle of
+    each, and so a file of drafts on the store: packs are small where images are few, so that several workers are busy,
+    and soon as large as is good for such a file.
+    """
+    if is_local:
+        return min(-(-images // 4), 2048)
+    return max(min(-(-images // _LEAST_PER_PACK), _PACKS_AT_LEAST), -(-images // _MOST_PER_PACK))
 
 
 def _read(tasks: Packed, job: CrayonJob) -> Iterator[LoadedImage | Draft | RejectOutput | ToModel]:

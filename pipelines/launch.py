@@ -9,10 +9,11 @@ import logging
 import os
 import re
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
 from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
@@ -71,7 +72,8 @@ def run_job(plan: Plan, workers: LocalWorkers | None, console: Console) -> bool:
             stack.enter_context(ProgressDisplay(stack.enter_context(FileCounts(publication.work)), console))
         try:
             pipeline = beam.Pipeline(runner=runner, options=plan.beam_options)
-            build_graph(pipeline, plan.job)
+            with _without_torch() if workers or log else nullcontext():
+                build_graph(pipeline, plan.job)
             result = pipeline.run()
             if plan.beam_options.view_as(GoogleCloudOptions).template_location:
                 return False
@@ -91,6 +93,21 @@ def run_job(plan: Plan, workers: LocalWorkers | None, console: Console) -> bool:
                 raise
             raise explained from error
     return True
+
+
+@contextmanager
+def _without_torch() -> Iterator[None]:
+    """Import Beam's inference without its manager of many models, which nobody asks here, and which would import torch
+    and scipy for seconds. Only where the graph is made in this process and runs in others."""
+    name = "apache_beam.ml.inference.model_manager"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # an ImportError, which Beam is prepared for
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 @contextmanager

@@ -20,27 +20,37 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib import import_module
 from itertools import cycle
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import psutil
+
 from collavo.errors import UserError
 
-_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
-"""Microseconds of processor time in each so many microseconds: the second version of Linux' control groups."""
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Linux' bounds for a container: microseconds of processor time in each so many microseconds, and bytes."""
+
+_BYTES_PER_MODEL = 4 << 30
+"""What a worker with a network on a CPU may take: Mask2Former with Swin-L, at 800 x 1333 pixels in float32."""
+
+_DEVICES, _GPU_FILES = Path("/dev"), ("nvidia[0-9]*", "dxg", "kfd", "nvhost-gpu")
+"""One for each of Nvidia's cards; one for all of Windows' below Linux, of AMD's, of a Jetson's."""
 
 
-def count_workers(beam_words: Sequence[str], without_model: bool, gpus: Sequence[str] = ()) -> int:
+def count_workers(beam_words: Sequence[str], device: str | None) -> int:
     """Choose the number of worker processes of a local run; 1 for a run in the launcher itself, or elsewhere.
 
-    Where the user says nothing, a build without a model takes all cores, and one with a model a worker for each GPU. On
-    a CPU a model takes all cores by itself, and each worker would hold one.
+    Where the user says nothing, a build without a model takes all cores, and one with a model a worker for each GPU. A
+    model on a CPU takes all cores too, as far as each worker has memory for one: torch uses two cores for two images
+    better than for one.
 
     Args:
-        gpus: those that a model may run on.
         beam_words: the words of the command line that are Beam's; what else is wrong in them is found later.
+        device: `--device`, None where no model runs.
 
     Raises:
         UserError: for several workers in one process.
@@ -51,9 +61,11 @@ def count_workers(beam_words: Sequence[str], without_model: bool, gpus: Sequence
         raise UserError(f"--direct_num_workers {number} has no effect in one process; leave --direct_running_mode out")
     if not runs_here(beam_words) or mode not in (None, "multi_processing"):
         return 1
-    if number is None:
-        return cores() if without_model or (mode and not gpus) else max(1, len(gpus))
-    return (int(number) or cores()) if number.isdecimal() else 1
+    if number is not None:
+        return (int(number) or cores()) if number.isdecimal() else 1
+    if device is None:
+        return cores()
+    return len(gpus_for(device)) or max(1, min(cores(), _free_memory() // _BYTES_PER_MODEL))
 
 
 def runs_here(beam_words: Sequence[str]) -> bool:
@@ -73,22 +85,35 @@ def cores() -> int:
     """Count the processor cores that this process may use, those that a container has a share of."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # no file outside a control group, and `max` where there is no bound
-        quota, period = map(int, _CPU_MAX.read_text().split())
+        quota, period = map(int, (_CONTROL_GROUP / "cpu.max").read_text().split())
         count = min(count, max(1, -(-quota // period)))
     return count
 
 
-def gpus_for(device: str) -> list[str]:
-    """List the GPUs that `--device` lets a build use, as CUDA_VISIBLE_DEVICES names them. Loads no torch.
+def _free_memory() -> int:
+    """Count the bytes that this process may still take, those that a container has a share of."""
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):  # as above
+        most, taken, kinds = ((_CONTROL_GROUP / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
+        cached = dict(line.split() for line in kinds.splitlines())["inactive_file"]  # of files; it gives way
+        free = min(free, int(most) - int(taken) + int(cached))
+    return free
 
-    `cuda` and `auto` mean all that are visible. Where it is one or none, torch finds out what that is.
+
+def gpus_for(device: str) -> list[str]:
+    """List the GPUs that `--device` lets a build use, as CUDA_VISIBLE_DEVICES names them; none is the CPU.
+
+    `cuda` and `auto` mean all that are visible. Loads no torch, which finds out later whether it can use them.
     """
     if device not in ("auto", "cuda"):
-        return []
+        return [device] if device.startswith("cuda") else []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is None:
-        return sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
-    return [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
+    if named is not None:
+        found = [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
+    else:
+        files = [sorted(path.name for path in _DEVICES.glob(pattern)) for pattern in _GPU_FILES]
+        found = [name.removeprefix("nvidia") for name in next(filter(None, files), [])]
+    return found or [device] * (device == "cuda")
 
 
 class LocalWorkers:
@@ -96,25 +121,22 @@ class LocalWorkers:
 
     Args:
         count: how many workers Beam is to have.
-        gpus: of several, each worker sees one, in turns.
+        device: `--device`, None where no model runs. Of several GPUs, each worker sees one, in turns.
     """
 
-    def __init__(self, count: int, gpus: Sequence[str] = ()) -> None:
+    def __init__(self, count: int, device: str | None) -> None:
         self.count = count
         self.pipe, theirs = Pipe()
         self._logs = TemporaryDirectory(prefix="build-crayon-")
+        gpus = gpus_for(device) if device else []
         # -P, and the script by its path: a folder `pipelines` in the current directory is another's.
-        command = [
-            sys.executable,
-            "-P",
-            __file__,
-            str(theirs.fileno()),
-            self._logs.name,
-            *(gpus if len(gpus) > 1 else ()),
-        ]
+        command = [sys.executable, "-P", __file__, str(theirs.fileno()), self._logs.name]
+        command += [str(int(device is not None)), *(gpus if len(gpus) > 1 else ())]
         packages = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         threads = max(1, cores() // count)  # torch would start one per core in each worker
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONPATH": os.pathsep.join(packages)}
+        if (stated := os.environ.get("OMP_NUM_THREADS", "")).isdecimal():
+            threads = min(threads, int(stated))
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(packages)}
         self._nursery = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], env=environment, stderr=subprocess.DEVNULL
         )
@@ -130,14 +152,14 @@ class LocalWorkers:
         self._logs.cleanup()
 
 
-def _tend(launcher: Connection, logs: Path, gpus: Sequence[str]) -> None:
+def _tend(launcher: Connection, logs: Path, with_model: bool, gpus: Sequence[str]) -> None:
     """Be the nursery: fork workers as they are asked for, and tell of those that die."""
     # Ctrl-C reaches all processes of a terminal, and is the launcher's to handle.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     workers: set[int] = set()
     of_workers = cycle([{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [{}])
     try:
-        _import_all()
+        _import_all(with_model)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from here on it has workers to end
         while True:
             if launcher.poll(0.1):
@@ -160,10 +182,13 @@ def _tend(launcher: Connection, logs: Path, gpus: Sequence[str]) -> None:
         launcher.send(f"{type(error).__name__}: {error}")
 
 
-def _import_all() -> None:
-    import apache_beam.runners.worker.sdk_worker_main  # noqa: F401
-
-    import pipelines.graph  # noqa: F401
+def _import_all(with_model: bool) -> None:
+    modules = ["apache_beam.runners.worker.sdk_worker_main", "pipelines.graph"]
+    if with_model:  # no tensor is made, and so no thread started, before the forks
+        modules += ["pipelines.model_segmentation", "collavo.segmenters.universal"]
+        modules += ["transformers.models.mask2former.modeling_mask2former"]  # most networks; half of what others need
+    for module in modules:
+        import_module(module)
 
 
 def _last_line(log: Path) -> str:
@@ -191,4 +216,5 @@ def _work(environment: dict[str, str], log: Path) -> None:
 
 
 if __name__ == "__main__":
-    _tend(Connection(int(sys.argv[1])), Path(sys.argv[2]), sys.argv[3:])
+    _tend(Connection(int(sys.argv[1])), Path(sys.argv[2]), sys.argv[3] == "1", sys.argv[4:])
+    os._exit(0)  # the launcher waits for it, and torch takes seconds to put itself away

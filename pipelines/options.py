@@ -32,9 +32,8 @@ part of this package; --segmenter annotations takes their exact masks instead.
 
 _EPILOG = """\
 Any flag of Apache Beam's can follow: --runner DirectRunner, DataflowRunner,
-FlinkRunner or SparkRunner, and the options of that runner. Local runs use one
-process; where no GPU segments, this puts all cores to work:
-  --direct_num_workers 0
+FlinkRunner or SparkRunner, and the options of that runner. Local runs use all
+cores, or all GPUs; --direct_num_workers 2 makes it two processes.
 
 Every path can be a URI: s3://, gs:// and abfs:// are built in, other schemes
 need their package for fsspec. Credentials and endpoints come from the

@@ -95,9 +95,8 @@ def test_a_killed_build_goes_on_where_it_was(network, tmp_path, capfd, monkeypat
     whole = build(tmp_path / "whole", *flags)
     seen_by_the_whole = len(seen)
     kept = tmp_path / ".out.unfinished" / ".segmented"
-    process = start(
-        *flags, "--output", tmp_path / "out", changed="import pipelines.spill; pipelines.spill._FILE_SECONDS = 0"
-    )
+    often = "import pipelines.spill; pipelines.spill._FILE_SECONDS = 0"
+    process = start(*flags, "--output", tmp_path / "out", "--direct_num_workers", 1, changed=often)
     while len(files := list(kept.glob("*.arrow"))) < 3:
         assert process.poll() is None
         time.sleep(0.01)

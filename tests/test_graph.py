@@ -1,7 +1,6 @@
 """The graph of the build: that its parts travel, and that a cloud runner can be handed it."""
 
 import dataclasses
-import statistics
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -20,7 +19,7 @@ from conftest import state_and_timers
 from collavo.dataset import CrayonFileWriter
 from collavo.instructions.choose import ClassStatistics
 from collavo.sources.coco_panoptic import Annotation
-from pipelines.graph import CombineStatistics, _merge, build_graph, count_shards
+from pipelines.graph import CombineStatistics, _in_even_packs, _merge, build_graph, count_shards
 from pipelines.job import CrayonJob
 from pipelines.merge import image_key
 from pipelines.records import ImageTask, Input, Mention, packed, unpacked
@@ -135,18 +134,24 @@ def test_what_is_shuffled_per_image_is_small():
     assert unpacked(batch) == tasks
 
 
-@pytest.mark.parametrize(("images", "least", "most"), [(5, 1, 5), (400, 4, 60), (4000, 40, 90), (70_000, 200, 512)])
-def test_a_pack_holds_few_images_of_few_and_many_of_many(images, least, most):
+@pytest.mark.parametrize("is_local", [False, True])
+@pytest.mark.parametrize(("images", "packs", "packs_here"), [(5, 1, 2), (400, 25, 100), (70_000, 137, 2048)])
+def test_packs_hold_all_images_and_the_same_number(images, packs, packs_here, is_local):
     partitions = defaultdict(list)
     for i in range(images):
         mention = Mention(Input("folder", ""), "", f"/{i}.jpg")
         partitions[image_key(mention)[0]].append(mention)
-    together = Counter()
-    for number, mentions in partitions.items():
-        for key, (count, _) in _merge(number, [packed(mentions[::2]), packed(mentions[1::2])]):
-            together[key] += count
-    assert together.total() == images
-    assert least <= statistics.median(together.values()) <= max(together.values()) <= most
+    tasks = [task for p, some in partitions.items() for task in _merge(p, [packed(some[::2]), packed(some[1::2])])]
+    counts = {partition: pack[0] for partition, pack in tasks}
+    sizes: Counter[int] = Counter()
+    uris = set()
+    for partition in tasks:
+        for number, pack in _in_even_packs(partition, counts, is_local):
+            sizes[number] += pack[0]
+            uris |= {task.mentions[0].uri for task in unpacked(pack)}
+    assert len(uris) == sizes.total() == images
+    assert len(sizes) == (packs_here if is_local else packs)
+    assert max(sizes.values()) - min(sizes.values()) <= 1
 
 
 def test_class_statistics_are_the_same_for_any_grouping():

@@ -60,35 +60,52 @@ def test_a_bad_value_of_beams_is_refused_in_one_line(capsys):
 
 
 @pytest.mark.parametrize(
-    "words, without_model, gpus, workers",
+    "words, device, memory_gb, workers",
     [
-        ("", True, "", 3),
-        ("", True, "01", 3),
-        ("", False, "", 1),
-        ("", False, "01", 2),
-        ("--direct_num_workers 0", False, "", 3),
-        ("--direct_num_workers=1", True, "", 1),
-        ("--direct_num_workers 1", False, "01", 1),
-        ("--direct_num_workers 5", False, "", 5),
-        ("--direct_running_mode multi_processing", False, "", 3),
-        ("--direct_running_mode multi_processing", False, "01", 2),
-        ("--direct_running_mode in_memory", True, "", 1),
-        ("--direct_running_mode=multi_threading --direct_num_workers 4", True, "", 1),
-        ("--runner DataflowRunner --direct_num_workers 4", True, "", 1),
-        ("--direct_num_workers two", True, "", 1),  # for Beam to refuse
+        ("", None, 1, 3),
+        ("", "cpu", 100, 3),
+        ("", "cpu", 9, 2),
+        ("", "cpu", 1, 1),
+        ("", "auto", 100, 2),
+        ("", "cuda", 1, 2),
+        ("", "cuda:1", 100, 1),
+        ("--direct_num_workers 0", "cpu", 1, 3),
+        ("--direct_num_workers=1", None, 100, 1),
+        ("--direct_num_workers 1", "auto", 100, 1),
+        ("--direct_num_workers 5", "cpu", 100, 5),
+        ("--direct_running_mode multi_processing", "cpu", 100, 3),
+        ("--direct_running_mode multi_processing", "auto", 100, 2),
+        ("--direct_running_mode in_memory", None, 100, 1),
+        ("--direct_running_mode=multi_threading --direct_num_workers 4", None, 100, 1),
+        ("--runner DataflowRunner --direct_num_workers 4", None, 100, 1),
+        ("--direct_num_workers two", None, 100, 1),  # for Beam to refuse
     ],
 )
 def test_workers_are_a_core_each_or_with_a_model_a_gpu_unless_told_otherwise(
-    monkeypatch, words, without_model, gpus, workers
+    monkeypatch, words, device, memory_gb, workers
 ):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     monkeypatch.setattr(local_workers, "cores", lambda: 3)
-    assert local_workers.count_workers(words.split(), without_model, list(gpus)) == workers
+    monkeypatch.setattr(local_workers, "_free_memory", lambda: memory_gb << 30)
+    assert local_workers.count_workers(words.split(), device) == workers
+
+
+def test_memory_that_a_container_has_a_share_of(monkeypatch, tmp_path):
+    monkeypatch.setattr(local_workers, "_CONTROL_GROUP", tmp_path)
+    without = local_workers._free_memory()
+    assert without > 1 << 20
+    (tmp_path / "memory.max").write_text("3000")
+    (tmp_path / "memory.current").write_text("1000")
+    (tmp_path / "memory.stat").write_text("active_file 900\ninactive_file 500\n")
+    assert local_workers._free_memory() == 2500
+    (tmp_path / "memory.max").write_text("max")
+    assert local_workers._free_memory() > 1 << 20
 
 
 @pytest.mark.parametrize("text, expected", [("150000 100000", 2), ("10000 100000", 1), ("max 100000", 3), (None, 3)])
 def test_a_container_has_the_cores_of_its_share(monkeypatch, tmp_path, text, expected):
     monkeypatch.setattr(local_workers.os, "sched_getaffinity", lambda _: {0, 1, 2})
-    monkeypatch.setattr(local_workers, "_CPU_MAX", tmp_path / "cpu.max")
+    monkeypatch.setattr(local_workers, "_CONTROL_GROUP", tmp_path)
     if text:
         (tmp_path / "cpu.max").write_text(text)
     assert cores() == expected
@@ -97,9 +114,20 @@ def test_a_container_has_the_cores_of_its_share(monkeypatch, tmp_path, text, exp
 def test_gpus_are_those_that_cuda_is_to_see(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, MIG-5")
     assert local_workers.gpus_for("cuda") == local_workers.gpus_for("auto") == ["2", "MIG-5"]
-    assert local_workers.gpus_for("cuda:1") == local_workers.gpus_for("cpu") == []
+    assert local_workers.gpus_for("cuda:1") == ["cuda:1"]
+    assert local_workers.gpus_for("cpu") == []
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
-    assert local_workers.gpus_for("cuda") == []
+    assert local_workers.gpus_for("auto") == []
+    assert local_workers.gpus_for("cuda") == ["cuda"]  # for torch to refuse
+
+
+@pytest.mark.parametrize("files, gpus", [("nvidia1 nvidia0 nvidiactl", "0 1"), ("dxg", "dxg"), ("", "")])
+def test_gpus_are_found_by_their_files(monkeypatch, tmp_path, files, gpus):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(local_workers, "_DEVICES", tmp_path)
+    for name in files.split():
+        (tmp_path / name).touch()
+    assert local_workers.gpus_for("auto") == gpus.split()
 
 
 def test_each_worker_sees_a_gpu_of_its_own(monkeypatch, tmp_path):
@@ -108,10 +136,11 @@ def test_each_worker_sees_a_gpu_of_its_own(monkeypatch, tmp_path):
     seen.mkdir()
     says = f"Path({str(seen)!r}, str(os.getpid())).write_text(os.environ['CUDA_VISIBLE_DEVICES'] + os.environ['ID'])"
     text = Path(local_workers.__file__).read_text().replace("        main([])", f"        {says}")
-    script.write_text(text.replace("    _import_all()", "    pass"))
+    script.write_text(text.replace("    _import_all(with_model)", "    pass"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,7")
     monkeypatch.setattr(local_workers, "__file__", str(script))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-    with local_workers.LocalWorkers(4, ["2", "7"]) as workers:
+    with local_workers.LocalWorkers(4, "cuda") as workers:
         for number in range(4):
             workers.pipe.send({"ID": f":{number}"})
         deadline = time.monotonic() + 240
@@ -123,7 +152,7 @@ def test_each_worker_sees_a_gpu_of_its_own(monkeypatch, tmp_path):
 
 def test_workers_in_one_process_are_refused():
     words = ["--direct_num_workers=4", "--direct_running_mode", "in_memory"]
-    assert "--direct_num_workers 4 has no effect" in refusal(local_workers.count_workers, words, True)
+    assert "--direct_num_workers 4 has no effect" in refusal(local_workers.count_workers, words, None)
 
 
 def test_a_gpu_is_not_given_a_model_by_every_process():
