@@ -1,11 +1,12 @@
 """The build with nothing on a local disk: sources and output in an S3 store."""
 
+import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from builds import build, planned, scene_sources
+from builds import build, planned, scene_sources, status_of, tiny_mask2former
 from PIL import Image
 from stores import Store, s3_store
 
@@ -79,6 +80,26 @@ def test_a_store_gets_the_files_that_a_disk_gets_and_they_are_replaced_when_aske
     assert sorted(store.objects("out/")) == files
     again = build(tmp_path / "again", "--from_crayon", "s3://bucket/out/*.parquet")
     assert [file.read_bytes() for file in again.files] == [store.objects("out/")[files[-1]]]
+
+
+def test_a_stopped_build_goes_on_from_a_store_and_its_files_of_drafts_are_joined(store, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(joins, "plan_joins", joined_twice)
+    network = ["--segmenter_checkpoint", tiny_mask2former(tmp_path / "checkpoint"), "--segmenter_input_size", 64]
+    flags = ["--images", "s3://bucket/in/images/", *network, "--device", "cpu", "--num_shards", 2]
+    whole = build(tmp_path / "out", *flags)
+    store.put("in/images/broken.jpg", b"no picture")
+    stopped = [*flags, "--output", "s3://bucket/stopped"]
+    assert status_of(*stopped, "--max_reject_ratio", 0) == 1
+    assert "of finished pictures are kept in s3://bucket/stopped/.segmented" in capfd.readouterr().err
+    assert [name for name in store.objects("stopped/") if name.endswith(".arrow")]
+    storage.delete(["s3://bucket/in/images/broken.jpg"])
+    store.requests.clear()
+    assert status_of(*stopped, "--resume") == 0
+    assert sum("PUT" in line and "/drafts/" in line for line in store.requests) > 2
+    made = store.objects("stopped/")
+    assert json.loads(made["manifest.json"])["seconds"]["segment"] == 0  # the network saw nothing
+    assert [made[file.name] for file in whole.files] == [file.read_bytes() for file in whole.files]
+    assert not [name for name in made if name.startswith(".")]
 
 
 def test_what_a_killed_launcher_left_is_told_and_removed_when_asked(store, capsys):
