@@ -40,8 +40,9 @@ DRAFTS = "drafts"
 
 _FILE_BYTES = 64 << 20
 _FILE_ROWS = 2000
-_FILE_SECONDS = 30.0
-"""A file is written when its drafts reach one of these: what a killed worker loses was segmented in that time."""
+_FILE_SECONDS, _FILE_SECONDS_IN_STORE = 30.0, 120.0
+"""A file is written when its drafts reach one of these: what a killed worker loses was segmented in that time. A store
+would be asked too often by files of a slow network's few."""
 
 HELD_BYTES = 256 << 20
 """How much of the files of a store a shard holds at once, unless a draft is larger than an equal part of it."""
@@ -111,6 +112,7 @@ class SpillWriter:
     def __init__(self, folder: str, categories: CategorySet) -> None:
         self._folder = folder
         self._categories = categories
+        self._most_seconds = _FILE_SECONDS if is_local(folder) else _FILE_SECONDS_IN_STORE
         self._waiting: list[tuple[str, Draft]] = []
         self._bytes = 0
         self._began = 0.0
@@ -122,7 +124,7 @@ class SpillWriter:
         self._began = self._began if self._waiting else time.monotonic()
         self._waiting.append((row.image_sha256 or _digest_of_dialogues(row), draft))
         self._bytes += len(row.image_bytes or b"") + len(row.panoptic_png or b"")
-        old = time.monotonic() - self._began >= _FILE_SECONDS
+        old = time.monotonic() - self._began >= self._most_seconds
         if old or self._bytes >= _FILE_BYTES or len(self._waiting) == _FILE_ROWS:
             self._write()
 
