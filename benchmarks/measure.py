@@ -53,7 +53,7 @@ def cached_scenes(cache: Path, count: int, size_wh: tuple[int, int], seed: int =
     folder = cache / (f"scenes-{count}-{size_text(size_wh)}" + (f"-seed-{seed}" if seed else ""))
     if not (folder / "panoptic.json").exists():
         print(f"drawing {count} scenes into {folder}", flush=True)
-        write_scenes(folder, count, size_wh, seed, overwrite=True)
+        write_scenes(folder, count, size_wh, seed, overwrite=True, processes=len(os.sched_getaffinity(0)))
     return folder
 
 

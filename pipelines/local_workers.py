@@ -12,6 +12,7 @@ The nursery ends all workers when its pipe closes, which happens however the lau
 """
 
 import argparse
+import gc
 import logging
 import os
 import signal
@@ -160,6 +161,9 @@ def _tend(launcher: Connection, logs: Path, with_model: bool, gpus: Sequence[str
     of_workers = cycle([{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [{}])
     try:
         _import_all(with_model)
+        # All modules stay; and of what a worker makes of an image, nothing waits for the collector of cycles.
+        gc.freeze()
+        gc.set_threshold(100_000)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from here on it has workers to end
         while True:
             if launcher.poll(0.1):
