@@ -59,7 +59,8 @@ def _main(argv: Sequence[str]) -> None:
     with LocalWorkers(count, device) if count > 1 else nullcontext() as workers:
         if flags.needs_network and runs_here(rest):
             _check_network(flags.segmentation)
-        _build(flags, rest, workers, share_gpu=count > max(1, len(gpus_for(device or "cpu"))))
+        gpus = gpus_for(device) if device else []
+        _build(flags, rest, workers, share_gpu=bool(gpus) and count > len(gpus))
 
 
 def _check_network(flags: SegmentationFlags) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
 from functools import partial
 from multiprocessing.connection import Connection
+from types import ModuleType
 from typing import Any
 
 import apache_beam as beam
@@ -97,13 +98,17 @@ def run_job(plan: Plan, workers: LocalWorkers | None, console: Console) -> bool:
 
 @contextmanager
 def _without_torch() -> Iterator[None]:
-    """Import Beam's inference without its manager of many models, which nobody asks here, and which would import torch
-    and scipy for seconds. Only where the graph is made in this process and runs in others."""
+    """Import Beam's inference without its manager of many models, which would import torch and scipy for seconds.
+
+    Only where the graph is made in this process and runs in others. Who wants the manager later gets it: where it is
+    not there, Beam imports it when it is asked for.
+    """
     name = "apache_beam.ml.inference.model_manager"
     if name in sys.modules:
         yield
         return
-    sys.modules[name] = None  # type: ignore[assignment]  # an ImportError, which Beam is prepared for
+    sys.modules[name] = stand_in = ModuleType(name)
+    stand_in.ModelManager = None  # type: ignore[attr-defined]
     try:
         yield
     finally:

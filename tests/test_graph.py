@@ -193,3 +193,23 @@ def test_no_step_keeps_state_or_timers(jobs, kind):
     pipeline.visit(steps)
     assert len(steps.functions) > 10
     assert [function for function in steps.functions if state_and_timers(function) != (set(), set())] == []
+
+
+def test_a_launcher_makes_the_graph_of_a_build_with_a_network_without_torch(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(PICTURE)
+    code = """
+import sys
+import apache_beam
+from pipelines import launch
+from pipelines.graph import build_graph
+from pipelines.options import parse_flags
+from pipelines.plan import make_plan
+plan = make_plan(*parse_flags(sys.argv[1:]), share_gpu=False)
+with launch._without_torch():
+    build_graph(apache_beam.Pipeline(), plan.job)
+assert plan.job.model and not {"torch", "scipy", "transformers"} & sys.modules.keys()
+from apache_beam.ml.inference import base, model_manager
+assert base.resource
+"""
+    flags = ["--images", tmp_path, "--segmenter_checkpoint", "scenes", "--output", tmp_path / "out"]
+    subprocess.run([sys.executable, "-c", code, *map(str, flags)], cwd=REPOSITORY, check=True)
