@@ -217,7 +217,12 @@ class OutputFlags:
         choices=("embed", "reference"),
         metavar="HOW",
     )
-    num_shards: int | None = flag(None, "Parquet files of each split (default: one per 2,000 rows)", kind=int, least=1)
+    num_shards: int | None = flag(
+        None,
+        "Parquet files of each split (default: one per 2,000 rows; where rows are few, up to 8, of at least 200 each)",
+        kind=int,
+        least=1,
+    )
     validation_ratio: float = flag(
         0.05, "share of pictures in the validation split, by hash of their content", least=0, most=1, metavar="R"
     )
