@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from collavo import cli
+from collavo.embedded import SCENES
 from collavo.errors import StoreOutage, UserError
 from collavo.folders import whole_folder
 from collavo.storage import FAULTS, MANIFEST, REJECTS, REPORT, delete, is_local, list_files, open_read, size_text
@@ -55,7 +56,9 @@ def _ended_like_ctrl_c() -> Iterator[None]:
 def _main(argv: Sequence[str]) -> None:
     flags, rest = parse_flags(argv)
     device = None if flags.without_model else flags.segmentation.device
-    count = count_workers(rest, device)
+    checkpoint = flags.segmentation.segmenter_checkpoint
+    embedded = checkpoint == SCENES or (checkpoint is None and not flags.sources.named)
+    count = count_workers(rest, device, embedded)
     with LocalWorkers(count, device) if count > 1 else nullcontext() as workers:
         if flags.needs_network and runs_here(rest):
             _check_network(flags.segmentation)

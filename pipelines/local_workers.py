@@ -35,14 +35,15 @@ from collavo.errors import UserError
 _CONTROL_GROUP = Path("/sys/fs/cgroup")
 """Linux' bounds for a container: microseconds of processor time in each so many microseconds, and bytes."""
 
-_BYTES_PER_MODEL = 4 << 30
-"""What a worker with a network on a CPU may take: Mask2Former with Swin-L, at 800 x 1333 pixels in float32."""
+_BYTES_PER_WORKER, _BYTES_PER_EMBEDDED = 4 << 30, 1 << 30
+"""What a worker with a network on a CPU may take: Mask2Former with Swin-L took 3.0 GiB for a picture of 800 x 1333 pixels
+in float32, the embedded network 0.8."""
 
 _DEVICES, _GPU_FILES = Path("/dev"), ("nvidia[0-9]*", "dxg", "kfd", "nvhost-gpu")
 """One for each of Nvidia's cards; one for all of Windows' below Linux, of AMD's, of a Jetson's."""
 
 
-def count_workers(beam_words: Sequence[str], device: str | None) -> int:
+def count_workers(beam_words: Sequence[str], device: str | None, embedded: bool = False) -> int:
     """Choose the number of worker processes of a local run; 1 for a run in the launcher itself, or elsewhere.
 
     Where the user says nothing, a build without a model takes all cores, and one with a model a worker for each GPU. A
@@ -52,6 +53,7 @@ def count_workers(beam_words: Sequence[str], device: str | None) -> int:
     Args:
         beam_words: the words of the command line that are Beam's; what else is wrong in them is found later.
         device: `--device`, None where no model runs.
+        embedded: whether the model is the small one of this package.
 
     Raises:
         UserError: for several workers in one process.
@@ -66,7 +68,8 @@ def count_workers(beam_words: Sequence[str], device: str | None) -> int:
         return (int(number) or cores()) if number.isdecimal() else 1
     if device is None:
         return cores()
-    return len(gpus_for(device)) or max(1, min(cores(), _free_memory() // _BYTES_PER_MODEL))
+    each = _BYTES_PER_EMBEDDED if embedded else _BYTES_PER_WORKER
+    return len(gpus_for(device)) or max(1, min(cores(), _free_memory() // each))
 
 
 def runs_here(beam_words: Sequence[str]) -> bool:

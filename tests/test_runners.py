@@ -90,6 +90,12 @@ def test_workers_are_a_core_each_or_with_a_model_a_gpu_unless_told_otherwise(
     assert local_workers.count_workers(words.split(), device) == workers
 
 
+def test_the_embedded_network_needs_less_memory(monkeypatch):
+    monkeypatch.setattr(local_workers, "cores", lambda: 3)
+    monkeypatch.setattr(local_workers, "_free_memory", lambda: 2 << 30)
+    assert [local_workers.count_workers([], "cpu", embedded) for embedded in (False, True)] == [1, 2]
+
+
 def test_memory_that_a_container_has_a_share_of(monkeypatch, tmp_path):
     monkeypatch.setattr(local_workers, "_CONTROL_GROUP", tmp_path)
     without = local_workers._free_memory()
