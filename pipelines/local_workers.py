@@ -36,8 +36,8 @@ _CONTROL_GROUP = Path("/sys/fs/cgroup")
 """Linux' bounds for a container: microseconds of processor time in each so many microseconds, and bytes."""
 
 _BYTES_PER_WORKER, _BYTES_PER_EMBEDDED = 4 << 30, 1 << 30
-"""What a worker with a network on a CPU may take: Mask2Former with Swin-L took 3.0 GiB for a picture of 800 x 1333 pixels
-in float32, the embedded network 0.8."""
+"""What a worker with a network on a CPU may take: Mask2Former with Swin-L took 3.0 GiB for 800 x 1333 pixels, the
+embedded network 0.8."""
 
 _DEVICES, _GPU_FILES = Path("/dev"), ("nvidia[0-9]*", "dxg", "kfd", "nvhost-gpu")
 """One for each of Nvidia's cards; one for all of Windows' below Linux, of AMD's, of a Jetson's."""
