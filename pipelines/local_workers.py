@@ -135,7 +135,10 @@ class LocalWorkers:
         gpus = gpus_for(device) if device else []
         # -P, and the script by its path: a folder `pipelines` in the current directory is another's.
         command = [sys.executable, "-P", __file__, str(theirs.fileno()), self._logs.name]
-        command += [str(int(device is not None)), *(gpus if len(gpus) > 1 else ())]
+        # Not for GPUs: a process whose imports so much as count them forks workers that cannot use them. Nor on a Mac,
+        # whose libraries may not be forked once they are loaded.
+        with_torch = device is not None and not gpus and sys.platform == "linux"
+        command += [str(int(with_torch)), *(gpus if len(gpus) > 1 else ())]
         packages = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         threads = max(1, cores() // count)  # torch would start one per core in each worker
         if (stated := os.environ.get("OMP_NUM_THREADS", "")).isdecimal():
@@ -156,14 +159,14 @@ class LocalWorkers:
         self._logs.cleanup()
 
 
-def _tend(launcher: Connection, logs: Path, with_model: bool, gpus: Sequence[str]) -> None:
+def _tend(launcher: Connection, logs: Path, with_torch: bool, gpus: Sequence[str]) -> None:
     """Be the nursery: fork workers as they are asked for, and tell of those that die."""
     # Ctrl-C reaches all processes of a terminal, and is the launcher's to handle.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     workers: set[int] = set()
     of_workers = cycle([{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus] or [{}])
     try:
-        _import_all(with_model)
+        _import_all(with_torch)
         # All modules stay; and of what a worker makes of an image, nothing waits for the collector of cycles.
         gc.freeze()
         gc.set_threshold(100_000)
@@ -189,9 +192,9 @@ def _tend(launcher: Connection, logs: Path, with_model: bool, gpus: Sequence[str
         launcher.send(f"{type(error).__name__}: {error}")
 
 
-def _import_all(with_model: bool) -> None:
+def _import_all(with_torch: bool) -> None:
     modules = ["apache_beam.runners.worker.sdk_worker_main", "pipelines.graph"]
-    if with_model:  # no tensor is made, and so no thread started, before the forks
+    if with_torch:  # no tensor is made, and so no thread started, before the forks
         modules += ["pipelines.model_segmentation", "collavo.segmenters.universal"]
         modules += ["transformers.models.mask2former.modeling_mask2former"]  # most networks; half of what others need
     for module in modules:

@@ -235,7 +235,7 @@ def test_workers_that_die_end_the_job_with_the_reason_or_with_what_to_do(
     long_build, tmp_path, capfd, monkeypatch, imports, works, said
 ):
     script = tmp_path / "workers.py"
-    text = Path(local_workers.__file__).read_text().replace("    _import_all(with_model)", f"    {imports}")
+    text = Path(local_workers.__file__).read_text().replace("    _import_all(with_torch)", f"    {imports}")
     script.write_text(text.replace("from apache_beam.runners.worker.sdk_worker_main import main", works))
     monkeypatch.setattr(local_workers, "__file__", str(script))
     monkeypatch.setattr(launch, "_GRACE_SECONDS", 0.1)

@@ -142,7 +142,7 @@ def test_each_worker_sees_a_gpu_of_its_own(monkeypatch, tmp_path):
     seen.mkdir()
     says = f"Path({str(seen)!r}, str(os.getpid())).write_text(os.environ['CUDA_VISIBLE_DEVICES'] + os.environ['ID'])"
     text = Path(local_workers.__file__).read_text().replace("        main([])", f"        {says}")
-    script.write_text(text.replace("    _import_all(with_model)", "    pass"))
+    script.write_text(text.replace("    _import_all(with_torch)", "    pass"))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,7")
     monkeypatch.setattr(local_workers, "__file__", str(script))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
