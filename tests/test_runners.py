@@ -147,6 +147,7 @@ def test_each_worker_sees_a_gpu_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setattr(local_workers, "__file__", str(script))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     with local_workers.LocalWorkers(4, "cuda") as workers:
+        assert workers._nursery.args[5] == "0"  # it must not import torch, which may count the GPUs
         for number in range(4):
             workers.pipe.send({"ID": f":{number}"})
         deadline = time.monotonic() + 240
