@@ -62,7 +62,7 @@ def _main(argv: Sequence[str]) -> None:
     with LocalWorkers(count, device) if count > 1 else nullcontext() as workers:
         if flags.needs_network and runs_here(rest):
             _check_network(flags.segmentation)
-        gpus = gpus_for(device) if device else []
+        gpus = gpus_for(device)
         _build(flags, rest, workers, share_gpu=bool(gpus) and count > len(gpus))
 
 

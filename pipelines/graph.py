@@ -78,6 +78,8 @@ _PARTITIONS = 256
 _MENTIONS_AT_ONCE = 4096
 _LEAST_PER_PACK, _MOST_PER_PACK = 16, 512
 _PACKS_AT_LEAST = 64
+_PER_PACK_ON_DISK, _PACKS_ON_DISK = 4, 2048
+"""Bounds of the packs in which images travel, see `_count_packs`."""
 
 _COUNTS: Final = "counts"
 Counted = TaggedOutput[Literal["counts"], Any]
@@ -343,30 +345,34 @@ def _merge(partition: int, packs: Iterable[Packed]) -> Iterator[tuple[int, Packe
     yield partition, packed(tasks)
 
 
-def _in_even_packs(tasks: tuple[int, Packed], counts: dict[int, int], is_local: bool) -> Iterator[tuple[int, Packed]]:
+def _in_even_packs(
+    of_partition: tuple[int, Packed], counts: dict[int, int], disk: bool
+) -> Iterator[tuple[int, Packed]]:
     """Divide the tasks of a partition among the packs of all, which hold the same number of images, give or take one.
 
     Args:
+        of_partition: its number and its tasks.
         counts: the numbers of images by partition, which say where in the line of all images this one begins.
+        disk: whether drafts go to a disk.
     """
-    partition, pack_of_partition = tasks
+    partition, tasks = of_partition
     images = sum(counts.values())
     before = sum(count for other, count in counts.items() if other < partition)
-    packs = _count_packs(images, is_local)
-    in_line = enumerate(unpacked(pack_of_partition), before)
+    packs = _count_packs(images, disk)
+    in_line = enumerate(unpacked(tasks), before)
     for pack, placed in groupby(in_line, key=lambda numbered: numbered[0] * packs // images):
         yield pack, packed([task for _, task in placed])
 
 
-def _count_packs(images: int, is_local: bool) -> int:
+def _count_packs(images: int, disk: bool) -> int:
     """Choose the number of packs in which images travel to what segments them.
 
-    A local runner divides the packs among its workers once, so there are many. Elsewhere a runner may make a bundle of
-    each, and so a file of drafts on the store: packs are small where images are few, so that several workers are busy,
-    and soon as large as is good for such a file.
+    A local runner divides the packs among its workers once, so there are many. Other runners may make a bundle of
+    each, and so a file of drafts, which on a store is to be large: there packs are small where images are few, so that
+    several workers are busy, and soon as large as is good for such a file.
     """
-    if is_local:
-        return min(-(-images // 4), 2048)
+    if disk:
+        return min(-(-images // _PER_PACK_ON_DISK), _PACKS_ON_DISK)
     return max(min(-(-images // _LEAST_PER_PACK), _PACKS_AT_LEAST), -(-images // _MOST_PER_PACK))
 
 

@@ -97,20 +97,20 @@ def cores() -> int:
 def _free_memory() -> int:
     """Count the bytes that this process may still take, those that a container has a share of."""
     free = int(psutil.virtual_memory().available)
-    with suppress(OSError, ValueError):  # as above
+    with suppress(OSError, ValueError, KeyError):  # as above
         most, taken, kinds = ((_CONTROL_GROUP / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
         cached = dict(line.split() for line in kinds.splitlines())["inactive_file"]  # of files; it gives way
         free = min(free, int(most) - int(taken) + int(cached))
     return free
 
 
-def gpus_for(device: str) -> list[str]:
+def gpus_for(device: str | None) -> list[str]:
     """List the GPUs that `--device` lets a build use, as CUDA_VISIBLE_DEVICES names them; none is the CPU.
 
     `cuda` and `auto` mean all that are visible. Loads no torch, which finds out later whether it can use them.
     """
     if device not in ("auto", "cuda"):
-        return [device] if device.startswith("cuda") else []
+        return [device] if device and device.startswith("cuda") else []
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         found = [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
@@ -132,7 +132,7 @@ class LocalWorkers:
         self.count = count
         self.pipe, theirs = Pipe()
         self._logs = TemporaryDirectory(prefix="build-crayon-")
-        gpus = gpus_for(device) if device else []
+        gpus = gpus_for(device)
         # -P, and the script by its path: a folder `pipelines` in the current directory is another's.
         command = [sys.executable, "-P", __file__, str(theirs.fileno()), self._logs.name]
         # Not for GPUs: a process whose imports so much as count them forks workers that cannot use them. Nor on a Mac,

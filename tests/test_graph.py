@@ -134,9 +134,9 @@ def test_what_is_shuffled_per_image_is_small():
     assert unpacked(batch) == tasks
 
 
-@pytest.mark.parametrize("is_local", [False, True])
-@pytest.mark.parametrize(("images", "packs", "packs_here"), [(5, 1, 2), (400, 25, 100), (70_000, 137, 2048)])
-def test_packs_hold_all_images_and_the_same_number(images, packs, packs_here, is_local):
+@pytest.mark.parametrize("disk", [False, True])
+@pytest.mark.parametrize(("images", "packs", "packs_on_disk"), [(5, 1, 2), (400, 25, 100), (70_000, 137, 2048)])
+def test_packs_hold_all_images_and_the_same_number(images, packs, packs_on_disk, disk):
     partitions = defaultdict(list)
     for i in range(images):
         mention = Mention(Input("folder", ""), "", f"/{i}.jpg")
@@ -146,11 +146,11 @@ def test_packs_hold_all_images_and_the_same_number(images, packs, packs_here, is
     sizes: Counter[int] = Counter()
     uris = set()
     for partition in tasks:
-        for number, pack in _in_even_packs(partition, counts, is_local):
+        for number, pack in _in_even_packs(partition, counts, disk):
             sizes[number] += pack[0]
             uris |= {task.mentions[0].uri for task in unpacked(pack)}
     assert len(uris) == sizes.total() == images
-    assert len(sizes) == (packs_here if is_local else packs)
+    assert len(sizes) == (packs_on_disk if disk else packs)
     assert max(sizes.values()) - min(sizes.values()) <= 1
 
 

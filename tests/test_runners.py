@@ -104,6 +104,8 @@ def test_memory_that_a_container_has_a_share_of(monkeypatch, tmp_path):
     (tmp_path / "memory.current").write_text("1000")
     (tmp_path / "memory.stat").write_text("active_file 900\ninactive_file 500\n")
     assert local_workers._free_memory() == 2500
+    (tmp_path / "memory.stat").write_text("active_file 900\n")
+    assert local_workers._free_memory() > 1 << 20
     (tmp_path / "memory.max").write_text("max")
     assert local_workers._free_memory() > 1 << 20
 
