@@ -245,6 +245,14 @@ def test_the_phases_can_be_run_one_after_the_other(world: Path, finished: Path, 
     assert [step for step, _, _ in losses(run)] == [1, 2]
 
 
+@pytest.mark.parametrize(("most", "phases"), [("1", ["cpt", "cit", "cit"]), ("9", ["cpt", "cpt", "cit", "cit"])])
+def test_crayon_prompt_tuning_can_be_shorter_but_no_longer_than_every_phase(
+    world: Path, tmp_path: Path, most: str, phases: list[str]
+) -> None:
+    assert train.main(command(world, tmp_path / "run", "--max_steps", "2", "--cpt_max_steps", most)) == 0
+    assert [line["phase"] for line in metrics(tmp_path / "run") if "loss" in line] == phases
+
+
 def test_a_run_loads_with_both_adapters_active_and_each_of_them_in_plain_peft(finished: Path) -> None:
     model, processor = load_run(finished, torch.device("cpu"), torch.float32, quantize=False)
     assert isinstance(model, PeftModel)
@@ -481,7 +489,7 @@ def test_a_finished_run_says_so_and_is_extended(
     assert "has taken all of its 6 steps; with --resume, a higher --epochs or" in capsys.readouterr().out
     assert losses(run) == losses(finished)
     assert train.main(command(world, run, "--resume", "--max_steps", "2")) == 2
-    assert "3 steps of cit are done, and --epochs and --max_steps allow 2" in capsys.readouterr().err
+    assert "3 steps of cit are done, and --epochs, --max_steps and --cpt_max_steps allow 2" in capsys.readouterr().err
     assert train.main(command(world, run, "--resume", "--max_steps", "5", "--epochs", "3")) == 0
     assert losses(run)[:6] == losses(finished)
     rates = [(line["step"], line["phase"], line["learning_rate"]) for line in metrics(run) if "loss" in line]

@@ -68,12 +68,13 @@ def draw_absent_things(present: Sequence[int], count: int, statistics: ClassStat
         key: the subject of the draw, from which the first kind and all chances follow.
     """
     frequency = np.diagonal(statistics.together)
-    weights = np.stack([frequency > 0, frequency, statistics.together[list(present)].sum(axis=0)]).astype(np.float64)
+    seen = frequency > 0
+    weights = np.array((seen, frequency, statistics.together[list(present)].sum(axis=0)), np.float64)
     # An exponential race for each kind. Where nothing goes with those present, any class of the data set will do; where
     # all of those are present, any at all.
-    preference = np.where(weights > 0, 0, np.where(frequency > 0, 1, 2))
+    preference = np.where(weights > 0, 0, 2 - seen)
     waiting = -np.log(stable_uniforms(weights.size, "absent", *key)).reshape(weights.shape)
-    arrivals = np.lexsort((waiting / np.where(weights > 0, weights, 1.0), preference))
+    arrivals = np.lexsort((waiting / np.maximum(weights, 1.0), preference))
     races = [iter(things) for things in arrivals.tolist()]
     first_kind = stable_hash("kind", *key) % len(NEGATIVE_KINDS)
     absent = set(range(len(frequency)) if statistics.askable is None else statistics.askable).difference(present)

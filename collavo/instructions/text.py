@@ -7,6 +7,7 @@ segment without a number (a crowd, or an instance after the 20th) is written `(p
 
 import re
 from collections.abc import Container, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from schemas.crayon_row import Segment
@@ -32,13 +33,14 @@ def fractions_of(box_xyxy: Sequence[float], size_wh: tuple[int, int]) -> Box:
     return x_min / width, y_min / height, x_max / width, y_max / height
 
 
-def format_box(box_xyxy: Sequence[float], size_wh: tuple[int, int]) -> str:
+@lru_cache(maxsize=256)  # the tasks of an image write each of its boxes three times
+def format_box(box_xyxy: tuple[float, float, float, float], size_wh: tuple[int, int]) -> str:
     """Write a pixel box, e.g. `[0.00, 0.16, 0.29, 0.88]`."""
     x_min, y_min, x_max, y_max = fractions_of(box_xyxy, size_wh)
     return f"[{x_min:.2f}, {y_min:.2f}, {x_max:.2f}, {y_max:.2f}]"
 
 
-def has_extent(box_xyxy: Sequence[float], size_wh: tuple[int, int]) -> bool:
+def has_extent(box_xyxy: tuple[float, float, float, float], size_wh: tuple[int, int]) -> bool:
     """Tell whether a pixel box still has a width and a height as text: one of a few pixels reads `[0.50, 0.50, 0.50,
     0.50]`, which tells nobody where anything is."""
     x_min, y_min, x_max, y_max = format_box(box_xyxy, size_wh).strip("[]").split(", ")

@@ -42,6 +42,7 @@ class TrainArguments:
 
     epochs: int = flag(1, "passes over the data, in each phase", least=1, group="optimisation")
     max_steps: int | None = flag(None, "steps of each phase at most", kind=int, least=1)
+    cpt_max_steps: int | None = flag(None, "steps of Crayon Prompt Tuning at most, if fewer", kind=int, least=1)
     batch_size: int = flag(32, "sequences per step, over all ranks", least=1)
     align_batch_size: int = flag(256, "the same in alignment", least=1)
     micro_batch_size: int = flag(8, "sequences per forward pass; gradients accumulate over the rest (default: 2 "
@@ -101,6 +102,11 @@ class TrainArguments:
     def base(self) -> str:
         """The model to start from: a folder, a hub id, or the name of an embedded model."""
         return PRESETS[self.preset].base if self.preset in PRESETS else self.preset
+
+    def most_steps(self, phase: str) -> int | None:
+        """The most steps of a phase; None if its data and `epochs` alone decide."""
+        limits = (self.max_steps, self.cpt_max_steps if phase == "cpt" else None)
+        return min((limit for limit in limits if limit is not None), default=None)
 
     @property
     def by_words(self) -> bool:

@@ -69,7 +69,7 @@ def plan_phases(
     phases: list[Phase] = []
 
     def add(name: str, stages: dict[Kind, Stage], learning_rate: float, options: PlanOptions = options) -> None:
-        batches = _plan(arguments, index, tuple(stages), options)
+        batches = _plan(arguments, index, tuple(stages), options)[: arguments.most_steps(name)]
         before = phases[-1].last_step if phases else steps_before
         warmup = math.ceil(ALIGN_WARMUP * len(batches)) if name == "align" else 0
         phases.append(Phase(name, stages, batches, learning_rate, before, warmup))
@@ -109,8 +109,8 @@ def phases_left(phases: Sequence[Phase], done: Position) -> list[Phase]:
         left.append(replace(phase, steps_before=before))
     if left[0].last_step < done.total_steps:
         raise UserError(
-            f"--resume: {done.phase_steps} steps of {done.phase} are done, and --epochs and --max_steps allow "
-            f"{len(left[0].batches)}"
+            f"--resume: {done.phase_steps} steps of {done.phase} are done, and --epochs, --max_steps and --cpt_max_steps "
+            f"allow {len(left[0].batches)}"
         )
     return left
 
@@ -125,4 +125,4 @@ def _plan(arguments: TrainArguments, index: RowIndex, kinds: tuple[Kind, ...], o
             f"--data: {len(index.texts[kind])} {texts} of the split 'train' make no batch of {options.batch_size} "
             f"sequences{packed}; lower --{size}, build more data, or leave out the phase"
         )
-    return batches[: arguments.max_steps]
+    return batches

@@ -18,7 +18,7 @@ from collavo.training.arguments import TrainArguments
 # Arguments that change neither what is learned nor in which order, so that a resumed run may change them; the length of
 # the run, which it may extend; and the place of the data, which are known by their checksums.
 _FREE_ARGUMENTS = (
-    "epochs", "max_steps",
+    "epochs", "max_steps", "cpt_max_steps",
     "data", "image_root", "resume", "overwrite", "output_dir", "micro_batch_size", "device", "gradient_checkpointing",
     "attention", "workers", "max_skipped_ratio", "log_steps", "eval_steps", "eval_batches", "checkpoint_steps",
     "keep_checkpoints", "report_to",
