@@ -11,7 +11,7 @@ import argparse
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import product
 
 import numpy as np
@@ -19,11 +19,15 @@ import torch
 from measure import circumstances
 
 from collavo import cli
+from collavo.model import CollavoForConditionalGeneration
+from collavo.model.processing import CollavoProcessor
 from collavo.runs import load_base
 from collavo.scenes import draw_scene, scene_seed
 from collavo.training.batches import IGNORED, collate
 from pretraining.box_writing import box_overlaps
-from pretraining.word_grids import Lesson, WordPrompt, chart_example, draw_chart
+from pretraining.class_words import known_and_new_words
+from pretraining.word_grids import Chart, Lesson, WordPrompt, chart_example, draw_chart
+from schemas.categories import COCO_PANOPTIC, Category
 
 LESSONS: tuple[Lesson, ...] = ("all", "tiles")
 
@@ -54,11 +58,29 @@ def main() -> None:
     parser.add_argument("--charts", type=int, default=40, help="default: 40")
     flags = parser.parse_args()
     model, processor = load_base(flags.base, torch.float32)
-    model.model.crayon_prompt = WordPrompt(model, processor.tokenizer)
-    right: dict[str, list[bool]] = defaultdict(list)
-    for number, lesson in product(range(flags.charts), LESSONS):
-        chart = draw_chart(FIRST_CHART + number, processor.grid_hw, lesson)
+    categories = known_and_new_words()
+    model.model.crayon_prompt = WordPrompt(model, processor.tokenizer, categories)
+    new = [category for category in categories[len(COCO_PANOPTIC) :] if category.is_thing]
+    for title, things in {"words of COCO's classes": COCO_PANOPTIC.things, "other words": new}.items():
+        print(title)
+        _measure(model, processor, flags.charts, things)
+    print(json.dumps(circumstances()))
+
+
+def _measure(
+    model: CollavoForConditionalGeneration, processor: CollavoProcessor, charts: int, things: Sequence[Category]
+) -> None:
+    """Print the figures of so many charts of each kind, each of which chooses from as many words as COCO has things."""
+
+    def drawn(number: int, lesson: Lesson) -> tuple[Chart, np.ndarray]:
+        chosen = np.random.default_rng(number).permutation(len(things))[: len(COCO_PANOPTIC.things)]
+        some = [things[i] for i in sorted(chosen)]
         picture = draw_scene(scene_seed(0, number), (192, 144)).image
+        return draw_chart(FIRST_CHART + number, processor.grid_hw, lesson, some), picture
+
+    right: dict[str, list[bool]] = defaultdict(list)
+    for number, lesson in product(range(charts), LESSONS):
+        chart, picture = drawn(number, lesson)
         example = chart_example(chart, picture, processor)
         with torch.no_grad():
             outputs = model(**collate([example], processor.tokenizer.pad_token_id).inputs)
@@ -76,13 +98,11 @@ def main() -> None:
     for kind, answers in right.items():
         print(f"{kind:12} {100 * sum(answers) / len(answers):5.1f} % of {len(answers)}")
     overlaps: list[float] = []
-    for number in range(flags.charts):
-        chart = draw_chart(FIRST_CHART + number, processor.grid_hw, "where")
-        picture = draw_scene(scene_seed(0, number), (192, 144)).image
+    for number in range(charts):
+        chart, picture = drawn(number, "where")
         for turns in chart.dialogues:
             overlaps += box_overlaps(model, processor, chart, turns, picture)
     print(f"boxes        mean IoU {np.mean(overlaps):.2f} of {len(overlaps)}")
-    print(json.dumps(circumstances()))
 
 
 if __name__ == "__main__":

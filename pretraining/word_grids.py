@@ -26,7 +26,7 @@ from collavo.model.query_init import ClassWords
 from collavo.panoptic.grid import crayon_grid
 from collavo.panoptic.maps import SegmentInfo, build_panoptic_map
 from collavo.training.batches import Example, pack_prompts
-from schemas.categories import COCO_PANOPTIC, Category
+from schemas.categories import COCO_PANOPTIC, Category, CategorySet
 
 CHART = "chart"
 """The image id of every chart."""
@@ -80,11 +80,17 @@ class Chart(NamedTuple):
 
 
 class WordPrompt(nn.Module):
-    """Stands in for the Crayon Prompt and gives the words of a chart as the language model's own embeddings."""
+    """Stands in for the Crayon Prompt and gives the words of a chart as the language model's own embeddings.
 
-    def __init__(self, model: CollavoForConditionalGeneration, tokenizer: Any) -> None:
+    Args:
+        categories: whose labels the words of its charts have.
+    """
+
+    def __init__(
+        self, model: CollavoForConditionalGeneration, tokenizer: Any, categories: CategorySet = COCO_PANOPTIC
+    ) -> None:
         super().__init__()
-        self._words = ClassWords(tokenizer, model.config.category_set)
+        self._words = ClassWords(tokenizer, categories)
         self._model = [model]  # in a list, or torch would make the model a part of its own part
 
     def forward(self, semantic_ids: torch.Tensor, numbering_ids: torch.Tensor) -> torch.Tensor:
@@ -105,19 +111,30 @@ class _Place(NamedTuple):
         return f"(#{self.number} {self.word.display_name})"
 
 
-def draw_chart(index: int, grid_hw: tuple[int, int], lesson: Lesson = "all") -> Chart:
-    """Draw chart number `index` and write questions about it."""
+def draw_chart(
+    index: int,
+    grid_hw: tuple[int, int],
+    lesson: Lesson = "all",
+    things: Sequence[Category] = COCO_PANOPTIC.things,
+) -> Chart:
+    """Draw chart number `index` and write questions about it.
+
+    Args:
+        things: the words to choose from; those of a ground are COCO's stuff.
+    """
     rng = np.random.Generator(np.random.Philox(key=[_SEED, index]))
     semantic, numbering = _ground(rng, grid_hw)
     lay = _lay_tiles if lesson == "tiles" else _lay_words
-    places = lay(rng, semantic, numbering)
+    places = lay(rng, semantic, numbering, things)
     if lesson == "where":
         while min(Counter(place.word for place in places).values()) > MOST_BOXES:
             semantic, numbering = _ground(rng, grid_hw)
-            places = lay(rng, semantic, numbering)
-        return Chart(torch.from_numpy(semantic), torch.from_numpy(numbering), _where(rng, places, grid_hw))
+            places = lay(rng, semantic, numbering, things)
+        return Chart(torch.from_numpy(semantic), torch.from_numpy(numbering), _where(rng, places, grid_hw, things))
     kinds = _ASKED[lesson]
-    dialogues = [_question(rng, kinds[number % len(kinds)], places, grid_hw) for number in range(QUESTIONS_PER_CHART)]
+    dialogues = [
+        _question(rng, kinds[number % len(kinds)], places, grid_hw, things) for number in range(QUESTIONS_PER_CHART)
+    ]
     return Chart(torch.from_numpy(semantic), torch.from_numpy(numbering), dialogues)
 
 
@@ -144,12 +161,12 @@ def _ground(rng: np.random.Generator, grid_hw: tuple[int, int]) -> tuple[np.ndar
     return semantic, numbering
 
 
-def _lay_words(rng: np.random.Generator, semantic: np.ndarray, numbering: np.ndarray) -> list[_Place]:
+def _lay_words(
+    rng: np.random.Generator, semantic: np.ndarray, numbering: np.ndarray, things: Sequence[Category]
+) -> list[_Place]:
     """Write words into both maps, in place, as `crayon_grid` writes objects of the same shapes."""
     rows, columns = semantic.shape
-    words = [
-        COCO_PANOPTIC.things[i] for i in rng.permutation(len(COCO_PANOPTIC.things))[: rng.integers(1, MAX_WORDS + 1)]
-    ]
+    words = [things[i] for i in rng.permutation(len(things))[: rng.integers(1, MAX_WORDS + 1)]]
     y, x = (np.arange(side * _POINTS) / _POINTS for side in (rows, columns))
     smallest, largest = _SIDES
     ids = np.zeros((len(y), len(x)), int)
@@ -164,10 +181,12 @@ def _lay_words(rng: np.random.Generator, semantic: np.ndarray, numbering: np.nda
         across, along = 2 * abs(y - middle_y)[:, None] / height, 2 * abs(x - middle_x) / width
         ids[(np.hypot(across, along) if rng.random() < 0.5 else np.maximum(across, along)) <= 1] = number
     ids[np.bincount(ids.ravel())[ids] < _LEAST_POINTS] = 0
-    return _write(ids, laid, semantic, numbering) if ids.any() else _lay_words(rng, semantic, numbering)
+    return _write(ids, laid, semantic, numbering) if ids.any() else _lay_words(rng, semantic, numbering, things)
 
 
-def _lay_tiles(rng: np.random.Generator, semantic: np.ndarray, numbering: np.ndarray) -> list[_Place]:
+def _lay_tiles(
+    rng: np.random.Generator, semantic: np.ndarray, numbering: np.ndarray, things: Sequence[Category]
+) -> list[_Place]:
     """Cover both maps with four different words, in place: two by two, or side by side as stripes.
 
     Half of the returned places are only a part of a word's tile.
@@ -181,9 +200,7 @@ def _lay_tiles(rng: np.random.Generator, semantic: np.ndarray, numbering: np.nda
     ids = np.zeros(semantic.shape, int)
     for number, ((top, bottom), (left, right)) in enumerate(product(*map(pairwise, splits)), start=1):
         ids[top:bottom, left:right] = number
-    tiles = _write(
-        ids, [COCO_PANOPTIC.things[i] for i in rng.permutation(len(COCO_PANOPTIC.things))[:4]], semantic, numbering
-    )
+    tiles = _write(ids, [things[i] for i in rng.permutation(len(things))[:4]], semantic, numbering)
     return [*tiles, *(tile._replace(box_xyxy=_part(rng, tile.box_xyxy)) for tile in tiles)]
 
 
@@ -200,19 +217,27 @@ def _write(ids: np.ndarray, laid: list[Category], semantic: np.ndarray, numberin
     Args:
         ids: int [rows * points, columns * points], the position of a word in `laid` + 1, 0 for the ground.
     """
-    drawn = build_panoptic_map(ids, [SegmentInfo(int(id_), laid[id_ - 1].label) for id_ in np.unique(ids[ids > 0])])
-    words, numbers = crayon_grid(drawn.index_map, drawn.segments, (semantic.shape[0], semantic.shape[1]))
-    np.copyto(semantic, words, where=words > 0)
-    np.copyto(numbering, numbers, where=words > 0)
+    words = sorted(set(laid), key=lambda word: word.label)
+    positions = {word.label: position for position, word in enumerate(words)}
+    infos = [SegmentInfo(int(id_), positions[laid[id_ - 1].label]) for id_ in np.unique(ids[ids > 0])]
+    drawn = build_panoptic_map(
+        ids, infos, CategorySet("words", tuple(words))
+    )  # its segments have the words' own labels
+    labels, numbers = crayon_grid(drawn.index_map, drawn.segments, (semantic.shape[0], semantic.shape[1]))
+    np.copyto(semantic, labels, where=labels > 0)
+    np.copyto(numbering, numbers, where=labels > 0)
     points = len(ids) // len(semantic)
     places: list[_Place] = []
     for segment in drawn.segments:
         x_min, y_min, x_max, y_max = (side / points for side in segment.box_xyxy)
-        places.append(_Place(COCO_PANOPTIC[segment.label], segment.numbering, (x_min, y_min, x_max, y_max)))
+        word = words[positions[segment.label]]
+        places.append(_Place(word, segment.numbering, (x_min, y_min, x_max, y_max)))
     return places
 
 
-def _question(rng: np.random.Generator, kind: str, places: list[_Place], grid_hw: tuple[int, int]) -> Turns:
+def _question(
+    rng: np.random.Generator, kind: str, places: list[_Place], grid_hw: tuple[int, int], things: Sequence[Category]
+) -> Turns:
     rows, columns = grid_hw
     place = places[int(rng.integers(len(places)))]
     name = place.name
@@ -226,7 +251,7 @@ def _question(rng: np.random.Generator, kind: str, places: list[_Place], grid_hw
             rng, _WHAT, written, _said(rng, ("It is {}.", "Sure, it is {}.", "That is {}.", "I read {}."), name)
         )
     present = {place.word for place in places}
-    absent = [word for word in COCO_PANOPTIC.things if word not in present]
+    absent = [word for word in things if word not in present]
     # Counts above 0 are harder to learn, so they come more often.
     word = place.word if rng.random() < (0.7 if kind == "count" else 0.5) else absent[int(rng.integers(len(absent)))]
     if kind == "count":
@@ -240,14 +265,16 @@ def _question(rng: np.random.Generator, kind: str, places: list[_Place], grid_hw
     return _turns(rng, _WHETHER, word.with_article, "Yes." if word in present else "No.")
 
 
-def _where(rng: np.random.Generator, places: list[_Place], grid_hw: tuple[int, int]) -> list[Turns]:
+def _where(
+    rng: np.random.Generator, places: list[_Place], grid_hw: tuple[int, int], things: Sequence[Category]
+) -> list[Turns]:
     """Ask where words of up to `MOST_BOXES` places stand, now and then a word that is not there."""
     rows, columns = grid_hw
     by_word: dict[Category, list[_Place]] = defaultdict(list)
     for place in sorted(places, key=lambda place: place.number):
         by_word[place.word].append(place)
     few = [word for word in by_word if len(by_word[word]) <= MOST_BOXES]
-    absent = [word for word in COCO_PANOPTIC.things if word not in by_word]
+    absent = [word for word in things if word not in by_word]
     rng.shuffle(few)  # type: ignore[arg-type]
     dialogues = []
     for number in range(WHERE_QUESTIONS):
