@@ -8,7 +8,6 @@ Segments are annotated, in training and in evaluation; there are no dialogues.
 
 crayons       the model as it is
 no_queries    the same without the Crayon Prompt
-known_words   the model as it is, but three classes have names that the base reads as one token, see `KNOWN_WORDS`
 
 Every photograph of val shows all classes that are counted. So Class2Binary asks about their presence and about things
 of COCO that are in no street, as often, and its figure is the mean over both. Prints a table in percent, mean and
@@ -26,11 +25,8 @@ from studies import built, cell, evaluated, mean_and_deviation, trained
 
 from schemas.categories import COCO_PANOPTIC
 
-ARMS = {"crayons": "both", "no_queries": "none", "known_words": "both"}
+ARMS = {"crayons": "both", "no_queries": "none"}
 """The queries of each arm, in the words of `collavo.train`'s flag."""
-
-KNOWN_WORDS = {"pedestrian": "person", "cyclist": "bicycle", "pole": "light"}
-"""The embedded base reads other names letter by letter: `pedestrian` is five tokens."""
 
 NOT_IN_A_STREET = (
     "cow", "sheep", "elephant", "bear", "zebra", "giraffe", "frisbee", "snowboard", "surfboard", "fork", "knife",
@@ -69,13 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _results(args: argparse.Namespace, arm: str, seed: int) -> dict[str, Any]:
     """Return the figures of one run by task, of data that are built and a model that is trained where need be."""
-    known = arm == "known_words"
-    folder: Path = args.folder / ("known_words" if known else "own_words")
+    folder: Path = args.folder / "data"
     folder.mkdir(parents=True, exist_ok=True)
     annotations = {name: json.loads((args.camvid / f"panoptic_{name}.json").read_text()) for name in ("train", "val")}
     annotations["more"] = with_more_classes(annotations["val"])
     for name, panoptic in annotations.items():
-        (folder / f"{name}.json").write_text(json.dumps(renamed(panoptic, KNOWN_WORDS) if known else panoptic))
+        (folder / f"{name}.json").write_text(json.dumps(panoptic))
     train, val = (
         ["--coco_masks", args.camvid / f"panoptic_{name}", "--coco_images", args.camvid / name, "--coco_split", split]
         for name, split in {"train": "train", "val": "validation"}.items()
@@ -93,12 +88,6 @@ def with_more_classes(panoptic: Mapping[str, Any]) -> dict[str, Any]:
     first = 1 + max(category["id"] for category in panoptic["categories"])
     more = [record for record in COCO_PANOPTIC.as_records() if record["name"] in NOT_IN_A_STREET]
     return {**panoptic, "categories": panoptic["categories"] + [r | {"id": first + n} for n, r in enumerate(more)]}
-
-
-def renamed(panoptic: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """Return an annotation file with other names for some of its classes."""
-    categories = [c | {"name": names.get(c["name"], c["name"])} for c in panoptic["categories"]]
-    return {**panoptic, "categories": categories}
 
 
 def figures(results: Mapping[str, Any]) -> dict[str, float]:

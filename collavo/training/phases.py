@@ -109,8 +109,8 @@ def phases_left(phases: Sequence[Phase], done: Position) -> list[Phase]:
         left.append(replace(phase, steps_before=before))
     if left[0].last_step < done.total_steps:
         raise UserError(
-            f"--resume: {done.phase_steps} steps of {done.phase} are done, and --epochs, --max_steps and --cpt_max_steps "
-            f"allow {len(left[0].batches)}"
+            f"--resume: {done.phase_steps} steps of {done.phase} are done, and --epochs, --max_steps and "
+            f"--cpt_max_steps allow {len(left[0].batches)}"
         )
     return left
 
