@@ -281,9 +281,12 @@ def _bridge() -> Iterator[None]:
 @contextmanager
 def _host(name: str, address: str, folder: Path) -> Iterator[list[str]]:
     """Make a host; yield the words before a command that run it there."""
-    _ip("netns", "add", name)
-    try:
+    with ExitStack() as stack:
+        _ip("netns", "add", name)
+        stack.callback(_ip, "netns", "delete", name)
         _ip("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
+        # By itself it goes only with the last connection of a process that was killed there, minutes later.
+        stack.callback(_ip, "link", "delete", name)
         _ip("link", "set", name, "master", _BRIDGE, "up")
         _ip("-n", name, "addr", "add", f"{address}/24", "dev", "eth0")
         for device in ("lo", "eth0"):
@@ -297,8 +300,6 @@ def _host(name: str, address: str, folder: Path) -> Iterator[list[str]]:
         mounts = [f"exec 9<{python}", *mounts, f"mkdir -p {python}", f"mount -c --bind /proc/self/fd/9 {python}"]
         mounts += ["exec 9<&-"]
         yield ["ip", "netns", "exec", name, "unshare", "--mount", "sh", "-c", " && ".join([*mounts, 'exec "$@"']), "sh"]
-    finally:
-        _ip("netns", "delete", name)
 
 
 def _ip(*words: str) -> None:
