@@ -60,8 +60,10 @@ def main() -> None:
     model, processor = load_base(flags.base, torch.float32)
     categories = known_and_new_words()
     model.model.crayon_prompt = WordPrompt(model, processor.tokenizer, categories)
-    new = [category for category in categories[len(COCO_PANOPTIC) :] if category.is_thing]
-    for title, things in {"words of COCO's classes": COCO_PANOPTIC.things, "other words": new}.items():
+    for title, things in {
+        "words of COCO's classes": COCO_PANOPTIC.things,
+        "other words": categories[len(COCO_PANOPTIC) :],
+    }.items():
         print(title)
         _measure(model, processor, flags.charts, things)
     print(json.dumps(circumstances()))

@@ -8,8 +8,7 @@ word of `class_words.txt`, and the form in which it is counted, becomes one toke
 classes are made of: those of streets, homes, food, animals, tools and sports, and of pictures from above.
 
 Nothing learns but the embeddings of the new tokens: on the word grids of `word_grids`, where they stand beside words
-that the base knows, and on scenes, where they must stay out of the answers. So whatever the base did before, it still
-does.
+that the base knows, and on scenes, where they must stay out of the answers. All other weights stay as they are.
 
 The output's folder `model` is a base for `collavo.train --preset`. Repeat the command to continue a stopped run.
 """
@@ -55,8 +54,8 @@ _WORDS_SEED, _ROWS_SEED = 7_000_079, 7_000_103
 
 _QUIETED = 0.8
 """By what the new embeddings are scaled in the end. They grow while they learn, and then come up in place of words that
-the base knew: on charts of these, 3 points more of the words in boxes were wrong without it, and 2 points fewer of new
-ones (benchmarks/LOG.md, 2026-11-30)."""
+the base knew: this gives back 2 points of those in boxes, and takes 2 points of the new ones (benchmarks/LOG.md,
+2026-11-30)."""
 
 _RIDGE = 0.05
 """Of the regression of plurals to singulars, over the squared norms of 61 words."""

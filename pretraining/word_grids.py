@@ -220,9 +220,8 @@ def _write(ids: np.ndarray, laid: list[Category], semantic: np.ndarray, numberin
     words = sorted(set(laid), key=lambda word: word.label)
     positions = {word.label: position for position, word in enumerate(words)}
     infos = [SegmentInfo(int(id_), positions[laid[id_ - 1].label]) for id_ in np.unique(ids[ids > 0])]
-    drawn = build_panoptic_map(
-        ids, infos, CategorySet("words", tuple(words))
-    )  # its segments have the words' own labels
+    # Infos name positions in this set; the segments that come back have the words' own labels.
+    drawn = build_panoptic_map(ids, infos, CategorySet("words", tuple(words)))
     labels, numbers = crayon_grid(drawn.index_map, drawn.segments, (semantic.shape[0], semantic.shape[1]))
     np.copyto(semantic, labels, where=labels > 0)
     np.copyto(numbering, numbers, where=labels > 0)

@@ -8,7 +8,7 @@ from tiny_model import tiny_tokenizer
 
 from collavo.embedded import TINY
 from collavo.runs import load_base
-from collavo.training.batches import IGNORED, collate
+from collavo.training.batches import collate
 from pretraining import class_words
 from pretraining.class_words import known_and_new_words, with_whole_words
 from pretraining.word_grids import WordPrompt, chart_example, draw_chart
@@ -64,8 +64,9 @@ def test_nothing_learns_but_the_new_words(tmp_path, monkeypatch) -> None:
     assert all(torch.equal(old[name], weights[name]) for name in old if name not in grown)
     model, again = load_base(TINY, torch.float32)
     class_words.add_words(model, again, known_and_new_words())
-    begun = model.get_input_embeddings().weight[first:]
-    assert not torch.equal(begun.bfloat16().float(), after.get_input_embeddings().weight[first:])
+    begun = class_words._QUIETED * model.get_input_embeddings().weight[first:]
+    learned = after.get_input_embeddings().weight[first:] - begun
+    assert learned.norm(dim=1).min() > 0.02  # rounding to bfloat16 changes less
 
 
 @needs_tiny_base
@@ -73,7 +74,7 @@ def test_the_base_in_the_package_reads_words_that_no_scene_and_no_class_of_coco_
     model, processor = load_base(TINY, torch.float32)
     categories = known_and_new_words()
     model.model.crayon_prompt = WordPrompt(model, processor.tokenizer, categories)
-    new = [category for category in categories[KNOWN:] if category.is_thing]
+    new = categories[KNOWN:]
     right = []
     for number in range(4):
         things = [new[i] for i in np.random.default_rng(number).choice(len(new), 12, replace=False)]
@@ -82,10 +83,6 @@ def test_the_base_in_the_package_reads_words_that_no_scene_and_no_class_of_coco_
         with torch.no_grad():
             outputs = model(**collate([example], processor.tokenizer.pad_token_id).inputs)
         tokens = {processor.tokenizer(f" {word.display_name}")["input_ids"][0] for word in things}
-        places = [
-            i
-            for i in range(1, len(example.labels))
-            if int(example.labels[i]) in tokens and example.labels[i] != IGNORED
-        ]
+        places = [i for i, label in enumerate(example.labels.tolist()) if label in tokens]
         right += [int(outputs.logits[0, i - 1].argmax()) == int(example.labels[i]) for i in places]
     assert len(right) > 30 and np.mean(right) > 0.65  # of a dozen words each chart could show
