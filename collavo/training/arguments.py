@@ -80,7 +80,9 @@ class TrainArguments:
 
     device: str = flag("auto", "auto, cpu, cuda or cuda:N; a missing GPU is an error", group="machine")
     quantize: bool = flag(True, "NF4 for the language model's linear layers")
-    precision: str = flag("auto", "bf16 or fp32 (default: bf16 on a GPU)", choices=("auto", "bf16", "fp32"))
+    precision: str = flag(
+        "auto", "bf16 or fp32 (default: bf16 on a GPU, and on a CPU made for it)", choices=("auto", "bf16", "fp32")
+    )
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory, more time")
     attention: str = flag("sdpa", "sdpa, eager or flash_attention_2 (which packs no instructions)")
     workers: int = flag(1, "processes that read and decode", least=0)
