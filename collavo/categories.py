@@ -7,6 +7,7 @@ COCO's set, one with a class of its own stays a set of its own.
 
 import colorsys
 import json
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import count
@@ -299,6 +300,8 @@ def _english(record: Mapping[str, Any]) -> dict[str, str]:
             what = "pair" if name.split()[-1] in _PAIRS else "piece"
             singular, plural = f"{what} of {name}", plural or f"{what}s of {name}"
         else:
+            if not any("LATIN" in unicodedata.name(letter, "") for letter in name):
+                return {"singular": name, "plural": plural or name, "article": "a"}  # no rule of English holds
             one = engine.singular_noun(name)
             # inflect takes `bus` and `tennis` for plurals of `bu` and `tenni`.
             is_plural = one and engine.plural_noun(one) == name and not name.endswith(("us", "is", "as", "ss", "lens"))

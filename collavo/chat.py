@@ -57,7 +57,7 @@ examples:
   python -m collavo.chat --model runs/collavo --image street.jpg \\
       --prompt "What are the people doing?"
   python -m collavo.chat --model runs/collavo --data out/*.parquet \\
-      --image_id images/scene-000007
+      --image_id images/scene-000007.jpg
   python -m collavo.chat --model runs/collavo --gradio
   python -m collavo.chat --model runs/collavo --questions questions.jsonl \\
       --answers answers.jsonl
@@ -114,7 +114,7 @@ class Flags(ModelFlags):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    usage = "python -m collavo.chat --model RUN IMAGE [options]"
+    usage = "python -m collavo.chat --model RUN --image FILE [options]"
     options = {"prog": "python -m collavo.chat", "usage": usage, "description": _DESCRIPTION, "epilog": _EPILOG}
     return run("collavo.chat", lambda: _chat(parse(Flags, argv, **options)))
 
@@ -147,6 +147,8 @@ def _chat(flags: Flags) -> None:
 
 
 def _check(flags: Flags) -> None:
+    if flags.image_id and not flags.data:
+        raise UserError("--image_id needs --data, the files that hold the row")
     sources = [name for name in ("image", "data", "questions", "gradio") if getattr(flags, name)]
     if len(sources) != 1:
         found = " and ".join(f"--{name}" for name in sources) or "none of them"
@@ -245,10 +247,14 @@ class _Conversations(Session):
         with naming("data"):
             files = find_files(flags.data)
             damaged = LeftOut()
-            row = next((row for row in read_rows(files, left_out=damaged) if row.image_id == flags.image_id), None)
-            if row is None:
+            known = ""
+            for row in read_rows(files, left_out=damaged):
+                if row.image_id == flags.image_id:
+                    break
+                known = f"; there is one of {row.image_id}"
+            else:
                 left_out = "".join(f"; left out: {line}" for line in damaged.lines())
-                raise UserError(f"there is no row of --image_id {flags.image_id}{left_out}")
+                raise UserError(f"there is no row of --image_id {flags.image_id}{known}{left_out}")
             try:
                 return self.about(picture_of_row(row, flags.image_root, category_set(files)))
             except Rejected as error:
@@ -287,7 +293,9 @@ def _answer_file(flags: Flags) -> None:
     for line in left_out.lines():
         print(line)
     before = f", {done:,} of them by an earlier run" if done else ""
-    print(f"{total:,} questions answered{before}: {flags.answers}")
+    unanswered = sum(left_out.counts.values())
+    said = f"{total - unanswered:,} of {total:,}" if unanswered else f"{total:,}"
+    print(f"{said} questions answered{before}: {flags.answers}")
 
 
 def _read_image(path: str) -> np.ndarray:
@@ -337,9 +345,12 @@ def _converse(session: _Conversations, conversation: Conversation, console: Cons
                 case "/objects":
                     console.print(_objects_shown(conversation.picture))
                 case "/map":
+                    if not argument.strip():
+                        raise UserError("/map needs the name of a file, such as map.png")
                     _save_map(conversation.picture, Path(argument.strip()))
+                    console.print(f"Saved: {argument.strip()}", highlight=False, markup=False)
                 case _ if command.startswith("/"):
-                    console.print(_COMMANDS, style="dim")
+                    console.print(f"{command} is none of the commands:\n{_COMMANDS}", style="dim", markup=False)
                 case _:
                     _tell(conversation, line)
         except (EOFError, KeyboardInterrupt):

@@ -114,7 +114,8 @@ def notes(files: Sequence[Path | str]) -> list[str]:
     old = [file for file in files if schema_version(_schema_of(file)) == 1]
     if not old:
         return []
-    return [f"{len(old)} files, {old[0]} first, are of schema version 1: their rows have no image_sha256"]
+    are = f"{len(old)} files, {old[0]} first, are" if len(old) > 1 else f"{old[0]} is"
+    return [f"{are} of schema version 1: no row has an image_sha256"]
 
 
 def check_repeats(files: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ Not here: what is asked and how answers are judged, see collavo/evaluation; how 
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -104,8 +105,13 @@ def _evaluate(flags: Flags) -> None:
         raise UserError(f"--split {flags.split}: none of the {count_rows(files)} rows of --data is in it")
     damaged_rows, left_out = LeftOut(), LeftOut()
     folder = _report_folder(flags)
-    with naming("model"):
-        answerer = load_answerer(flags.model, device, flags.quantize, flags.beams)
+    try:
+        with naming("model"):
+            answerer = load_answerer(flags.model, device, flags.quantize, flags.beams)
+    except UserError:
+        with suppress(OSError):  # only an empty folder can be removed
+            folder.rmdir()
+        raise
     object_lists = _OBJECT_LISTS[flags.object_list]
     if line := unknown_classes(answerer, judge.categories):
         console.print(f"--data: {line}", soft_wrap=True)
@@ -155,9 +161,10 @@ def _evaluate(flags: Flags) -> None:
         "questions_per_s": round(questions / seconds, 2),
         "versions": {name: version(name) for name in ("collavo", "torch", "transformers", "peft", "bitsandbytes")},
     }
+    earlier = ", in place of an earlier report" if (folder / REPORT).exists() else ""
     save_report(folder, results, facts)
     console.print(terminal_report(results))
-    said = f"{questions:,} questions, {questions / seconds:.1f} a second. Evaluated: {folder / REPORT}"
+    said = f"{questions:,} questions, {questions / seconds:.1f} a second. Evaluated: {folder / REPORT}{earlier}"
     console.print(said, soft_wrap=True)
 
 

@@ -42,6 +42,7 @@ _TURNS = {
 _OTHER_FORMATS: tuple[tuple[bytes, str], ...] = (
     (rb"%PDF", "a PDF; convert its pages to images"),
     (rb"....ftyp(heic|heix|hevc|heim|heis|mif1|msf1)", "HEIC; convert it to JPEG or PNG"),
+    (rb"....ftyp(?!avi[fs])|....(moov|mdat|wide)|RIFF....AVI |\x1aE\xdf\xa3", "a video; extract its frames as images"),
     (rb"\xff\x0a|\0\0\0\x0cJXL ", "JPEG XL; convert it to JPEG or PNG"),
     (rb"PK\x03\x04", "a zip archive; unpack it"),
     (rb"\x1f\x8b", "gzip; unpack it"),
@@ -94,7 +95,7 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             turn = _TURNS.get(_orientation(image))
             return np.asarray(_to_rgb(image if turn is None else image.transpose(turn)))
         except Exception as error:  # Pillow's decoders raise a dozen types on damaged data
-            raise _broken(image, error) from error
+            raise _broken(image, image.size, error) from error
 
 
 def format_and_turned(data: bytes) -> tuple[str, bool]:
@@ -155,7 +156,7 @@ def _decoded_header(data: bytes, max_pixels: int) -> ImageHeader:
             if orientation in (5, 6, 7, 8):
                 width, height = height, width
         except Exception as error:
-            raise _broken(image, error) from error
+            raise _broken(image, (width, height), error) from error
         return ImageHeader(image.format or "", (width, height), orientation)
 
 
@@ -219,8 +220,9 @@ def _kind_of_file(data: bytes) -> str:
     return f"its {len(data)} bytes begin with {data[:8]!r}"
 
 
-def _broken(image: Image.Image, error: Exception) -> Rejected:
-    return Rejected("broken_image", f"{image.format} of {image.width} x {image.height}: {error}")
+def _broken(image: Image.Image, size_wh: tuple[int, int], error: Exception) -> Rejected:
+    width, height = size_wh
+    return Rejected("broken_image", f"{image.format} of {width} x {height}: {error}")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -85,7 +85,8 @@ def _listen(host: str, port: int) -> socket.socket:
         of_port = error.errno in (errno.EADDRINUSE, errno.EACCES)
         with naming("port" if of_port else "host"):
             reason = (error.strerror or "").partition(" (while")[0]  # Python adds the address, which is said already
-            raise UserError(f"{port if of_port else host}: {reason}") from error
+            remedy = "; --port 0 takes a free one" if error.errno == errno.EADDRINUSE else ""
+            raise UserError(f"{port if of_port else host}: {reason}{remedy}") from error
 
 
 if __name__ == "__main__":

@@ -18,7 +18,19 @@ from collavo import cli
 from collavo.embedded import SCENES
 from collavo.errors import StoreOutage, UserError
 from collavo.folders import whole_folder
-from collavo.storage import FAULTS, MANIFEST, REJECTS, REPORT, delete, is_local, list_files, open_read, size_text
+from collavo.storage import (
+    FAULTS,
+    MANIFEST,
+    REJECTS,
+    REPORT,
+    delete,
+    exists,
+    fixed_part,
+    is_local,
+    list_files,
+    open_read,
+    size_text,
+)
 from pipelines.local_workers import LocalWorkers, cores, count_workers, gpus_for, runs_here
 from pipelines.options import PROGRAM, Flags, SegmentationFlags, parse_flags
 from schemas.crayon_row import TASKS
@@ -61,6 +73,9 @@ def _main(argv: Sequence[str]) -> None:
     count = count_workers(rest, device, embedded)
     with LocalWorkers(count, device) if count > 1 else nullcontext() as workers:
         if flags.needs_network and runs_here(rest):
+            for pattern in flags.sources.images:
+                if is_local(pattern) and not exists(fixed_part(pattern)):
+                    raise UserError(f"--images {pattern}: there is no such file or folder")
             _check_network(flags.segmentation)
         gpus = gpus_for(device)
         _build(flags, rest, workers, share_gpu=bool(gpus) and count > len(gpus))
@@ -106,8 +121,8 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
                 _draw_scenes(plan.scenes, console)
             if not run_job(plan, workers, console):
                 return
-        except BaseException:
-            clear(publication)
+        except BaseException as error:
+            clear(publication, interrupted=isinstance(error, KeyboardInterrupt))
             raise
         if is_local(publication.output):
             delete([join(publication.work, ""), join(publication.segmented, "")])

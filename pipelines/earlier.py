@@ -74,22 +74,27 @@ def prepare(publication: Publication, content: Sequence[str], resume: bool, disc
             earlier = json.load(file)
         if other := _difference(earlier, made_by, made_by):
             raise UserError(f"--resume: the stopped build had {other}; --discard starts anew")
+        if not left:
+            print("--resume: the stopped build had not completed a file of finished pictures; all are segmented anew")
     delete(sorted({re.sub(rf"(/{WORK}[^/]*/).*", r"\1", uri) for uri in unused}))
     if by_model:
         with open_write(note) as file:
             file.write(json.dumps(made_by).encode())
 
 
-def clear(publication: Publication) -> None:
+def clear(publication: Publication, interrupted: bool = False) -> None:
     """Remove what nobody can use of a build that stopped, and say on standard error what the next one can.
 
     Where a store does not answer, all is left to the next build, which finds it.
     """
     with suppress(*FAULTS, StoreOutage):
-        if left := _segmented(publication, list_files(join(publication.segmented, ""))):
+        content = list_files(join(publication.segmented, ""))
+        if left := _segmented(publication, content):
             kept = f"{_size_of(left)} of finished pictures are kept in {publication.segmented}"
             print(f"{kept}: --resume uses them, --discard removes them", file=sys.stderr)
         else:
+            if content and interrupted:
+                print("nothing is kept: no file of finished pictures was complete yet", file=sys.stderr)
             delete([join(publication.segmented, "")])
         if not is_local(publication.output):  # there, the staging folder vanishes with all of it
             delete([join(publication.work, "")])

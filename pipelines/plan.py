@@ -369,6 +369,11 @@ def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources
     for name in ("coco_panoptic", "coco_instances", "coco_images", "coco_masks", "llava_json", "image_root", "dataset"):
         for uri in masks if name == "coco_masks" else _as_tuple(getattr(flags, name)):
             if is_local(uri) and not exists(uri) and not (name == "dataset" and "*" in uri):
+                if name == "coco_masks" and not flags.coco_masks:
+                    raise UserError(
+                        f"--coco_panoptic {flags.coco_panoptic[masks.index(uri)]}: its masks are looked for in {uri}, "
+                        "which is not there; --coco_masks names their folder"
+                    )
                 raise UserError(f"--{name} {uri}: there is no such file or folder")
     kinds = [*(("coco", "coco_panoptic"),) * len(flags.coco_panoptic)]
     kinds += [("coco_instances", "coco_instances")] * len(flags.coco_instances)
@@ -632,6 +637,10 @@ def _model(flags: SegmentationFlags, sources: Sources, sets: _Sets) -> ModelConf
 
 def _load_segmenter(name: str, **options: Any) -> Segmenter:
     """Load the network in a worker, where an error about it is still one about a flag."""
+    from collavo.device import resolve_device  # torch, which a launcher can do without
+
+    with naming("device"):
+        resolve_device(options["device"])
     with naming("segmenter"):
         return load_segmenter(name, **options)
 

@@ -78,9 +78,10 @@ def publish(
     _check_accounts(counts, inputs)
     try:
         _check_rejects(publication, counts, inputs)
-    except UserError:
-        _gather_rejects(join(publication.output, FAILED_REJECTS), ordered)
-        raise
+    except UserError as error:
+        head = _gather_rejects(join(publication.output, FAILED_REJECTS), ordered)
+        first = f"; the first: {json.loads(head.splitlines()[0])['detail']}" if head else ""
+        raise UserError(f"{error}{first}", error.exit_status) from error
     old = [uri for uri in found if _is_ours(folder, uri)]
     delete_files([uri for uri in old if uri == manifest_uri])
     written = [shard for shard in ordered if shard.data_uri]

@@ -22,7 +22,7 @@ from collavo.sources.dialogues import DialogueEntry, stream_dialogues
 from collavo.sources.image_paths import checked_relative, image_names, is_hidden, is_utf8
 from collavo.sources.json_files import open_json
 from collavo.sources.records import stream_records
-from collavo.storage import FAULTS, canonical, exists, fixed_part, list_files, open_random, open_read
+from collavo.storage import FAULTS, canonical, exists, fixed_part, is_local, list_files, open_random, open_read
 from pipelines.records import UNSEEN, Draft, Input, Mention, Reject
 
 Entry = TypeVar("Entry")
@@ -338,8 +338,13 @@ def listed_paths(pattern: str) -> tuple[list[str], int]:
     paths, hidden = visible_files(pattern)
     if paths:
         return paths, hidden
-    names = "names hidden files only" if hidden else "names no file"
-    raise UserError(f"{names}; a folder, a glob in quotes, or a .txt list would work")
+    if hidden:
+        fault = "names hidden files only"
+    elif is_local(pattern) and not exists(fixed_part(pattern)):
+        fault = "there is no such file or folder"
+    else:
+        fault = "no file matches" if fixed_part(pattern) != pattern else "holds no file"
+    raise UserError(f"{fault}; a folder with files, a glob in quotes, or a .txt list would work")
 
 
 def visible_files(pattern: str) -> tuple[list[str], int]:

@@ -47,11 +47,11 @@ class TrainArguments:
     align_batch_size: int = flag(256, "the same in alignment", least=1)
     micro_batch_size: int = flag(8, "sequences per forward pass; gradients accumulate over the rest (default: 2 "
         "for collavo-7b, 1 for collavo-internlm2-7b, else 8)", least=1)  # fmt: skip
-    align_learning_rate: float = flag(1e-3, "of alignment, after a warm-up of 3 % of its steps")
-    cpt_learning_rate: float = flag(1e-4, "at the start of Crayon Prompt Tuning")
-    cit_learning_rate: float = flag(1e-5, "at the start of instruction tuning")
-    final_learning_rate: float = flag(1e-6, "at the end of every phase; the decay is a cosine")
-    max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm")
+    align_learning_rate: float = flag(1e-3, "of alignment, after a warm-up of 3 % of its steps", least=0)
+    cpt_learning_rate: float = flag(1e-4, "at the start of Crayon Prompt Tuning", least=0)
+    cit_learning_rate: float = flag(1e-5, "at the start of instruction tuning", least=0)
+    final_learning_rate: float = flag(1e-6, "at the end of every phase; the decay is a cosine", least=0)
+    max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm", least=0)
     seed: int = flag(0, "for initial weights and the order of the data", least=0)
 
     lora_rank: int = flag(64, "rank of the adapters", least=1, group="method")

@@ -87,7 +87,10 @@ def plan_phases(
             kind: adapter for kind, adapter in ADAPTER_OF[arguments.adapters].items() if len(index.texts[kind])
         }
         if not adapter_of:
-            raise UserError("--data: no row of the split 'train' has anything that --adapters could learn from")
+            raise UserError(
+                "--data: no row of the split 'train' has anything that --adapters could learn from; are files of that "
+                "split among those named?"
+            )
         active = tuple(dict.fromkeys(adapter_of.values()))
         stages = {kind: cit_stage(adapter, active) for kind, adapter in adapter_of.items()}
         add("cit", stages, arguments.cit_learning_rate)
