@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from posixpath import commonprefix
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -335,9 +336,7 @@ def _batches(limits: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]
 
 def _common_length(prompts: Sequence[list[int]]) -> int:
     """Count the first tokens that all prompts share, at most all but one: `generate` needs a token to go on from."""
-    shortest, *others = sorted(prompts, key=len)
-    last = len(shortest) - 1
-    return next((i for i in range(last) if any(other[i] != shortest[i] for other in others)), last)
+    return min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
 
 
 def _positions(attention_mask: torch.Tensor) -> torch.Tensor:
