@@ -6,7 +6,7 @@ Every contradiction is refused in one line, before anything is read or written.
 import posixpath
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -86,21 +86,14 @@ _IMAGE_FLAGS = (
 
 
 @dataclass(frozen=True, slots=True)
-class SceneRequest:
-    """Sample scenes to draw before the job reads them."""
-
-    folder: str
-    count: int
-    size_wh: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """What a checked command line asks for."""
 
     job: CrayonJob
     beam_options: PipelineOptions
-    scenes: SceneRequest | None
+    scenes: str | None
+    """The folder that sample scenes are drawn into, before the job reads them."""
+
     output_content: list[str]
     """What lies in the output; see `content_of`."""
 
@@ -125,13 +118,13 @@ def make_plan(flags: Flags, rest: Sequence[str], share_gpu: bool) -> Plan:
     content = _check_output(flags, paths)
     runner = beam_options.view_as(StandardOptions).runner
     publication = _publication(flags, runner)
-    scenes = None if flags.sources.named else _scene_request(flags.sources, publication)
+    scenes = None if flags.sources.named else _scene_folder(publication)
     if flags.output.extend:
         rows = [uri for uri in published_files(publication.output, content) if uri.endswith(".parquet")]
         flags = flags._replace(sources=replace(flags.sources, from_crayon=(*flags.sources.from_crayon, *rows)))
     notes: list[str] = []
     sets = _Sets(flags, notes)
-    sources = _scene_sources(scenes.folder) if scenes else _named_sources(flags.sources, sets, notes)
+    sources = _scene_sources(scenes) if scenes else _named_sources(flags.sources, sets, notes)
     job = _job(flags, sources, sets, publication)
     sets.note_unused()
     if job.model is None and (unused := flags.given & set(_MODEL_FLAGS)):
@@ -225,11 +218,10 @@ def _publication(flags: Flags, runner: str) -> Publication:
     )
 
 
-def _scene_request(flags: SourceFlags, publication: Publication) -> SceneRequest:
+def _scene_folder(publication: Publication) -> str:
     if not is_local(publication.output):
         raise UserError("no source is named, and sample scenes are drawn on local disks only; try --coco_panoptic")
-    folder = f"{publication.output.rstrip('/')}_scenes"
-    return SceneRequest(folder, flags.scenes, flags.scene_size)
+    return f"{publication.output.rstrip('/')}_scenes"
 
 
 def _scene_sources(folder: str) -> Sources:
@@ -361,7 +353,7 @@ def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources
             f"--coco_images names {len(flags.coco_images)} folders for {len(flags.coco)} COCO files; each file "
             "needs the folder of its images"
         )
-    masks = flags.coco_masks or tuple(_mask_folder(uri) for uri in flags.coco_panoptic)
+    masks = flags.coco_masks or tuple(uri.removesuffix(".gz").removesuffix(".json") for uri in flags.coco_panoptic)
     if len(masks) != len(flags.coco_panoptic):
         raise UserError(f"--coco_masks names {len(masks)} folders for {len(flags.coco_panoptic)} --coco_panoptic files")
     if flags.llava_json and not flags.image_root:
@@ -373,7 +365,11 @@ def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources
     kinds = [*(("coco", "coco_panoptic"),) * len(flags.coco_panoptic)]
     kinds += [("coco_instances", "coco_instances")] * len(flags.coco_instances)
     own = [sets.of_annotations(flag, uri) for (_, flag), uri in zip(kinds, flags.coco, strict=True)]
-    crayon_files = tuple(uri for pattern in flags.from_crayon for uri in _crayon_files(pattern))
+    crayon_files = tuple(
+        uri
+        for pattern in flags.from_crayon
+        for uri in _files_named("from_crayon", pattern, lambda name: name.endswith(".parquet"), ".parquet")
+    )
     if crayon_files:
         with naming("from_crayon"):
             sets.add_finished(category_set(crayon_files), crayon_files)
@@ -400,7 +396,7 @@ def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources
     )
     image_splits = _parallel("images_split", flags.images_split, flags.images, notes)
     images = tuple(ImagesSource(pattern, root, s) for pattern, s in zip(flags.images, image_splits, strict=True))
-    shards = [_record_files(path) for path in flags.dataset]
+    shards = [_files_named("dataset", path, is_record_file, ".parquet or .tar") for path in flags.dataset]
     dataset_splits = _parallel("dataset_split", flags.dataset_split, flags.dataset, notes, shards)
     for path, uris in zip(flags.dataset, shards, strict=True):
         notes += _columns_note(path, uris[0], flags.image_column)
@@ -416,10 +412,6 @@ def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources
         ),
         crayon_files=crayon_files,
     )
-
-
-def _mask_folder(json_uri: str) -> str:
-    return json_uri.removesuffix(".gz").removesuffix(".json")
 
 
 def _parallel(
@@ -492,13 +484,14 @@ def _list_for_root(source: ImagesSource, notes: list[str]) -> list[str]:
     return [*([join(source.image_root, "x")] if relative else []), *(path for path in paths if is_absolute(path))]
 
 
-def _record_files(path: str) -> list[str]:
+def _files_named(flag: str, pattern: str, is_wanted: Callable[[str], bool], kind: str) -> list[str]:
+    """List the files of a kind that a glob or folder names."""
     try:
-        found = [uri for uri in visible_files(path)[0] if is_record_file(uri)]
+        found = [uri for uri in visible_files(pattern)[0] if is_wanted(uri)]
     except FAULTS as error:
-        raise UserError(f"--dataset {fault_line(path, error)}") from error
+        raise UserError(f"--{flag} {fault_line(pattern, error)}") from error
     if not found:
-        raise UserError(f"--dataset {path}: names no .parquet or .tar file")
+        raise UserError(f"--{flag} {pattern}: names no {kind} file")
     return found
 
 
@@ -527,16 +520,6 @@ def _opened_records(uri: str) -> Iterator[BinaryIO]:
             yield file
     except FAULTS as error:
         raise UserError(f"--dataset {fault_line(uri, error)}") from error
-
-
-def _crayon_files(pattern: str) -> list[str]:
-    try:
-        found = [uri for uri in visible_files(pattern)[0] if uri.endswith(".parquet")]
-    except FAULTS as error:
-        raise UserError(f"--from_crayon {fault_line(pattern, error)}") from error
-    if not found:
-        raise UserError(f"--from_crayon {pattern}: names no .parquet file")
-    return found
 
 
 def _job(flags: Flags, sources: Sources, sets: _Sets, publication: Publication) -> CrayonJob:
