@@ -89,17 +89,13 @@ def build_panoptic_map(
         runs = runs._replace(ids=np.where(np.isin(runs.ids, left_out), 0, runs.ids))
         infos = [info for info in infos if info.label != LEFT_OUT]
     lengths = runs.lengths
-    known_ids = np.array(sorted({0, *(info.id for info in infos)}), dtype=np.int64)
-    if len(known_ids) != len(infos) + 1:
-        distinct = f"{len(known_ids) - 1} distinct ids other than 0"
-        raise Rejected("repeated_segment", f"{len(infos)} segments listed, but {distinct}")
+    known_ids, places = _known_ids(infos)
     run_positions = _positions(runs.ids, known_ids)
     areas, boxes_xyxy = _measure(run_positions, runs.starts, lengths, runs.size_hw[1], len(known_ids))
     if not areas[1:].all():
         raise Rejected("empty_segment", f"segment {known_ids[1:][areas[1:] == 0][0]} has no pixel")
 
-    by_id = {info.id: info for info in infos}
-    listed = [by_id[id_] for id_ in known_ids[1:].tolist()]
+    listed = [infos[place] for place in places.tolist()]
     return _assembled(run_positions, lengths, runs.size_hw, listed, areas[1:], boxes_xyxy[1:], categories)
 
 
@@ -120,15 +116,25 @@ def assemble_panoptic_map(
     Raises:
         Rejected: `repeated_segment` for an id listed twice, or a listed 0.
     """
-    known_ids, first = np.unique([0, *(info.id for info in infos)], return_index=True)
-    if len(known_ids) != len(infos) + 1:
-        distinct = f"{len(known_ids) - 1} distinct ids other than 0"
-        raise Rejected("repeated_segment", f"{len(infos)} segments listed, but {distinct}")
-    places = first[1:] - 1
+    known_ids, places = _known_ids(infos)
     runs = id_runs(ids)
     listed = [infos[place] for place in places.tolist()]
     positions = _positions(runs.ids, known_ids)
     return _assembled(positions, runs.lengths, runs.size_hw, listed, areas[places], boxes_xyxy[places], categories)
+
+
+def _known_ids(infos: Sequence[SegmentInfo]) -> tuple[np.ndarray, np.ndarray]:
+    """Return 0 and the ids of segments, ascending, and the places of these segments in `infos`.
+
+    Raises:
+        Rejected: `repeated_segment` for an id listed twice, or a listed 0.
+    """
+    ids = np.array([0, *(info.id for info in infos)], dtype=np.int64)
+    known_ids, first = np.unique(ids, return_index=True)
+    if len(known_ids) != len(ids):
+        distinct = f"{len(known_ids) - 1} distinct ids other than 0"
+        raise Rejected("repeated_segment", f"{len(infos)} segments listed, but {distinct}")
+    return known_ids, first[1:] - 1
 
 
 def _assembled(
