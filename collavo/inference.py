@@ -86,6 +86,7 @@ class Sampling(NamedTuple):
         return {"do_sample": True, **self._asdict(), "top_k": 0}
 
 
+@dataclass(eq=False)
 class Answerer:
     """A model that answers questions about pictures, the same way every time unless it samples.
 
@@ -96,19 +97,11 @@ class Answerer:
         sampling: None for the likeliest token each time.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        processor: CollavoProcessor,
-        listed: Sequence[Kind],
-        beams: int = 1,
-        sampling: Sampling | None = None,
-    ) -> None:
-        self.model = model
-        self.processor = processor
-        self.listed = tuple(listed)
-        self.beams = beams
-        self.sampling = sampling
+    model: Any
+    processor: CollavoProcessor
+    listed: Sequence[Kind]
+    beams: int = 1
+    sampling: Sampling | None = None
 
     @property
     def context(self) -> int:
