@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult
 
 from collavo.categories import CATEGORIES_FILE
-from collavo.model_card import licence_of
+from collavo.model_card import card_head, licence_of
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.quiet import without_loading_report
 from collavo.segmenter_training.finetuning import SegmentedRows, Steps
@@ -105,9 +105,8 @@ def write_card(
     names = list(config["id2label"].values())
     licence = licence_of(base.folder)
     data = ", ".join(sorted({Path(file).resolve().parent.name for file in files}))
-    metadata = ModelCardData(
-        license=licence["license"],
-        license_name=licence["license_name"] if licence["license"] == "other" else None,
+    head = card_head(
+        licence,
         base_model=checkpoint,
         pipeline_tag="image-segmentation",
         library_name="transformers",
@@ -131,7 +130,7 @@ def write_card(
         table="\n".join(table(judged)),
         licence=licence["license_name"],
     )
-    (folder / CARD).write_text(f"---\n{metadata.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+    (folder / CARD).write_text(f"{head}{text}", encoding="utf-8")
     figures = {
         "images": judged.images,
         "panoptic_quality": judged.quality,
