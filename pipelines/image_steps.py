@@ -79,12 +79,11 @@ def segment_by_annotation(image: LoadedImage, job: CrayonJob) -> Segmented:
 
 def draft_row(segmented: SegmentedImage, job: CrayonJob) -> Draft:
     """Make the row of an image, without its instructions."""
-    image, task = segmented.image, segmented.image.task
+    image, task, panoptic = segmented.image, segmented.image.task, segmented.panoptic
     with _timed(image.seconds, "encode"):
-        png = encode_index_map(segmented.panoptic)
-        row = replace(_row(image, job), panoptic_png=png, segments=segmented.panoptic.segments)
-    inputs = tuple(mention.input for mention in task.mentions)
-    return Draft(row, inputs, (segmented.segmenter,), image.seconds, segmented.panoptic.unfamiliar, bool(task.split))
+        png = encode_index_map(panoptic)
+        row = replace(_row(image, job), panoptic_png=png, segments=panoptic.segments)
+    return Draft(row, task.inputs, (segmented.segmenter,), image.seconds, panoptic.unfamiliar, bool(task.split))
 
 
 def draft_known(image: LoadedImage, job: CrayonJob) -> Draft | None:
@@ -100,19 +99,17 @@ def draft_known(image: LoadedImage, job: CrayonJob) -> Draft | None:
     block = spilled_pictures(job.publication.segmented, job.work).get(digest) if job.resumed else None
     if block is None and digest not in finished_pictures(job.sources.crayon_files):
         return None
-    inputs = tuple(mention.input for mention in task.mentions)
     if block is None:
-        return Draft(row, inputs, (), image.seconds, split_stated=bool(task.split))
+        return Draft(row, task.inputs, (), image.seconds, split_stated=bool(task.split))
     (segmented,) = read_drafts([block])
     row = replace(row, panoptic_png=segmented.row.panoptic_png, segments=segmented.row.segments)
-    return replace(segmented, row=row, inputs=inputs, seconds=image.seconds, split_stated=bool(task.split))
+    return replace(segmented, row=row, inputs=task.inputs, seconds=image.seconds, split_stated=bool(task.split))
 
 
 def draft_dialogue(task: ImageTask, job: CrayonJob) -> Draft:
     """Make the row of a dialogue about no image."""
     mention = task.mentions[0]
-    dialogues = tuple(mention.dialogue for mention in task.mentions if mention.dialogue)
-    digest = hashlib.sha256(json.dumps([dialogue.turns for dialogue in dialogues]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([dialogue.turns for dialogue in task.dialogues]).encode()).hexdigest()
     row = CrayonRow(
         image_id=mention.image_path,
         image_sha256=None,
@@ -124,9 +121,9 @@ def draft_dialogue(task: ImageTask, job: CrayonJob) -> Draft:
         license_id=None,
         split=task.split or split_of(digest, job.validation_ratio),
         panoptic_png=None,
-        conversations=dialogues,
+        conversations=task.dialogues,
     )
-    return Draft(row, tuple(mention.input for mention in task.mentions), (), {}, split_stated=bool(task.split))
+    return Draft(row, task.inputs, (), {}, split_stated=bool(task.split))
 
 
 def merge_drafts(first: Draft, second: Draft) -> tuple[Draft, list[Reject]]:
@@ -173,7 +170,7 @@ def _row(image: LoadedImage, job: CrayonJob) -> CrayonRow:
         license_id=next((m.license_id for m in mentions if m.license_id is not None), None),
         split=image.task.split or split_of(digest, job.validation_ratio),
         panoptic_png=None,
-        conversations=tuple(mention.dialogue for mention in mentions if mention.dialogue),
+        conversations=image.task.dialogues,
     )
 
 
