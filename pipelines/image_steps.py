@@ -92,11 +92,11 @@ def draft_known(image: LoadedImage, job: CrayonJob) -> Draft | None:
     The rows of a finished data set are among the drafts already: what is said here of one of its pictures is merged
     with its row. For one that a stopped build had segmented, its map is taken from there.
     """
-    if not (job.resumed or job.sources.crayon_files):
+    if not (job.output.resume or job.sources.crayon_files):
         return None
     task, row = image.task, _row(image, job)
     digest = bytes.fromhex(row.image_sha256 or "")
-    block = spilled_pictures(job.publication.segmented, job.work).get(digest) if job.resumed else None
+    block = spilled_pictures(job.publication.segmented, job.work).get(digest) if job.output.resume else None
     if block is None and digest not in finished_pictures(job.sources.crayon_files):
         return None
     if block is None:
@@ -119,7 +119,7 @@ def draft_dialogue(task: ImageTask, job: CrayonJob) -> Draft:
         height=None,
         sources=(mention.input.source,),
         license_id=None,
-        split=task.split or split_of(digest, job.validation_ratio),
+        split=task.split or split_of(digest, job.output.validation_ratio),
         panoptic_png=None,
         conversations=task.dialogues,
     )
@@ -162,13 +162,13 @@ def _row(image: LoadedImage, job: CrayonJob) -> CrayonRow:
     return CrayonRow(
         image_id=image.path,
         image_sha256=digest,
-        image_bytes=image.image_bytes if job.embed_images else None,
+        image_bytes=image.image_bytes if job.output.embed_images else None,
         image_path=image.path,
         width=image.size_wh[0],
         height=image.size_wh[1],
         sources=tuple(sorted({mention.input.source for mention in mentions})),
         license_id=next((m.license_id for m in mentions if m.license_id is not None), None),
-        split=image.task.split or split_of(digest, job.validation_ratio),
+        split=image.task.split or split_of(digest, job.output.validation_ratio),
         panoptic_png=None,
         conversations=image.task.dialogues,
     )

@@ -231,6 +231,10 @@ class OutputFlags:
         1.0, "the job fails if more of its inputs are rejected", least=0, most=1, metavar="R"
     )
 
+    @property
+    def embed_images(self) -> bool:
+        return self.image_storage == "embed"
+
 
 class Flags(NamedTuple):
     """All flags of the build, in their groups."""

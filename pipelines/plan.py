@@ -239,7 +239,7 @@ class _Sets:
     """The sets of classes of a command line's sources, which have to become one."""
 
     def __init__(self, flags: Flags, notes: list[str]) -> None:
-        self._notes = notes
+        self.notes = notes
         self._found: list[CategorySet] = []
         self._looked_for: list[CategorySet] = []
         self._finished: CategorySet | None = None
@@ -259,7 +259,7 @@ class _Sets:
         except FAULTS as error:
             raise UserError(f"--{flag} {fault_line(uri, error)}") from error
         if found is None:
-            self._notes.append(f"{uri} has no 'categories'; its numbers are taken for {COCO_PANOPTIC.name}'s")
+            self.notes.append(f"{uri} has no 'categories'; its numbers are taken for {COCO_PANOPTIC.name}'s")
         self.add(found or COCO_PANOPTIC)
         return found or COCO_PANOPTIC
 
@@ -267,10 +267,6 @@ class _Sets:
         """Take note of a set that the rows are to have."""
         self._found.append(joined(found))
         self._looked_for.append(found)
-
-    def note(self, line: str) -> None:
-        """Tell the user something before the job runs."""
-        self._notes.append(line)
 
     def would_take(self, found: CategorySet) -> bool:
         """Tell whether a set agrees with those known so far, or something says which class is which."""
@@ -286,7 +282,7 @@ class _Sets:
         """Tell of names in the map that no source has: a slip in one leaves a class as it is."""
         known = {key for found in self._looked_for for key in found.by_key}
         if unused := [name for name in self.renamed or () if name_key(name) not in known]:
-            self.note(f"--category_map: no source has {', '.join(map(repr, unused))}")
+            self.notes.append(f"--category_map: no source has {', '.join(map(repr, unused))}")
 
     def add_finished(self, found: CategorySet, files: Sequence[str]) -> None:
         """Take note of the set of finished rows, which have to keep it: they name classes by their place in it."""
@@ -547,12 +543,7 @@ def _job(flags: Flags, sources: Sources, sets: _Sets, publication: Publication) 
         categories=sets.target,
         askable=askable,
         mask_frame=flags.segmentation.mask_frame,
-        embed_images=flags.output.image_storage == "embed",
-        validation_ratio=flags.output.validation_ratio,
-        max_pixels=flags.output.max_pixels,
-        num_shards=flags.output.num_shards,
-        resumed=flags.output.resume,
-        max_images=flags.output.max_images,
+        output=flags.output,
         record_count=_count_records(sources.records) if flags.output.max_images else 0,
     )
 
@@ -597,7 +588,7 @@ def _model(flags: SegmentationFlags, sources: Sources, sets: _Sets) -> ModelConf
         # classes, is no reason to refuse them.
         unasked = flags.segmenter == "auto" and flags.segmenter_checkpoint is None
         if unasked and sources.coco and not (sources.images or sources.records) and not sets.would_take(found):
-            sets.note(
+            sets.notes.append(
                 "no network with these classes is named: a picture that only dialogues name becomes a reject; "
                 "--segmenter_checkpoint names one"
             )

@@ -143,7 +143,7 @@ def test_without_flags_scenes_are_drawn_beside_the_output(workspace):
     command = planned()
     assert command.scenes == "out_scenes"
     job = command.job
-    assert job.model is not None and not job.use_annotations and job.embed_images
+    assert job.model is not None and not job.use_annotations and job.output.embed_images
     assert [source.name for source in (*job.sources.coco, *job.sources.llava)] == ["scenes", "scenes"]
 
 
