@@ -60,24 +60,20 @@ def dataset_card(manifest: Mapping[str, Any], files: Sequence[str], name: str) -
     splits = [split for split in SPLITS if any(file.startswith(f"{split}-") for file in files)]
     tasks = ("image-text-to-text", "visual-question-answering", "image-segmentation")
     head = front_matter(name, manifest["rows"], tasks, {split: f"{split}-*.parquet" for split in splits})
-    return f"{head}\n{_body(manifest, splits, name)}"
-
-
-def _body(manifest: Mapping[str, Any], splits: Sequence[str], name: str) -> str:
     segments: Mapping[str, int] = manifest["segments"]
     ranked = sorted(segments.items(), key=lambda item: (-item[1], item[0]))
     instructions: Mapping[str, int] = manifest["instructions"]
     rejects: Mapping[str, int] = manifest["rejects"]
-    tasks = ", ".join(f"{task} {instructions[task]:,}" for task in TASKS if task in instructions)
+    by_task = ", ".join(f"{task} {instructions[task]:,}" for task in TASKS if task in instructions)
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(rejects.items()))
-    return _BODY.format(
+    body = _BODY.format(
         name=name,
         path=name,
         finished=manifest["finished"][:10],
         version=manifest["versions"]["collavo"],
         splits=", ".join(splits),
         rows=", ".join(f"{split} {manifest['rows_by_split'].get(split, 0):,}" for split in splits),
-        instructions=f"{sum(instructions.values()):,}: {tasks}" if instructions else "none",
+        instructions=f"{sum(instructions.values()):,}: {by_task}" if instructions else "none",
         conversations=manifest["conversations"],
         segments=sum(segments.values()),
         classes_found=len(segments),
@@ -88,6 +84,7 @@ def _body(manifest: Mapping[str, Any], splits: Sequence[str], name: str) -> str:
         frequent=", ".join(f"{category} {count:,}" for category, count in ranked[:_CLASSES_SHOWN]) or "none",
         sources=", ".join(sorted(manifest["inputs"])),
     )
+    return f"{head}\n{body}"
 
 
 def _segmenter(facts: Mapping[str, Any]) -> str:
