@@ -358,9 +358,8 @@ def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources
         for uri in masks if name == "coco_masks" else _as_tuple(getattr(flags, name)):
             if is_local(uri) and not exists(uri) and not (name == "dataset" and "*" in uri):
                 raise UserError(f"--{name} {uri}: there is no such file or folder")
-    kinds = [*(("coco", "coco_panoptic"),) * len(flags.coco_panoptic)]
-    kinds += [("coco_instances", "coco_instances")] * len(flags.coco_instances)
-    own = [sets.of_annotations(flag, uri) for (_, flag), uri in zip(kinds, flags.coco, strict=True)]
+    own = [sets.of_annotations("coco_panoptic", uri) for uri in flags.coco_panoptic]
+    own += [sets.of_annotations("coco_instances", uri) for uri in flags.coco_instances]
     crayon_files = tuple(
         uri
         for pattern in flags.from_crayon
@@ -372,18 +371,10 @@ def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources
             notes.extend(file_notes(crayon_files))
     tables = [labels_by_id(source, sets.target, sets.renamed) for source in own]
     splits = _parallel("coco_split", flags.coco_split, flags.coco, notes)
-    coco = tuple(
-        CocoSource(name, uri, images, mask, labels, split)
-        for (name, _), uri, images, mask, labels, split in zip(
-            kinds,
-            flags.coco,
-            flags.coco_images,
-            (*masks, *("",) * len(flags.coco_instances)),
-            tables,
-            splits,
-            strict=True,
-        )
-    )
+    names = ("coco",) * len(flags.coco_panoptic) + ("coco_instances",) * len(flags.coco_instances)
+    masks += ("",) * len(flags.coco_instances)
+    columns = zip(names, flags.coco, flags.coco_images, masks, tables, splits, strict=True)
+    coco = tuple(CocoSource(*of_file) for of_file in columns)
     root = flags.image_root or ""
     llava_splits = _parallel("llava_split", flags.llava_split, flags.llava_json, notes)
     llava = tuple(
