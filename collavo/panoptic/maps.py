@@ -156,19 +156,12 @@ def _assembled(
     new_positions[order + 1] = np.arange(1, len(listed) + 1)
     index_map = np.repeat(new_positions[run_positions], lengths).reshape(size_hw)
     areas_list, boxes_list = areas.tolist(), boxes_xyxy.astype(float).tolist()
-    segments = tuple(
-        Segment.of(
-            categories[listed[position].label],
-            id=listed[position].id,
-            box_xyxy=tuple(boxes_list[position]),
-            area=areas_list[position],
-            numbering=number,
-            is_crowd=listed[position].is_crowd,
-            score=listed[position].score,
-        )
-        for position, number in zip(order.tolist(), numbering.tolist(), strict=True)
-    )
-    return PanopticMap(index_map, segments, categories)
+    segments = []
+    for position, number in zip(order.tolist(), numbering.tolist(), strict=True):
+        info, box, area = listed[position], tuple(boxes_list[position]), areas_list[position]
+        category = categories[info.label]
+        segments.append(Segment.of(category, info.id, box, area, number, info.is_crowd, info.score))
+    return PanopticMap(index_map, tuple(segments), categories)
 
 
 def _positions(run_ids: np.ndarray, known_ids: np.ndarray) -> np.ndarray:
