@@ -30,25 +30,7 @@ print(ask([{{"role": "user", "content": [image, text]}}], return_full_text=False
 """,
 }
 
-_TEXT = """\
-# CoLLaVO: {name}
-
-{about}
-
-| | |
-|---|---|
-{rows}
-
-## Use
-
-```
-{use}```
-
-## Licence
-
-Crayon data hold other people's images and dialogues. Their licences, and the base's, limit what this model may be used
-for.
-"""
+_TEXT = Path(__file__).with_name("model_card.md")
 
 
 def write_model_card(
@@ -108,7 +90,7 @@ def write_model_card(
         "adapter": f"Crayon Prompt and one LoRA adapter on `{base}`.",
         "merged": f"A whole model: `{base}` with the Crayon Prompt, the adapters merged into its weights.",
     }
-    text = _TEXT.format(
+    text = _TEXT.read_text(encoding="utf-8").format(
         name=name,
         about=f"{about[form]} Trained with collavo {args.get('versions', {}).get('collavo', '')}.".replace(" .", "."),
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),

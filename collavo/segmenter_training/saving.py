@@ -26,31 +26,7 @@ _TOLD = ("*token*", "vocab*", "merges.txt", "preprocessor_config.json", "process
 _CHOSEN_ON = 20
 """Train rows on which the thresholds are chosen."""
 
-_TEXT = """\
-# {name}: a panoptic segmenter
-
-| | |
-|---|---|
-| network | {family}, from `{base}` |
-| classes | {classes}: {named} |
-| data | {data} |
-| training | {steps} updates of {batch} pictures, learning rate {rate:g} |
-| thresholds | preset `{preset}`, chosen on pictures of the training |
-
-```
-python pipelines/build_crayon.py --images photos --segmenter transformers --segmenter_checkpoint {name}
-```
-
-## Panoptic quality on pictures that it was not trained on
-
-{table}
-
-The blind guess gives each place in a picture the class that most pictures of the training have there.
-
-## Licence
-
-The base's licence is {licence}; the pictures' own may limit what this network may be used for, too.
-"""
+_TEXT = Path(__file__).with_name("card.md")
 
 
 def save_network(folder: Path, model: Any, base: Network, categories: CategorySet) -> None:
@@ -116,7 +92,7 @@ def write_card(
             EvalResult("image-segmentation", "crayon", data, "pq", judged.quality, metric_name="panoptic quality")
         ],
     )
-    text = _TEXT.format(
+    text = _TEXT.read_text(encoding="utf-8").format(
         name=name,
         family=config["model_type"],
         classes=len(names),
