@@ -287,11 +287,7 @@ class _Pieces(TextStreamer):
 
 
 def load_answerer(
-    source: str,
-    device: torch.device,
-    quantize: bool | None = None,
-    beams: int = 1,
-    sampling: Sampling | None = None,
+    source: str, device: torch.device, quantize: bool | None = None, beams: int = 1, sampling: Sampling | None = None
 ) -> Answerer:
     """Load a trained model, in bfloat16 on a GPU and in float32 on a CPU, save for what is quantised.
 

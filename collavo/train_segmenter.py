@@ -105,11 +105,7 @@ def _command(flags: Flags) -> None:
 
 
 def _train(
-    flags: Flags,
-    files: Sequence[str],
-    training: "SegmentedRows",
-    validation: "SegmentedRows",
-    console: "Console",
+    flags: Flags, files: Sequence[str], training: "SegmentedRows", validation: "SegmentedRows", console: "Console"
 ) -> None:
     """Train, judge, and put the folder in its place."""
     import shutil

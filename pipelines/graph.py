@@ -61,9 +61,7 @@ from pipelines.sources import (
     read_records,
     reject_output,
 )
-from pipelines.sources import (
-    read_images as read_image_lists,
-)
+from pipelines.sources import read_images as read_image_lists
 from pipelines.spill import DRAFTS, SpilledDraft, SpillWriter, shard_of
 
 ROWS_PER_SHARD = 2000

@@ -72,11 +72,7 @@ class SegmenterHandler(ModelHandler[LoadedImage, Segmented, BatchSegmenter]):
     """
 
     def __init__(
-        self,
-        load: Callable[[], Segmenter],
-        batch_size: int,
-        max_batch_pixels: int,
-        model_copies: int | None = None,
+        self, load: Callable[[], Segmenter], batch_size: int, max_batch_pixels: int, model_copies: int | None = None
     ) -> None:
         super().__init__(
             min_batch_size=_FULL_BATCH,

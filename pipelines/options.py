@@ -176,12 +176,7 @@ _INSTRUCTIONS = InstructionOptions()
 @dataclass(frozen=True, slots=True)
 class InstructionFlags:
     tasks: tuple[str, ...] = flag(
-        TASKS,
-        f"of {', '.join(TASKS)} (default: all)",
-        many=True,
-        choices=TASKS,
-        metavar="TASK",
-        group="instructions",
+        TASKS, f"of {', '.join(TASKS)} (default: all)", many=True, choices=TASKS, metavar="TASK", group="instructions"
     )
     templates: str | None = flag(
         None, "your own phrasings, in the format of collavo/instructions/phrasebook.json", metavar="JSON"

@@ -18,13 +18,7 @@ from typing import Any, BinaryIO
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 import collavo
-from collavo.categories import (
-    categories_of_annotations,
-    categories_of_file,
-    common_set,
-    joined,
-    labels_by_id,
-)
+from collavo.categories import categories_of_annotations, categories_of_file, common_set, joined, labels_by_id
 from collavo.cli import naming
 from collavo.dataset import category_set, opened_parquet, stated_facts
 from collavo.dataset import notes as file_notes
@@ -402,11 +396,7 @@ def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources
 
 
 def _parallel(
-    flag: str,
-    given: tuple[str, ...],
-    sources: Sequence[str],
-    notes: list[str],
-    files: Sequence[Sequence[str]] = (),
+    flag: str, given: tuple[str, ...], sources: Sequence[str], notes: list[str], files: Sequence[Sequence[str]] = ()
 ) -> tuple[str, ...]:
     """Choose a split for each source; an empty one stands for a choice by content.
 

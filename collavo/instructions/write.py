@@ -11,13 +11,7 @@ from typing import NamedTuple
 
 from collavo.instructions.choose import ClassStatistics, draw_absent_things, stable_hash, stable_uniforms
 from collavo.instructions.phrasebook import Phrasebook
-from collavo.instructions.text import (
-    format_box,
-    format_object,
-    format_objects,
-    format_objects_with_boxes,
-    has_extent,
-)
+from collavo.instructions.text import format_box, format_object, format_objects, format_objects_with_boxes, has_extent
 from schemas.categories import Category, CategorySet
 from schemas.crayon_row import TASKS, Instruction, Segment
 
