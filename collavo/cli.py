@@ -148,11 +148,11 @@ def naming(flag_name: str) -> Iterator[None]:
 
 
 @contextmanager
-def output_folder(folder: Path) -> Iterator[Path]:
-    """Write the folder of `--output` whole, as `whole_folder` does; an error about the folder names the flag."""
+def output_folder(folder: Path, flag_name: str = "output", inside: bool = False, kept: str = "") -> Iterator[Path]:
+    """Write the folder that a flag names whole, as `whole_folder` does; an error about the folder names the flag."""
     with ExitStack() as stack:
-        with naming("output"):
-            staging = stack.enter_context(whole_folder(folder))
+        with naming(flag_name):
+            staging = stack.enter_context(whole_folder(folder, inside, kept))
         yield staging
 
 

@@ -17,7 +17,6 @@ from rich.table import Table
 from collavo import cli
 from collavo.embedded import SCENES
 from collavo.errors import StoreOutage, UserError
-from collavo.folders import whole_folder
 from collavo.storage import FAULTS, MANIFEST, REJECTS, REPORT, delete, is_local, list_files, open_read, size_text
 from pipelines.local_workers import LocalWorkers, cores, count_workers, gpus_for, runs_here
 from pipelines.options import PROGRAM, Flags, SegmentationFlags, SourceFlags, parse_flags
@@ -86,8 +85,8 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
     start = time.perf_counter()
     with ExitStack() as stack:
         if is_local(publication.output):
-            with cli.naming("output"):
-                stack.enter_context(whole_folder(Path(publication.output), publication.stage_inside, SEGMENTED))
+            folder = Path(publication.output)
+            stack.enter_context(cli.output_folder(folder, inside=publication.stage_inside, kept=SEGMENTED))
         try:
             local = is_local(publication.output)
             content = list_files(join(publication.folder, "")) if local else plan.output_content
