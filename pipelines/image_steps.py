@@ -236,11 +236,10 @@ def _mask_runs(
     """
     data = read_bytes(annotated.mask_uri)
     listed = [info.id for info in infos]
-    if image.orientation == 1:
+    if image.orientation == 1 or mask_frame == "upright":
         return decode_segment_runs(data, image.size_wh, listed)
     width, height = image.size_wh
-    turned_by_90 = image.orientation >= 5
-    stored_wh = (height, width) if turned_by_90 else (width, height)
+    stored_wh = (height, width) if image.orientation >= 5 else (width, height)
     if mask_frame == "auto":
         if stored_wh == image.size_wh:
             detail = f"EXIF orientation {image.orientation} turns the image, and its mask fits either way"
@@ -252,9 +251,6 @@ def _mask_runs(
         except Rejected as error:
             if error.reason != "mask_size_mismatch":
                 raise
-        mask_frame = "stored"
-    if mask_frame == "upright":
-        return decode_segment_runs(data, image.size_wh, listed)
     runs = decode_segment_runs(data, stored_wh, listed)
     return turn_upright(np.repeat(runs.ids, runs.lengths).reshape(runs.size_hw), image.orientation)
 
