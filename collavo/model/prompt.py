@@ -6,7 +6,7 @@ comes first, wherever `<image>` stands in the data. The loss covers each answer 
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -70,6 +70,15 @@ _VICUNA_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
 
+_CHATML = ChatFormat(
+    "<|im_start|>user\n",
+    "\n",
+    "<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_end|>",
+    "\n<|im_start|>user\n",
+    system_form="<|im_start|>system\n{}<|im_end|>\n",
+)
+
 CHAT_FORMATS: Mapping[str, ChatFormat] = {
     # Paper, figure 4: `User: {question} Assistant: {answer}<stop>`, the image in front.
     "paper": ChatFormat("User: ", "\n", " Assistant:", "", "User: ", " "),
@@ -83,24 +92,10 @@ CHAT_FORMATS: Mapping[str, ChatFormat] = {
         system=_RELEASE_SYSTEM,
     ),
     "vicuna": ChatFormat("USER: ", "\n", " ASSISTANT:", "", "USER: ", " ", _VICUNA_SYSTEM),
-    "chatml": ChatFormat(
-        "<|im_start|>user\n",
-        "\n",
-        "<|im_end|>\n<|im_start|>assistant\n",
-        "<|im_end|>",
-        "\n<|im_start|>user\n",
-        system_form="<|im_start|>system\n{}<|im_end|>\n",
-    ),
+    "chatml": _CHATML,
     # Qwen 3 with its thinking off: each answer is preceded by a thought that is empty. Of its own template's history,
     # which has none, this differs from the second answer on; in return, each answer is asked for as it was trained.
-    "qwen3": ChatFormat(
-        "<|im_start|>user\n",
-        "\n",
-        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
-        "<|im_end|>",
-        "\n<|im_start|>user\n",
-        system_form="<|im_start|>system\n{}<|im_end|>\n",
-    ),
+    "qwen3": replace(_CHATML, answer_open=f"{_CHATML.answer_open}<think>\n\n</think>\n\n"),
     "llama3": ChatFormat(
         "<|start_header_id|>user<|end_header_id|>\n\n",
         "\n",
