@@ -228,6 +228,7 @@ class OutputFlags:
 
     @property
     def embed_images(self) -> bool:
+        """Whether rows hold the bytes of their images."""
         return self.image_storage == "embed"
 
 

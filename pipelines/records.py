@@ -127,10 +127,12 @@ class ImageTask(NamedTuple):
 
     @property
     def inputs(self) -> tuple[Input, ...]:
+        """The inputs that name it."""
         return tuple(mention.input for mention in self.mentions)
 
     @property
     def dialogues(self) -> tuple[Dialogue, ...]:
+        """What was said about it, by any input."""
         return tuple(mention.dialogue for mention in self.mentions if mention.dialogue)
 
     @property

@@ -182,6 +182,7 @@ def _class_question(task: str, category: Category, group: Sequence[Segment], siz
 
 
 def _names_of(category: Category) -> dict[str, str]:
+    """Return the words for a thing class, by placeholder."""
     return {
         "name": category.display_name,
         "singular": category.singular,
