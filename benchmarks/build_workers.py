@@ -150,7 +150,7 @@ def _steps_alone(words: list[str]) -> None:
     for place in places:
         statistics.add_image(place.present)
     splits = Counter(place.split for place in places)
-    counts = {split: graph.count_shards(rows, job.num_shards) for split, rows in splits.items()}
+    counts = {split: graph.count_shards(rows, job.output.num_shards) for split, rows in splits.items()}
     of_shard = defaultdict(list)
     for pack in packs:
         for shard, some in graph._drafts_by_shard(pack, counts, {}):

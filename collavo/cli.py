@@ -87,16 +87,15 @@ class Parser(argparse.ArgumentParser):
         Raises:
             UserError: for a number out of its bounds, or a required flag that is missing.
         """
-        given = {name: value for name, value in vars(parsed).items() if value is not None}
+        values = dict(defaults or {})
         for field in dataclasses.fields(flags):  # type: ignore[arg-type]
-            if field.name in given:
-                _check_bounds(field, given[field.name])
-                if field.metadata["many"]:
-                    given[field.name] = tuple(given[field.name])
-            elif field.default is REQUIRED and field.name not in (defaults or {}):
+            given = getattr(parsed, field.name)
+            if given is not None:
+                _check_bounds(field, given)
+                values[field.name] = tuple(given) if field.metadata["many"] else given
+            elif field.default is REQUIRED and field.name not in values:
                 raise UserError(f"--{field.name.rstrip('_')} is missing; {field.metadata['help']}")
-        names = {field.name for field in dataclasses.fields(flags)}  # type: ignore[arg-type]
-        return flags(**{**(defaults or {}), **{name: value for name, value in given.items() if name in names}})
+        return flags(**values)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does, but answer an unknown flag with the nearest known one."""
@@ -128,8 +127,8 @@ def unknown_flag(word: str, known: Iterable[str]) -> str:
     name = word.partition("=")[0]
     if not name.startswith("-"):
         return f"{word!r} belongs to no flag; --help lists them"
-    nearest = difflib.get_close_matches(name.replace("-", "_"), [k.replace("-", "_") for k in known], 1)
     by_shape = {k.replace("-", "_"): k for k in known}
+    nearest = difflib.get_close_matches(name.replace("-", "_"), by_shape, 1)
     hint = f"did you mean {by_shape[nearest[0]]}?" if nearest else "--help lists those there are"
     return f"unknown flag {name}; {hint}"
 
@@ -149,11 +148,11 @@ def naming(flag_name: str) -> Iterator[None]:
 
 
 @contextmanager
-def output_folder(folder: Path) -> Iterator[Path]:
-    """Write the folder of `--output` whole, as `whole_folder` does; an error about the folder names the flag."""
+def output_folder(folder: Path, flag_name: str = "output", inside: bool = False, kept: str = "") -> Iterator[Path]:
+    """Write the folder that a flag names whole, as `whole_folder` does; an error about the folder names the flag."""
     with ExitStack() as stack:
-        with naming("output"):
-            staging = stack.enter_context(whole_folder(folder))
+        with naming(flag_name):
+            staging = stack.enter_context(whole_folder(folder, inside, kept))
         yield staging
 
 

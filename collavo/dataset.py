@@ -484,11 +484,8 @@ def _holds(found: pa.DataType, expected: pa.DataType) -> bool:
 
 
 def _schema_of(file: Path | str) -> pa.Schema:
-    try:
-        with open_random(str(file)) as opened:
-            return pq.read_schema(opened)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file}: cannot be read as Parquet ({first_line(error)})") from error
+    with opened_parquet(file) as parquet:
+        return parquet.schema_arrow
 
 
 def stated_facts(metadata: Mapping[bytes, bytes] | None, file: Path | str) -> dict[str, Any]:

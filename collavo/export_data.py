@@ -6,7 +6,7 @@ Not here: the formats, see collavo/export_formats.py
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +74,8 @@ Crayon instruction data in the format `{to}`: {count:,} entries about {images:,}
 of their sources; the instructions were made from templates.
 """
 
-Account = Counter[tuple[str, str]]
-"""How many things of a kind (`rows`, `entries`, ...) ended in which way (`train`, `missing_file`, ...)."""
+Account = defaultdict[str, Counter[str]]
+"""How many things of each kind (`rows`, `entries`, ...) ended in which way (`train`, `missing_file`, ...)."""
 
 _KINDS = ("rows", "images", "misread images", "entries", "skipped entries", "changed conversations")
 
@@ -113,17 +113,16 @@ def _export(flags: Flags) -> None:
         _check_output(
             flags.output, [*map(Path, filter(is_local, files)), *filter(None, [flags.image_root])], flags.overwrite
         )
-    account: Account = Counter()
+    account: Account = defaultdict(Counter)
     with output_folder(flags.output.resolve()) as folder, naming("data"):
         with FORMATS[flags.to](folder) as write:
             _write_rows(flags, files, write, account)
-        if not sum(count for (kind, _), count in account.items() if kind == "images"):
-            total = sum(count for (kind, _), count in account.items() if kind == "rows")
-            raise UserError(f"nothing to export in {total:,} rows ({_fates(account, 'rows')})")
+        if not account["images"]:
+            raise UserError(f"nothing to export in {account['rows'].total():,} rows ({_fates(account['rows'])})")
         (folder / CARD).write_text(_card(flags, account), encoding="utf-8")
-    for kind in sorted({kind for kind, _ in account}, key=_KINDS.index):
-        total = sum(count for (its_kind, _), count in account.items() if its_kind == kind)
-        print(f"{kind:<22}{total:>12,}   {_fates(account, kind)}")
+    for kind in _KINDS:
+        if counts := account[kind]:
+            print(f"{kind:<22}{counts.total():>12,}   {_fates(counts)}")
     print(f"Data: {flags.output}")
 
 
@@ -155,9 +154,8 @@ def _write_rows(flags: Flags, files: Sequence[str], write: WriteRow, account: Ac
                 raise UserError(f"two rows have the image id {row.image_id!r}; export one data set at a time")
             seen.add(row.image_id)
             wanted = flags.split in (None, row.split)
-            account["rows", _write_row(row, flags, write, account, file_names) if wanted else "of_another_split"] += 1
-    for reason, count in damaged.counts.items():
-        account["rows", reason] += count
+            account["rows"][_write_row(row, flags, write, account, file_names) if wanted else "of_another_split"] += 1
+    account["rows"].update(damaged.counts)
     for line in damaged.lines():
         print(f"left out: {line}")
 
@@ -167,14 +165,14 @@ def _write_row(row: CrayonRow, flags: Flags, write: WriteRow, account: Account, 
     entries = []
     for entry in entries_of(row, flags.what) if flags.to != "jsonl" else ():
         if fault := fault_of(entry.turns, flags.to, row.has_image):
-            account["skipped entries", fault] += 1
+            account["skipped entries"][fault] += 1
             continue
         if flags.to == "llava" and (said := without_system(entry.turns)) != entry.turns:
             entry = entry._replace(turns=said)
-            account["changed conversations", "system_turn_left_out"] += 1
+            account["changed conversations"]["system_turn_left_out"] += 1
         entries.append(entry._replace(turns=with_image_token(entry.turns)) if row.has_image else entry)
         if entry.dialogue_id is not None and entries[-1].turns != entry.turns:
-            account["changed conversations", "image_token_added"] += 1
+            account["changed conversations"]["image_token_added"] += 1
     if not entries and flags.to != "jsonl":
         return "without_entries"
     try:
@@ -183,8 +181,8 @@ def _write_row(row: CrayonRow, flags: Flags, write: WriteRow, account: Account, 
         return error.reason
     write(row, image, entries)
     for entry in entries:
-        account["entries", "instructions" if entry.dialogue_id is None else "conversations"] += 1
-    account["images", "written" if image else "none"] += 1
+        account["entries"]["instructions" if entry.dialogue_id is None else "conversations"] += 1
+    account["images"]["written" if image else "none"] += 1
     return row.split
 
 
@@ -207,28 +205,28 @@ def _image_of(row: CrayonRow, flags: Flags, account: Account, file_names: set[st
         raise UserError(f"the images of two rows would be the file {name!r}; export one data set at a time")
     file_names.add(name)
     if is_turned and flags.to in ("llava", "llamafactory", "swift"):  # these trainers do not read EXIF
-        account["misread images", "exif_orientation_ignored"] += 1
+        account["misread images"]["exif_orientation_ignored"] += 1
     return ExportedImage(name, data)
 
 
 def _card(flags: Flags, account: Account) -> str:
-    splits = [split for split in SPLITS if account["rows", split]]
+    splits = [split for split in SPLITS if account["rows"][split]]
     pattern = DATA_FILES[flags.to]
     files = {split: pattern.format(split=split) for split in (splits if "{split}" in pattern else ["train"])}
     count = (
-        account["images", "written"]
+        account["images"]["written"]
         if flags.to == "jsonl"
-        else sum(account["entries", kind] for kind in ("instructions", "conversations"))
+        else sum(account["entries"][kind] for kind in ("instructions", "conversations"))
     )
     name = flags.output.resolve().name
     head = front_matter(name, count, ["image-text-to-text", "visual-question-answering"], files)
     return _CARD_BODY.format(
-        head=head, name=name, to=flags.to, count=count, images=account["images", "written"], version=collavo.__version__
+        head=head, name=name, to=flags.to, count=count, images=account["images"]["written"], version=collavo.__version__
     )
 
 
-def _fates(account: Account, kind: str) -> str:
-    return ", ".join(f"{fate} {count:,}" for (its_kind, fate), count in sorted(account.items()) if its_kind == kind)
+def _fates(counts: Counter[str]) -> str:
+    return ", ".join(f"{fate} {count:,}" for fate, count in sorted(counts.items()))
 
 
 if __name__ == "__main__":

@@ -50,11 +50,8 @@ def _download(model_id: str, weights: Sequence[str]) -> Path:
     silence = _silence_of(constants.ENDPOINT)
     try:
         for pattern in weights or ("config.json",):
-            folder = Path(
-                snapshot_download(
-                    model_id, allow_patterns=[*_DESCRIPTIONS, pattern], local_files_only=silence is not None
-                )
-            )
+            wanted = [*_DESCRIPTIONS, pattern]
+            folder = Path(snapshot_download(model_id, allow_patterns=wanted, local_files_only=silence is not None))
             if any(folder.glob(pattern)):
                 return folder
         raise FileNotFoundError(f"the hub has no {' or '.join(weights) or 'config.json'} of it")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from posixpath import commonprefix
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,6 +86,7 @@ class Sampling(NamedTuple):
         return {"do_sample": True, **self._asdict(), "top_k": 0}
 
 
+@dataclass(eq=False)
 class Answerer:
     """A model that answers questions about pictures, the same way every time unless it samples.
 
@@ -95,19 +97,11 @@ class Answerer:
         sampling: None for the likeliest token each time.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        processor: CollavoProcessor,
-        listed: Sequence[Kind],
-        beams: int = 1,
-        sampling: Sampling | None = None,
-    ) -> None:
-        self.model = model
-        self.processor = processor
-        self.listed = tuple(listed)
-        self.beams = beams
-        self.sampling = sampling
+    model: Any
+    processor: CollavoProcessor
+    listed: Sequence[Kind]
+    beams: int = 1
+    sampling: Sampling | None = None
 
     @property
     def context(self) -> int:
@@ -293,11 +287,7 @@ class _Pieces(TextStreamer):
 
 
 def load_answerer(
-    source: str,
-    device: torch.device,
-    quantize: bool | None = None,
-    beams: int = 1,
-    sampling: Sampling | None = None,
+    source: str, device: torch.device, quantize: bool | None = None, beams: int = 1, sampling: Sampling | None = None
 ) -> Answerer:
     """Load a trained model, in bfloat16 on a GPU and in float32 on a CPU, save for what is quantised.
 
@@ -335,9 +325,7 @@ def _batches(limits: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]
 
 def _common_length(prompts: Sequence[list[int]]) -> int:
     """Count the first tokens that all prompts share, at most all but one: `generate` needs a token to go on from."""
-    shortest, *others = sorted(prompts, key=len)
-    last = len(shortest) - 1
-    return next((i for i in range(last) if any(other[i] != shortest[i] for other in others)), last)
+    return min(len(commonprefix(prompts)), min(map(len, prompts)) - 1)
 
 
 def _positions(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -30,25 +30,7 @@ print(ask([{{"role": "user", "content": [image, text]}}], return_full_text=False
 """,
 }
 
-_TEXT = """\
-# CoLLaVO: {name}
-
-{about}
-
-| | |
-|---|---|
-{rows}
-
-## Use
-
-```
-{use}```
-
-## Licence
-
-Crayon data hold other people's images and dialogues. Their licences, and the base's, limit what this model may be used
-for.
-"""
+_TEXT = Path(__file__).with_name("model_card.md")
 
 
 def write_model_card(
@@ -64,11 +46,15 @@ def write_model_card(
         left_out: how much of the data could not be used, by reason; None where the card does not say.
     """
     name = name or folder.resolve().name
-    args, about_base = read_train_args(run), licence_of(_folder_of(run))
+    source = base_source(run)
+    embedded = find_embedded(source)
+    args, about_base = read_train_args(run), licence_of(embedded.folder if embedded else Path(source))
+    steps = {line["phase"]: line["step"] for line in read_metrics(run)}
     losses, results = _losses(run), _results(run)
     data = sorted({Path(file).parent.name or "." for file in args.get("files", {})})
     classes = [category.display_name for category in CollavoConfig.from_pretrained(run).category_set]
     licences = sorted({str(licence_of(Path(file).parent)["license_name"]) for file in args.get("files", {})})
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted((left_out or {}).items()) if count)
     rows = {
         "base": f"`{base}`, licence {about_base['license_name']}",
         "data": f"{', '.join(data) or 'not recorded'}, licence {', '.join(licences) or 'not recorded'}",
@@ -78,16 +64,15 @@ def write_model_card(
         **({"projector": "trained on captions"} if args.get("projector_trained") else {}),
         "queries": args["queries"],
         "prompts with the object list": args["object_list"],
-        "steps": ", ".join(f"{phase} up to {step}" for phase, step in _steps(run).items()) or "none",
-        **({} if left_out is None else {"left out": _tally(left_out)}),
+        "steps": ", ".join(f"{phase} up to {step}" for phase, step in steps.items()) or "none",
+        **({} if left_out is None else {"left out": skipped or "nothing"}),
         **{f"validation loss, {kind}": f"{loss:.3f}" for kind, loss in losses.items()},
         **{f"{task}, right of {each['questions']}": f"{each['correct']:.1%}" for task, each in results.items()},
     }
     figures = [("loss", f"validation loss, {kind}", loss) for kind, loss in losses.items()]
     figures += [("accuracy", task, each["correct"]) for task, each in results.items()]
-    metadata = ModelCardData(
-        license=about_base["license"],
-        license_name=about_base["license_name"] if about_base["license"] == "other" else None,
+    head = card_head(
+        about_base,
         base_model=base,
         pipeline_tag="image-text-to-text",
         library_name="transformers" if form == "merged" else "peft",
@@ -105,23 +90,25 @@ def write_model_card(
         "adapter": f"Crayon Prompt and one LoRA adapter on `{base}`.",
         "merged": f"A whole model: `{base}` with the Crayon Prompt, the adapters merged into its weights.",
     }
-    text = _TEXT.format(
+    text = _TEXT.read_text(encoding="utf-8").format(
         name=name,
         about=f"{about[form]} Trained with collavo {args.get('versions', {}).get('collavo', '')}.".replace(" .", "."),
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
         use=_USES["run" if form == "run" else "whole"].format(name=name),
     )
-    write_whole(folder / CARD, f"---\n{metadata.to_yaml()}\n---\n\n{text}")
+    write_whole(folder / CARD, f"{head}{text}")
 
 
-def _tally(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items()) if count) or "nothing"
+def card_head(licence: Mapping[str, Any], **more: Any) -> str:
+    """Write the metadata at the head of a card.
 
-
-def _folder_of(run: Path) -> Path:
-    source = base_source(run)
-    embedded = find_embedded(source)
-    return embedded.folder if embedded else Path(source)
+    Args:
+        licence: see `licence_of`.
+        more: further arguments of `ModelCardData`.
+    """
+    own_name = licence["license_name"] if licence["license"] == "other" else None
+    metadata = ModelCardData(license=licence["license"], license_name=own_name, **more)
+    return f"---\n{metadata.to_yaml()}\n---\n\n"
 
 
 def licence_of(folder: Path) -> dict[str, Any]:
@@ -130,10 +117,6 @@ def licence_of(folder: Path) -> dict[str, Any]:
     found = (metadata_load(card) if card.is_file() else None) or {}
     licence = found.get("license", "other")
     return {"license": licence, "license_name": found.get("license_name", licence if licence != "other" else "unknown")}
-
-
-def _steps(run: Path) -> dict[str, int]:
-    return {line["phase"]: line["step"] for line in read_metrics(run)}
 
 
 def _losses(run: Path) -> dict[str, float]:

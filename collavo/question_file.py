@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +69,7 @@ def count_answers(questions: Path, answers: Path) -> int:
     return len(lines)
 
 
+@dataclass(frozen=True, slots=True)
 class QuestionAnswerer:
     """Answers the questions of a file.
 
@@ -79,27 +81,18 @@ class QuestionAnswerer:
         batch_size: questions answered together.
     """
 
-    def __init__(
-        self,
-        answerer: Answerer,
-        segment: Callable[[Sequence[np.ndarray]], Sequence[PanopticMap]],
-        read_image: Callable[[str], np.ndarray],
-        object_list: str,
-        max_new_tokens: int,
-        batch_size: int,
-    ) -> None:
-        self._answerer = answerer
-        self._segment = segment
-        self._read_image = read_image
-        self._listed = answerer.lists_objects("dialogue", object_list)
-        self._max_new_tokens = max_new_tokens
-        self._batch_size = batch_size
+    answerer: Answerer
+    segment: Callable[[Sequence[np.ndarray]], Sequence[PanopticMap]]
+    read_image: Callable[[str], np.ndarray]
+    object_list: str
+    max_new_tokens: int
+    batch_size: int
 
     def answer(self, questions: Iterator[Asked], answers: Path) -> Iterator[LeftOut]:
         """Add the answers to a file; yields what could not be asked of each batch, when its answers are written."""
         answers.parent.mkdir(parents=True, exist_ok=True)
         with answers.open("ab") as file:
-            while batch := list(islice(questions, self._batch_size)):
+            while batch := list(islice(questions, self.batch_size)):
                 replies, left_out = self._replies(batch), LeftOut()
                 for asked, reply in zip(batch, replies, strict=True):
                     if "error" in reply:
@@ -112,6 +105,7 @@ class QuestionAnswerer:
     def _replies(self, batch: Sequence[Asked]) -> list[dict[str, str]]:
         pictures = self._pictures([asked.record["image"] for asked in batch if not asked.fault])
         replies = [{"error": asked.fault} for asked in batch]
+        lists_objects = self.answerer.lists_objects("dialogue", self.object_list)
         used: dict[str, int] = {}
         requests: dict[int, Request] = {}
         for number, asked in enumerate(batch):
@@ -122,16 +116,16 @@ class QuestionAnswerer:
             if isinstance(picture, str):
                 replies[number] = {"error": picture}
                 continue
-            objects = picture.objects if self._listed else None
+            objects = picture.objects if lists_objects else None
             try:
-                limit = self._answerer.room_for_answer(turns, objects, self._max_new_tokens)
+                limit = self.answerer.room_for_answer(turns, objects, self.max_new_tokens)
             except UserError as error:
                 replies[number] = {"error": str(error)}
                 continue
             requests[number] = Request(used.setdefault(name, len(used)), turns, objects, limit)
         if requests:
             shown = [pictures[name] for name in used]
-            texts = self._answerer.answer(shown, list(requests.values()), self._batch_size)  # type: ignore[arg-type]
+            texts = self.answerer.answer(shown, list(requests.values()), self.batch_size)  # type: ignore[arg-type]
             for number, text in zip(requests, texts, strict=True):
                 replies[number] = {"answer": text}
         return replies
@@ -142,10 +136,10 @@ class QuestionAnswerer:
         pictures: dict[str, Picture | str] = {}
         for name in dict.fromkeys(names):
             try:
-                images[name] = self._read_image(name)
+                images[name] = self.read_image(name)
             except (Rejected, UserError) as error:
                 pictures[name] = str(error)
-        maps = self._segment(list(images.values())) if images else []
+        maps = self.segment(list(images.values())) if images else []
         found = zip(images.items(), maps, strict=True)
         return pictures | {name: Picture(image, panoptic) for (name, image), panoptic in found}
 

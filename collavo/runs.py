@@ -14,7 +14,7 @@ The base itself is not copied. It is loaded from the place it came from, and eve
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,12 +59,11 @@ def save_run(run: Path, model: PeftModel, adapters: Sequence[str], processor: Co
     args = read_train_args(run)
     processor.object_list = args["object_list"] != "none"
     processor.segmenter = SCENES if args["base"] == TINY else "auto"
-    with writing(run), TemporaryDirectory(dir=run, prefix=".unfinished") as name:
-        staging = Path(name)
-        if args.get("projector_trained"):
-            _save_weights(_projector(model), staging / PROJECTOR)
-        if args.get("phase") != "align":
-            _save_weights(_crayon_prompt(model), staging / CRAYON)
+    with writing(run), TemporaryDirectory(dir=run, prefix=".unfinished") as folder_name:
+        staging = Path(folder_name)
+        for name in _parts(args):
+            weights = (_projector(model) if name == PROJECTOR else _crayon_prompt(model)).state_dict()
+            save_file({key: tensor.cpu().contiguous() for key, tensor in weights.items()}, staging / name)
         if adapters:
             for config in model.peft_config.values():
                 config.base_model_name_or_path = args["base"]  # peft would name the folder that it came from
@@ -77,6 +76,11 @@ def save_run(run: Path, model: PeftModel, adapters: Sequence[str], processor: Co
             if entry.is_dir():
                 shutil.rmtree(run / entry.name, ignore_errors=True)
             entry.replace(run / entry.name)
+
+
+def _parts(args: Mapping[str, Any]) -> list[str]:
+    """Name the files of weights, adapters aside, that a run with these arguments holds."""
+    return [PROJECTOR] * bool(args.get("projector_trained")) + [CRAYON] * (args.get("phase") != "align")
 
 
 def load_run(
@@ -93,9 +97,7 @@ def load_run(
         UserError: if the folder is not a finished run, the weights do not fit the base, or the model not the device.
     """
     args = read_train_args(run)
-    trained = [PROJECTOR] if args.get("projector_trained") else []
-    trained += [] if args.get("phase") == "align" else [CRAYON]
-    parts = [CONFIG, *trained, *(f"{ADAPTERS}/{name}" for name in args["adapter_names"])]
+    parts = [CONFIG, *_parts(args), *(f"{ADAPTERS}/{name}" for name in args["adapter_names"])]
     if missing := [part for part in parts if not (run / part).exists()]:
         raise UserError(
             f"{run}: its training has not ended, for there is no {missing[0]}; collavo.train --resume goes on with it"
@@ -108,10 +110,9 @@ def load_run(
         model, _ = load_base(base_source(run), dtype, args["queries"], attention, config.category_set, words)
     except UserError as error:
         raise UserError(f"{run}: its base, {error}") from error
-    if args.get("projector_trained"):
-        load_projector(run / PROJECTOR, model)
-    if args.get("phase") != "align":
-        load_crayon_prompt(run / CRAYON, model)
+    for name in _parts(args):
+        load = load_projector if name == PROJECTOR else load_crayon_prompt
+        load(run / name, model)
     if quantize == "dequantized":
         round_to_nf4(model, device)
     elif args["quantize"] if quantize is None else quantize:
@@ -261,10 +262,6 @@ def _load_weights(file: Path, module: nn.Module, written_by: str) -> None:
             found, expected = (" x ".join(map(str, tensor.shape)) for tensor in (weights[name], own))
             raise UserError(f"{file}: {name} is {found}, but {expected} in a model of these classes and this base")
     module.load_state_dict(weights)
-
-
-def _save_weights(module: nn.Module, file: Path) -> None:
-    save_file({name: tensor.cpu().contiguous() for name, tensor in module.state_dict().items()}, file)
 
 
 def load_adapters(model: CollavoForConditionalGeneration, folders: dict[str, Path]) -> PeftModel:

@@ -419,11 +419,9 @@ def _file_system(root: str) -> tuple[Any, str]:
 
         files, path = url_to_fs(root)
         return PyFileSystem(FSSpecHandler(files)), path
-    except ImportError as error:  # it says what to install
-        raise UserError(f"{root}: {first_line(error)}") from error
     except (ValueError, pa.ArrowNotImplementedError) as error:
         raise UserError(f"{root}: {first_line(error)}; {_SCHEMES}") from error
-    except OSError as error:
+    except (ImportError, OSError) as error:  # the first says what to install
         raise UserError(f"{root}: {first_line(error)}") from error
 
 

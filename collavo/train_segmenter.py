@@ -6,12 +6,11 @@ Not here: examples, losses and steps, in collavo/segmenter_training; how maps co
 """
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from collavo.cli import REQUIRED, flag, naming, parse, run
+from collavo.cli import REQUIRED, flag, naming, output_folder, parse, run
 from collavo.embedded import SCENES
 from collavo.errors import UserError
 from collavo.segmenters import load_segmenter
@@ -105,11 +104,7 @@ def _command(flags: Flags) -> None:
 
 
 def _train(
-    flags: Flags,
-    files: Sequence[str],
-    training: "SegmentedRows",
-    validation: "SegmentedRows",
-    console: "Console",
+    flags: Flags, files: Sequence[str], training: "SegmentedRows", validation: "SegmentedRows", console: "Console"
 ) -> None:
     """Train, judge, and put the folder in its place."""
     import shutil
@@ -117,7 +112,7 @@ def _train(
     import torch
 
     from collavo.device import memory_named, move_to_device, resolve_device
-    from collavo.folders import whole_folder, writing
+    from collavo.folders import writing
     from collavo.progress import Progress
     from collavo.segmenter_training.finetuning import Learner, Steps, network_for, take_steps
     from collavo.segmenter_training.judging import judge, table
@@ -145,9 +140,7 @@ def _train(
     model = network_for(base.model, base.categories, training.categories)
     move_to_device(model, device)
     learner = Learner(model, base.framing, base.task)
-    with ExitStack() as stack:
-        with naming("output_dir"):
-            staging = stack.enter_context(whole_folder(output, kept="checkpoints"))
+    with output_folder(output, "output_dir", kept="checkpoints") as staging:
         if flags.overwrite:
             shutil.rmtree(staging / "checkpoints", ignore_errors=True)
         with Progress(console) as progress, naming("data"), memory_named("a smaller --batch_size"):

@@ -16,6 +16,7 @@ SECONDS_STEPS = ("read", "decode", "segment", "encode", "phrase", "write")
 """The steps whose seconds are counted, in the order in which an image passes them."""
 
 _LONGEST_ANSWER = 1000
+_NUMBERS = ("rows", "conversations", "unfamiliar", "merged")
 
 
 @dataclass(slots=True)
@@ -86,26 +87,19 @@ class Counts:
 
     def add(self, other: "Counts") -> None:
         """Add what another counted."""
-        self.rows += other.rows
-        self.conversations += other.conversations
-        self.unfamiliar += other.unfamiliar
-        self.merged += other.merged
         self.add_seconds(other.seconds)
+        for name in _NUMBERS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in self._counters():
             getattr(self, name).update(getattr(other, name))
 
     def as_json(self) -> dict[str, Any]:
         """Return plain values, with counters sorted by key and seconds rounded."""
         return {
-            "rows": self.rows,
-            "conversations": self.conversations,
-            "unfamiliar": self.unfamiliar,
-            "merged": self.merged,
+            **{name: getattr(self, name) for name in _NUMBERS},
             **{name: dict(sorted(getattr(self, name).items())) for name in self._counters()},
             "seconds": {step: round(self.seconds.get(step, 0.0), 3) for step in SECONDS_STEPS},
         }
 
     def _counters(self) -> list[str]:
-        return [
-            name for name in self.__slots__ if name not in ("rows", "conversations", "unfamiliar", "merged", "seconds")
-        ]
+        return [name for name in self.__slots__ if name not in (*_NUMBERS, "seconds")]

@@ -4,6 +4,7 @@ Its `configs` are what makes `load_dataset("out")` show two splits of crayon row
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from collavo.data_card import front_matter
@@ -11,42 +12,7 @@ from schemas.crayon_row import SPLITS, TASKS
 
 _CLASSES_SHOWN = 15
 
-_BODY = """\
-# {name}
-
-Crayon instruction data for [CoLLaVO](https://arxiv.org/abs/2402.11248): one row per image, with its panoptic map and
-segments, questions and answers made from them, and the dialogues that other data sets hold about it. Built on
-{finished} with collavo {version}.
-
-```python
-from datasets import load_dataset
-
-rows = load_dataset({path!r})  # splits: {splits}
-```
-
-| | |
-|---|---|
-| rows | {rows} |
-| instructions | {instructions} |
-| conversations | {conversations:,} |
-| segments | {segments:,} of {classes_found} of {classes} classes ({set_name}) |
-| segmented by | {segmenters} |
-| inputs left out | {rejects} |
-
-The most frequent classes: {frequent}.
-
-## Columns
-
-`image` and `panoptic_map` show as pictures; a pixel of the map is the position of its segment in `segments`, from 1,
-and 0 is unknown. Boxes are `[x_min, y_min, x_max, y_max]` in pixels of the upright image. `image_sha256` identifies a
-picture whatever its name, and decides its split unless the source had one. The classes, with their numbers, colours and
-English forms, are in the files' metadata under `collavo.categories`.
-
-## Licence
-
-The rows hold other people's images and dialogues, which keep the licences of their sources ({sources}); `license_id` is
-COCO's, where an image has one. The instructions were made from templates.
-"""
+_BODY = Path(__file__).with_name("card.md")
 
 
 def dataset_card(manifest: Mapping[str, Any], files: Sequence[str], name: str) -> str:
@@ -60,24 +26,20 @@ def dataset_card(manifest: Mapping[str, Any], files: Sequence[str], name: str) -
     splits = [split for split in SPLITS if any(file.startswith(f"{split}-") for file in files)]
     tasks = ("image-text-to-text", "visual-question-answering", "image-segmentation")
     head = front_matter(name, manifest["rows"], tasks, {split: f"{split}-*.parquet" for split in splits})
-    return f"{head}\n{_body(manifest, splits, name)}"
-
-
-def _body(manifest: Mapping[str, Any], splits: Sequence[str], name: str) -> str:
     segments: Mapping[str, int] = manifest["segments"]
     ranked = sorted(segments.items(), key=lambda item: (-item[1], item[0]))
     instructions: Mapping[str, int] = manifest["instructions"]
     rejects: Mapping[str, int] = manifest["rejects"]
-    tasks = ", ".join(f"{task} {instructions[task]:,}" for task in TASKS if task in instructions)
+    by_task = ", ".join(f"{task} {instructions[task]:,}" for task in TASKS if task in instructions)
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(rejects.items()))
-    return _BODY.format(
+    body = _BODY.read_text(encoding="utf-8").format(
         name=name,
         path=name,
         finished=manifest["finished"][:10],
         version=manifest["versions"]["collavo"],
         splits=", ".join(splits),
         rows=", ".join(f"{split} {manifest['rows_by_split'].get(split, 0):,}" for split in splits),
-        instructions=f"{sum(instructions.values()):,}: {tasks}" if instructions else "none",
+        instructions=f"{sum(instructions.values()):,}: {by_task}" if instructions else "none",
         conversations=manifest["conversations"],
         segments=sum(segments.values()),
         classes_found=len(segments),
@@ -88,6 +50,7 @@ def _body(manifest: Mapping[str, Any], splits: Sequence[str], name: str) -> str:
         frequent=", ".join(f"{category} {count:,}" for category, count in ranked[:_CLASSES_SHOWN]) or "none",
         sources=", ".join(sorted(manifest["inputs"])),
     )
+    return f"{head}\n{body}"
 
 
 def _segmenter(facts: Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from posixpath import join
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +17,6 @@ from rich.table import Table
 from collavo import cli
 from collavo.embedded import SCENES
 from collavo.errors import StoreOutage, UserError
-from collavo.folders import whole_folder
 from collavo.storage import (
     FAULTS,
     MANIFEST,
@@ -32,11 +31,8 @@ from collavo.storage import (
     size_text,
 )
 from pipelines.local_workers import LocalWorkers, cores, count_workers, gpus_for, runs_here
-from pipelines.options import PROGRAM, Flags, SegmentationFlags, parse_flags
+from pipelines.options import PROGRAM, Flags, SegmentationFlags, SourceFlags, parse_flags
 from schemas.crayon_row import TASKS
-
-if TYPE_CHECKING:
-    from pipelines.plan import SceneRequest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,8 +100,8 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
     start = time.perf_counter()
     with ExitStack() as stack:
         if is_local(publication.output):
-            with cli.naming("output"):
-                stack.enter_context(whole_folder(Path(publication.output), publication.stage_inside, SEGMENTED))
+            folder = Path(publication.output)
+            stack.enter_context(cli.output_folder(folder, inside=publication.stage_inside, kept=SEGMENTED))
         try:
             local = is_local(publication.output)
             content = list_files(join(publication.folder, "")) if local else plan.output_content
@@ -118,7 +114,7 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
             console.print(note, highlight=False, soft_wrap=True)
         try:
             if plan.scenes:
-                _draw_scenes(plan.scenes, console)
+                _draw_scenes(plan.scenes, flags.sources, console)
             if not run_job(plan, workers, console):
                 return
         except BaseException as error:
@@ -132,11 +128,11 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
     _print_summary(publication.output, time.perf_counter() - start, console)
 
 
-def _draw_scenes(scenes: "SceneRequest", console: Console) -> None:
+def _draw_scenes(folder: str, flags: SourceFlags, console: Console) -> None:
     from collavo.scenes import write_scenes
 
-    console.print(f"No source named: drawing {scenes.count} sample scenes into {scenes.folder}", highlight=False)
-    write_scenes(scenes.folder, scenes.count, size_wh=scenes.size_wh, overwrite=True, processes=cores())
+    console.print(f"No source named: drawing {flags.scenes} sample scenes into {folder}", highlight=False)
+    write_scenes(folder, flags.scenes, size_wh=flags.scene_size, overwrite=True, processes=cores())
 
 
 def _print_summary(output: str, seconds: float, console: Console) -> None:

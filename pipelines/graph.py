@@ -61,9 +61,7 @@ from pipelines.sources import (
     read_records,
     reject_output,
 )
-from pipelines.sources import (
-    read_images as read_image_lists,
-)
+from pipelines.sources import read_images as read_image_lists
 from pipelines.spill import DRAFTS, SpilledDraft, SpillWriter, shard_of
 
 ROWS_PER_SHARD = 2000
@@ -95,7 +93,7 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
     rejects: list[beam.PCollection] = []
     spilled: list[beam.PCollection] = []
     if job.sources.crayon_files:
-        read_rows = beam.FlatMap(read_crayon_rows, len(job.categories), job.embed_images)
+        read_rows = beam.FlatMap(read_crayon_rows, len(job.categories), job.output.embed_images)
         rows = (
             pipeline
             | "CrayonFiles" >> beam.Create(job.sources.crayon_files)
@@ -125,10 +123,10 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
             | "GroupByPartition" >> beam.GroupByKey()
             | "MergeMentions" >> beam.FlatMapTuple(_merge).with_outputs(REJECT_TAG, main="tasks")
         )
-        if job.max_images:
+        if job.output.max_images:
             listed = tasks | "ImagesListed" >> beam.MapTuple(lambda _, pack: pack[0])
             listed = listed | "SumListed" >> beam.CombineGlobally(sum)
-            tasks = _first_by_hash(tasks, job.max_images)
+            tasks = _first_by_hash(tasks, job.output.max_images)
             mention_counts = [
                 tasks | "OneInputPerMention" >> beam.FlatMapTuple(_mentions_by_source),
                 merge_rejects | "OneInputPerRepeat" >> beam.Map(lambda reject: (reject.source, 1)),
@@ -266,11 +264,11 @@ def _write(
         drafts
         | "SplitsOfDrafts" >> beam.FlatMap(lambda pack: Counter(place.split for place in unpacked(pack)).items())
         | "CountSplits" >> beam.CombinePerKey(sum)
-        | "CountShards" >> beam.MapTuple(lambda split, rows: (split, count_shards(rows, job.num_shards)))
+        | "CountShards" >> beam.MapTuple(lambda split, rows: (split, count_shards(rows, job.output.num_shards)))
     )
     stated_splits = AsDict(
         drafts
-        | "StatedSplits" >> beam.FlatMap(_stated_splits, job.validation_ratio)
+        | "StatedSplits" >> beam.FlatMap(_stated_splits, job.output.validation_ratio)
         | "OneSplitPerPicture" >> beam.CombinePerKey(max)  # where sources disagree, what one holds out is held out
     )
     present = drafts | "PresentClasses" >> beam.FlatMap(lambda pack: [(p.key, p.present) for p in unpacked(pack)])
@@ -383,7 +381,7 @@ def _read(tasks: Packed, job: CrayonJob) -> Iterator[LoadedImage | Draft | Rejec
             yield draft_dialogue(task, job)
             continue
         to_model = _needs_model(task, job)
-        images, rejects = read_images(task, job.max_pixels, with_rgb=to_model)
+        images, rejects = read_images(task, job.output.max_pixels, with_rgb=to_model)
         for image in images:
             yield _for_model(image, job) if to_model else image
         if not images:
@@ -419,7 +417,7 @@ def _load_record(
     if not mention.uri:
         yield draft_dialogue(ImageTask((mention,)), job)
         return
-    outcome = load_record(mention, image_bytes, job.max_pixels)
+    outcome = load_record(mention, image_bytes, job.output.max_pixels)
     if isinstance(outcome, LoadedImage):
         yield _for_model(outcome, job) if job.model else outcome
     else:

@@ -79,12 +79,11 @@ def segment_by_annotation(image: LoadedImage, job: CrayonJob) -> Segmented:
 
 def draft_row(segmented: SegmentedImage, job: CrayonJob) -> Draft:
     """Make the row of an image, without its instructions."""
-    image, task = segmented.image, segmented.image.task
+    image, task, panoptic = segmented.image, segmented.image.task, segmented.panoptic
     with _timed(image.seconds, "encode"):
-        png = encode_index_map(segmented.panoptic)
-        row = replace(_row(image, job), panoptic_png=png, segments=segmented.panoptic.segments)
-    inputs = tuple(mention.input for mention in task.mentions)
-    return Draft(row, inputs, (segmented.segmenter,), image.seconds, segmented.panoptic.unfamiliar, bool(task.split))
+        png = encode_index_map(panoptic)
+        row = replace(_row(image, job), panoptic_png=png, segments=panoptic.segments)
+    return Draft(row, task.inputs, (segmented.segmenter,), image.seconds, panoptic.unfamiliar, bool(task.split))
 
 
 def draft_known(image: LoadedImage, job: CrayonJob) -> Draft | None:
@@ -93,26 +92,24 @@ def draft_known(image: LoadedImage, job: CrayonJob) -> Draft | None:
     The rows of a finished data set are among the drafts already: what is said here of one of its pictures is merged
     with its row. For one that a stopped build had segmented, its map is taken from there.
     """
-    if not (job.resumed or job.sources.crayon_files):
+    if not (job.output.resume or job.sources.crayon_files):
         return None
     task, row = image.task, _row(image, job)
     digest = bytes.fromhex(row.image_sha256 or "")
-    block = spilled_pictures(job.publication.segmented, job.work).get(digest) if job.resumed else None
+    block = spilled_pictures(job.publication.segmented, job.work).get(digest) if job.output.resume else None
     if block is None and digest not in finished_pictures(job.sources.crayon_files):
         return None
-    inputs = tuple(mention.input for mention in task.mentions)
     if block is None:
-        return Draft(row, inputs, (), image.seconds, split_stated=bool(task.split))
+        return Draft(row, task.inputs, (), image.seconds, split_stated=bool(task.split))
     (segmented,) = read_drafts([block])
     row = replace(row, panoptic_png=segmented.row.panoptic_png, segments=segmented.row.segments)
-    return replace(segmented, row=row, inputs=inputs, seconds=image.seconds, split_stated=bool(task.split))
+    return replace(segmented, row=row, inputs=task.inputs, seconds=image.seconds, split_stated=bool(task.split))
 
 
 def draft_dialogue(task: ImageTask, job: CrayonJob) -> Draft:
     """Make the row of a dialogue about no image."""
     mention = task.mentions[0]
-    dialogues = tuple(mention.dialogue for mention in task.mentions if mention.dialogue)
-    digest = hashlib.sha256(json.dumps([dialogue.turns for dialogue in dialogues]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([dialogue.turns for dialogue in task.dialogues]).encode()).hexdigest()
     row = CrayonRow(
         image_id=mention.image_path,
         image_sha256=None,
@@ -122,11 +119,11 @@ def draft_dialogue(task: ImageTask, job: CrayonJob) -> Draft:
         height=None,
         sources=(mention.input.source,),
         license_id=None,
-        split=task.split or split_of(digest, job.validation_ratio),
+        split=task.split or split_of(digest, job.output.validation_ratio),
         panoptic_png=None,
-        conversations=dialogues,
+        conversations=task.dialogues,
     )
-    return Draft(row, tuple(mention.input for mention in task.mentions), (), {}, split_stated=bool(task.split))
+    return Draft(row, task.inputs, (), {}, split_stated=bool(task.split))
 
 
 def merge_drafts(first: Draft, second: Draft) -> tuple[Draft, list[Reject]]:
@@ -165,15 +162,15 @@ def _row(image: LoadedImage, job: CrayonJob) -> CrayonRow:
     return CrayonRow(
         image_id=image.path,
         image_sha256=digest,
-        image_bytes=image.image_bytes if job.embed_images else None,
+        image_bytes=image.image_bytes if job.output.embed_images else None,
         image_path=image.path,
         width=image.size_wh[0],
         height=image.size_wh[1],
         sources=tuple(sorted({mention.input.source for mention in mentions})),
         license_id=next((m.license_id for m in mentions if m.license_id is not None), None),
-        split=image.task.split or split_of(digest, job.validation_ratio),
+        split=image.task.split or split_of(digest, job.output.validation_ratio),
         panoptic_png=None,
-        conversations=tuple(mention.dialogue for mention in mentions if mention.dialogue),
+        conversations=image.task.dialogues,
     )
 
 
@@ -239,11 +236,10 @@ def _mask_runs(
     """
     data = read_bytes(annotated.mask_uri)
     listed = [info.id for info in infos]
-    if image.orientation == 1:
+    if image.orientation == 1 or mask_frame == "upright":
         return decode_segment_runs(data, image.size_wh, listed)
     width, height = image.size_wh
-    turned_by_90 = image.orientation >= 5
-    stored_wh = (height, width) if turned_by_90 else (width, height)
+    stored_wh = (height, width) if image.orientation >= 5 else (width, height)
     if mask_frame == "auto":
         if stored_wh == image.size_wh:
             detail = f"EXIF orientation {image.orientation} turns the image, and its mask fits either way"
@@ -255,9 +251,6 @@ def _mask_runs(
         except Rejected as error:
             if error.reason != "mask_size_mismatch":
                 raise
-        mask_frame = "stored"
-    if mask_frame == "upright":
-        return decode_segment_runs(data, image.size_wh, listed)
     runs = decode_segment_runs(data, stored_wh, listed)
     return turn_upright(np.repeat(runs.ids, runs.lengths).reshape(runs.size_hw), image.orientation)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from collavo.instructions.phrasebook import Phrasebook
 from collavo.instructions.write import InstructionOptions
 from collavo.segmenters import Segmenter
+from pipelines.options import OutputFlags
 from pipelines.sources import Sources
 from schemas.categories import CategorySet
 
@@ -78,15 +79,9 @@ class CrayonJob:
     mask_frame: str
     """Where EXIF turns an image, whether masks are `stored` or `upright`; `auto` where their size tells."""
 
-    embed_images: bool
-    validation_ratio: float
-    max_pixels: int
-    num_shards: int | None
-    resumed: bool
-    """Whether the maps that a stopped build made are used."""
-
-    max_images: int | None
-    """Bound of a trial, for the images that sources list and for those that data sets hold."""
+    output: OutputFlags
+    """What the user says of the rows and their files; `max_images` bounds the images that sources list, and those that
+    data sets hold."""
 
     record_count: int = 0
     """Images that the data sets hold, where a trial needs to know."""
@@ -94,7 +89,8 @@ class CrayonJob:
     @property
     def records_per_file(self) -> int | None:
         """How many records a trial reads from each file of a data set; None for all."""
-        return -(-self.max_images // max(1, len(self.sources.records))) if self.max_images else None
+        most = self.output.max_images
+        return -(-most // max(1, len(self.sources.records))) if most else None
 
     @property
     def work(self) -> str:

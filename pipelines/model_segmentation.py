@@ -9,6 +9,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,16 +72,12 @@ class SegmenterHandler(ModelHandler[LoadedImage, Segmented, BatchSegmenter]):
     """
 
     def __init__(
-        self,
-        load: Callable[[], Segmenter],
-        batch_size: int,
-        max_batch_pixels: int,
-        model_copies: int | None = None,
+        self, load: Callable[[], Segmenter], batch_size: int, max_batch_pixels: int, model_copies: int | None = None
     ) -> None:
         super().__init__(
             min_batch_size=_FULL_BATCH,
             max_batch_size=_FULL_BATCH,
-            element_size_fn=_BatchWeight(batch_size, max_batch_pixels),
+            element_size_fn=partial(_batch_weight, batch_size, max_batch_pixels),
             model_copies=model_copies,
         )
         self._load = load
@@ -113,16 +110,10 @@ class SegmenterHandler(ModelHandler[LoadedImage, Segmented, BatchSegmenter]):
         return "crayon_segmentation"
 
 
-class _BatchWeight:
-    """Weighs an image as its share of a full batch. A class, because Beam pickles it."""
-
-    def __init__(self, batch_size: int, max_batch_pixels: int) -> None:
-        self._batch_size = batch_size
-        self._max_batch_pixels = max_batch_pixels
-
-    def __call__(self, image: LoadedImage) -> int:
-        pixels = image.size_wh[0] * image.size_wh[1]
-        return max(_FULL_BATCH // self._batch_size, min(_FULL_BATCH * pixels // self._max_batch_pixels, _FULL_BATCH))
+def _batch_weight(batch_size: int, max_batch_pixels: int, image: LoadedImage) -> int:
+    """Weigh an image as its share of a full batch."""
+    pixels = image.size_wh[0] * image.size_wh[1]
+    return max(_FULL_BATCH // batch_size, min(_FULL_BATCH * pixels // max_batch_pixels, _FULL_BATCH))
 
 
 def _rgb(image: LoadedImage) -> np.ndarray:

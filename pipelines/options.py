@@ -176,12 +176,7 @@ _INSTRUCTIONS = InstructionOptions()
 @dataclass(frozen=True, slots=True)
 class InstructionFlags:
     tasks: tuple[str, ...] = flag(
-        TASKS,
-        f"of {', '.join(TASKS)} (default: all)",
-        many=True,
-        choices=TASKS,
-        metavar="TASK",
-        group="instructions",
+        TASKS, f"of {', '.join(TASKS)} (default: all)", many=True, choices=TASKS, metavar="TASK", group="instructions"
     )
     templates: str | None = flag(
         None, "your own phrasings, in the format of collavo/instructions/phrasebook.json", metavar="JSON"
@@ -230,6 +225,11 @@ class OutputFlags:
     max_reject_ratio: float = flag(
         1.0, "the job fails if more of its inputs are rejected", least=0, most=1, metavar="R"
     )
+
+    @property
+    def embed_images(self) -> bool:
+        """Whether rows hold the bytes of their images."""
+        return self.image_storage == "embed"
 
 
 class Flags(NamedTuple):

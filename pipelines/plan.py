@@ -6,7 +6,7 @@ Every contradiction is refused in one line, before anything is read or written.
 import posixpath
 import re
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -18,13 +18,7 @@ from typing import Any, BinaryIO
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 import collavo
-from collavo.categories import (
-    categories_of_annotations,
-    categories_of_file,
-    common_set,
-    joined,
-    labels_by_id,
-)
+from collavo.categories import categories_of_annotations, categories_of_file, common_set, joined, labels_by_id
 from collavo.cli import naming
 from collavo.dataset import category_set, opened_parquet, stated_facts
 from collavo.dataset import notes as file_notes
@@ -86,21 +80,14 @@ _IMAGE_FLAGS = (
 
 
 @dataclass(frozen=True, slots=True)
-class SceneRequest:
-    """Sample scenes to draw before the job reads them."""
-
-    folder: str
-    count: int
-    size_wh: tuple[int, int]
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """What a checked command line asks for."""
 
     job: CrayonJob
     beam_options: PipelineOptions
-    scenes: SceneRequest | None
+    scenes: str | None
+    """The folder that sample scenes are drawn into, before the job reads them."""
+
     output_content: list[str]
     """What lies in the output; see `content_of`."""
 
@@ -125,13 +112,13 @@ def make_plan(flags: Flags, rest: Sequence[str], share_gpu: bool) -> Plan:
     content = _check_output(flags, paths)
     runner = beam_options.view_as(StandardOptions).runner
     publication = _publication(flags, runner)
-    scenes = None if flags.sources.named else _scene_request(flags.sources, publication)
+    scenes = None if flags.sources.named else _scene_folder(publication)
     if flags.output.extend:
         rows = [uri for uri in published_files(publication.output, content) if uri.endswith(".parquet")]
         flags = flags._replace(sources=replace(flags.sources, from_crayon=(*flags.sources.from_crayon, *rows)))
     notes: list[str] = []
     sets = _Sets(flags, notes)
-    sources = _scene_sources(scenes.folder) if scenes else _named_sources(flags.sources, sets, notes)
+    sources = _scene_sources(scenes) if scenes else _named_sources(flags.sources, sets, notes)
     job = _job(flags, sources, sets, publication)
     sets.note_unused()
     if job.model is None and (unused := flags.given & set(_MODEL_FLAGS)):
@@ -225,11 +212,10 @@ def _publication(flags: Flags, runner: str) -> Publication:
     )
 
 
-def _scene_request(flags: SourceFlags, publication: Publication) -> SceneRequest:
+def _scene_folder(publication: Publication) -> str:
     if not is_local(publication.output):
         raise UserError("no source is named, and sample scenes are drawn on local disks only; try --coco_panoptic")
-    folder = f"{publication.output.rstrip('/')}_scenes"
-    return SceneRequest(folder, flags.scenes, flags.scene_size)
+    return f"{publication.output.rstrip('/')}_scenes"
 
 
 def _scene_sources(folder: str) -> Sources:
@@ -247,7 +233,7 @@ class _Sets:
     """The sets of classes of a command line's sources, which have to become one."""
 
     def __init__(self, flags: Flags, notes: list[str]) -> None:
-        self._notes = notes
+        self.notes = notes
         self._found: list[CategorySet] = []
         self._looked_for: list[CategorySet] = []
         self._finished: CategorySet | None = None
@@ -267,7 +253,7 @@ class _Sets:
         except FAULTS as error:
             raise UserError(f"--{flag} {fault_line(uri, error)}") from error
         if found is None:
-            self._notes.append(f"{uri} has no 'categories'; its numbers are taken for {COCO_PANOPTIC.name}'s")
+            self.notes.append(f"{uri} has no 'categories'; its numbers are taken for {COCO_PANOPTIC.name}'s")
         self.add(found or COCO_PANOPTIC)
         return found or COCO_PANOPTIC
 
@@ -275,10 +261,6 @@ class _Sets:
         """Take note of a set that the rows are to have."""
         self._found.append(joined(found))
         self._looked_for.append(found)
-
-    def note(self, line: str) -> None:
-        """Tell the user something before the job runs."""
-        self._notes.append(line)
 
     def would_take(self, found: CategorySet) -> bool:
         """Tell whether a set agrees with those known so far, or something says which class is which."""
@@ -294,7 +276,7 @@ class _Sets:
         """Tell of names in the map that no source has: a slip in one leaves a class as it is."""
         known = {key for found in self._looked_for for key in found.by_key}
         if unused := [name for name in self.renamed or () if name_key(name) not in known]:
-            self.note(f"--category_map: no source has {', '.join(map(repr, unused))}")
+            self.notes.append(f"--category_map: no source has {', '.join(map(repr, unused))}")
 
     def add_finished(self, found: CategorySet, files: Sequence[str]) -> None:
         """Take note of the set of finished rows, which have to keep it: they name classes by their place in it."""
@@ -361,7 +343,7 @@ def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources
             f"--coco_images names {len(flags.coco_images)} folders for {len(flags.coco)} COCO files; each file "
             "needs the folder of its images"
         )
-    masks = flags.coco_masks or tuple(_mask_folder(uri) for uri in flags.coco_panoptic)
+    masks = flags.coco_masks or tuple(uri.removesuffix(".gz").removesuffix(".json") for uri in flags.coco_panoptic)
     if len(masks) != len(flags.coco_panoptic):
         raise UserError(f"--coco_masks names {len(masks)} folders for {len(flags.coco_panoptic)} --coco_panoptic files")
     if flags.llava_json and not flags.image_root:
@@ -375,28 +357,23 @@ def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources
                         "which is not there; --coco_masks names their folder"
                     )
                 raise UserError(f"--{name} {uri}: there is no such file or folder")
-    kinds = [*(("coco", "coco_panoptic"),) * len(flags.coco_panoptic)]
-    kinds += [("coco_instances", "coco_instances")] * len(flags.coco_instances)
-    own = [sets.of_annotations(flag, uri) for (_, flag), uri in zip(kinds, flags.coco, strict=True)]
-    crayon_files = tuple(uri for pattern in flags.from_crayon for uri in _crayon_files(pattern))
+    own = [sets.of_annotations("coco_panoptic", uri) for uri in flags.coco_panoptic]
+    own += [sets.of_annotations("coco_instances", uri) for uri in flags.coco_instances]
+    crayon_files = tuple(
+        uri
+        for pattern in flags.from_crayon
+        for uri in _files_named("from_crayon", pattern, lambda name: name.endswith(".parquet"), ".parquet")
+    )
     if crayon_files:
         with naming("from_crayon"):
             sets.add_finished(category_set(crayon_files), crayon_files)
             notes.extend(file_notes(crayon_files))
     tables = [labels_by_id(source, sets.target, sets.renamed) for source in own]
     splits = _parallel("coco_split", flags.coco_split, flags.coco, notes)
-    coco = tuple(
-        CocoSource(name, uri, images, mask, labels, split)
-        for (name, _), uri, images, mask, labels, split in zip(
-            kinds,
-            flags.coco,
-            flags.coco_images,
-            (*masks, *("",) * len(flags.coco_instances)),
-            tables,
-            splits,
-            strict=True,
-        )
-    )
+    names = ("coco",) * len(flags.coco_panoptic) + ("coco_instances",) * len(flags.coco_instances)
+    masks += ("",) * len(flags.coco_instances)
+    columns = zip(names, flags.coco, flags.coco_images, masks, tables, splits, strict=True)
+    coco = tuple(CocoSource(*of_file) for of_file in columns)
     root = flags.image_root or ""
     llava_splits = _parallel("llava_split", flags.llava_split, flags.llava_json, notes)
     llava = tuple(
@@ -405,7 +382,7 @@ def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources
     )
     image_splits = _parallel("images_split", flags.images_split, flags.images, notes)
     images = tuple(ImagesSource(pattern, root, s) for pattern, s in zip(flags.images, image_splits, strict=True))
-    shards = [_record_files(path) for path in flags.dataset]
+    shards = [_files_named("dataset", path, is_record_file, ".parquet or .tar") for path in flags.dataset]
     dataset_splits = _parallel("dataset_split", flags.dataset_split, flags.dataset, notes, shards)
     for path, uris in zip(flags.dataset, shards, strict=True):
         notes += _columns_note(path, uris[0], flags.image_column)
@@ -423,16 +400,8 @@ def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources
     )
 
 
-def _mask_folder(json_uri: str) -> str:
-    return json_uri.removesuffix(".gz").removesuffix(".json")
-
-
 def _parallel(
-    flag: str,
-    given: tuple[str, ...],
-    sources: Sequence[str],
-    notes: list[str],
-    files: Sequence[Sequence[str]] = (),
+    flag: str, given: tuple[str, ...], sources: Sequence[str], notes: list[str], files: Sequence[Sequence[str]] = ()
 ) -> tuple[str, ...]:
     """Choose a split for each source; an empty one stands for a choice by content.
 
@@ -497,13 +466,14 @@ def _list_for_root(source: ImagesSource, notes: list[str]) -> list[str]:
     return [*([join(source.image_root, "x")] if relative else []), *(path for path in paths if is_absolute(path))]
 
 
-def _record_files(path: str) -> list[str]:
+def _files_named(flag: str, pattern: str, is_wanted: Callable[[str], bool], kind: str) -> list[str]:
+    """List the files of a kind that a glob or folder names."""
     try:
-        found = [uri for uri in visible_files(path)[0] if is_record_file(uri)]
+        found = [uri for uri in visible_files(pattern)[0] if is_wanted(uri)]
     except FAULTS as error:
-        raise UserError(f"--dataset {fault_line(path, error)}") from error
+        raise UserError(f"--{flag} {fault_line(pattern, error)}") from error
     if not found:
-        raise UserError(f"--dataset {path}: names no .parquet or .tar file")
+        raise UserError(f"--{flag} {pattern}: names no {kind} file")
     return found
 
 
@@ -534,16 +504,6 @@ def _opened_records(uri: str) -> Iterator[BinaryIO]:
         raise UserError(f"--dataset {fault_line(uri, error)}") from error
 
 
-def _crayon_files(pattern: str) -> list[str]:
-    try:
-        found = [uri for uri in visible_files(pattern)[0] if uri.endswith(".parquet")]
-    except FAULTS as error:
-        raise UserError(f"--from_crayon {fault_line(pattern, error)}") from error
-    if not found:
-        raise UserError(f"--from_crayon {pattern}: names no .parquet file")
-    return found
-
-
 def _job(flags: Flags, sources: Sources, sets: _Sets, publication: Publication) -> CrayonJob:
     segmenter = flags.segmentation.segmenter
     if segmenter == "annotations" and not sources.coco and not sources.crayon_files:
@@ -569,12 +529,7 @@ def _job(flags: Flags, sources: Sources, sets: _Sets, publication: Publication) 
         categories=sets.target,
         askable=askable,
         mask_frame=flags.segmentation.mask_frame,
-        embed_images=flags.output.image_storage == "embed",
-        validation_ratio=flags.output.validation_ratio,
-        max_pixels=flags.output.max_pixels,
-        num_shards=flags.output.num_shards,
-        resumed=flags.output.resume,
-        max_images=flags.output.max_images,
+        output=flags.output,
         record_count=_count_records(sources.records) if flags.output.max_images else 0,
     )
 
@@ -619,7 +574,7 @@ def _model(flags: SegmentationFlags, sources: Sources, sets: _Sets) -> ModelConf
         # classes, is no reason to refuse them.
         unasked = flags.segmenter == "auto" and flags.segmenter_checkpoint is None
         if unasked and sources.coco and not (sources.images or sources.records) and not sets.would_take(found):
-            sets.note(
+            sets.notes.append(
                 "no network with these classes is named: a picture that only dialogues name becomes a reject; "
                 "--segmenter_checkpoint names one"
             )

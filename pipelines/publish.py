@@ -141,13 +141,9 @@ def strangers(output: str, content: Sequence[str]) -> list[str]:
 def _names(written: Sequence[WrittenShard]) -> list[str]:
     """Number the files of each split, as `datasets` expects them."""
     of_split = Counter(shard.shard[0] for shard in written)
-    seen: Counter[str] = Counter()
-    names = []
-    for shard in written:
-        split = shard.shard[0]
-        names.append(f"{split}-{seen[split]:05d}-of-{of_split[split]:05d}.parquet")
-        seen[split] += 1
-    return names
+    return [
+        f"{split}-{number:05d}-of-{count:05d}.parquet" for split, count in of_split.items() for number in range(count)
+    ]
 
 
 def _check_accounts(counts: Counts, inputs: Mapping[str, int]) -> None:

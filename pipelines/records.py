@@ -126,6 +126,16 @@ class ImageTask(NamedTuple):
         return list(dict.fromkeys(mention.uri for mention in self.mentions))
 
     @property
+    def inputs(self) -> tuple[Input, ...]:
+        """The inputs that name it."""
+        return tuple(mention.input for mention in self.mentions)
+
+    @property
+    def dialogues(self) -> tuple[Dialogue, ...]:
+        """What was said about it, by any input."""
+        return tuple(mention.dialogue for mention in self.mentions if mention.dialogue)
+
+    @property
     def annotated(self) -> Mention | None:
         """The mention that brings an annotation, if any does."""
         panoptic = next((mention for mention in self.mentions if mention.annotation), None)

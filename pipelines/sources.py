@@ -16,7 +16,7 @@ from apache_beam.pvalue import TaggedOutput
 from collavo.dataset import check_schema, checked_row, digest_of, opened_parquet, stated_facts
 from collavo.dataset import read_records as read_crayon_records
 from collavo.errors import Rejected, StoreOutage, UserError
-from collavo.sources.coco_instances import ImageInstances, stream_image_instances
+from collavo.sources.coco_instances import stream_image_instances
 from collavo.sources.coco_panoptic import AnnotatedImage, stream_annotated_images
 from collavo.sources.dialogues import DialogueEntry, stream_dialogues
 from collavo.sources.image_paths import checked_relative, image_names, is_hidden, is_utf8
@@ -105,19 +105,14 @@ class Sources:
 
 def read_coco(source: CocoSource, root: str) -> Iterator[Mention | RejectOutput]:
     """Stream a COCO file into mentions."""
-    flag = "coco_instances" if source.name == "coco_instances" else "coco_panoptic"
-    images = _ImageFolder(source.images_root)
+    stream: Callable[..., Iterator[AnnotatedImage | Rejected]] = stream_annotated_images
+    flag = "coco_panoptic"
+    if source.name == "coco_instances":
+        stream, flag = stream_image_instances, "coco_instances"
+    make_mention = partial(_coco_mention, source, _ImageFolder(source.images_root), root)
     with _opened_json(flag, source.json_uri) as file:
-        if source.name == "coco_instances":
-            for found in stream_image_instances(file, source.json_uri, source.labels):
-                yield _mention_or_reject(
-                    source.name, source.json_uri, found, partial(_instances_mention, source, images, root)
-                )
-        else:
-            for entry in stream_annotated_images(file, source.json_uri, source.labels):
-                yield _mention_or_reject(
-                    source.name, source.json_uri, entry, partial(_coco_mention, source, images, root)
-                )
+        for entry in stream(file, source.json_uri, source.labels):
+            yield _mention_or_reject(source.name, source.json_uri, entry, make_mention)
 
 
 def read_llava(source: LlavaSource, root: str) -> Iterator[Mention | RejectOutput]:
@@ -265,9 +260,11 @@ class _ImageFolder:
 
 
 def _coco_mention(source: CocoSource, images: _ImageFolder, root: str, image: AnnotatedImage) -> Mention:
-    mask_uri = ""
+    mask_uri = instances = ""
     if image.annotation:
         mask_uri = join(source.masks_root, _inside(image.entry_id, image.annotation.mask_name))
+    if source.name == "coco_instances":
+        instances = f"[{json.dumps(image.size_wh)},{image.instances or '[]'}]"
     uri = images.uri_of(image.entry_id, image.file_name)
     return Mention(
         Input(source.name, image.entry_id),
@@ -276,18 +273,7 @@ def _coco_mention(source: CocoSource, images: _ImageFolder, root: str, image: An
         image.license_id,
         image.annotation,
         mask_uri,
-        split=source.split,
-    )
-
-
-def _instances_mention(source: CocoSource, images: _ImageFolder, root: str, image: ImageInstances) -> Mention:
-    uri = images.uri_of(image.entry_id, image.file_name)
-    return Mention(
-        Input(source.name, image.entry_id),
-        path_below(root, uri),
-        uri,
-        image.license_id,
-        instances=f"[{json.dumps(image.size_wh)},{image.instances or '[]'}]",
+        instances=instances,
         split=source.split,
     )
 

@@ -15,10 +15,9 @@ from tiny_model import OWN_CLASSES, own_rows, scene_rows, write_crayon_file
 from tiny_run import save_tiny_run
 
 from collavo.evaluate import main
-from collavo.evaluation.bounds import overlap_on_cell_lines
 from collavo.evaluation.judge import Judge, box_iou
 from collavo.evaluation.questions import EVALUATED_TASKS, Question, questions_of
-from collavo.evaluation.scores import Answered, judged, summarise
+from collavo.evaluation.scores import Answered, judged, overlap_on_cell_lines, summarise
 from collavo.instructions.text import format_box
 from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import Dialogue, Instruction

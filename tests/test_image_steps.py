@@ -40,8 +40,8 @@ def annotated(folder: Path, segments=SEGMENTS, mask: bytes | None = None) -> Ima
     )
 
 
-def job(**changes: Any) -> CrayonJob:
-    return dataclasses.replace(JOB, **changes)
+def job(mask_frame: str = JOB.mask_frame, **output: Any) -> CrayonJob:
+    return dataclasses.replace(JOB, mask_frame=mask_frame, output=dataclasses.replace(JOB.output, **output))
 
 
 def read(task: ImageTask, with_rgb: bool = False) -> LoadedImage:
@@ -182,7 +182,7 @@ def test_a_draft_says_all_but_the_instructions(tmp_path):
 
 
 def test_a_reference_holds_the_path_and_no_bytes(tmp_path):
-    row = draft_annotated(read(annotated(tmp_path)), embed_images=False).row
+    row = draft_annotated(read(annotated(tmp_path)), image_storage="reference").row
     assert row.image_bytes is None and row.image_path == "a.jpg"
 
 

@@ -141,10 +141,9 @@ def test_help_tells_of_every_flag_and_exits_well(capsys):
 
 def test_without_flags_scenes_are_drawn_beside_the_output(workspace):
     command = planned()
-    assert command.scenes is not None
-    assert (command.scenes.folder, command.scenes.count, command.scenes.size_wh) == ("out_scenes", 600, (320, 240))
+    assert command.scenes == "out_scenes"
     job = command.job
-    assert job.model is not None and not job.use_annotations and job.embed_images
+    assert job.model is not None and not job.use_annotations and job.output.embed_images
     assert [source.name for source in (*job.sources.coco, *job.sources.llava)] == ["scenes", "scenes"]
 
 

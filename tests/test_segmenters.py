@@ -21,9 +21,9 @@ from collavo.errors import Rejected, UserError
 from collavo.panoptic.maps import PanopticMap
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.segmenters import Segmenter, load_segmenter
-from collavo.segmenters.familiarity import Familiarity
 from collavo.segmenters.framing import Framing, resize
 from collavo.segmenters.universal import UniversalSegmenter
+from pretraining.familiarity import fit
 from pretraining.segmenter import segmenter_config
 from schemas.categories import COCO_PANOPTIC
 
@@ -298,7 +298,7 @@ def test_gpu_batches_are_filled_up_so_that_company_changes_nothing(checkpoint, i
 def test_a_picture_odd_in_one_feature_is_familiar_and_one_odd_in_many_is_not():
     torch.manual_seed(0)
     known = torch.randn(400, 200) @ torch.randn(200, 200).div(10)
-    familiarity = Familiarity.fit(known[:200], known[200:], share=0.01)
+    familiarity = fit(known[:200], known[200:], share=0.01)
     assert int((familiarity.distances(known[200:]) > 1).sum()) == 2
     spread = known.std(0)
     odd_in_one, odd_in_many = known[:1].clone(), known[:1] + 3 * spread * torch.tensor([1.0, -1.0]).repeat(100)

@@ -107,9 +107,8 @@ class CollavoHarness(lmms):
         keys = [(image.shape, image.tobytes()) for image in images]
         distinct = dict(zip(keys, images, strict=True))
         numbers = {key: number for number, key in enumerate(distinct)}
-        return [Picture(image, self._segmenter.segment([image])[0]) for image in distinct.values()], [
-            numbers[key] for key in keys
-        ]
+        pictures = [Picture(image, self._segmenter.segment([image])[0]) for image in distinct.values()]
+        return pictures, [numbers[key] for key in keys]
 
 
 def _until(text: str, stops: str | Sequence[str] | None) -> str:

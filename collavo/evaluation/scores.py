@@ -3,13 +3,15 @@
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
+from math import ceil, floor
 from typing import Any
 
 import numpy as np
 
-from collavo.evaluation.bounds import overlap_in_two_decimals, overlap_on_cell_lines
-from collavo.evaluation.judge import Judge, Judgement
+from collavo.evaluation.judge import Judge, Judgement, box_iou
 from collavo.evaluation.questions import Question
+from collavo.instructions.text import Box
 
 EXTREME_CLASSES = 20
 """The number of classes in the paper's top, and in its bottom."""
@@ -123,3 +125,28 @@ def _class_figures(answers: Sequence[Answered]) -> dict[str, Any]:
 
 def _mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))
+
+
+def overlap_on_cell_lines(box: Box, grid_hw: tuple[int, int]) -> float:
+    """Compute the largest IoU with a box, in fractions of the picture, that a box made of whole cells can have.
+
+    A model that knows an object by the cells of its grid, and no more, cannot on average overlap better with its box.
+    """
+    rows, columns = grid_hw
+    cells = (columns, rows, columns, rows)
+    # The overlap grows until a side meets that of the box, and falls behind it: the best line is one of its neighbours.
+    lines = [
+        {line / count for line in (floor(side * count), ceil(side * count))}
+        for side, count in zip(box, cells, strict=True)
+    ]
+    return max((_overlap(one, box) for one in product(*lines) if one[0] < one[2] and one[1] < one[3]), default=0.0)
+
+
+def overlap_in_two_decimals(box: Box) -> float:
+    """Compute the IoU of a box, in fractions of the picture, with what text says of it."""
+    return _overlap((round(side, 2) for side in box), box)
+
+
+def _overlap(sides: Iterable[float], box: Box) -> float:
+    x_min, y_min, x_max, y_max = sides
+    return box_iou((x_min, y_min, x_max, y_max), box)

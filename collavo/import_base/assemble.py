@@ -29,13 +29,7 @@ from transformers import (
 from collavo.errors import UserError
 from collavo.hub import find_checkpoint
 from collavo.import_base.internlm import llama_config, llama_weights
-from collavo.import_base.published import (
-    one_line_errors,
-    read_chat_template,
-    read_config,
-    read_tokenizer,
-    read_weights,
-)
+from collavo.import_base.published import one_line_errors, read_chat_template, read_config, read_tokenizer, read_weights
 from collavo.import_base.sentencepiece_tokenizers import internlm_tokenizer
 from collavo.model.configuration import CollavoConfig
 from collavo.model.modeling import CollavoForConditionalGeneration

@@ -79,7 +79,9 @@ def parse_objects(text: str, names: Container[str]) -> list[ObjectMention]:
             raise ValueError(
                 f"not an object like (#1 person) at character {position}: {text[position : position + 40]!r}"
             )
-        box = _checked_box(match.groups()[3:]) if match[3] else None
+        box = _ordered_box(match.groups()[3:]) if match[3] else None
+        if match[3] and box is None:
+            raise ValueError(f"a box whose maximum is below its minimum: {match[3]}")
         mentions.append(ObjectMention(match[2], int(match[1] or 0), box))
         position = match.end()
         if position < len(text):
@@ -97,10 +99,3 @@ def find_boxes(text: str) -> list[Box]:
 def _ordered_box(numbers: Sequence[str]) -> Box | None:
     x_min, y_min, x_max, y_max = map(float, numbers)
     return (x_min, y_min, x_max, y_max) if x_min <= x_max and y_min <= y_max else None
-
-
-def _checked_box(numbers: Sequence[str]) -> Box:
-    box = _ordered_box(numbers)
-    if box is None:
-        raise ValueError(f"a box whose maximum is below its minimum: [{', '.join(numbers)}]")
-    return box

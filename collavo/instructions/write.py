@@ -11,13 +11,7 @@ from typing import NamedTuple
 
 from collavo.instructions.choose import ClassStatistics, draw_absent_things, stable_hash, stable_uniforms
 from collavo.instructions.phrasebook import Phrasebook
-from collavo.instructions.text import (
-    format_box,
-    format_object,
-    format_objects,
-    format_objects_with_boxes,
-    has_extent,
-)
+from collavo.instructions.text import format_box, format_object, format_objects, format_objects_with_boxes, has_extent
 from schemas.categories import Category, CategorySet
 from schemas.crayon_row import TASKS, Instruction, Segment
 
@@ -124,9 +118,13 @@ def _candidates(
     options: InstructionOptions,
 ) -> Iterator[_Candidate]:
     if task in ("list_objects", "list_objects_with_boxes"):
-        told = task == "list_objects" or all(has_extent(segment.box_xyxy, size_wh) for segment in segments)
+        if task == "list_objects":
+            told, words = True, {"objects": format_objects(segments)}
+        else:
+            told = all(has_extent(segment.box_xyxy, size_wh) for segment in segments)
+            words = {"objects_with_boxes": format_objects_with_boxes(segments, size_wh)}
         if told and 0 < len(segments) <= options.max_listed_objects:
-            yield _listing(task, segments, size_wh)
+            yield _Candidate("all", words, None, None, tuple(segment.id for segment in segments))
         return
     things = [segment for segment in segments if segment.is_thing]
     if task == "box_to_class":
@@ -152,14 +150,6 @@ def _candidates(
         yield _class_question(task, categories.things[thing], [], size_wh)
 
 
-def _listing(task: str, segments: Sequence[Segment], size_wh: tuple[int, int]) -> _Candidate:
-    if task == "list_objects":
-        words = {"objects": format_objects(segments)}
-    else:
-        words = {"objects_with_boxes": format_objects_with_boxes(segments, size_wh)}
-    return _Candidate("all", words, None, None, tuple(segment.id for segment in segments))
-
-
 def _boxes_to_name(
     things: Sequence[Segment], size_wh: tuple[int, int], categories: CategorySet
 ) -> Iterator[_Candidate]:
@@ -169,23 +159,12 @@ def _boxes_to_name(
         if not segment.numbering or boxes.count(box) > 1 or not has_extent(segment.box_xyxy, size_wh):
             continue
         category = categories[segment.label]
-        words = {
-            "box": box,
-            "name": category.display_name,
-            "singular": category.singular,
-            "a_name": category.with_article,
-            "object": format_object(segment),
-        }
+        words = {**_names_of(category), "box": box, "object": format_object(segment)}
         yield _Candidate(box, words, category.display_name, "present", (segment.id,))
 
 
 def _class_question(task: str, category: Category, group: Sequence[Segment], size_wh: tuple[int, int]) -> _Candidate:
-    words = {
-        "name": category.display_name,
-        "singular": category.singular,
-        "a_name": category.with_article,
-        "plural": category.plural,
-    }
+    words = _names_of(category)
     if task == "counting":
         words |= {
             "count": str(len(group)),
@@ -200,3 +179,13 @@ def _class_question(task: str, category: Category, group: Sequence[Segment], siz
     answers = {"counting": str(len(group)), "class_to_binary": "yes" if group else "no"}
     polarity = "present" if group else "absent"
     return _Candidate(str(category.label), words, answers.get(task), polarity, tuple(segment.id for segment in group))
+
+
+def _names_of(category: Category) -> dict[str, str]:
+    """Return the words for a thing class, by placeholder."""
+    return {
+        "name": category.display_name,
+        "singular": category.singular,
+        "a_name": category.with_article,
+        "plural": category.plural,
+    }

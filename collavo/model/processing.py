@@ -200,20 +200,17 @@ class CollavoProcessor(ProcessorMixin):
 
     def _maps(self, images: Sequence[Any], crayon: Crayon | None) -> list[PanopticMap]:
         """Get the map of each image from where the caller says."""
-        if crayon is None or crayon == "none":
-            return [
-                build_panoptic_map(np.zeros(get_image_size(to_numpy_array(image)), np.int32), ()) for image in images
-            ]
         if crayon == "segment":
             if self.segmenter is None:
                 raise ValueError("this processor has no segmenter; give crayon maps, or set its attribute `segmenter`")
-            return _segmenter(self.segmenter).segment(
-                [np.asarray(to_pil_image(image).convert("RGB")) for image in images]
-            )
-        maps = list(crayon)
+            pixels = [np.asarray(to_pil_image(image).convert("RGB")) for image in images]
+            return _segmenter(self.segmenter).segment(pixels)
         sizes = [get_image_size(to_numpy_array(image)) for image in images]
-        if [found.index_map.shape for found in maps] != sizes:
-            shapes = [found.index_map.shape for found in maps]
+        if crayon is None or crayon == "none":
+            return [build_panoptic_map(np.zeros(size, np.int32), ()) for size in sizes]
+        maps = list(crayon)
+        shapes = [found.index_map.shape for found in maps]
+        if shapes != sizes:
             raise ValueError(f"images of heights and widths {sizes} need crayon maps of the same; found {shapes}")
         return maps
 

@@ -6,9 +6,10 @@ comes first, wherever `<image>` stands in the data. The loss covers each answer 
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, groupby
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rich.text import Text
@@ -69,6 +70,15 @@ _VICUNA_SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
 
+_CHATML = ChatFormat(
+    "<|im_start|>user\n",
+    "\n",
+    "<|im_end|>\n<|im_start|>assistant\n",
+    "<|im_end|>",
+    "\n<|im_start|>user\n",
+    system_form="<|im_start|>system\n{}<|im_end|>\n",
+)
+
 CHAT_FORMATS: Mapping[str, ChatFormat] = {
     # Paper, figure 4: `User: {question} Assistant: {answer}<stop>`, the image in front.
     "paper": ChatFormat("User: ", "\n", " Assistant:", "", "User: ", " "),
@@ -82,24 +92,10 @@ CHAT_FORMATS: Mapping[str, ChatFormat] = {
         system=_RELEASE_SYSTEM,
     ),
     "vicuna": ChatFormat("USER: ", "\n", " ASSISTANT:", "", "USER: ", " ", _VICUNA_SYSTEM),
-    "chatml": ChatFormat(
-        "<|im_start|>user\n",
-        "\n",
-        "<|im_end|>\n<|im_start|>assistant\n",
-        "<|im_end|>",
-        "\n<|im_start|>user\n",
-        system_form="<|im_start|>system\n{}<|im_end|>\n",
-    ),
+    "chatml": _CHATML,
     # Qwen 3 with its thinking off: each answer is preceded by a thought that is empty. Of its own template's history,
     # which has none, this differs from the second answer on; in return, each answer is asked for as it was trained.
-    "qwen3": ChatFormat(
-        "<|im_start|>user\n",
-        "\n",
-        "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
-        "<|im_end|>",
-        "\n<|im_start|>user\n",
-        system_form="<|im_start|>system\n{}<|im_end|>\n",
-    ),
+    "qwen3": replace(_CHATML, answer_open=f"{_CHATML.answer_open}<think>\n\n</think>\n\n"),
     "llama3": ChatFormat(
         "<|start_header_id|>user<|end_header_id|>\n\n",
         "\n",
@@ -119,6 +115,8 @@ _MARKERS = {
     "[INST]": "mistral",
     "ASSISTANT:": "vicuna",
 }
+
+_CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 _OBJECTS_KNOWN = "The image includes {objects}. "
 _OBJECTS_UNKNOWN = "None of detailed object information for image. "
@@ -180,34 +178,6 @@ def _ids_within(tokenizer: Any, character: str) -> list[int]:
     return ids
 
 
-_CHAT_TEMPLATE = """\
-{%- set found = namespace(images=0, objects="") -%}
-{%- for message in messages if message.content is not string -%}
-  {%- for block in message.content or [] -%}
-    {%- if block.type == "image" -%}{%- set found.images = found.images + 1 -%}
-    {%- elif block.type == "objects" -%}{%- set found.objects = block.text -%}
-    {%- endif -%}
-  {%- endfor -%}
-{%- endfor -%}
-{{- BOS -}}
-{%- if messages[0].role != "system" %}{{ SYSTEM }}{% endif -%}
-{%- for message in messages -%}
-  {%- if message.content is string %}{% set text = message.content %}
-  {%- else %}{% set text = message.content | selectattr("type", "equalto", "text") | map(attribute="text") | join %}
-  {%- endif -%}
-  {%- set text = (text if image_tokens_removed else text | replace(IMAGE, "")) | trim -%}
-  {%- if message.role == "system" %}{{ SYSTEM_FORM | replace("{}", text) }}
-  {%- elif message.role == "assistant" -%}
-    {{ ANSWER_OPEN }}{% generation %}{{ ANSWER_LEAD + text + STOP }}{% endgeneration %}
-  {%- elif loop.first or loop.previtem.role == "system" -%}
-    {{ OPENING + IMAGE * found.images + (AFTER_IMAGE if found.images else AFTER_NO_IMAGE) + found.objects + text }}
-  {%- else %}{{ QUESTION_OPEN + text }}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt %}{{ ANSWER_OPEN }}{% endif -%}
-"""
-
-
 def chat_template(tokenizer: Any, chat_format: ChatFormat) -> str:
     """Write a chat format as the Jinja template of transformers' processors; it renders what we render ourselves.
 
@@ -227,7 +197,8 @@ def chat_template(tokenizer: Any, chat_format: ChatFormat) -> str:
         "STOP": chat_format.stop or tokenizer.eos_token or "",
         "QUESTION_OPEN": chat_format.question_open,
     }
-    return "".join(f"{{%- set {name} = {text!r} -%}}\n" for name, text in texts.items()) + _CHAT_TEMPLATE
+    rest = _CHAT_TEMPLATE.read_text(encoding="utf-8")
+    return "".join(f"{{%- set {name} = {text!r} -%}}\n" for name, text in texts.items()) + rest
 
 
 def objects_sentence(objects: str) -> str:

@@ -36,19 +36,18 @@ def decode_segment_runs(data: bytes, size_wh: tuple[int, int], listed_ids: Colle
     pixels = _decode(data, size_wh)
     if pixels.ndim == 2:
         return id_runs(pixels)
-    rgb = pixels
     # By bytes, of which few differ from the pixel before: to put ids together for all pixels would take five times
     # as long.
-    channels = rgb.reshape(-1)
+    channels = pixels.reshape(-1)
     differs = np.empty(channels.size, dtype=bool)
     np.not_equal(channels[3:], channels[:-3], out=differs[3:])
-    differs[:: 3 * rgb.shape[1]] = True
+    differs[:: 3 * pixels.shape[1]] = True
     places = np.flatnonzero(differs) // 3
     starts = places[np.flatnonzero(np.diff(places, prepend=-1))]
-    ids = rgb.reshape(-1, 3)[starts] @ np.array([1, 1 << 8, 1 << 16])
+    ids = pixels.reshape(-1, 3)[starts] @ np.array([1, 1 << 8, 1 << 16])
     if listed_ids is not None:
-        _check_channels(ids, rgb.reshape(-1, 3)[starts], listed_ids)
-    return IdRuns(rgb.shape[:2], starts, ids)
+        _check_channels(ids, pixels.reshape(-1, 3)[starts], listed_ids)
+    return IdRuns(pixels.shape[:2], starts, ids)
 
 
 def _check_channels(ids: np.ndarray, colors_rgb: np.ndarray, listed_ids: Collection[int]) -> None:
@@ -76,9 +75,7 @@ def _decode(data: bytes, size_wh: tuple[int, int]) -> np.ndarray:
     try:
         mask = Image.open(io.BytesIO(data), formats=("PNG",))
         if mask.size == size_wh:
-            if mask.mode in _GREY_MODES:
-                return np.asarray(mask)
-            return np.asarray(mask.convert("RGB"))
+            return np.asarray(mask if mask.mode in _GREY_MODES else mask.convert("RGB"))
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged data
         raise Rejected("broken_mask", f"not a readable PNG: {fault_in_image(data, error)}") from error
     found, expected = f"{mask.width} x {mask.height}", f"{size_wh[0]} x {size_wh[1]}"

@@ -37,16 +37,12 @@ def encode_index_map(panoptic: PanopticMap) -> bytes:
     np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])
     runs = zlib_ng.compressobj(strategy=zlib_ng.Z_RLE)
     header = struct.pack(">IIBBBBB", width, height, 8 if in_colour else 16, _PALETTE if in_colour else _GREY, 0, 0, 0)
-    palette = (
-        bytes(channel for color in segment_palette(panoptic.segments, panoptic.categories) for channel in color)
-        if in_colour
-        else b""
-    )
+    colors = segment_palette(panoptic.segments, panoptic.categories) if in_colour else []
     return b"".join(
         (
             b"\x89PNG\r\n\x1a\n",
             _chunk(b"IHDR", header),
-            _chunk(b"PLTE", palette) if in_colour else b"",
+            _chunk(b"PLTE", bytes(channel for color in colors for channel in color)) if in_colour else b"",
             _chunk(b"IDAT", runs.compress(filtered.data) + runs.flush()),
             _chunk(b"IEND", b""),
         )

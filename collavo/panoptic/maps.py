@@ -88,19 +88,15 @@ def build_panoptic_map(
     if left_out := [info.id for info in infos if info.label == LEFT_OUT]:
         runs = runs._replace(ids=np.where(np.isin(runs.ids, left_out), 0, runs.ids))
         infos = [info for info in infos if info.label != LEFT_OUT]
-    lengths = runs.lengths
-    known_ids = np.array(sorted({0, *(info.id for info in infos)}), dtype=np.int64)
-    if len(known_ids) != len(infos) + 1:
-        distinct = f"{len(known_ids) - 1} distinct ids other than 0"
-        raise Rejected("repeated_segment", f"{len(infos)} segments listed, but {distinct}")
-    run_positions = _positions(runs.ids, known_ids)
-    areas, boxes_xyxy = _measure(run_positions, runs.starts, lengths, runs.size_hw[1], len(known_ids))
+    known_ids, _ = _known_ids(infos)
+    positions = _positions(runs, known_ids)
+    areas, boxes_xyxy = _measure(positions, len(known_ids))
     if not areas[1:].all():
         raise Rejected("empty_segment", f"segment {known_ids[1:][areas[1:] == 0][0]} has no pixel")
 
     by_id = {info.id: info for info in infos}
     listed = [by_id[id_] for id_ in known_ids[1:].tolist()]
-    return _assembled(run_positions, lengths, runs.size_hw, listed, areas[1:], boxes_xyxy[1:], categories)
+    return _assembled(positions, listed, areas[1:], boxes_xyxy[1:], categories)
 
 
 def assemble_panoptic_map(
@@ -120,27 +116,29 @@ def assemble_panoptic_map(
     Raises:
         Rejected: `repeated_segment` for an id listed twice, or a listed 0.
     """
-    known_ids, first = np.unique([0, *(info.id for info in infos)], return_index=True)
-    if len(known_ids) != len(infos) + 1:
+    known_ids, places = _known_ids(infos)
+    listed = [infos[place] for place in places.tolist()]
+    return _assembled(_positions(id_runs(ids), known_ids), listed, areas[places], boxes_xyxy[places], categories)
+
+
+def _known_ids(infos: Sequence[SegmentInfo]) -> tuple[np.ndarray, np.ndarray]:
+    """Return 0 and the ids of segments, ascending, and the places of these segments in `infos`.
+
+    Raises:
+        Rejected: `repeated_segment` for an id listed twice, or a listed 0.
+    """
+    ids = np.array([0, *(info.id for info in infos)], dtype=np.int64)
+    known_ids, first = np.unique(ids, return_index=True)
+    if len(known_ids) != len(ids):
         distinct = f"{len(known_ids) - 1} distinct ids other than 0"
         raise Rejected("repeated_segment", f"{len(infos)} segments listed, but {distinct}")
-    places = first[1:] - 1
-    runs = id_runs(ids)
-    listed = [infos[place] for place in places.tolist()]
-    positions = _positions(runs.ids, known_ids)
-    return _assembled(positions, runs.lengths, runs.size_hw, listed, areas[places], boxes_xyxy[places], categories)
+    return known_ids, first[1:] - 1
 
 
 def _assembled(
-    run_positions: np.ndarray,
-    lengths: np.ndarray,
-    size_hw: tuple[int, int],
-    listed: Sequence[SegmentInfo],
-    areas: np.ndarray,
-    boxes_xyxy: np.ndarray,
-    categories: CategorySet,
+    positions: IdRuns, listed: Sequence[SegmentInfo], areas: np.ndarray, boxes_xyxy: np.ndarray, categories: CategorySet
 ) -> PanopticMap:
-    """Assemble the map out of runs that hold the position of their segment in `listed`, from 1."""
+    """Assemble the map out of runs that hold, as ids, the position of their segment in `listed`, from 1."""
     labels = np.array([info.label for info in listed], dtype=np.int64)
     is_crowd = np.array([info.is_crowd for info in listed], dtype=bool)
     order = numbered_order(labels, is_crowd, areas, boxes_xyxy)
@@ -148,41 +146,34 @@ def _assembled(
 
     new_positions = np.zeros(len(listed) + 1, dtype=np.uint8 if len(listed) < 256 else np.uint16)
     new_positions[order + 1] = np.arange(1, len(listed) + 1)
-    index_map = np.repeat(new_positions[run_positions], lengths).reshape(size_hw)
+    index_map = np.repeat(new_positions[positions.ids], positions.lengths).reshape(positions.size_hw)
     areas_list, boxes_list = areas.tolist(), boxes_xyxy.astype(float).tolist()
-    segments = tuple(
-        Segment.of(
-            categories[listed[position].label],
-            id=listed[position].id,
-            box_xyxy=tuple(boxes_list[position]),
-            area=areas_list[position],
-            numbering=number,
-            is_crowd=listed[position].is_crowd,
-            score=listed[position].score,
-        )
-        for position, number in zip(order.tolist(), numbering.tolist(), strict=True)
-    )
-    return PanopticMap(index_map, segments, categories)
+    segments = []
+    for position, number in zip(order.tolist(), numbering.tolist(), strict=True):
+        info, box, area = listed[position], tuple(boxes_list[position]), areas_list[position]
+        category = categories[info.label]
+        segments.append(Segment.of(category, info.id, box, area, number, info.is_crowd, info.score))
+    return PanopticMap(index_map, tuple(segments), categories)
 
 
-def _positions(run_ids: np.ndarray, known_ids: np.ndarray) -> np.ndarray:
-    positions = np.searchsorted(known_ids, run_ids).clip(max=len(known_ids) - 1)
-    unlisted = known_ids[positions] != run_ids
+def _positions(runs: IdRuns, known_ids: np.ndarray) -> IdRuns:
+    """Put in place of each id its position among those that are known."""
+    positions = np.searchsorted(known_ids, runs.ids).clip(max=len(known_ids) - 1)
+    unlisted = known_ids[positions] != runs.ids
     if unlisted.any():
-        raise Rejected("unlisted_segment", f"pixels carry id {run_ids[unlisted][0]}, which no segment has")
-    return positions
+        raise Rejected("unlisted_segment", f"pixels carry id {runs.ids[unlisted][0]}, which no segment has")
+    return runs._replace(ids=positions)
 
 
-def _measure(
-    run_positions: np.ndarray, starts: np.ndarray, lengths: np.ndarray, width: int, count: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _measure(positions: IdRuns, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Measure areas [count] and boxes [count, 4] of all segments from their runs."""
+    lengths = positions.lengths
     areas = np.zeros(count, dtype=np.int64)
-    np.add.at(areas, run_positions, lengths)
-    y, x = np.divmod(starts, width)
+    np.add.at(areas, positions.ids, lengths)
+    y, x = np.divmod(positions.starts, positions.size_hw[1])
     boxes_xyxy = np.tile(np.array([np.iinfo(np.int64).max] * 2 + [0] * 2), (count, 1))
-    np.minimum.at(boxes_xyxy[:, 0], run_positions, x)
-    np.minimum.at(boxes_xyxy[:, 1], run_positions, y)
-    np.maximum.at(boxes_xyxy[:, 2], run_positions, x + lengths)
-    np.maximum.at(boxes_xyxy[:, 3], run_positions, y + 1)
+    np.minimum.at(boxes_xyxy[:, 0], positions.ids, x)
+    np.minimum.at(boxes_xyxy[:, 1], positions.ids, y)
+    np.maximum.at(boxes_xyxy[:, 2], positions.ids, x + lengths)
+    np.maximum.at(boxes_xyxy[:, 3], positions.ids, y + 1)
     return areas, boxes_xyxy

@@ -31,7 +31,6 @@ from collavo.segmenters.universal import without_backbone_warnings
 from collavo.training import checkpoint
 from collavo.training.loop import learning_rate_at, signals_noted
 from schemas.categories import CategorySet, name_key
-from schemas.crayon_row import CrayonRow
 
 _GROUPS_TOGETHER = 8
 """Row groups whose rows are shuffled together, and are in memory at a time."""
@@ -108,29 +107,19 @@ class SegmentedRows:
 
     def read(self, places: Sequence[Place]) -> Iterator[tuple[np.ndarray, PanopticMap]]:
         """Yield picture and map of some rows, those of a row group one after another; damaged ones are left out."""
-        at_hand: dict[tuple[str, int], list[CrayonRow | Rejected]] = {}
+        at_hand: dict[tuple[str, int], list[dict[str, Any] | Rejected]] = {}
         for place in places:
-            if (place.file, place.group) not in at_hand:
+            group = place.file, place.group
+            if group not in at_hand:
                 if len(at_hand) == _GROUPS_TOGETHER:
                     at_hand.pop(next(iter(at_hand)))
-                at_hand[place.file, place.group] = self._group(place)
-            row = at_hand[place.file, place.group][place.row]
+                with opened_parquet(place.file) as parquet:
+                    at_hand[group] = list(read_records(parquet, group=place.group))
             try:
-                if isinstance(row, Rejected):
-                    raise row
+                row = checked_row(at_hand[group][place.row], len(self.categories), with_instructions=False)
                 yield image_and_map(row, self.image_root, self.categories)
             except Rejected as error:
                 self.left_out.add(error.reason, f"row {place.row} of {place.file}", str(error))
-
-    def _group(self, place: Place) -> list[CrayonRow | Rejected]:
-        rows: list[CrayonRow | Rejected] = []
-        with opened_parquet(place.file) as parquet:
-            for record in read_records(parquet, group=place.group):
-                try:
-                    rows.append(checked_row(record, len(self.categories), with_instructions=False))
-                except Rejected as error:
-                    rows.append(error)
-        return rows
 
     def shuffled(self, seed: int, epoch: int) -> list[Place]:
         """Return the places of an epoch: row groups in random order, the rows of a few of them mixed."""

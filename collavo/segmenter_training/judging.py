@@ -86,19 +86,16 @@ def table(judged: Judged) -> list[str]:
     guess = judged.guess
     lines = ["| class | PQ | true | found | wrong |" + " blind guess |" * bool(guess), "|---|---:|---:|---:|---:|"]
     lines[1] += "---:|" * bool(guess)
-    rows: list[tuple[str, float, Sequence[object], float]] = [
-        (name, each.quality, (each.truth, each.found, each.wrong), _quality(guess, name))
-        for name, each in sorted(judged.by_class.items(), key=lambda item: -item[1].quality)
-    ]
+    rows: list[tuple[str, float, Sequence[object], float]] = []
+    for name, each in sorted(judged.by_class.items(), key=lambda item: -item[1].quality):
+        blind_one = guess.by_class.get(name) if guess else None
+        counts = (each.truth, each.found, each.wrong)
+        rows.append((name, each.quality, counts, blind_one.quality if blind_one else 0.0))
     rows.append((f"mean of {judged.images} pictures", judged.quality, ("", "", ""), guess.quality if guess else 0))
-    for name, quality, counts, blind in rows:
-        cells = [name, f"{100 * quality:.1f}", *map(str, counts), *([f"{100 * blind:.1f}"] if guess else [])]
+    for name, quality, columns, blind in rows:
+        cells = [name, f"{100 * quality:.1f}", *map(str, columns), *([f"{100 * blind:.1f}"] if guess else [])]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def _quality(judged: Judged | None, name: str) -> float:
-    return judged.by_class[name].quality if judged and name in judged.by_class else 0.0
 
 
 def _most_frequent(rows: Iterable[tuple[np.ndarray, PanopticMap]], categories: CategorySet) -> np.ndarray:

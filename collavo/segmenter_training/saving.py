@@ -7,10 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult
 
 from collavo.categories import CATEGORIES_FILE
-from collavo.model_card import licence_of
+from collavo.model_card import card_head, licence_of
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.quiet import without_loading_report
 from collavo.segmenter_training.finetuning import SegmentedRows, Steps
@@ -26,31 +26,7 @@ _TOLD = ("*token*", "vocab*", "merges.txt", "preprocessor_config.json", "process
 _CHOSEN_ON = 20
 """Train rows on which the thresholds are chosen."""
 
-_TEXT = """\
-# {name}: a panoptic segmenter
-
-| | |
-|---|---|
-| network | {family}, from `{base}` |
-| classes | {classes}: {named} |
-| data | {data} |
-| training | {steps} updates of {batch} pictures, learning rate {rate:g} |
-| thresholds | preset `{preset}`, chosen on pictures of the training |
-
-```
-python pipelines/build_crayon.py --images photos --segmenter transformers --segmenter_checkpoint {name}
-```
-
-## Panoptic quality on pictures that it was not trained on
-
-{table}
-
-The blind guess gives each place in a picture the class that most pictures of the training have there.
-
-## Licence
-
-The base's licence is {licence}; the pictures' own may limit what this network may be used for, too.
-"""
+_TEXT = Path(__file__).with_name("card.md")
 
 
 def save_network(folder: Path, model: Any, base: Network, categories: CategorySet) -> None:
@@ -105,9 +81,8 @@ def write_card(
     names = list(config["id2label"].values())
     licence = licence_of(base.folder)
     data = ", ".join(sorted({Path(file).resolve().parent.name for file in files}))
-    metadata = ModelCardData(
-        license=licence["license"],
-        license_name=licence["license_name"] if licence["license"] == "other" else None,
+    head = card_head(
+        licence,
         base_model=checkpoint,
         pipeline_tag="image-segmentation",
         library_name="transformers",
@@ -117,7 +92,7 @@ def write_card(
             EvalResult("image-segmentation", "crayon", data, "pq", judged.quality, metric_name="panoptic quality")
         ],
     )
-    text = _TEXT.format(
+    text = _TEXT.read_text(encoding="utf-8").format(
         name=name,
         family=config["model_type"],
         classes=len(names),
@@ -131,7 +106,7 @@ def write_card(
         table="\n".join(table(judged)),
         licence=licence["license_name"],
     )
-    (folder / CARD).write_text(f"---\n{metadata.to_yaml()}\n---\n\n{text}", encoding="utf-8")
+    (folder / CARD).write_text(f"{head}{text}", encoding="utf-8")
     figures = {
         "images": judged.images,
         "panoptic_quality": judged.quality,

@@ -15,14 +15,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 FILE = "familiarity.safetensors"
 
-_DIRECTIONS = 16
-"""Of these, the fit on hundreds of pictures is sure; 32 to 128 gained nothing on photographs (benchmarks/LOG.md)."""
-
-_MOST_DEVIATIONS = 3.0
+MOST_DEVIATIONS = 3.0
 
 
 class Familiarity:
@@ -34,42 +31,13 @@ class Familiarity:
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self._tensors = {name: tensor.float() for name, tensor in tensors.items()}
+        self.tensors = {name: tensor.float() for name, tensor in tensors.items()}
 
     @classmethod
     def load(cls, folder: Path) -> Self | None:
         """That of a checkpoint's folder; None where it brings none."""
         file = folder / FILE
         return cls(load_file(file)) if file.is_file() else None
-
-    @classmethod
-    def fit(cls, known: torch.Tensor, held_out: torch.Tensor, share: float) -> Self:
-        """Learn from features of known pictures.
-
-        Args:
-            known: float [pictures, features].
-            held_out: features of other known pictures, for the threshold.
-            share: of the pictures held out that may be called unfamiliar.
-        """
-        known = known.double()
-        mean, scale = known.mean(0), known.std(0).clamp_min(1e-6)
-        spread = ((known - mean) / scale).clamp(-_MOST_DEVIATIONS, _MOST_DEVIATIONS)
-        _, singular, directions = torch.linalg.svd(spread, full_matrices=False)
-        variances = singular.square() / len(known)
-        rest = variances[_DIRECTIONS:].sum() / (known.shape[1] - _DIRECTIONS)
-        fitted = {
-            "mean": mean,
-            "scale": scale,
-            "directions": directions[:_DIRECTIONS].contiguous(),
-            "variances": variances[:_DIRECTIONS].contiguous(),
-            "rest": rest.reshape(1),
-            "threshold": torch.ones(1),
-        }
-        distances = cls(fitted).distances(held_out)
-        return cls({**fitted, "threshold": torch.quantile(distances, 1 - share).reshape(1)})
-
-    def save(self, folder: Path) -> None:
-        save_file(self._tensors, folder / FILE)
 
     def distances(self, features: torch.Tensor) -> torch.Tensor:
         """Measure how far pictures lie from the known ones, 1 being as far as the farthest that still count as known.
@@ -80,8 +48,8 @@ class Familiarity:
         Returns:
             float32 [pictures].
         """
-        t = {name: tensor.to(features.device) for name, tensor in self._tensors.items()}
-        spread = ((features.float() - t["mean"]) / t["scale"]).clamp(-_MOST_DEVIATIONS, _MOST_DEVIATIONS)
+        t = {name: tensor.to(features.device) for name, tensor in self.tensors.items()}
+        spread = ((features.float() - t["mean"]) / t["scale"]).clamp(-MOST_DEVIATIONS, MOST_DEVIATIONS)
         along = spread @ t["directions"].T
         beside = spread.square().sum(1) - along.square().sum(1)
         distance = ((along.square() / t["variances"]).sum(1) + beside / t["rest"]) / features.shape[1]

@@ -11,27 +11,17 @@ import json
 import tempfile
 from array import array
 from collections.abc import Iterator, Mapping
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import ijson
 
 from collavo.errors import Rejected, UserError
 from collavo.sources import fault_in_json, image_key, whole_id
+from collavo.sources.coco_panoptic import AnnotatedImage, listed_images
 from schemas.categories import LEFT_OUT
 
 
-class ImageInstances(NamedTuple):
-    """An image of an instance file; `instances` is JSON text of a list of `[id, label, iscrowd, segmentation]`,
-    as compact as it can be passed around, and None for an image without any."""
-
-    entry_id: str
-    file_name: str
-    license_id: int | None
-    size_wh: tuple[int, int] | None
-    instances: str | None
-
-
-def stream_image_instances(file: BinaryIO, name: str, labels: Mapping[int, int]) -> Iterator[ImageInstances | Rejected]:
+def stream_image_instances(file: BinaryIO, name: str, labels: Mapping[int, int]) -> Iterator[AnnotatedImage | Rejected]:
     """Yield all images of a COCO instance file in the file's order; an unusable entry comes as the error that says why.
 
     Args:
@@ -43,18 +33,7 @@ def stream_image_instances(file: BinaryIO, name: str, labels: Mapping[int, int])
         UserError: if the file is not JSON to its end, or not of the instance format.
     """
     try:
-        images: dict[str, Mapping[str, Any]] = {}
-        for image in ijson.items(file, "images.item", use_float=True):
-            image_id = image_key(image.get("id"))
-            if image_id is None or not isinstance(image.get("file_name"), str):
-                yield Rejected("malformed_entry", f"an image needs 'id' and 'file_name', found {str(image)[:80]}")
-            elif image_id in images:
-                yield Rejected("duplicate_id", f"'images' lists the id again, for {image['file_name']}", image_id)
-            else:
-                images[image_id] = image
-        if not images:
-            raise UserError(f"{name}: it lists no 'images'")
-        file.seek(0)
+        images = yield from listed_images(file, name)
         with tempfile.TemporaryFile() as store:
             places: dict[str, array[int]] = {}
             spoiled: dict[str, Rejected] = {}
@@ -75,7 +54,7 @@ def stream_image_instances(file: BinaryIO, name: str, labels: Mapping[int, int])
                     places.setdefault(image_id, array("Q")).extend([store.tell(), len(text)])
                     store.write(text)
             for image_id, image in images.items():
-                yield spoiled.get(image_id) or _image(image_id, image, places.get(image_id), store)
+                yield spoiled.get(image_id) or image._replace(instances=_listed(places.get(image_id), store))
     except (ijson.JSONError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{name}: not COCO instance JSON to its end ({fault_in_json(error)})") from error
 
@@ -99,11 +78,10 @@ def _instance(record: Mapping[str, Any], labels: Mapping[int, int]) -> list[Any]
     return [id_, labels[category_id], int(bool(record.get("iscrowd"))), segmentation]
 
 
-def _image(image_id: str, image: Mapping[str, Any], places: "array[int] | None", store: BinaryIO) -> ImageInstances:
+def _listed(places: "array[int] | None", store: BinaryIO) -> str | None:
+    """Read the annotations of an image back as one list."""
     texts = []
     for offset, length in zip(places[::2], places[1::2], strict=True) if places else ():
         store.seek(offset)
         texts.append(store.read(length).decode())
-    license_id, width, height = (whole_id(image.get(key)) for key in ("license", "width", "height"))
-    size_wh = (width, height) if width and height else None
-    return ImageInstances(image_id, image["file_name"], license_id, size_wh, f"[{','.join(texts)}]" if texts else None)
+    return f"[{','.join(texts)}]" if texts else None

@@ -1,11 +1,11 @@
-"""Read COCO's panoptic annotation files as streams.
+"""Read COCO's panoptic annotation files as streams, and the list of images that all of COCO's files have.
 
 The files exceed 300 MB, so only their image list (file name and licence by id) is held in memory.
 
 Source: the COCO panoptic data format, https://cocodataset.org/#format-data.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 import ijson
@@ -26,17 +26,19 @@ class Annotation(NamedTuple):
 
 
 class AnnotatedImage(NamedTuple):
-    """An image of a COCO panoptic file.
+    """An image of a COCO file.
 
-    `annotation` is None where the file has none for it. `size_wh` is what the file says of its size, which tells
-    whether the mask is in the frame of the image as stored or as turned upright.
+    Of a panoptic file, `annotation` is None where it has none for the image. Of an instance file, `instances` is JSON
+    text of a list of `[id, label, iscrowd, segmentation]`, as compact as it can be passed around, and None where the
+    image has none. `size_wh` is what the file says of the image's size.
     """
 
     entry_id: str
     file_name: str
     license_id: int | None
     size_wh: tuple[int, int] | None
-    annotation: Annotation | None
+    annotation: Annotation | None = None
+    instances: str | None = None
 
 
 def stream_annotated_images(
@@ -55,18 +57,7 @@ def stream_annotated_images(
         UserError: if the file is not JSON to its end, or not of the panoptic format.
     """
     try:
-        images: dict[str, AnnotatedImage] = {}
-        for record in ijson.items(file, "images.item", use_float=True):
-            image = _image(record)
-            if isinstance(image, Rejected):
-                yield image
-            elif image.entry_id in images:
-                yield Rejected("duplicate_id", f"'images' lists the id again, for {image.file_name}", image.entry_id)
-            else:
-                images[image.entry_id] = image
-        if not images:
-            raise UserError(f"{name}: it lists no 'images'")
-        file.seek(0)
+        images = yield from listed_images(file, name)
         annotated = set()
         for record in ijson.items(file, "annotations.item", use_float=True):
             if "segments_info" not in record:
@@ -92,18 +83,33 @@ def stream_annotated_images(
             yield image
 
 
+def listed_images(file: BinaryIO, name: str) -> Generator[Rejected, None, dict[str, AnnotatedImage]]:
+    """Read the images that a COCO file lists, by their key, and yield what is wrong with others; the file is at its
+    beginning afterwards.
+
+    Raises:
+        UserError: if it lists none.
+    """
+    images: dict[str, AnnotatedImage] = {}
+    for record in ijson.items(file, "images.item", use_float=True):
+        image_id, file_name = image_key(record.get("id")), record.get("file_name")
+        if image_id is None or not isinstance(file_name, str):
+            yield Rejected("malformed_entry", f"an image needs 'id' and 'file_name', found {str(record)[:80]}")
+        elif image_id in images:
+            yield Rejected("duplicate_id", f"'images' lists the id again, for {file_name}", image_id)
+        else:
+            license_id, width, height = (whole_id(record.get(key)) for key in ("license", "width", "height"))
+            size_wh = (width, height) if width and height else None
+            images[image_id] = AnnotatedImage(image_id, file_name, license_id, size_wh)
+    if not images:
+        raise UserError(f"{name}: it lists no 'images'")
+    file.seek(0)
+    return images
+
+
 def segment_infos(segments: Sequence[tuple[int, int, int]]) -> list[SegmentInfo]:
     """Return the segments of an `Annotation`."""
     return [SegmentInfo(id_, label, bool(is_crowd)) for id_, label, is_crowd in segments]
-
-
-def _image(record: Any) -> AnnotatedImage | Rejected:
-    image_id = image_key(record.get("id"))
-    if image_id is None or not isinstance(record.get("file_name"), str):
-        return Rejected("malformed_entry", f"an image needs 'id' and 'file_name', found {str(record)[:80]}")
-    license_id, width, height = (whole_id(record.get(key)) for key in ("license", "width", "height"))
-    size_wh = (width, height) if width and height else None
-    return AnnotatedImage(image_id, record["file_name"], license_id, size_wh, None)
 
 
 def _annotation(record: Mapping[str, Any], labels: Mapping[int, int]) -> Annotation | Rejected:

@@ -7,6 +7,7 @@ copied to a temporary file first, because annotation files are larger than memor
 
 import codecs
 import gzip
+import json
 import re
 import shutil
 import tempfile
@@ -19,14 +20,6 @@ from collavo.errors import UserError
 from collavo.storage import is_local
 
 _CHUNK_BYTES = 1 << 20
-
-_MARKS = [  # UTF-32's begins with UTF-16's
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-    (codecs.BOM_UTF8, "utf-8-sig"),
-]
 
 # A string, passed over, whose closing quote may lie in the next piece of the file; or a number that JSON lacks.
 _NO_NUMBER = re.compile(rb'"(?:[^"\\]|\\.)*(?P<closed>"?)|-?(?:NaN|Infinity)', re.DOTALL)
@@ -53,8 +46,7 @@ def open_json(file: BinaryIO, name: str) -> Iterator[BinaryIO]:
             file.seek(0)
             head = file.read(4)
             file.seek(0)
-            encoding = next((name for mark, name in _MARKS if head.startswith(mark)), None) or _without_mark(head)
-            if encoding:
+            if (encoding := json.detect_encoding(head)) != "utf-8":
                 file = _copied(stack, codecs.EncodedFile(file, "utf-8", encoding))
                 file.seek(0)
             if _has_no_numbers(file):
@@ -65,16 +57,6 @@ def open_json(file: BinaryIO, name: str) -> Iterator[BinaryIO]:
             raise UserError(f"{name}: not text that JSON can be in ({error})") from error
         file.seek(0)
         yield file
-
-
-def _without_mark(head: bytes) -> str | None:
-    """Return the encoding of a JSON text without a byte-order mark: its first two characters are ASCII, so zeros tell
-    it."""
-    if len(head) == 4 and head[0] and not head[1]:
-        return "utf-16-le" if head[2] else "utf-32-le"
-    if len(head) == 4 and not head[0]:
-        return "utf-16-be" if head[1] else "utf-32-be"
-    return None
 
 
 def _copied(stack: ExitStack, source: Any) -> BinaryIO:

@@ -64,9 +64,7 @@ class TrainArguments:
         choices=("table", "words"),
     )
     query_start: str = flag(
-        "random",
-        "first queries: random, or names, the embeddings of class names",
-        choices=("random", "names"),
+        "random", "first queries: random, or names, the embeddings of class names", choices=("random", "names")
     )
     crayon_share: float | None = flag(
         None, "share of crayon sequences in cit (default: as in the data)", kind=float, least=0.001, most=0.999

@@ -196,15 +196,15 @@ class ExampleDataset(Dataset[Example | Skipped | UserError]):
             packed = pack_prompts(prompts, self._processor.image_token_id)
             if (length := len(packed[0])) > self.index.max_length:
                 raise Rejected("too_long_sequence", f"{length:,} tokens")
-            if not _has_map(record):
-                return example_of(self._processor, sample.kind, record["image_id"], prompts)
-            pixels = decoded_image(record["image"]["path"], record["image"]["bytes"], self._image_root)
-            if sample.kind == "caption":  # the signal has no part in alignment
-                unknown = build_panoptic_map(np.zeros(pixels.shape[:2], np.int32), (), self._categories)
-                return example_of(self._processor, sample.kind, record["image_id"], prompts, pixels, unknown)
-            segments = tuple(map(Segment.from_record, record["segments"]))
-            size_wh = (pixels.shape[1], pixels.shape[0])
-            panoptic = panoptic_map_of(record["panoptic_map"]["bytes"], segments, self._categories, size_wh)
+            pixels = panoptic = None
+            if _has_map(record):
+                pixels = decoded_image(record["image"]["path"], record["image"]["bytes"], self._image_root)
+                if sample.kind == "caption":  # the signal has no part in alignment
+                    panoptic = build_panoptic_map(np.zeros(pixels.shape[:2], np.int32), (), self._categories)
+                else:
+                    segments = tuple(map(Segment.from_record, record["segments"]))
+                    size_wh = (pixels.shape[1], pixels.shape[0])
+                    panoptic = panoptic_map_of(record["panoptic_map"]["bytes"], segments, self._categories, size_wh)
         except Rejected as error:
             raise Rejected(error.reason, str(error), record["image_id"]) from error
         return example_of(self._processor, sample.kind, record["image_id"], prompts, pixels, panoptic)

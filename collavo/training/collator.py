@@ -8,6 +8,7 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from schemas.categories import COCO_PANOPTIC, CategorySet
 from schemas.crayon_row import Segment
 
 
+@dataclass(eq=False)
 class CrayonCollator:
     """Make a batch of crayon rows, as `datasets.load_dataset` gives them: one sequence each.
 
@@ -35,12 +37,9 @@ class CrayonCollator:
         instructions: how many are packed into one sequence at most; 1 for an attention that cannot do it.
     """
 
-    def __init__(
-        self, processor: CollavoProcessor, categories: CategorySet = COCO_PANOPTIC, instructions: int = 8
-    ) -> None:
-        self.processor = processor
-        self.categories = categories
-        self.instructions = instructions
+    processor: CollavoProcessor
+    categories: CategorySet = COCO_PANOPTIC
+    instructions: int = 8
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Return what the model's forward takes, labels included, padded on the right."""

@@ -1,7 +1,7 @@
 """A training run, from its arguments to its run directory."""
 
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from importlib.util import find_spec
@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from collavo.cli import naming
@@ -136,7 +135,10 @@ class TrainingRun:
         left = [phase for phase in phases if phase.last_step > done.total_steps]
         available = memory_of(self.accelerator.device)
         rehearsed = [] if available is None else [(phase, *found) for phase in left if (found := self._longest(phase))]
-        memory = self._memory({phase.name: batch for phase, _, batch in rehearsed}, available or 0)
+        memory = None
+        if available is not None and (longest := {phase.name: batch for phase, _, batch in rehearsed}):
+            needs = check_memory(self.shape, arguments, len(self.adapters), longest, available)
+            memory = memory_table(needs, longest, available)
         self._prepare_folder()
         if arguments.report_to:
             self.accelerator.init_trackers("collavo", {k: str(v) for k, v in asdict(arguments).items()})
@@ -177,17 +179,6 @@ class TrainingRun:
     def _at_once(self, batch_size: int) -> int:
         """Return how many sequences of a step a rank takes forward and back at once."""
         return min(self.arguments.micro_batch_size, batch_size // self.accelerator.num_processes)
-
-    def _memory(self, longest: Mapping[str, LongestBatch], available: int) -> Table | None:
-        """Say what a step takes of the GPU's memory at its peak, by phase.
-
-        Raises:
-            UserError: if it does not fit, naming the flags with which it does.
-        """
-        if not longest:
-            return None
-        needs = check_memory(self.shape, self.arguments, len(self.adapters), longest, available)
-        return memory_table(needs, longest, available)
 
     def _check_base(self) -> None:
         """Refuse a base that a GPU has no room for, before it is loaded: the image alone, for the data are not known
