@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import ijson
 
 from collavo.errors import UserError
-from collavo.sources import parsed_json, whole_id
+from collavo.sources import MAX_ID, parsed_json, whole_id
 from collavo.sources.image_paths import is_utf8
 from schemas.categories import COCO_PANOPTIC, LEFT_OUT, CategorySet, name_key, without_suffixes
 
@@ -255,9 +255,10 @@ def _record(record: Any, position: int, name: str, are_things: bool) -> dict[str
     if odd := [value for value in fields.values() if isinstance(value, str) and not is_utf8(value)]:
         raise UserError(f"{name}: category {position} holds half of a surrogate pair, which is no text: {odd[0]!r:.80}")
     said = fields.get("isthing", fields.get("is_thing"))
-    if not isinstance(text, str) or not text.strip() or number is None:
+    if not isinstance(text, str) or not text.strip() or number is None or abs(number) > MAX_ID:
         raise UserError(
-            f"{name}: category {position} should have a whole number 'id' and a text 'name'; it is {record!r:.80}"
+            f"{name}: category {position} should have a whole number 'id', {MAX_ID} at most, and a text 'name'; it is "
+            f"{record!r:.80}"
         )
     if said is None and not are_things:
         raise UserError(f"{name}: category {text!r} does not say 'isthing': 1 for what can be counted, 0 for stuff")
@@ -306,9 +307,13 @@ def _english(record: Mapping[str, Any]) -> dict[str, str]:
             # inflect takes `bus` and `tennis` for plurals of `bu` and `tenni`.
             is_plural = one and engine.plural_noun(one) == name and not name.endswith(("us", "is", "as", "ss", "lens"))
             singular, plural = (one, plural or name) if is_plural else (name, plural)
+    if not plural:
+        plural = engine.plural_noun(singular)
+        if singular[-1:].isupper():  # SUVs, where inflect writes SUVS
+            plural = singular + plural.removeprefix(singular).lower()
     return {
         "singular": singular,
-        "plural": plural or engine.plural_noun(singular),
+        "plural": plural,
         "article": engine.a(singular).partition(" ")[0],
     }
 

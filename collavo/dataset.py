@@ -191,10 +191,10 @@ def read_rows(
     """
     for file in files:
         with opened_parquet(file) as parquet:
-            classes = len(_category_set_in(parquet, str(file)))
+            categories = _category_set_in(parquet, str(file))
             for record in read_records(parquet):
                 try:
-                    row = checked_row(record, classes)
+                    row = checked_row(record, categories)
                 except Rejected as error:
                     if left_out is None:
                         raise UserError(f"{file}: row {error.entry_id}: {error.reason}: {error}") from error
@@ -204,7 +204,9 @@ def read_rows(
                     yield row
 
 
-def checked_row(record: Mapping[str, Any] | Rejected, classes: int, with_instructions: bool = True) -> CrayonRow:
+def checked_row(
+    record: Mapping[str, Any] | Rejected, categories: CategorySet, with_instructions: bool = True
+) -> CrayonRow:
     """Make the row that `read_records` yielded.
 
     Raises:
@@ -213,7 +215,7 @@ def checked_row(record: Mapping[str, Any] | Rejected, classes: int, with_instruc
     if isinstance(record, Rejected):
         raise record
     record = record if with_instructions else {**record, "instructions": ()}
-    check_record(record, classes)
+    check_record(record, categories)
     return CrayonRow.from_record(record)
 
 
@@ -286,13 +288,13 @@ _NULLABLE = frozenset({
 """Columns and fields that a row may leave empty."""
 
 
-def check_record(record: Mapping[str, Any], classes: int) -> None:
+def check_record(record: Mapping[str, Any], categories: CategorySet) -> None:
     """Make sure that a row, as plain values, has what all who read it rely on; columns that it lacks are not missed.
 
     Pictures and maps are checked where they are decoded.
 
     Args:
-        classes: how many the data set has.
+        categories: the set of the data set.
 
     Raises:
         Rejected: `missing_value` or `bad_value`, with the row's id.
@@ -301,7 +303,7 @@ def check_record(record: Mapping[str, Any], classes: int) -> None:
     for column in CRAYON_SCHEMA:
         if column.name in record and (empty := _empty_value(record[column.name], column.name, column.type)):
             raise Rejected("missing_value", f"{empty} is null", name)
-    for fault in _faults(record, classes):
+    for fault in _faults(record, categories):
         raise Rejected("bad_value", fault, name)
 
 
@@ -316,7 +318,7 @@ def _empty_value(value: Any, path: str, type_: pa.DataType) -> str | None:
     return None
 
 
-def _faults(record: Mapping[str, Any], classes: int) -> Iterator[str]:
+def _faults(record: Mapping[str, Any], categories: CategorySet) -> Iterator[str]:
     """Find values that no row can have."""
     if record.get("image_id") == "":
         yield "image_id is empty"
@@ -345,8 +347,11 @@ def _faults(record: Mapping[str, Any], classes: int) -> Iterator[str]:
         box = segment["box_xyxy"]
         if len(box) != 4 or not all(map(math.isfinite, box)):
             yield f"box_xyxy is {list(box)}"
-        if not (0 <= segment["label"] < classes and 0 <= segment["numbering"] <= MAX_NUMBERING):
-            yield f"a segment has label {segment['label']} and numbering {segment['numbering']}"
+        label = segment["label"]
+        if not (0 <= label < len(categories) and 0 <= segment["numbering"] <= MAX_NUMBERING):
+            yield f"a segment has label {label} and numbering {segment['numbering']}"
+        elif segment["category"] != (name := categories[label].display_name):  # of a data set joined by another tool
+            yield f"label {label} is {name!r} here, and a segment calls it {segment['category']!r}"
     if "segments" in record:
         for instruction in record.get("instructions", ()):
             meant = instruction["segment_ids"]
@@ -513,8 +518,13 @@ def _category_set_in(parquet: pq.ParquetFile, file: str) -> CategorySet:
     seen: dict[int, Mapping[str, Any]] = {}
     for record in read_records(parquet, columns=["segments"]):
         for s in () if isinstance(record, Rejected) else record["segments"] or ():
-            if s is not None and None not in (s["label"], s["category_id"], s["category"], s["is_thing"]):
-                seen[s["label"]] = s
+            if s is None or None in (s["label"], s["category_id"], s["category"], s["is_thing"]):
+                continue
+            if (name := seen.setdefault(s["label"], s)["category"]) != s["category"]:
+                raise UserError(
+                    f"{file}: label {s['label']} is {name!r} in one row and {s['category']!r} in another; another "
+                    "tool has joined data sets of different classes, whose rows belong in files of their own"
+                )
     in_coco = all(
         0 <= label < len(COCO_PANOPTIC) and COCO_PANOPTIC[label].display_name == s["category"]
         for label, s in seen.items()

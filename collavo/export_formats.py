@@ -30,9 +30,7 @@ import pyarrow as pa
 
 from collavo.dataset import BYTES_PER_GROUP, RowGroupWriter
 from collavo.sources.image_paths import checked_relative
-from schemas.crayon_row import SPLITS, CrayonRow
-
-IMAGE_TOKEN = "<image>"
+from schemas.crayon_row import IMAGE_TOKEN, SPLITS, CrayonRow
 
 Turns = tuple[tuple[str, str], ...]
 """(`human` | `gpt`, text) in order, after a `system` turn where a dialogue has one."""

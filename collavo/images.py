@@ -198,6 +198,9 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise Rejected("oversized_image", f"{width} x {height} is more than {max_pixels} pixels")
+    if image.mode == "F":
+        detail = "its pixels are floating-point numbers, of no known range; convert it to 8 or 16 bits"
+        raise Rejected("broken_image", f"{image.format} of {width} x {height}: {detail}")
     return image
 
 

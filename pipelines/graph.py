@@ -93,7 +93,7 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
     rejects: list[beam.PCollection] = []
     spilled: list[beam.PCollection] = []
     if job.sources.crayon_files:
-        read_rows = beam.FlatMap(read_crayon_rows, len(job.categories), job.output.embed_images)
+        read_rows = beam.FlatMap(read_crayon_rows, job.categories, job.output.embed_images)
         rows = (
             pipeline
             | "CrayonFiles" >> beam.Create(job.sources.crayon_files)

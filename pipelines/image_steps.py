@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 
@@ -268,7 +269,14 @@ def _map_of_instances(annotated: Mention, image: LoadedImage, job: CrayonJob) ->
                 "ambiguous_orientation", f"{detail} turned; --mask_frame stored or upright says how they were made"
             )
         frame = found
-    instances = [Instance(SegmentInfo(id_, label, bool(crowd)), mask) for id_, label, crowd, mask in listed]
+    if stated_wh and tuple(stated_wh) not in {(width, height), (height, width) if image.orientation >= 5 else ()}:
+        detail = f"its instances are of an image of {stated_wh[0]} x {stated_wh[1]}, but it has {width} x {height}"
+        raise Rejected("mask_size_mismatch", detail)
+    taken = {id_ for id_, *_ in listed}
+    free = (number for number in count(1) if number not in taken)
+    instances = [
+        Instance(SegmentInfo(id_ or next(free), label, bool(crowd)), mask) for id_, label, crowd, mask in listed
+    ]
     orientation = image.orientation if frame == "stored" else 1
     return instances_map(instances, image.size_wh, job.categories, orientation)
 

@@ -354,7 +354,7 @@ def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources
                 if name == "coco_masks" and not flags.coco_masks:
                     raise UserError(
                         f"--coco_panoptic {flags.coco_panoptic[masks.index(uri)]}: its masks are looked for in {uri}, "
-                        "which is not there; --coco_masks names their folder"
+                        "which is not there; --coco_masks names their folder, and --coco_instances reads instance files"
                     )
                 raise UserError(f"--{name} {uri}: there is no such file or folder")
     own = [sets.of_annotations("coco_panoptic", uri) for uri in flags.coco_panoptic]
@@ -507,7 +507,9 @@ def _opened_records(uri: str) -> Iterator[BinaryIO]:
 def _job(flags: Flags, sources: Sources, sets: _Sets, publication: Publication) -> CrayonJob:
     segmenter = flags.segmentation.segmenter
     if segmenter == "annotations" and not sources.coco and not sources.crayon_files:
-        raise UserError("--segmenter annotations needs --coco_panoptic; auto, transformers and detectron2 do not")
+        raise UserError(
+            "--segmenter annotations needs --coco_panoptic or --coco_instances; auto, transformers, detectron2 do not"
+        )
     phrasebook = _phrasebook(flags)
     options = flags.instructions.options
     model = _model(flags.segmentation, sources, sets)

@@ -24,6 +24,7 @@ from collavo.sources.json_files import open_json
 from collavo.sources.records import stream_records
 from collavo.storage import FAULTS, canonical, exists, fixed_part, is_local, list_files, open_random, open_read
 from pipelines.records import UNSEEN, Draft, Input, Mention, Reject
+from schemas.categories import CategorySet
 
 Entry = TypeVar("Entry")
 
@@ -159,11 +160,11 @@ def finished_pictures(crayon_files: tuple[str, ...]) -> frozenset[bytes]:
     return frozenset(found)
 
 
-def read_crayon_rows(uri: str, classes: int, keep_image_bytes: bool) -> Iterator[Draft | RejectOutput]:
+def read_crayon_rows(uri: str, categories: CategorySet, keep_image_bytes: bool) -> Iterator[Draft | RejectOutput]:
     """Read finished rows back as drafts, for new instructions; their old ones are left behind.
 
     Args:
-        classes: how many their set has, which is the job's.
+        categories: their set, which is the job's.
     """
     with _naming("from_crayon", uri), open_random(uri) as file, opened_parquet(file, uri) as parquet:
         check_schema(parquet.schema_arrow, uri)
@@ -171,7 +172,7 @@ def read_crayon_rows(uri: str, classes: int, keep_image_bytes: bool) -> Iterator
         segmenters, unfamiliar = tuple(facts.get("segmenters", ())), frozenset(facts.get("unfamiliar", ()))
         for record in read_crayon_records(parquet):
             try:
-                row = checked_row(record, classes, with_instructions=False)
+                row = checked_row(record, categories, with_instructions=False)
             except Rejected as error:
                 yield _rejected("crayon", uri, error)
                 continue

@@ -165,8 +165,8 @@ def name_key(name: str) -> str:
 
 def without_suffixes(name: str) -> str:
     """Return a name of COCO panoptic without `-merged`, `-other` and `-stuff`."""
-    for suffix in _NAME_SUFFIXES:
-        name = name.replace(suffix, "")
+    while name.endswith(_NAME_SUFFIXES):
+        name = name.rpartition("-")[0]
     return name
 
 

@@ -29,6 +29,9 @@ TASKS = ("counting", "class_to_box", "box_to_class", "list_objects", "list_objec
 
 SPLITS = ("train", "validation")
 
+IMAGE_TOKEN = "<image>"
+"""Stands for the image in the text of a dialogue."""
+
 METADATA_PREFIX = "collavo."
 """Begins this project's keys in a file's key-value metadata: `collavo.schema_version`, `collavo.segmenters`, ..."""
 

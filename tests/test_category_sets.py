@@ -199,3 +199,27 @@ def test_real_road_photographs_have_eleven_classes(real: Path) -> None:
     with file.open("rb") as stream:
         found = categories_of_annotations(stream, "camvid")
     assert found and [c.plural for c in found.things] == ["poles", "traffic signs", "cars", "pedestrians", "cyclists"]
+
+
+@pytest.mark.parametrize(
+    ("name", "singular", "plural"),
+    [
+        ("SUV", "SUV", "SUVs"),
+        ("UFO", "UFO", "UFOs"),
+        ("\u9ce5", "\u9ce5", "\u9ce5"),
+        ("\u0436\u0438", "\u0436\u0438", "\u0436\u0438"),
+    ],
+)
+def test_abbreviations_and_other_scripts_get_no_wrong_plural(name: str, singular: str, plural: str):
+    (found,) = read_categories([{"id": 1, "name": name, "isthing": 1}], "x")
+    assert (found.singular, found.plural) == (singular, plural)
+
+
+def test_only_the_end_of_a_name_is_a_suffix():
+    (found,) = read_categories([{"id": 1, "name": "non-stuffed toy", "isthing": 1}], "x")
+    assert (found.display_name, found.plural) == ("non-stuffed toy", "non-stuffed toys")
+
+
+def test_an_id_that_no_row_can_hold_is_refused():
+    with pytest.raises(UserError, match="2147483647 at most"):
+        read_categories([{"id": 1 << 40, "name": "tree", "isthing": 0}], "x")

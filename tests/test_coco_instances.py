@@ -125,7 +125,7 @@ def test_scattered_annotations_come_together() -> None:
 @pytest.mark.parametrize(
     "bad, reason",
     [
-        (annotation("x", 1), "malformed_entry"),
+        (annotation(2, 1, category_id="x"), "malformed_entry"),
         (annotation(3, 1, segmentation=[]), "malformed_entry"),
         (annotation(5, 1, category_id=2), "unknown_category"),
     ],
@@ -189,6 +189,31 @@ def test_cocos_own_instance_file_becomes_rows_of_the_built_in_set(tmp_path: Path
     assert " cars" in asked and " people" not in asked  # of whom there is a crowd
 
 
+def test_ids_that_no_row_can_hold_are_replaced_by_free_ones(tmp_path: Path) -> None:
+    ids = [900100448263, 2, 0, "b", -7, None]  # a crowd of COCO's; Roboflow counts from 0
+    annotations = [
+        annotation(id_, 1, segmentation=rectangle(3 * place, 0, 3 * place + 3, 5 + place))
+        for place, id_ in enumerate(ids)
+    ]
+    data = build_instances(tmp_path, COCO_THINGS, annotations)
+    (row,) = data.rows.values()
+    assert data.rejects == [] and {s.id: s.box_xyxy[0] for s in row.segments} == {1: 0, 2: 3, 3: 6, 4: 9, 5: 12, 6: 15}
+
+
+def test_instances_of_a_picture_of_another_size_are_refused(tmp_path: Path) -> None:
+    corner = [annotation(10, 1, segmentation=rectangle(0, 0, 6, 4))]
+    for name, stated_wh in {"halved": (40, 20), "turned": (10, 20)}.items():
+        with pytest.raises(AssertionError):  # no row is left
+            build_instances(tmp_path / name, COCO_THINGS, corner, stated_wh=stated_wh)
+        reject = json.loads((tmp_path / name / "out" / "failed-rejects.jsonl").read_text())
+        assert reject["reason"] == "mask_size_mismatch" and f"{stated_wh[0]} x {stated_wh[1]}" in reject["detail"]
+
+
+def test_a_polygon_that_encloses_nothing_leaves_the_others() -> None:
+    (segment,) = instances_map([instance(1, [*rectangle(2, 1, 5, 4), [7, 7], [8, 8, 9, 9]])], SIZE_WH).segments
+    assert segment.box_xyxy == (2, 1, 5, 4)
+
+
 def test_what_no_file_looks_for_is_not_called_absent(tmp_path: Path) -> None:
     two = [{"id": 1, "name": "Person"}, {"id": 3, "name": "dog"}]
     annotations = [annotation(10, 1, segmentation=rectangle(0, 0, 5, 5))]
@@ -239,7 +264,11 @@ def test_the_stated_size_says_whether_instances_are_turned_as_exif_turns_the_ima
         assert ((row.width, row.height), row.segments[0].box_xyxy) == (size_wh, box_xyxy)
 
 
-@pytest.mark.parametrize("content", [{}, {"images": []}, []])
+LVIS = {"images": [{"id": 1, "coco_url": "http://images/train2017/1.jpg", "neg_category_ids": [3]}]}
+PANOPTIC = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "segments_info": []}]}
+
+
+@pytest.mark.parametrize("content", [{}, {"images": []}, [], LVIS, PANOPTIC])
 def test_another_file_is_refused_in_one_line(content: Any) -> None:
     with pytest.raises(UserError, match=r"instances\.json: ") as refused:
         stream(content)

@@ -119,6 +119,7 @@ def test_segments_of_an_annotation_are_told_by_their_labels():
         ({"segments_info": [PERSON | {"category_id": 12}]}, "unknown_category"),  # not in the file's own list
         ({"segments_info": [PERSON | {"category_id": None}]}, "malformed_entry"),
         ({"segments_info": [PERSON | {"iscrowd": "often"}]}, "malformed_entry"),
+        ({"segments_info": [PERSON | {"id": -1}]}, "malformed_entry"),
         ({"segments_info": None}, "malformed_entry"),
         ({"file_name": None}, "malformed_entry"),
     ],

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_model import scene_rows, tiny_processor, write_crayon_file
+from tiny_model import OWN_CLASSES, own_rows, scene_rows, tiny_processor, write_crayon_file
 
 from collavo import export_data
 from collavo.dataset import LeftOut, category_set, check_repeats, count_rows, find_files, read_rows
@@ -49,7 +49,7 @@ def read_as_all_do(path: Path, folder: Path) -> LeftOut:
     categories = category_set(files)
     check_repeats(files)
     limit = LengthLimit(PROCESSOR, 2000, "dialogues", instructions_per_sequence=8)
-    index = build_row_index(files, "train", limit, classes=len(categories))
+    index = build_row_index(files, "train", limit, categories=categories)
     examples = ExampleDataset(index, PROCESSOR, None, categories)
     options = PlanOptions(batch_size=1, seed=0, instructions_per_sequence=8, max_tokens=limit.room)
     for batch in plan_epoch(index, KINDS, options, 0):
@@ -61,7 +61,7 @@ def read_as_all_do(path: Path, folder: Path) -> LeftOut:
         questions_of(row, EVALUATED_TASKS, judge)
         with suppress(Rejected, UserError):
             picture_of_row(row, None, categories)
-    for draft in read_crayon_rows(str(path), len(categories), True):
+    for draft in read_crayon_rows(str(path), categories, True):
         assert isinstance(draft, Draft) or draft.value.reason in REJECT_REASONS["list"]
     for to in ("jsonl", "llava"):
         flags = ["--data", str(path), "--to", to, "--output", str(folder / to), "--overwrite"]
@@ -195,3 +195,20 @@ def test_a_damaged_map_is_a_skipped_sample(tmp_path: Path) -> None:
     assert isinstance(results[0], Skipped) and results[0].reason == "broken_map"
     assert " object at 0x" not in results[0].detail
     assert not isinstance(results[1], Skipped)
+
+
+def test_rows_of_two_sets_of_classes_that_another_tool_joined_are_not_mistaken_for_each_other(tmp_path: Path) -> None:
+    scenes = write_crayon_file(tmp_path / "scenes.parquet", scene_rows(2))
+    own = write_crayon_file(tmp_path / "own.parquet", own_rows(2), OWN_CLASSES)
+    tables = [pq.read_table(path) for path in (scenes, own)]
+    bare = [table.replace_schema_metadata(None) for table in tables]
+    joined = pa.concat_tables(bare)
+    pq.write_table(joined.replace_schema_metadata(tables[0].schema.metadata), tmp_path / "first.parquet")
+    left_out = read_as_all_do(tmp_path / "first.parquet", tmp_path)
+    assert left_out.counts == {"bad_value": 2} and "a segment calls it" in " ".join(left_out.lines())
+    records = joined.to_pylist()
+    for segment in records[0]["segments"]:
+        segment["label"] = records[-1]["segments"][0]["label"]
+    pq.write_table(pa.Table.from_pylist(records, schema=joined.schema), tmp_path / "bare.parquet")
+    with pytest.raises(UserError, match=r"another tool has joined data sets"):
+        category_set(find_files([str(tmp_path / "bare.parquet")]))

@@ -87,7 +87,7 @@ def test_files_of_version_1_are_read_and_told_of(tmp_path):
     (row,) = read_rows(files)
     assert row == crayon_row(segments=(segment(),), image_sha256=None)
     assert category_set(files) is COCO_PANOPTIC
-    assert notes(files) == [f"1 files, {files[0]} first, are of schema version 1: their rows have no image_sha256"]
+    assert notes(files) == [f"{files[0]} is of schema version 1: no row has an image_sha256"]
 
 
 def by_pandas(source: Path, target: Path) -> None:
@@ -145,7 +145,7 @@ def test_files_that_other_tools_wrote_again_hold_the_same_rows(
     for s in (s for row in rows for s in row.segments):
         assert (found[s.label].display_name, found[s.label].is_thing) == (s.category, s.is_thing)
     limit = LengthLimit(tiny_processor(), 600, "none", 8)
-    assert len(build_row_index(files, "train", limit).texts["crayon"])
+    assert len(build_row_index(files, "train", limit, categories=found).texts["crayon"])
 
 
 def test_a_file_states_its_set_and_sets_are_not_mixed(tmp_path):

@@ -62,7 +62,7 @@ def test_lines_are_read_one_by_one() -> None:
 @pytest.mark.parametrize("place", [0, 1, 2])
 @pytest.mark.parametrize("damaged", ['{"id": 9, "conversations": [{"from": "hum', "nonsense", '"\ud800"}', DEEP])
 def test_a_damaged_line_leaves_the_others(place: int, damaged: str) -> None:
-    lines = [json.dumps({"id": i, "conversations": TURNS}) for i in range(2)]
+    lines = [json.dumps({"id": i, "image": "a.jpg", "conversations": TURNS}) for i in range(2)]
     lines.insert(place, damaged)
     found = stream_dialogues(io.BytesIO("\n".join(lines).encode(errors="surrogatepass")), "talk.json")
     bad, *good = sorted(found, key=lambda entry: isinstance(entry, DialogueEntry))
@@ -77,7 +77,45 @@ def test_a_list_below_a_key_may_have_its_entries_in_lines() -> None:
 
 
 def test_text_alone_is_an_entry_without_an_image() -> None:
-    assert stream([{"id": "q", "conversations": TURNS}]) == [DialogueEntry(None, Dialogue("q", SAID))]
+    said = (("human", "Who?"), ("gpt", "A person."))
+    turns = [{"from": speaker, "value": value} for speaker, value in said]
+    assert stream([{"id": "q", "conversations": turns}]) == [DialogueEntry(None, Dialogue("q", said))]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "image": "a.jpg"},
+        {"type": "image", "path": "a.jpg"},
+        {"type": "image_url", "image_url": {"url": "a.jpg"}},
+        {"type": "input_image", "image_url": "a.jpg"},
+    ],
+)
+def test_an_image_may_be_named_where_it_stands_in_the_text(part: dict[str, Any]) -> None:
+    turn = {"role": "user", "content": [part, {"type": "text", "text": "\nWho?"}]}
+    assert stream([{"id": "q", "messages": [turn, MESSAGES[1]]}]) == [DialogueEntry("a.jpg", Dialogue("q", SAID))]
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"conversations": TURNS}, "no path in 'image' or 'images'"),
+        ({"image": "", "conversations": TURNS}, "no path in 'image' or 'images'"),
+        ({"image_path": "a.jpg", "conversations": TURNS}, "no path in 'image' or 'images'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png,"}}]},
+                       MESSAGES[1]]}, "as base64"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "image": f"{i}.jpg"} for i in range(2)]},
+                       MESSAGES[1]]}, "names 2 images"),
+    ],
+)  # fmt: skip
+def test_a_dialogue_is_not_taken_for_one_about_no_image(entry: dict[str, Any], said: str) -> None:
+    (refused,) = stream([{"id": "q", **entry}])
+    assert isinstance(refused, Rejected) and said in str(refused)
+
+
+def test_a_system_text_beside_the_turns_is_their_first() -> None:
+    (entry,) = stream([{"id": "q", "image": "a.jpg", "system": "Be brief.", "conversations": TURNS}])
+    assert isinstance(entry, DialogueEntry) and entry.dialogue.turns == (("system", "Be brief."), *SAID)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +163,7 @@ def test_an_unusable_entry_does_not_stop_the_others(record: Any, reason: str) ->
 
 def test_an_entry_that_is_nested_too_deeply_leaves_the_others() -> None:
     deep = f'{{"image": {"[" * 2000}{"]" * 2000}, "conversations": []}}'
-    first, second = stream(f"[{deep}, {json.dumps({'conversations': TURNS})}]")
+    first, second = stream(f"[{deep}, {json.dumps({'image': 'a.jpg', 'conversations': TURNS})}]")
     assert isinstance(first, Rejected) and (first.reason, first.entry_id) == ("malformed_entry", "#0")
     assert isinstance(second, DialogueEntry)
 

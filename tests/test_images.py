@@ -242,3 +242,14 @@ def test_the_real_photograph_decodes(real):
     data = (real / "coco" / "images" / "000000142238.jpg").read_bytes()
     assert decoded(data).shape == (427, 640, 3)
     assert verify_image(data).format == "JPEG"
+
+
+def test_floating_point_pixels_are_refused_and_not_turned_black():
+    refused = refusal(encoded(Image.fromarray(np.full((4, 6), 0.3, dtype=np.float32)), "TIFF"))
+    assert refused.reason == "broken_image" and "floating-point" in str(refused)
+
+
+def test_a_damaged_jpeg_is_reported_with_its_own_size():
+    data = encoded(PHOTO.resize((320, 240)), "JPEG")
+    with pytest.raises(Rejected, match="JPEG of 320 x 240: "):
+        verify_image(data[: len(data) * 3 // 4])

@@ -63,7 +63,10 @@ WRONG = [
     ("--images pictures --segmenter_input_size -64", "--segmenter_input_size is -64"),
     # files
     (f"{COCO} --coco_masks nowhere", "--coco_masks nowhere: there is no such file or folder"),
-    ("--coco_panoptic q.json --coco_images pictures", "--coco_masks q: there is no such file or folder"),
+    (
+        "--coco_panoptic q.json --coco_images pictures",
+        "--coco_panoptic q.json: its masks are looked for in q, which is not there",
+    ),
     ("--coco_panoptic nowhere.json --coco_images pictures", "--coco_panoptic nowhere.json: there is no such"),
     ("--coco_panoptic p.json --coco_images nowhere", "--coco_images nowhere: there is no such"),
     ("--llava_json nowhere.json --image_root pictures", "--llava_json nowhere.json: there is no such"),
@@ -74,7 +77,7 @@ WRONG = [
     ("--output full", "--output full holds a data set already (full/manifest.json); --overwrite would replace it"),
     ("--output a_file", "--output a_file: is a file"),
     ("--output p", "--output p holds b.txt, which is not part of a data set"),
-    (f"--images full/x --output full --overwrite {KNOWN}", "--images full/x: lies in --output full, which is replaced"),
+    (f"--images full/* --output full --overwrite {KNOWN}", "--images full/*: lies in --output full, which is replaced"),
     (f"--images nope://x/*.jpg {KNOWN}", "--images: nope://x: Protocol not known: nope"),
     # contradictions
     ("--coco_panoptic p.json", "--coco_images names 0 folders for 1 COCO files"),

@@ -34,8 +34,9 @@ from collavo.import_base.sentencepiece_tokenizers import internlm_tokenizer
 from collavo.model.configuration import CollavoConfig
 from collavo.model.modeling import CollavoForConditionalGeneration
 from collavo.model.processing import CollavoProcessor, build_processor
-from collavo.model.prompt import CHAT_FORMATS, IMAGE_TOKEN, chat_format_of
+from collavo.model.prompt import CHAT_FORMATS, chat_format_of
 from collavo.quiet import without_loading_report
+from schemas.crayon_row import IMAGE_TOKEN
 
 NATIVE_LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3", "internlm3")
 INTERNLM = ("internlm", "internlm2")

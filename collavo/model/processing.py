@@ -15,12 +15,13 @@ from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END
 
 from collavo.instructions.text import format_objects_with_boxes
 from collavo.model.configuration import CollavoConfig
-from collavo.model.prompt import CHAT_FORMATS, IMAGE_TOKEN, RenderedPrompt, Turns, objects_sentence, render_conversation
+from collavo.model.prompt import CHAT_FORMATS, RenderedPrompt, Turns, objects_sentence, render_conversation
 from collavo.model.prompt import chat_template as jinja_template
 from collavo.panoptic.grid import crayon_grid
 from collavo.panoptic.maps import PanopticMap, build_panoptic_map
 from collavo.segmenters import Segmenter, open_segmenter
 from schemas.categories import COCO_PANOPTIC, CategorySet
+from schemas.crayon_row import IMAGE_TOKEN
 
 Crayon = Sequence[PanopticMap] | Literal["segment", "none"]
 """Where crayon maps come from: maps of the images, the processor's segmenter, or nowhere."""

@@ -15,8 +15,7 @@ from typing import Any, Literal, NamedTuple
 from rich.text import Text
 
 from collavo.errors import Rejected
-
-IMAGE_TOKEN = "<image>"
+from schemas.crayon_row import IMAGE_TOKEN
 
 Kind = Literal["crayon", "dialogue", "caption"]
 """The kinds of text that a model learns from: instructions about a crayon map, free dialogues, and captions, which are

@@ -90,9 +90,12 @@ def _filled(polygons: Sequence[Any], size_wh: tuple[int, int]) -> np.ndarray:
     Raises:
         ValueError: for a list that is no polygon; pycocotools takes four numbers for a box.
     """
+    if any(len(polygon) % 2 for polygon in polygons):
+        raise ValueError("a polygon with half a corner")
+    polygons = [polygon for polygon in polygons if len(polygon) >= 6]  # a point or a line encloses nothing
+    if not polygons:
+        raise ValueError("a polygon with less than three corners")
     for polygon in polygons:
-        if len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError("a polygon with less than three corners, or with half a one")
         # At a corner that is no number, or is that far, pycocotools' C code runs for hours or ends the process.
         if not (np.abs(np.asarray(polygon, dtype=np.float64)) < _FAR).all():
             raise ValueError("a polygon with a corner that is nowhere near the picture")

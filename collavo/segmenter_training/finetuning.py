@@ -116,7 +116,7 @@ class SegmentedRows:
                 with opened_parquet(place.file) as parquet:
                     at_hand[group] = list(read_records(parquet, group=place.group))
             try:
-                row = checked_row(at_hand[group][place.row], len(self.categories), with_instructions=False)
+                row = checked_row(at_hand[group][place.row], self.categories, with_instructions=False)
                 yield image_and_map(row, self.image_root, self.categories)
             except Rejected as error:
                 self.left_out.add(error.reason, f"row {place.row} of {place.file}", str(error))

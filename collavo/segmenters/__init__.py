@@ -162,6 +162,8 @@ def open_segmenter(
         name, checkpoint = "transformers", checkpoint or (SCENES if base == TINY else None)
     options: dict[str, Any] = {"device": device, "checkpoint": checkpoint, "config": config}
     if name == "transformers":
+        if config:
+            raise UserError(f"{config} is a configuration for detectron2, and the segmenter is transformers'")
         thresholds = THRESHOLD_PRESETS[preset] if preset else None
         options |= {"thresholds": thresholds, "batch_size": 1, "input_size": input_size}
     return load_segmenter(name, **{key: value for key, value in options.items() if value is not None})

@@ -23,6 +23,10 @@ def parsed_json(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+MAX_ID = 2**31 - 1
+"""The largest id that a row can hold."""
+
+
 def whole_id(value: Any) -> int | None:
     """Return an id as people write it: a whole number, also as `7.0` or `"7"`; None for anything else."""
     if isinstance(value, bool):

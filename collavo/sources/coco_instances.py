@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import ijson
 
 from collavo.errors import Rejected, UserError
-from collavo.sources import fault_in_json, image_key, whole_id
+from collavo.sources import MAX_ID, fault_in_json, image_key, whole_id
 from collavo.sources.coco_panoptic import AnnotatedImage, listed_images
 from schemas.categories import LEFT_OUT
 
@@ -38,6 +38,8 @@ def stream_image_instances(file: BinaryIO, name: str, labels: Mapping[int, int])
             places: dict[str, array[int]] = {}
             spoiled: dict[str, Rejected] = {}
             for record in ijson.items(file, "annotations.item", use_float=True):
+                if "segments_info" in record:
+                    raise UserError(f"{name}: its annotations have 'segments_info'; --coco_panoptic reads such a file")
                 image_id = image_key(record.get("image_id"))
                 if image_id is None or image_id not in images:
                     detail = "an annotation of an image not in 'images'"
@@ -62,12 +64,15 @@ def stream_image_instances(file: BinaryIO, name: str, labels: Mapping[int, int])
 def _instance(record: Mapping[str, Any], labels: Mapping[int, int]) -> list[Any] | None:
     """Return `[id, label, iscrowd, segmentation]`, None for an instance of a class that is left out.
 
+    The id is 0 for one that no row can hold: COCO's crowds have twelve digits, other tools count from 0 or write texts.
+    Such an instance is numbered where its map is made.
+
     Raises:
         Rejected: `malformed_entry` or `unknown_category`.
     """
-    id_, category_id = whole_id(record.get("id")), whole_id(record.get("category_id"))
-    if id_ is None or category_id is None:
-        raise Rejected("malformed_entry", "an annotation needs whole numbers 'id' and 'category_id'")
+    id_, category_id = whole_id(record.get("id")) or 0, whole_id(record.get("category_id"))
+    if category_id is None:
+        raise Rejected("malformed_entry", "an annotation needs a whole number 'category_id'")
     if category_id not in labels:
         raise Rejected("unknown_category", f"category_id {category_id} is not in the file's categories")
     if labels[category_id] == LEFT_OUT:
@@ -75,7 +80,7 @@ def _instance(record: Mapping[str, Any], labels: Mapping[int, int]) -> list[Any]
     segmentation = record.get("segmentation")
     if not isinstance(segmentation, list | dict) or not segmentation:
         raise Rejected("malformed_entry", "an instance without a 'segmentation'; a box alone makes no map")
-    return [id_, labels[category_id], int(bool(record.get("iscrowd"))), segmentation]
+    return [id_ if 0 < id_ <= MAX_ID else 0, labels[category_id], int(bool(record.get("iscrowd"))), segmentation]
 
 
 def _listed(places: "array[int] | None", store: BinaryIO) -> str | None:

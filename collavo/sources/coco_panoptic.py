@@ -12,7 +12,7 @@ import ijson
 
 from collavo.errors import Rejected, UserError
 from collavo.panoptic.maps import SegmentInfo
-from collavo.sources import fault_in_json, image_key, whole_id
+from collavo.sources import MAX_ID, fault_in_json, image_key, whole_id
 
 
 class Annotation(NamedTuple):
@@ -92,6 +92,11 @@ def listed_images(file: BinaryIO, name: str) -> Generator[Rejected, None, dict[s
     """
     images: dict[str, AnnotatedImage] = {}
     for record in ijson.items(file, "images.item", use_float=True):
+        if "neg_category_ids" in record:
+            raise UserError(
+                f"{name}: LVIS annotates only some of an image's objects ('neg_category_ids'), so counts, and what an "
+                "image does not show, would be wrong; such files cannot be used"
+            )
         image_id, file_name = image_key(record.get("id")), record.get("file_name")
         if image_id is None or not isinstance(file_name, str):
             yield Rejected("malformed_entry", f"an image needs 'id' and 'file_name', found {str(record)[:80]}")
@@ -100,6 +105,7 @@ def listed_images(file: BinaryIO, name: str) -> Generator[Rejected, None, dict[s
         else:
             license_id, width, height = (whole_id(record.get(key)) for key in ("license", "width", "height"))
             size_wh = (width, height) if width and height else None
+            license_id = license_id if 0 <= (license_id or 0) <= MAX_ID else None
             images[image_id] = AnnotatedImage(image_id, file_name, license_id, size_wh)
     if not images:
         raise UserError(f"{name}: it lists no 'images'")
@@ -133,4 +139,6 @@ def _segment(segment: Any) -> tuple[int, int, int] | None:
         return None
     id_, category_id = whole_id(segment.get("id")), whole_id(segment.get("category_id"))
     is_crowd = whole_id(segment.get("iscrowd") or 0)
-    return None if id_ is None or category_id is None or is_crowd is None else (id_, category_id, is_crowd)
+    if id_ is None or id_ < 0 or category_id is None or is_crowd is None:
+        return None
+    return id_, category_id, is_crowd

@@ -21,7 +21,7 @@ import ijson
 from collavo.errors import Rejected, UserError
 from collavo.sources import fault_in_json, parsed_json
 from collavo.sources.image_paths import is_utf8
-from schemas.crayon_row import Dialogue
+from schemas.crayon_row import IMAGE_TOKEN, Dialogue
 
 SPEAKERS = {
     "human": "human", "user": "human", "usr": "human",
@@ -82,6 +82,9 @@ def dialogue_of(fields: Mapping[str, Any], entry_id: str) -> Dialogue:
     if not isinstance(said, list) or not said:
         raise Rejected("malformed_entry", "expected an object with turns in 'conversations' or 'messages'", entry_id)
     turns = _turns(said, entry_id)
+    system = fields.get("system")  # beside the turns, where LLaMA-Factory has it
+    if isinstance(system, str) and system.strip() and turns[0][0] != "system":
+        turns = (("system", system), *turns)
     if not all(map(is_utf8, (entry_id, *(value for _, value in turns)))):
         raise Rejected("malformed_entry", "half of a surrogate pair, which JSON can hold, is no text", entry_id)
     return Dialogue(entry_id, turns)
@@ -144,18 +147,42 @@ def _entry(record: Any, position: int) -> DialogueEntry:
     entry_id = f"#{position}" if fields.get("id") is None else str(fields["id"])
     if "video" in fields or "videos" in fields:
         raise Rejected("malformed_entry", "the entry is about a video", entry_id)
-    return DialogueEntry(_image(fields, entry_id), dialogue_of(fields, entry_id))
+    image, dialogue = _image(fields, entry_id), dialogue_of(fields, entry_id)
+    if not image and asks_about_image(dialogue):
+        raise Rejected("malformed_entry", f"{IMAGE_TOKEN} in the text, but no path in 'image' or 'images'", entry_id)
+    return DialogueEntry(image, dialogue)
+
+
+def asks_about_image(dialogue: Dialogue) -> bool:
+    """Tell whether an image has a place in the text of a dialogue."""
+    return any(speaker == "human" and IMAGE_TOKEN in value for speaker, value in dialogue.turns)
 
 
 def _image(fields: dict[str, Any], entry_id: str) -> str | None:
-    named = fields.get("image") or fields.get("images") or None
+    named = fields.get("image") or fields.get("images") or _images_in_parts(fields) or None
     images = named if isinstance(named, list) else [named]
     if len(images) > 1:
         raise Rejected("several_images", f"the entry names {len(images)} images, a row holds one", entry_id)
     image = images[0].get("path") if isinstance(images[0], dict) else images[0]
     if image is not None and not isinstance(image, str):
         raise Rejected("malformed_entry", f"expected a path as 'image', found {str(image)[:80]}", entry_id)
+    if image and image.startswith("data:"):
+        raise Rejected("malformed_entry", "the image is in the text, as base64; save it as a file", entry_id)
     return image
+
+
+def _images_in_parts(fields: dict[str, Any]) -> list[Any]:
+    """Return the paths that parts of turns hold: `{"type": "image", "image": PATH}`, or OpenAI's `image_url`."""
+    said = fields.get("conversations") or fields.get("messages")
+    turns = [turn for turn in said if isinstance(turn, dict)] if isinstance(said, list) else []
+    contents = (turn.get("content") or turn.get("value") for turn in turns)
+    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
+    named = [
+        next(filter(None, map(part.get, ("image", "image_url", "path", "url"))), None)
+        for part in parts
+        if part.get("type") in _IMAGE_PARTS
+    ]
+    return [one.get("url") if isinstance(one, dict) else one for one in named if one]
 
 
 def _turns(said: list[Any], entry_id: str) -> tuple[tuple[str, str], ...]:
@@ -188,6 +215,6 @@ def _part(part: Any) -> str | None:
     """Return the text of one of OpenAI's parts, `<image>` for an image that the entry names beside; else None."""
     fields = part if isinstance(part, dict) else {"text": part}
     if fields.get("type") in _IMAGE_PARTS:
-        return "<image>"
+        return IMAGE_TOKEN
     text = fields.get("text")
     return text if isinstance(text, str) else None

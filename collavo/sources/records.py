@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 
 from collavo.errors import Rejected, UserError
 from collavo.sources import parsed_json
-from collavo.sources.dialogues import dialogue_of
+from collavo.sources.dialogues import asks_about_image, dialogue_of
 from collavo.sources.image_paths import is_hidden, is_image_name, is_utf8, without_extension
-from schemas.crayon_row import Dialogue
+from schemas.crayon_row import IMAGE_TOKEN, Dialogue
 
 DIALOGUE_COLUMNS = ("conversations", "messages")
 _ROWS_IN_MEMORY = 50
@@ -129,7 +129,7 @@ def _parquet_records(file: BinaryIO, name: str, stem: str, asked: str | None) ->
     parquet = pq.ParquetFile(file)
     names = parquet.schema_arrow.names
     image_column = _image_column(parquet.schema_arrow, name, asked)
-    columns = [column for column in (image_column, "id", *DIALOGUE_COLUMNS) if column in names]
+    columns = [column for column in (image_column, "id", "system", *DIALOGUE_COLUMNS) if column in names]
     if repeated := [column for column in columns if names.count(column) > 1]:
         raise UserError(f"{name}: has several columns {repeated[0]!r}")
     row = 0
@@ -207,4 +207,6 @@ def _record(path: str, image: Any, said: Mapping[str, Any]) -> ImageRecord | Rej
         dialogue = dialogue_of(said, str(said.get("id") or path)) if has_dialogue else None
     except Rejected as error:
         return Rejected(error.reason, str(error), path)
+    if data is None and dialogue and asks_about_image(dialogue):
+        return Rejected("missing_file", f"{IMAGE_TOKEN} in the text, but the record holds no image", path)
     return ImageRecord(path, data, dialogue)

@@ -191,7 +191,7 @@ class ExampleDataset(Dataset[Example | Skipped | UserError]):
         """
         record = self._reader.read(sample.row)
         try:
-            check_record({name: record[name] for name in _LATE_COLUMNS}, len(self._categories))
+            check_record({name: record[name] for name in _LATE_COLUMNS}, self._categories)
             prompts = self._prompts(sample, record)
             packed = pack_prompts(prompts, self._processor.image_token_id)
             if (length := len(packed[0])) > self.index.max_length:

@@ -15,7 +15,7 @@ from collavo.dataset import LeftOut, check_record, opened_parquet, read_records
 from collavo.errors import Rejected
 from collavo.model.prompt import KINDS, Kind
 from collavo.training.lengths import NO_LIST, LengthLimit
-from schemas.categories import COCO_PANOPTIC
+from schemas.categories import COCO_PANOPTIC, CategorySet
 from schemas.crayon_row import TASKS
 
 _COLUMNS = (
@@ -84,7 +84,7 @@ def build_row_index(
     split: str,
     limit: LengthLimit,
     tasks: Sequence[str] = TASKS,
-    classes: int = len(COCO_PANOPTIC),
+    categories: CategorySet = COCO_PANOPTIC,
     kinds: Sequence[Kind] = KINDS,
 ) -> RowIndex:
     """Index the rows of a split.
@@ -94,7 +94,7 @@ def build_row_index(
         split: `train` or `validation`.
         limit: tells what fits; what does not is left out and counted.
         tasks: instructions of other tasks are ignored.
-        classes: how many the data have.
+        categories: the set of the rows' classes.
         kinds: of the texts to index.
 
     Raises:
@@ -113,7 +113,7 @@ def build_row_index(
                 first_row = rows
                 for record in read_records(parquet, columns, group):
                     rows += 1
-                    usable = _usable(record, classes, f"row {rows} of {basename(file)}", left_out)
+                    usable = _usable(record, categories, f"row {rows} of {basename(file)}", left_out)
                     wanted = usable if usable and usable["split"] == split else _NO_ROW
                     for kind, collector in collected.items():
                         collector.add_row(wanted, _numbers_of(wanted, kind, tasks))
@@ -163,12 +163,14 @@ def _numbers_of(record: Mapping[str, Any], kind: Kind, tasks: Sequence[str]) -> 
     return range(len(record["conversations"]))
 
 
-def _usable(record: dict[str, Any] | Rejected, classes: int, place: str, left_out: LeftOut) -> dict[str, Any] | None:
+def _usable(
+    record: dict[str, Any] | Rejected, categories: CategorySet, place: str, left_out: LeftOut
+) -> dict[str, Any] | None:
     """Return a row that can be learned from; count any other."""
     try:
         if isinstance(record, Rejected):
             raise record
-        check_record(record, classes)
+        check_record(record, categories)
         return record
     except Rejected as error:
         left_out.add(error.reason, place, str(error))

@@ -257,7 +257,7 @@ class TrainingRun:
             kinds = (*(() if arguments.phase == "align" else KINDS), *(("caption",) if self.aligns else ()))
             try:
                 with naming("data"):
-                    index = build_row_index(self.files, split, self.limit, arguments.tasks, len(self.categories), kinds)
+                    index = build_row_index(self.files, split, self.limit, arguments.tasks, self.categories, kinds)
             except UserError as error:
                 index = error
         (index,) = broadcast_object_list([index])
