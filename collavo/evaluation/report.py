@@ -100,8 +100,8 @@ def _in_order(tasks: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping
 
 
 def _colors(classes: int) -> list[str]:
-    """Choose a colour per class, best first. Of fewer than 40 classes, top and bottom take half each."""
-    extreme = min(EXTREME_CLASSES, classes // 2)
+    """Choose a colour per class, best first; fewer than 40 classes have no top and bottom apart."""
+    extreme = EXTREME_CLASSES if classes >= 2 * EXTREME_CLASSES else 0
     return [_TOP_COLOR] * extreme + [_MIDDLE_COLOR] * (classes - 2 * extreme) + [_BOTTOM_COLOR] * extreme
 
 

@@ -72,6 +72,8 @@ class TrainingRun:
         self.learned_from = record.learned_from(arguments, self.files)
         checkpoints = checkpoint.list_checkpoints(self.folder) if arguments.resume else []
         self.start = checkpoints[-1] if checkpoints else None
+        if arguments.resume and not checkpoints:
+            console.print(f"--resume: {self.folder} holds no checkpoint; training begins anew", soft_wrap=True)
         self.done = checkpoint.Position("", 0, 0)
         if self.start:
             with naming("resume"):  # before a large base is loaded
