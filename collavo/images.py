@@ -91,7 +91,7 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """
     with _opened(data, max_pixels) as image:
         try:
-            image.load()
+            _load(image)
             turn = _TURNS.get(_orientation(image))
             return np.asarray(_to_rgb(image if turn is None else image.transpose(turn)))
         except Exception as error:  # Pillow's decoders raise a dozen types on damaged data
@@ -151,7 +151,7 @@ def _decoded_header(data: bytes, max_pixels: int) -> ImageHeader:
         width, height = image.size
         try:
             image.draft("RGB", (max(width // 8, 1), max(height // 8, 1)))
-            image.load()
+            _load(image)
             orientation = _orientation(image)
             if orientation in (5, 6, 7, 8):
                 width, height = height, width
@@ -198,9 +198,6 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
     width, height = image.size
     if width * height > max_pixels:
         raise Rejected("oversized_image", f"{width} x {height} is more than {max_pixels} pixels")
-    if image.mode == "F":
-        detail = "its pixels are floating-point numbers, of no known range; convert it to 8 or 16 bits"
-        raise Rejected("broken_image", f"{image.format} of {width} x {height}: {detail}")
     return image
 
 
@@ -231,6 +228,17 @@ def _broken(image: Image.Image, size_wh: tuple[int, int], error: Exception) -> R
 def _orientation(image: Image.Image) -> int:
     """Read EXIF's orientation, 1..8. Loading turns a TIFF upright and clears its tag, so load first to turn pixels."""
     return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
+def _load(image: Image.Image) -> None:
+    """Decode the pixels.
+
+    Raises:
+        ValueError: for those from 0 to 1, as of some TIFFs, which would all become black.
+    """
+    image.load()
+    if image.mode == "F" and np.max(image.getextrema()) <= 1:
+        raise ValueError("its pixels are fractions, from 0 to 1; store them in 8 or 16 bits")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

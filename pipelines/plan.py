@@ -321,8 +321,9 @@ class _Sets:
 
 
 def _read_map(path: str) -> dict[str, str]:
+    data = _bytes_of(path)
     try:
-        renamed = parsed_json(_bytes_of(path).decode("utf-8-sig"))
+        renamed = parsed_json(data.decode("utf-8-sig"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from error
     if not isinstance(renamed, dict) or not all(isinstance(name, str) for name in renamed.values()):
@@ -334,7 +335,8 @@ def _bytes_of(path: str) -> bytes:
     try:
         return read_bytes(path)
     except Rejected as error:
-        raise UserError(str(error)) from error
+        said = {"missing_file": "there is no such file", "not_a_file": "this is not a file"}
+        raise UserError(f"{path}: {said[error.reason]}" if error.reason in said else str(error)) from error
 
 
 def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources:

@@ -226,7 +226,7 @@ def test_the_preset_on_internlm2_says_what_makes_its_base(
 
 
 def test_alignment_has_llavas_figures() -> None:
-    arguments = train.parse_arguments(["--data", "x", "--preset", "somewhere"])
+    arguments = train.parse_arguments(["--data", "x", "--preset", "some/where"])
     assert (arguments.align_learning_rate, arguments.align_batch_size, arguments.epochs) == (1e-3, 256, 1)
 
 

@@ -305,7 +305,7 @@ def traced(tmp_path_factory) -> tuple[CocoFolder, DataSet]:
         {"id": "listed", "image": ["turned.jpg"], "conversations": turns},
         {"id": "again", "image": "plain.jpg", "conversations": turns},
         {"id": "plain", "image": "plain.jpg", "conversations": turns},
-        {"id": "text", "conversations": turns},
+        {"id": "text", "conversations": [{"from": "human", "value": "Who?"}, turns[1]]},
         {"id": "several", "image": ["plain.jpg", "deep.png"], "conversations": turns},
         {"id": "robot", "image": "plain.jpg", "conversations": [{"from": "robot", "value": "?"}]},
         {"id": "no turns", "image": "plain.jpg", "conversations": []},

@@ -111,8 +111,8 @@ def test_a_model_made_from_the_embedded_base_has_the_embedded_segmenter_and_othe
 def test_a_conversation_remembers_until_told_to_forget(world, tmp_path, monkeypatch, capsys):
     run, _, image = world
     saved = tmp_path / "map.png"
-    lines = ["", "Who?", "Where?", "/new", "Where?", "/nonsense", f"/map {saved}", "/image nowhere.jpg", "/objects",
-             f"/image {image}", "/quit", "never asked"]  # fmt: skip
+    lines = ["", "Who?", "Where?", "/new", "Where?", "/nonsense", "/map", f"/map {saved}", "/image nowhere.jpg",
+             "/objects", f"/image {image}", "/quit", "never asked"]  # fmt: skip
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     assert main(of_row(world, "--segmenter", "none")) == 0
     out = said(capsys)
@@ -121,7 +121,8 @@ def test_a_conversation_remembers_until_told_to_forget(world, tmp_path, monkeypa
     afresh = answer(run, [("human", "Where?")])
     assert second != afresh
     position = 0
-    for text in (first, second, afresh, "/objects", "nowhere.jpg: No such file", "(#1", "Nothing was recognised."):
+    told = "/nonsense is none of the commands", "/map needs the name of a file", f"Saved: {saved}"
+    for text in (first, second, afresh, *told, "nowhere.jpg: No such file", "(#1", "Nothing was recognised."):
         position = out.index(text, position)
     assert saved.exists()
 
@@ -291,7 +292,11 @@ def test_the_map_lies_over_the_image_in_crayon_colours():
         (["--questions", "in.jsonl"], "--questions and --answers go together"),
         (["--questions", "nowhere.jsonl", "--answers", "o"], "--questions: nowhere.jsonl: No such file"),
         (["--data", "crayon.parquet"], "--data and --image_id go together"),
-        (["--data", "crayon.parquet", "--image_id", "nobody"], "--data: there is no row of --image_id nobody"),
+        (["--image_id", "somebody"], "--image_id needs --data"),
+        (
+            ["--data", "crayon.parquet", "--image_id", "nobody"],
+            "--data: there is no row of --image_id nobody; there is one of ",
+        ),
         (["--image", "nowhere.jpg"], "--image: nowhere.jpg: No such file"),
         (["--image", "crayon.parquet"], "--image: crayon.parquet: not an image: it is a Parquet file"),
         (

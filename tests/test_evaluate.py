@@ -145,6 +145,14 @@ def test_what_cannot_work_is_refused_in_one_line(world, tmp_path, monkeypatch, c
     assert complaint in errors[0]
 
 
+def test_a_data_set_named_as_the_model_gets_no_folder_of_reports(world, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    write_crayon_file(tmp_path / "out" / "validation.parquet", VALIDATION)
+    assert main(["--model", str(tmp_path / "out"), "--data", str(tmp_path / "out")]) == 2
+    assert "error: --model: " in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["validation.parquet"]
+
+
 def test_questions_carry_their_truth_their_class_and_their_history():
     asked = (
         Instruction("class_to_binary", "Is there any hot dog?", "No.", "no", "absent", (), "c2b-1"),

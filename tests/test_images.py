@@ -244,9 +244,9 @@ def test_the_real_photograph_decodes(real):
     assert verify_image(data).format == "JPEG"
 
 
-def test_floating_point_pixels_are_refused_and_not_turned_black():
+def test_pixels_from_0_to_1_are_refused_and_not_turned_black():
     refused = refusal(encoded(Image.fromarray(np.full((4, 6), 0.3, dtype=np.float32)), "TIFF"))
-    assert refused.reason == "broken_image" and "floating-point" in str(refused)
+    assert refused.reason == "broken_image" and "fractions" in str(refused)
 
 
 def test_a_damaged_jpeg_is_reported_with_its_own_size():

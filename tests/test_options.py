@@ -96,6 +96,8 @@ WRONG = [
     (f"--images pictures --image_column x {KNOWN}", "--image_column acts only with --dataset"),
     ("--dataset pictures", "--dataset pictures: names no .parquet or .tar file"),
     ("--coco_panoptic p.json other.json --coco_images p p --coco_masks p p", "dragon"),
+    (f"{COCO} --categories nowhere.json", "--categories: nowhere.json: there is no such file"),
+    (f"{COCO} --category_map pictures", "--category_map: pictures: this is not a file"),
     (f"{COCO} --categories l.json", "--categories: l.json"),
     (f"{COCO} --category_map l.json", "--category_map: l.json: not JSON"),
     (f"{COCO} --category_map p.json", "--category_map: p.json: expected an object of names"),

@@ -239,7 +239,10 @@ def test_a_port_in_use_is_named_before_the_model_is_loaded(capsys):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = str(listener.getsockname()[1])
         assert main(["--model", "nowhere", "--port", port]) == 2
-    assert capsys.readouterr().err == f"collavo.serve: error: --port: {port}: Address already in use\n"
+    assert (
+        capsys.readouterr().err
+        == f"collavo.serve: error: --port: {port}: Address already in use; --port 0 takes a free one\n"
+    )
 
 
 def test_a_missing_package_is_named(capsys, monkeypatch):

@@ -382,6 +382,8 @@ def test_the_memory_of_a_gpu_is_reckoned_and_tried_before_the_first_step(
     ("flags", "said"),
     [
         (["--batch_size", "0"], "--batch_size is 0"),
+        (["--cit_learning_rate", "-1"], "--cit_learning_rate is -1.0, but must be at least 0"),
+        (["--preset", "tinny"], "--preset tinny: neither one of tiny, "),
         (["--phase", "cpt", "--queries", "none"], "--queries none"),
         (["--attention", "flash_attention_2"], "--instructions_per_sequence 1"),
         (["--device", "cuda:9"], "--device: cuda:9"),
