@@ -202,7 +202,9 @@ def _image_of(row: CrayonRow, flags: Flags, account: Account, file_names: set[st
     # Ids have an extension, but it need not be that of the format, and rows of other origin may have none.
     name = stem if stem.lower().endswith((f".{extension}", f".{format_name.lower()}")) else f"{stem}.{extension}"
     if name in file_names:
-        raise UserError(f"the images of two rows would be the file {name!r}; export one data set at a time")
+        raise UserError(
+            f"the images of two rows would be the file {name!r}; rename one of them, or export one data set at a time"
+        )
     file_names.add(name)
     if is_turned and flags.to in ("llava", "llamafactory", "swift"):  # these trainers do not read EXIF
         account["misread images"]["exif_orientation_ignored"] += 1
