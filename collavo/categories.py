@@ -145,7 +145,9 @@ def categories_of_checkpoint(folder: Path, name: str, known_set: CategorySet | N
     if (file := folder / CATEGORIES_FILE).is_file():
         content = json.loads(file.read_text(encoding="utf-8"))
         return CategorySet.from_records(content["name"], content["categories"])
-    id2label = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("id2label") or {}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not (id2label := config.get("id2label")):
+        raise UserError(f"{name}: a {config.get('model_type')} model whose config.json names no classes ('id2label')")
     return categories_of_labels({int(label): each for label, each in id2label.items()}, name, known_set)
 
 
