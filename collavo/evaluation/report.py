@@ -31,7 +31,7 @@ _OF_TASK = {
     "counting": {"mean_absolute_error": "mean absolute error"},
     "class_to_box": {"mean_iou": "mean IoU", "cell_lines": "at best on cell lines", "two_decimals": "in two decimals"},
 }
-_TOP_COLOR, _MIDDLE_COLOR, _BOTTOM_COLOR = "#4c9a6a", "#9aa5b1", "#c8553d"
+_COLOR = "#7f93ab"
 
 
 def terminal_report(results: Results) -> Group:
@@ -54,8 +54,7 @@ def terminal_report(results: Results) -> Group:
 
 
 def plot_of(results: Results) -> Figure | None:
-    """Plot the score of every class, best first, in a panel per task and object list; the paper's top and bottom are in
-    colour. None if no class is known."""
+    """Plot the score of every class, best first, in a panel per task and object list; None if no class is known."""
     panels = [
         (f"{_TITLES[task]}, object list: {condition}", figures)
         for condition, tasks in results.items()
@@ -68,7 +67,7 @@ def plot_of(results: Results) -> Figure | None:
     for axes, (title, figures) in zip(figure.subplots(len(panels), squeeze=False)[:, 0], panels, strict=True):
         names = list(figures["classes"])
         scores = [100 * of_class["score"] for of_class in figures["classes"].values()]
-        axes.bar(names, scores, color=_colors(len(names)))
+        axes.bar(names, scores, color=_COLOR)
         if "cell_lines" in figures:
             bounds = [100 * of_class["cell_lines"] for of_class in figures["classes"].values()]
             axes.plot(names, bounds, "_", color="black", label="at best on cell lines")
@@ -97,12 +96,6 @@ def save_report(folder: Path, results: Results, facts: Mapping[str, Any]) -> Non
 
 def _in_order(tasks: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Mapping[str, Any]]]:
     return [(task, tasks[task]) for task in _TITLES if task in tasks]
-
-
-def _colors(classes: int) -> list[str]:
-    """Choose a colour per class, best first; fewer than 40 classes have no top and bottom apart."""
-    extreme = EXTREME_CLASSES if classes >= 2 * EXTREME_CLASSES else 0
-    return [_TOP_COLOR] * extreme + [_MIDDLE_COLOR] * (classes - 2 * extreme) + [_BOTTOM_COLOR] * extreme
 
 
 def _percent(share: float | None) -> str:
