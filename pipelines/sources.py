@@ -283,7 +283,10 @@ def _dialogue_mention(source: LlavaSource, root: str, number: int, entry: Dialog
     named = Input(source.name, entry.dialogue.id)
     if entry.image is None:
         return Mention(named, f"{source.short_path}#{number}", "", dialogue=entry.dialogue, split=source.split)
-    uri = canonical(join(source.image_root, _inside(entry.dialogue.id, entry.image)))
+    image, folder = entry.image, join(source.image_root, "")
+    if is_absolute(image):  # as some tools write it
+        image = image.removeprefix(folder).removeprefix(canonical(folder))
+    uri = canonical(join(folder, _inside(entry.dialogue.id, image)))
     return Mention(named, path_below(root, uri), uri, dialogue=entry.dialogue, split=source.split)
 
 

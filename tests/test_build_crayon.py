@@ -302,7 +302,7 @@ def traced(tmp_path_factory) -> tuple[CocoFolder, DataSet]:
         {"id": "plain", "image": "plain.jpg", "conversations": turns},
         {"id": "other", "image": "plain.jpg", "conversations": turns[::-1]},
         {"id": "other extension", "image": "deep.jpg", "conversations": turns},
-        {"id": "listed", "image": ["turned.jpg"], "conversations": turns},
+        {"id": "listed", "image": [str(folder / "coco" / "images" / "turned.jpg")], "conversations": turns},
         {"id": "again", "image": "plain.jpg", "conversations": turns},
         {"id": "plain", "image": "plain.jpg", "conversations": turns},
         {"id": "text", "conversations": [{"from": "human", "value": "Who?"}, turns[1]]},
