@@ -538,7 +538,8 @@ def _category_set_in(parquet: pq.ParquetFile, file: str) -> CategorySet:
     for label in range(max(seen) + 1):
         unnamed = {"category_id": -1 - label, "category": f"unnamed {label}", "is_thing": False}
         segment = seen.get(label, unnamed)
-        records.append({"id": segment["category_id"], "name": segment["category"], "isthing": segment["is_thing"]})
+        name, number = segment["category"], segment["category_id"]
+        records.append({"id": number, "name": name, "display_name": name, "isthing": segment["is_thing"]})
     return read_categories(records, file)
 
 

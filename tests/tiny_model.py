@@ -35,7 +35,7 @@ OWN_CLASSES = read_categories(
         {"id": 30, "name": "lane marking", "isthing": 0},
         {"id": 1, "name": "traffic cone", "isthing": 1},
         {"id": 7, "name": "car", "isthing": 1},
-        {"id": 2, "name": "e-scooter", "isthing": 1},
+        {"id": 2, "name": "e-scooter", "isthing": 1, "display_name": "E_Scooter"},
     ],
     "five of our own",
 )
