@@ -113,7 +113,7 @@ def test_fewer_images_and_images_by_reference_are_asked_about(world, tmp_path):
 def test_classes_that_the_model_has_no_query_for_are_named_and_asked_about_all_the_same(world, tmp_path, capsys):
     data = write_crayon_file(tmp_path / "own.parquet", own_rows(4), OWN_CLASSES)
     report = evaluated((world[0], data), "--tasks", "class_to_binary")
-    line = "--data: the model has no query for 3 of 5 classes (lane marking, traffic cone, e-scooter); "
+    line = "--data: the model has no query for 3 of 5 classes (lane marking, traffic cone, E_Scooter); "
     assert line in capsys.readouterr().out
     assert report["results"]["trained"]["class_to_binary"]["questions"] > 0
 
