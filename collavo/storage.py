@@ -297,6 +297,14 @@ def fixed_part(pattern: str) -> str:
     return re.split(r"[*?\[]", pattern, maxsplit=1)[0]
 
 
+def is_nowhere(pattern: str) -> bool:
+    """Tell whether a file, a folder, or the folder that a glob pattern looks in, is on a disk and not there."""
+    if not is_local(pattern) or exists(pattern):
+        return False
+    start = fixed_part(pattern)
+    return start == pattern or not exists(os.path.dirname(start) or ".")
+
+
 def _files_below(top: str) -> Iterator[str]:
     """Yield the files of a folder to its depths. A link to a folder that it lies in is not followed: it has no end."""
     above: dict[str, tuple[str, ...]] = {top: (os.path.realpath(top),)}

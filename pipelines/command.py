@@ -23,9 +23,8 @@ from collavo.storage import (
     REJECTS,
     REPORT,
     delete,
-    exists,
-    fixed_part,
     is_local,
+    is_nowhere,
     list_files,
     open_read,
     size_text,
@@ -70,7 +69,7 @@ def _main(argv: Sequence[str]) -> None:
     with LocalWorkers(count, device) if count > 1 else nullcontext() as workers:
         if flags.needs_network and runs_here(rest):
             for pattern in flags.sources.images:
-                if is_local(pattern) and not exists(fixed_part(pattern)):
+                if is_nowhere(pattern):
                     raise UserError(f"--images {pattern}: there is no such file or folder")
             _check_network(flags.segmentation)
         gpus = gpus_for(device)

@@ -22,7 +22,7 @@ from collavo.sources.dialogues import DialogueEntry, stream_dialogues
 from collavo.sources.image_paths import checked_relative, image_names, is_hidden, is_utf8
 from collavo.sources.json_files import open_json
 from collavo.sources.records import stream_records
-from collavo.storage import FAULTS, canonical, exists, fixed_part, is_local, list_files, open_random, open_read
+from collavo.storage import FAULTS, canonical, exists, fixed_part, is_nowhere, list_files, open_random, open_read
 from pipelines.records import UNSEEN, Draft, Input, Mention, Reject
 from schemas.categories import CategorySet
 
@@ -330,7 +330,7 @@ def listed_paths(pattern: str) -> tuple[list[str], int]:
         return paths, hidden
     if hidden:
         fault = "names hidden files only"
-    elif is_local(pattern) and not exists(fixed_part(pattern)):
+    elif is_nowhere(pattern):
         fault = "there is no such file or folder"
     else:
         fault = "no file matches" if fixed_part(pattern) != pattern else "holds no file"

@@ -13,6 +13,7 @@ from collavo.storage import (
     delete,
     exists,
     is_local,
+    is_nowhere,
     list_files,
     open_read,
     open_write,
@@ -54,6 +55,8 @@ def photos(tmp_path, monkeypatch) -> Path:
         ("photos/b.jpg", ["photos/b.jpg"]),
         ("photos/[1].jpg", ["photos/[1].jpg"]),  # a name that looks like a pattern
         ("photos/nothing.jpg", []),
+        ("photos/b*.jpg", ["photos/b.jpg"]),
+        ("photos/nothing*.jpg", []),
         ("nowhere/*.jpg", []),
     ],
 )
@@ -61,6 +64,24 @@ def test_files_are_listed_by_folder_glob_or_name(photos: Path, pattern: str, fil
     assert list_files(pattern) == files
     absolute = os.path.join(photos.parent, pattern)
     assert list_files(absolute) == [os.path.join(photos.parent, file) for file in files]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "missing"),
+    [
+        ("photos", False),
+        ("photos/[1].jpg", False),
+        ("photos/b*.jpg", False),
+        ("phot*/b.jpg", False),
+        ("photos/nothing*.jpg", False),  # its folder is there
+        ("photos/nothing.jpg", True),
+        ("nowhere/*.jpg", True),
+        ("nowhere", True),
+        ("s3://bucket/nowhere", False),  # nobody is asked
+    ],
+)
+def test_a_pattern_is_nowhere_only_if_the_folder_that_it_looks_in_is(photos: Path, pattern: str, missing: bool):
+    assert is_nowhere(pattern) == missing
 
 
 def test_linked_folders_and_broken_links_leave_a_trace(photos: Path, tmp_path_factory):
