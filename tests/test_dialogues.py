@@ -93,7 +93,9 @@ def test_text_alone_is_an_entry_without_an_image() -> None:
 )
 def test_an_image_may_be_named_where_it_stands_in_the_text(part: dict[str, Any]) -> None:
     turn = {"role": "user", "content": [part, {"type": "text", "text": "\nWho?"}]}
-    assert stream([{"id": "q", "messages": [turn, MESSAGES[1]]}]) == [DialogueEntry("a.jpg", Dialogue("q", SAID))]
+    turns = [turn, MESSAGES[1]]
+    for said in (turns, json.dumps(turns)):
+        assert stream([{"id": "q", "messages": said}]) == [DialogueEntry("a.jpg", Dialogue("q", SAID))]
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,22 @@ def test_a_path_or_text_in_place_of_an_image_is_no_row_of_text(tmp_path: Path) -
     assert "'a.jpg'; store the bytes of the image file" in str(found)
 
 
+def test_a_dialogue_that_asks_about_a_lacking_image_is_no_row_of_text(tmp_path: Path) -> None:
+    asked = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "A person."}]
+    rows = [{"image": None, "conversations": asked}, {"image": b"jpeg", "conversations": asked}]
+    with parquet(tmp_path, rows).open("rb") as stream:
+        found, _ = stream_records(stream, "data.parquet")
+    assert isinstance(found, Rejected) and found.reason == "missing_file" and "<image>" in str(found)
+
+
+def test_a_system_column_is_the_first_turn(tmp_path: Path) -> None:
+    with parquet(tmp_path, [{"image": b"jpeg", "system": "Be brief.", "conversations": TURNS}]).open("rb") as stream:
+        (found,) = stream_records(stream, "data.parquet")
+        assert ignored_columns(stream, "data.parquet") == []
+    assert isinstance(found, ImageRecord) and found.dialogue
+    assert found.dialogue.turns[0] == ("system", "Be brief.") and len(found.dialogue.turns) == len(TURNS) + 1
+
+
 def test_a_column_of_another_name(tmp_path: Path) -> None:
     with parquet(tmp_path, [{"images": [b"jpeg"], "caption": "x"}]).open("rb") as stream:
         for asked in (None, "images"):  # the only one that can be meant

@@ -72,14 +72,8 @@ def dialogue_of(fields: Mapping[str, Any], entry_id: str) -> Dialogue:
     Raises:
         Rejected: `malformed_entry` or `turns_do_not_alternate`.
     """
-    said = fields.get("conversations") or fields.get("messages")
-    if isinstance(said, str):
-        with suppress(ValueError):
-            said = parsed_json(said)
-    if isinstance(said, dict) and all(isinstance(column, list) for column in said.values()):
-        # What `datasets` made of a list of turns before its version 4: a struct of lists.
-        said = [dict(zip(said, turn, strict=True)) for turn in zip_longest(*said.values())]
-    if not isinstance(said, list) or not said:
+    said = _listed_turns(fields)
+    if not said:
         raise Rejected("malformed_entry", "expected an object with turns in 'conversations' or 'messages'", entry_id)
     turns = _turns(said, entry_id)
     system = fields.get("system")  # beside the turns, where LLaMA-Factory has it
@@ -88,6 +82,18 @@ def dialogue_of(fields: Mapping[str, Any], entry_id: str) -> Dialogue:
     if not all(map(is_utf8, (entry_id, *(value for _, value in turns)))):
         raise Rejected("malformed_entry", "half of a surrogate pair, which JSON can hold, is no text", entry_id)
     return Dialogue(entry_id, turns)
+
+
+def _listed_turns(fields: Mapping[str, Any]) -> list[Any]:
+    """Return the turns of an entry as it has them; none where they are no list."""
+    said = fields.get("conversations") or fields.get("messages")
+    if isinstance(said, str):
+        with suppress(ValueError):
+            said = parsed_json(said)
+    if isinstance(said, dict) and all(isinstance(column, list) for column in said.values()):
+        # What `datasets` made of a list of turns before its version 4: a struct of lists.
+        said = [dict(zip(said, turn, strict=True)) for turn in zip_longest(*said.values())]
+    return said if isinstance(said, list) else []
 
 
 def _records(file: BinaryIO, name: str) -> Iterator[Any]:
@@ -173,16 +179,14 @@ def _image(fields: dict[str, Any], entry_id: str) -> str | None:
 
 def _images_in_parts(fields: dict[str, Any]) -> list[Any]:
     """Return the paths that parts of turns hold: `{"type": "image", "image": PATH}`, or OpenAI's `image_url`."""
-    said = fields.get("conversations") or fields.get("messages")
-    turns = [turn for turn in said if isinstance(turn, dict)] if isinstance(said, list) else []
-    contents = (turn.get("content") or turn.get("value") for turn in turns)
-    parts = [part for content in contents if isinstance(content, list) for part in content if isinstance(part, dict)]
-    named = [
-        next(filter(None, map(part.get, ("image", "image_url", "path", "url"))), None)
-        for part in parts
-        if part.get("type") in _IMAGE_PARTS
-    ]
-    return [one.get("url") if isinstance(one, dict) else one for one in named if one]
+    named: list[Any] = []
+    for turn in _listed_turns(fields):
+        content = (turn.get("content") or turn.get("value")) if isinstance(turn, dict) else None
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and part.get("type") in _IMAGE_PARTS:
+                one = next(filter(None, map(part.get, ("image", "image_url", "path", "url"))), None)
+                named.append(one.get("url") if isinstance(one, dict) else one)
+    return list(filter(None, named))
 
 
 def _turns(said: list[Any], entry_id: str) -> tuple[tuple[str, str], ...]:

@@ -26,6 +26,9 @@ from collavo.sources.image_paths import is_hidden, is_image_name, is_utf8, witho
 from schemas.crayon_row import IMAGE_TOKEN, Dialogue
 
 DIALOGUE_COLUMNS = ("conversations", "messages")
+_COLUMNS_BESIDE = ("id", "system", *DIALOGUE_COLUMNS)
+"""What is read of a record besides its image."""
+
 _ROWS_IN_MEMORY = 50
 _GZIP, _TAR = b"\x1f\x8b", (".tar", ".tar.gz", ".tgz")
 
@@ -87,7 +90,7 @@ def ignored_columns(file: BinaryIO, name: str, image_column: str | None = None) 
     with _damage_named(name):
         if not name.lower().endswith(_TAR):
             schema = pq.read_schema(file)
-            used = {_image_column(schema, name, image_column), "id", *DIALOGUE_COLUMNS}
+            used = {_image_column(schema, name, image_column), *_COLUMNS_BESIDE}
             return [column for column in schema.names if column not in used]
         unused: dict[str, None] = {}
         for _, members in islice(_members_by_key(file), _ROWS_IN_MEMORY):
@@ -129,7 +132,7 @@ def _parquet_records(file: BinaryIO, name: str, stem: str, asked: str | None) ->
     parquet = pq.ParquetFile(file)
     names = parquet.schema_arrow.names
     image_column = _image_column(parquet.schema_arrow, name, asked)
-    columns = [column for column in (image_column, "id", "system", *DIALOGUE_COLUMNS) if column in names]
+    columns = [column for column in (image_column, *_COLUMNS_BESIDE) if column in names]
     if repeated := [column for column in columns if names.count(column) > 1]:
         raise UserError(f"{name}: has several columns {repeated[0]!r}")
     row = 0
