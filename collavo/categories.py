@@ -303,21 +303,23 @@ def _english(record: Mapping[str, Any]) -> dict[str, str]:
             what = "pair" if name.split()[-1] in _PAIRS else "piece"
             singular, plural = f"{what} of {name}", plural or f"{what}s of {name}"
         else:
-            if not any("LATIN" in unicodedata.name(letter, "") for letter in name):
-                return {"singular": name, "plural": plural or name, "article": "a"}  # no rule of English holds
             one = engine.singular_noun(name)
             # inflect takes `bus` and `tennis` for plurals of `bu` and `tenni`.
             is_plural = one and engine.plural_noun(one) == name and not name.endswith(("us", "is", "as", "ss", "lens"))
             singular, plural = (one, plural or name) if is_plural else (name, plural)
-    if not plural:
-        plural = engine.plural_noun(singular)
-        if singular[-1:].isupper():  # SUVs, where inflect writes SUVS
-            plural = singular + plural.removeprefix(singular).lower()
     return {
         "singular": singular,
-        "plural": plural,
+        "plural": plural or _plural_of(singular),
         "article": engine.a(singular).partition(" ")[0],
     }
+
+
+def _plural_of(singular: str) -> str:
+    if not any("LATIN" in unicodedata.name(letter, "") for letter in singular):
+        return singular  # no rule of English holds
+    plural: str = _inflect().plural_noun(singular)
+    # SUVs, where inflect writes SUVS
+    return singular + plural.removeprefix(singular).lower() if singular[-1].isupper() else plural
 
 
 @cache
