@@ -85,14 +85,14 @@ def _mask(instance: Instance, size_wh: tuple[int, int]) -> np.ndarray:
 
 
 def _filled(polygons: Sequence[Any], size_wh: tuple[int, int]) -> np.ndarray:
-    """bool [height, width], of what polygons enclose.
+    """bool [height, width], of what polygons enclose; those of a point or a line, beside others, enclose nothing.
 
     Raises:
         ValueError: for a list that is no polygon; pycocotools takes four numbers for a box.
     """
     if any(len(polygon) % 2 for polygon in polygons):
         raise ValueError("a polygon with half a corner")
-    polygons = [polygon for polygon in polygons if len(polygon) >= 6]  # a point or a line encloses nothing
+    polygons = [polygon for polygon in polygons if len(polygon) >= 6]
     if not polygons:
         raise ValueError("a polygon with less than three corners")
     for polygon in polygons:

@@ -88,14 +88,13 @@ def build_panoptic_map(
     if left_out := [info.id for info in infos if info.label == LEFT_OUT]:
         runs = runs._replace(ids=np.where(np.isin(runs.ids, left_out), 0, runs.ids))
         infos = [info for info in infos if info.label != LEFT_OUT]
-    known_ids, _ = _known_ids(infos)
+    known_ids, places = _known_ids(infos)
     positions = _positions(runs, known_ids)
     areas, boxes_xyxy = _measure(positions, len(known_ids))
     if not areas[1:].all():
         raise Rejected("empty_segment", f"segment {known_ids[1:][areas[1:] == 0][0]} has no pixel")
 
-    by_id = {info.id: info for info in infos}
-    listed = [by_id[id_] for id_ in known_ids[1:].tolist()]
+    listed = [infos[place] for place in places.tolist()]
     return _assembled(positions, listed, areas[1:], boxes_xyxy[1:], categories)
 
 
