@@ -42,6 +42,6 @@ python -m collavo.train --data "$OUT"/data/*.parquet --output_dir "$OUT/run" --r
 python -m collavo.evaluate --model "$OUT/run" --data "$OUT"/data/*.parquet --max_images 500
 
 # 4. Ask about a picture as it comes, segmented on the spot.
-picture=$(find "$IMAGES" -type f \( -iname '*.jpg' -o -iname '*.jpeg' -o -iname '*.png' \) -print -quit)
+picture=$(find "$IMAGES" -type f ! -name '.*' \( -iname '*.jpg' -o -iname '*.jpeg' -o -iname '*.png' -o -iname '*.webp' -o -iname '*.bmp' -o -iname '*.tif' -o -iname '*.tiff' \) -print -quit)
 python -m collavo.chat --model "$OUT/run" --segmenter transformers --segmenter_checkpoint "$CHECKPOINT" \
     --image "$picture" --prompt "What is in this picture?"

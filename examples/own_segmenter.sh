@@ -50,6 +50,6 @@ echo "Look at $OUT/data/report.html before you train: are segments, counts and b
 # shellcheck disable=SC2086  # TRAIN_FLAGS is several words
 python -m collavo.train --data "$OUT"/data/*.parquet --output_dir "$OUT/run" --resume $TRAIN_FLAGS
 python -m collavo.evaluate --model "$OUT/run" --data "$OUT"/annotated/*.parquet
-picture=$(find "$IMAGES" -type f \( -iname '*.jpg' -o -iname '*.jpeg' -o -iname '*.png' \) -print -quit)
+picture=$(find "$IMAGES" -type f ! -name '.*' \( -iname '*.jpg' -o -iname '*.jpeg' -o -iname '*.png' -o -iname '*.webp' -o -iname '*.bmp' -o -iname '*.tif' -o -iname '*.tiff' \) -print -quit)
 python -m collavo.chat --model "$OUT/run" --segmenter transformers --segmenter_checkpoint "$OUT/segmenter" \
     --image "$picture" --prompt "How many cars are there?"
