@@ -271,7 +271,7 @@ def _answer_file(flags: Flags) -> None:
     with naming("questions"):
         total = sum(1 for _ in read_questions(flags.questions))
     with naming("answers"):
-        done = count_answers(flags.questions, flags.answers)
+        done, unanswered = count_answers(flags.questions, flags.answers)
     left_out = LeftOut()
     if done < total:
         session = _conversations(flags)
@@ -293,7 +293,7 @@ def _answer_file(flags: Flags) -> None:
     for line in left_out.lines():
         print(line)
     before = f", {done:,} of them by an earlier run" if done else ""
-    unanswered = sum(left_out.counts.values())
+    unanswered += left_out.counts.total()
     said = f"{total - unanswered:,} of {total:,}" if unanswered else f"{total:,}"
     print(f"{said} questions answered{before}: {flags.answers}")
 

@@ -48,13 +48,14 @@ def read_questions(file: Path) -> Iterator[Asked]:
         raise UserError(f"{file}: {error.strerror}") from error
 
 
-def count_answers(questions: Path, answers: Path) -> int:
-    """Count the answers that a file holds; a line that an interrupted run left unfinished is cut off.
+def count_answers(questions: Path, answers: Path) -> tuple[int, int]:
+    """Count the lines that a file of answers holds, and those that say why there is no answer; a line that an
+    interrupted run left unfinished is cut off.
 
     Raises:
         UserError: if they answer other questions.
     """
-    data = answers.read_bytes() if answers.exists() else b""
+    data, errors = answers.read_bytes() if answers.exists() else b"", 0
     lines = data.splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         with answers.open("r+b") as file:
@@ -66,7 +67,8 @@ def count_answers(questions: Path, answers: Path) -> int:
         same = asked and isinstance(answered, dict) and {**answered, **asked.record} == answered
         if not same:
             raise UserError(f"{answers}: its line {number} answers no question of {questions}; name another file")
-    return len(lines)
+        errors += "error" in answered
+    return len(lines), errors
 
 
 @dataclass(frozen=True, slots=True)

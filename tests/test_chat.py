@@ -233,13 +233,13 @@ def test_a_file_of_questions_is_answered_in_order_and_an_interrupted_run_goes_on
     ):
         assert error in line["error"] and "answer" not in line
     out = said(capsys)
-    assert "4 without an answer (line 3: not JSON" in out and "7 questions answered: " in out
+    assert "4 without an answer (line 3: not JSON" in out and "3 of 7 questions answered: " in out
 
     whole = answers.read_bytes()
     answers.write_bytes(whole[: whole.index(b'"id": "d"') + 5])  # killed in the middle of its fifth line
     assert main(flags) == 0
     assert answers.read_bytes() == whole
-    assert "4 of them by an earlier run" in said(capsys)
+    assert "3 of 7 questions answered, 4 of them by an earlier run" in said(capsys)
     asked[1]["prompt"] = "Whom?"
     questions.write_text("\n".join(q if isinstance(q, str) else json.dumps(q) for q in asked))
     assert main(flags) == 2
