@@ -121,6 +121,12 @@ def add_words(model: CollavoForConditionalGeneration, processor: CollavoProcesso
     return before
 
 
+def some_words(index: int, words: Sequence[Category]) -> list[Category]:
+    """Draw the words that chart number `index` chooses from."""
+    rng = np.random.Generator(np.random.Philox(key=[_WORDS_SEED, index]))
+    return [words[i] for i in rng.choice(len(words), _WORDS_OF_CHART, replace=False)]
+
+
 class WordExamples(Dataset[Example]):
     """Charts of known and new words, and scenes, in turn; the examples of a step are of one kind."""
 
@@ -134,9 +140,8 @@ class WordExamples(Dataset[Example]):
         lesson = ROTATION[index // self._batch_size % len(ROTATION)]
         if lesson == "scene":
             return self._scenes.scene(_FIRST_CHART + index)
-        rng = np.random.Generator(np.random.Philox(key=[_WORDS_SEED, index]))
-        some = [self._things[i] for i in rng.choice(len(self._things), _WORDS_OF_CHART, replace=False)]
-        chart = draw_chart(_FIRST_CHART + index, self._processor.grid_hw, lesson, some)
+        words = some_words(index, self._things)
+        chart = draw_chart(_FIRST_CHART + index, self._processor.grid_hw, lesson, words)
         return chart_example(chart, chart_picture(index % CHART_PICTURES), self._processor)
 
 
