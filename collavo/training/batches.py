@@ -4,7 +4,6 @@ All of it happens in the loader's worker processes.
 """
 
 import math
-import os
 import signal
 from bisect import bisect_right
 from collections import OrderedDict
@@ -358,13 +357,6 @@ def _ignore_signals(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _give_way(number: int) -> None:
-    """Let a worker leave the cores to a model that trains on them: each of its operations waits for all of torch's
-    threads, while a batch has a whole step's time. On two cores, a step takes a sixth less for it."""
-    _ignore_signals(number)
-    os.nice(10)
-
-
 def build_loader(
     dataset: ExampleDataset, samples: Sequence[list[Sample]], workers: int, pin_memory: bool, ahead: int = 1
 ) -> Iterator[MicroBatch]:
@@ -386,7 +378,7 @@ def build_loader(
         num_workers=workers,
         prefetch_factor=max(4, math.ceil(ahead / workers)) if workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_ignore_signals if pin_memory else _give_way,  # a GPU's training pins
+        worker_init_fn=_ignore_signals,
         # A store's client has threads, which a forked process lacks: there its first request would wait for ever.
         multiprocessing_context="spawn" if workers and not dataset.is_local else None,
     )
