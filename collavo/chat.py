@@ -292,7 +292,7 @@ def _answer_file(flags: Flags) -> None:
                 progress.update(bar, min(done + number * flags.batch_size, total))
     for line in left_out.lines():
         print(line)
-    before = f", {done:,} of them by an earlier run" if done else ""
+    before = f"; an earlier run took the first {done:,}" if done else ""
     unanswered += left_out.counts.total()
     said = f"{total - unanswered:,} of {total:,}" if unanswered else f"{total:,}"
     print(f"{said} questions answered{before}: {flags.answers}")

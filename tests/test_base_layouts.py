@@ -209,6 +209,9 @@ def test_vicunas_prompts_have_the_tokens_that_llava_was_trained_with(
     assert answers == [*model.encode("Red."), end, *model.encode("On the left."), end]
     shown = show_supervision(tokenizer, prompt).plain
     assert "ASSISTANT: Red.</s>" in shown and "Where? ASSISTANT: On the left.</s>" in shown
+    marked = show_supervision(tokenizer, prompt, in_color=False).plain
+    assert marked.replace(">>", "").replace("<<", "") == shown
+    assert re.findall(r">>\s*(.*?)<<", marked) == ["Red.</s>", "On the left.</s>"]
 
 
 def test_control_tokens_in_a_text_bring_no_spaces(vicuna: tuple[Path, sentencepiece.SentencePieceProcessor]) -> None:

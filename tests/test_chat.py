@@ -239,7 +239,7 @@ def test_a_file_of_questions_is_answered_in_order_and_an_interrupted_run_goes_on
     answers.write_bytes(whole[: whole.index(b'"id": "d"') + 5])  # killed in the middle of its fifth line
     assert main(flags) == 0
     assert answers.read_bytes() == whole
-    assert "3 of 7 questions answered, 4 of them by an earlier run" in said(capsys)
+    assert "3 of 7 questions answered; an earlier run took the first 4: " in said(capsys)
     asked[1]["prompt"] = "Whom?"
     questions.write_text("\n".join(q if isinstance(q, str) else json.dumps(q) for q in asked))
     assert main(flags) == 2

@@ -216,8 +216,9 @@ def chat_format_of(template: str) -> str:
     return next((name for marker, name in _MARKERS.items() if marker in template), "paper")
 
 
-def show_supervision(tokenizer: Any, prompt: RenderedPrompt) -> Text:
-    """Show a rendered prompt on the terminal: supervised tokens in green, the image's tokens as one."""
+def show_supervision(tokenizer: Any, prompt: RenderedPrompt, in_color: bool = True) -> Text:
+    """Show a rendered prompt: supervised tokens in green, or between >> and << without colours; the image's tokens as
+    one."""
     shown, before, decoded = Text(), "", list[int]()
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     pairs = zip(prompt.input_ids, prompt.supervised, strict=True)
@@ -227,6 +228,7 @@ def show_supervision(tokenizer: Any, prompt: RenderedPrompt) -> Text:
         decoded += [] if is_image else ids
         after = tokenizer.decode(decoded)
         text, before = f"{IMAGE_TOKEN} x {len(ids)}" if is_image else after[len(before) :], after
+        text = f">>{text}<<" if supervised and not in_color else text
         shown.append(text, style="bold blue" if is_image else "bold green" if supervised else "dim")
     return shown
 

@@ -62,7 +62,8 @@ class RunDisplay:
         if memory:
             self._progress.console.print("", memory, "", highlight=False)
         self.left_out(left_out)
-        self._progress.console.print(Text("A prompt, the supervised part in green: ") + example, soft_wrap=True)
+        where = "in green" if self._progress.console.color_system else "between >> and <<"
+        self._progress.console.print(Text(f"A prompt, the supervised part {where}: ") + example, soft_wrap=True)
         if self._accelerator.is_main_process:
             lines = [json.dumps(line) for line in read_metrics(self._metrics.parent) if line["step"] <= steps_done]
             write_whole(self._metrics, "".join(f"{line}\n" for line in lines))

@@ -130,7 +130,10 @@ class TrainingRun:
             )
             return
         shown = self.train_set.prompt_of(phases[-1].batches[0])
-        prompt = show_supervision(self.processor.tokenizer, shown) if shown else Text("none of the first batch")
+        in_color = self.console.color_system is not None
+        prompt = (
+            show_supervision(self.processor.tokenizer, shown, in_color) if shown else Text("none of the first batch")
+        )
         most_skipped = int(arguments.max_skipped_ratio * samples)
         steps_done = max(done.total_steps, phases[0].steps_before)
         damaged = self.train_set.index.left_out.lines()
