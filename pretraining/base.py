@@ -40,7 +40,7 @@ from pretraining.loop import TRAIN_SCENES_SEED, LoopOptions, train_from_scratch
 from pretraining.positions import show_positions
 from pretraining.word_grids import CHART, Lesson, WordPrompt, chart_example, draw_chart
 from pretraining.word_lists import color_dialogues, list_dialogues, short_list_dialogues, word_dialogue
-from schemas.categories import COCO_PANOPTIC
+from schemas.categories import COCO_PANOPTIC, CategorySet
 
 VOCABULARY = 1408
 TOKENIZER_SCENES = 2000
@@ -276,17 +276,39 @@ def _train(argv: Sequence[str] | None) -> None:
     if flags.freeze_vision:
         model.model.vision_tower.requires_grad_(False)
         model.model.multi_modal_projector.requires_grad_(False)
-    # The Crayon Prompt is no part of pre-training. Its weights wait, closed, for Crayon Prompt Tuning.
-    crayon_prompt = model.model.crayon_prompt
-    model.model.crayon_prompt = WordPrompt(model, processor.tokenizer)
-
     run = Path(flags.output)
-    pad = partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
     examples = PretrainingExamples(processor, flags.batch_size, flags.first_step)
     supervised = SupervisedBase(model, processor, flags.bf16)
     options = LoopOptions(flags.steps, flags.batch_size, flags.learning_rate)
-    train_from_scratch(run, supervised, examples, pad, supervised, options, Console())
+    train_base(run, model, processor, supervised, examples, options)
+    save_base(run, model, processor)
+
+
+def train_base(
+    run: Path,
+    model: CollavoForConditionalGeneration,
+    processor: CollavoProcessor,
+    learner: nn.Module,
+    examples: Dataset[Example],
+    options: LoopOptions,
+    categories: CategorySet = COCO_PANOPTIC,
+) -> None:
+    """Train a base on charts and other examples, as `train_from_scratch` does.
+
+    Args:
+        learner: holds the weights that learn, and returns the loss of a batch.
+        categories: whose labels the words of the charts have.
+    """
+    # The Crayon Prompt is no part of pre-training. Its weights wait, closed, for Crayon Prompt Tuning.
+    crayon_prompt = model.model.crayon_prompt
+    model.model.crayon_prompt = WordPrompt(model, processor.tokenizer, categories)
+    pad = partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
+    train_from_scratch(run, learner, examples, pad, learner, options, Console())
     model.model.crayon_prompt = crayon_prompt
+
+
+def save_base(run: Path, model: CollavoForConditionalGeneration, processor: CollavoProcessor) -> None:
+    """Write a base for `collavo.train --preset` into a run's folder `model`."""
     model.bfloat16().save_pretrained(run / "model")
     processor.save_pretrained(run / "model")
 

@@ -49,7 +49,7 @@ from collavo.model.query_init import ClassWords
 from collavo.progress import Progress
 from collavo.runs import load_base
 from collavo.training.batches import IGNORED, Example, collate, packed_positions
-from pretraining.base import PretrainingExamples
+from pretraining.base import PretrainingExamples, save_base
 from pretraining.loop import log_line
 from pretraining.word_grids import Chart, WordPrompt, chart_example
 from schemas.categories import COCO_PANOPTIC, MAX_NUMBERING
@@ -585,8 +585,7 @@ def _train(argv: Sequence[str] | None) -> None:
             batches.append([pool[i] for i in rng.choice(len(pool), min(size, len(pool)), replace=False)])
         learn("boxes", batches, writer.loss, flags.learning_rate)
     model.set_attn_implementation("sdpa")
-    model.bfloat16().save_pretrained(run / "model")
-    processor.save_pretrained(run / "model")
+    save_base(run, model, processor)
 
 
 def _examples(processor: CollavoProcessor, flags: Flags) -> dict[Kind, Iterator[Example]]:

@@ -14,7 +14,7 @@ The output's folder `model` is a base for `collavo.train --preset`. Repeat the c
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,15 +35,17 @@ from collavo.model import CollavoForConditionalGeneration
 from collavo.model.class_words import word_tokens
 from collavo.model.processing import CollavoProcessor
 from collavo.runs import load_base
-from collavo.training.batches import Example, MicroBatch, collate
-from pretraining.base import CHART_PICTURES, PretrainingExamples, chart_picture
-from pretraining.loop import LoopOptions, train_from_scratch
-from pretraining.word_grids import Lesson, WordPrompt, chart_example, draw_chart
+from collavo.training.batches import Example, MicroBatch
+from pretraining.base import CHART_PICTURES, PretrainingExamples, chart_picture, save_base, train_base
+from pretraining.loop import LoopOptions
+from pretraining.word_grids import Lesson, chart_example, draw_chart
 from schemas.categories import COCO_PANOPTIC, Category, CategorySet
 
 WORDS = Path(__file__).with_name("class_words.txt")
 
-ROTATION: tuple[Lesson | Literal["scene"], ...] = ("all", "where", "all", "tiles", "all", "scene")
+Rotation = tuple[Lesson | Literal["scene"], ...]
+
+ROTATION: Rotation = ("all", "where", "all", "tiles", "all", "scene")
 """What the batches hold, in turn."""
 
 _WORDS_OF_CHART = 24
@@ -121,27 +123,41 @@ def add_words(model: CollavoForConditionalGeneration, processor: CollavoProcesso
     return before
 
 
-def some_words(index: int, words: Sequence[Category]) -> list[Category]:
+def some_words(words: Sequence[Category], index: int) -> list[Category]:
     """Draw the words that chart number `index` chooses from."""
     rng = np.random.Generator(np.random.Philox(key=[_WORDS_SEED, index]))
     return [words[i] for i in rng.choice(len(words), _WORDS_OF_CHART, replace=False)]
 
 
 class WordExamples(Dataset[Example]):
-    """Charts of known and new words, and scenes, in turn; the examples of a step are of one kind."""
+    """Charts and scenes, in turn; the examples of a step are of one kind.
 
-    def __init__(self, processor: CollavoProcessor, things: Sequence[Category], batch_size: int) -> None:
+    Args:
+        rotation: what the steps hold, in turn.
+        first: number of the first chart or scene.
+        words_of: returns the words that an example's chart chooses from, by its place.
+    """
+
+    def __init__(
+        self,
+        processor: CollavoProcessor,
+        batch_size: int,
+        rotation: Rotation,
+        first: int,
+        words_of: Callable[[int], Sequence[Category]],
+    ) -> None:
         self._processor = processor
-        self._things = things
         self._batch_size = batch_size
+        self._rotation = rotation
+        self._first = first
+        self._words_of = words_of
         self._scenes = PretrainingExamples(processor, batch_size)
 
     def __getitem__(self, index: int) -> Example:
-        lesson = ROTATION[index // self._batch_size % len(ROTATION)]
+        lesson = self._rotation[index // self._batch_size % len(self._rotation)]
         if lesson == "scene":
-            return self._scenes.scene(_FIRST_CHART + index)
-        words = some_words(index, self._things)
-        chart = draw_chart(_FIRST_CHART + index, self._processor.grid_hw, lesson, words)
+            return self._scenes.scene(self._first + index)
+        chart = draw_chart(self._first + index, self._processor.grid_hw, lesson, self._words_of(index))
         return chart_example(chart, chart_picture(index % CHART_PICTURES), self._processor)
 
 
@@ -196,24 +212,17 @@ def _train(argv: Sequence[str] | None) -> None:
         model, processor = load_base(flags.start, torch.float32)
     categories = known_and_new_words()
     first = add_words(model, processor, categories)
-    run, console = Path(flags.output), Console()
-    console.print(f"{len(model.get_input_embeddings().weight) - first:,} new tokens")
-    crayon_prompt, model.model.crayon_prompt = (
-        model.model.crayon_prompt,
-        WordPrompt(model, processor.tokenizer, categories),
-    )
-    words = NewWords(model, first)
-    examples = WordExamples(processor, categories.things, flags.batch_size)
-    pad = partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
+    Console().print(f"{len(model.get_input_embeddings().weight) - first:,} new tokens")
+    run, words = Path(flags.output), NewWords(model, first)
+    words_of = partial(some_words, categories.things)
+    examples = WordExamples(processor, flags.batch_size, ROTATION, _FIRST_CHART, words_of)
     options = LoopOptions(
         flags.steps, flags.batch_size, flags.learning_rate, warmup_steps=10, weight_decay=0.0, checkpoint_steps=100
     )
-    train_from_scratch(run, words, examples, pad, words, options, console)
+    train_base(run, model, processor, words, examples, options, categories)
     with torch.no_grad():
         words.embeddings[first:] *= _QUIETED
-    model.model.crayon_prompt = crayon_prompt
-    model.bfloat16().save_pretrained(run / "model")
-    processor.save_pretrained(run / "model")
+    save_base(run, model, processor)
 
 
 if __name__ == "__main__":

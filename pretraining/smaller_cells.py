@@ -5,7 +5,7 @@
 A base learns soonest to read on few cells, but boxes and small things need more. Here the picture gets larger and the
 patches stay as they are; what tells the vision tower their places is interpolated. Words lie over more cells then, rows
 are further apart in the sequence, and places come in finer steps, so the language model has to learn again where things
-are. It knows how, so that takes a tenth of the time: on the word grids of `word_grids`, all kinds of questions in turn,
+are. It knows how, so that takes less than an hour: on the word grids of `word_grids`, all kinds of questions in turn,
 and on scenes. Half of the charts show words of COCO's classes, half those of `class_words.txt`. The vision tower and
 the projector stay as they are.
 
@@ -14,28 +14,22 @@ The output's folder `model` is a base for `collavo.train --preset`. Repeat the c
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from torch.nn import functional
-from torch.utils.data import Dataset
 
 from collavo import cli
 from collavo.cli import REQUIRED, flag, naming
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.processing import CollavoProcessor, build_processor
 from collavo.runs import load_base
-from collavo.training.batches import Example, collate
-from pretraining.base import CHART_PICTURES, PretrainingExamples, SupervisedBase, chart_picture
-from pretraining.class_words import known_and_new_words, some_words
-from pretraining.loop import LoopOptions, train_from_scratch
-from pretraining.word_grids import Lesson, WordPrompt, chart_example, draw_chart
-from schemas.categories import COCO_PANOPTIC, CategorySet
+from pretraining.base import SupervisedBase, save_base, train_base
+from pretraining.class_words import Rotation, WordExamples, known_and_new_words, some_words
+from pretraining.loop import LoopOptions
+from schemas.categories import COCO_PANOPTIC, Category
 
-ROTATION: tuple[Lesson | Literal["scene"], ...] = ("all", "where", "tiles", "where", "all", "scene")
+ROTATION: Rotation = ("all", "where", "tiles", "where", "all", "scene")
 """What the batches hold, in turn."""
 
 _FIRST_CHART = 5_000_000
@@ -48,7 +42,7 @@ def with_cells(
     """Return a base that sees side x side patches, with the weights of another, and its processor.
 
     Args:
-        model: whose vision tower has an embedding for each place, in a square.
+        model: whose vision tower has an embedding for each place, in a square. Its configuration becomes the new one's.
     """
     config, state = model.config, model.state_dict()
     (name,) = (name for name in state if name.endswith("vision_tower.embeddings.position_embedding.weight"))
@@ -62,24 +56,6 @@ def with_cells(
     changed = CollavoForConditionalGeneration(config)
     changed.load_state_dict(state)
     return changed, build_processor(config, processor.tokenizer)
-
-
-class CellExamples(Dataset[Example]):
-    """Charts and scenes, in turn; those of a step are of one kind, and every second chart has new words."""
-
-    def __init__(self, processor: CollavoProcessor, words: CategorySet, batch_size: int) -> None:
-        self._processor = processor
-        self._words = words
-        self._batch_size = batch_size
-        self._scenes = PretrainingExamples(processor, batch_size)
-
-    def __getitem__(self, index: int) -> Example:
-        lesson = ROTATION[index // self._batch_size % len(ROTATION)]
-        if lesson == "scene":
-            return self._scenes.scene(_FIRST_CHART + index)
-        words = some_words(index, self._words.things) if index % 2 else COCO_PANOPTIC.things
-        chart = draw_chart(_FIRST_CHART + index, self._processor.grid_hw, lesson, words)
-        return chart_example(chart, chart_picture(index % CHART_PICTURES), self._processor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,18 +87,17 @@ def _train(argv: Sequence[str] | None) -> None:
         model, processor = with_cells(*load_base(flags.start, torch.float32), flags.cells)
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(False)
-    words = known_and_new_words()
-    prompt: Any = WordPrompt(model, processor.tokenizer, words)
-    crayon_prompt, model.model.crayon_prompt = model.model.crayon_prompt, prompt
-    supervised = SupervisedBase(model, processor, bf16=True)
-    examples = CellExamples(processor, words, flags.batch_size)
-    pad = partial(collate, pad_token_id=processor.tokenizer.pad_token_id)
-    options = LoopOptions(flags.steps, flags.batch_size, flags.learning_rate, warmup_steps=50, checkpoint_steps=100)
+    categories = known_and_new_words()
+
+    def words_of(index: int) -> Sequence[Category]:
+        return some_words(categories.things, index) if index % 2 else COCO_PANOPTIC.things
+
     run = Path(flags.output)
-    train_from_scratch(run, supervised, examples, pad, supervised, options, Console())
-    model.model.crayon_prompt = crayon_prompt
-    model.bfloat16().save_pretrained(run / "model")
-    processor.save_pretrained(run / "model")
+    supervised = SupervisedBase(model, processor, bf16=True)
+    examples = WordExamples(processor, flags.batch_size, ROTATION, _FIRST_CHART, words_of)
+    options = LoopOptions(flags.steps, flags.batch_size, flags.learning_rate, warmup_steps=50, checkpoint_steps=100)
+    train_base(run, model, processor, supervised, examples, options, categories)
+    save_base(run, model, processor)
 
 
 if __name__ == "__main__":
