@@ -37,6 +37,7 @@ class RunDisplay:
         self._log_steps = log_steps
         self._bars: dict[str, Any] = {}
         self._progress = Progress(console)
+        self.in_color = console.color_system is not None
 
     @contextmanager
     def shown(
@@ -62,7 +63,7 @@ class RunDisplay:
         if memory:
             self._progress.console.print("", memory, "", highlight=False)
         self.left_out(left_out)
-        where = "in green" if self._progress.console.color_system else "between >> and <<"
+        where = "in green" if self.in_color else "between >> and <<"
         self._progress.console.print(Text(f"A prompt, the supervised part {where}: ") + example, soft_wrap=True)
         if self._accelerator.is_main_process:
             lines = [json.dumps(line) for line in read_metrics(self._metrics.parent) if line["step"] <= steps_done]

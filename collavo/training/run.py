@@ -129,11 +129,9 @@ class TrainingRun:
                 soft_wrap=True,
             )
             return
-        shown = self.train_set.prompt_of(phases[-1].batches[0])
-        in_color = self.console.color_system is not None
-        prompt = (
-            show_supervision(self.processor.tokenizer, shown, in_color) if shown else Text("none of the first batch")
-        )
+        prompt = Text("none of the first batch")
+        if shown := self.train_set.prompt_of(phases[-1].batches[0]):
+            prompt = show_supervision(self.processor.tokenizer, shown, self.display.in_color)
         most_skipped = int(arguments.max_skipped_ratio * samples)
         steps_done = max(done.total_steps, phases[0].steps_before)
         damaged = self.train_set.index.left_out.lines()
