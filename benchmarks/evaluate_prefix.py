@@ -17,13 +17,12 @@ from datetime import date
 from itertools import islice
 
 import torch
-from collavo.pictures import Picture, picture_of_row
 
 from collavo.dataset import find_files, read_rows
 from collavo.device import device_name, resolve_device
 from collavo.evaluation.judge import Judge
 from collavo.evaluation.questions import questions_of
-from collavo.inference import Answerer, Request, load_answerer
+from collavo.inference import Answerer, Picture, Request, load_answerer, picture_of_row
 from schemas.categories import COCO_PANOPTIC
 
 JUDGE = Judge(COCO_PANOPTIC)

@@ -86,7 +86,7 @@ def _evaluate(flags: Flags) -> None:
     from rich.console import Console
 
     from collavo.dataset import LeftOut, category_set, count_rows, find_files, read_rows
-    from collavo.device import device_name, join_ranks, memory_named
+    from collavo.device import device_name, join_ranks, limit_threads, memory_named
     from collavo.evaluation.asking import ask_questions, kind_of, unknown_classes
     from collavo.evaluation.judge import Judge
     from collavo.evaluation.report import REPORT, save_report, terminal_report
@@ -112,6 +112,8 @@ def _evaluate(flags: Flags) -> None:
         with suppress(OSError):  # only an empty folder can be removed
             folder.rmdir()
         raise
+    if device.type == "cpu":
+        limit_threads(answerer.model)
     object_lists = _OBJECT_LISTS[flags.object_list]
     if line := unknown_classes(answerer, judge.categories):
         console.print(f"--data: {line}", soft_wrap=True)

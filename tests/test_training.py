@@ -1,5 +1,6 @@
 """Training through its command: what a run leaves, and how it is interrupted, shared out, loaded and refused."""
 
+import itertools
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -204,6 +206,30 @@ def test_memory_and_time_can_be_saved_without_another_result(world: Path, finish
     assert train.main(command(world, world / "saving", *flags)) == 0
     for (_, _, loss), (_, _, expected) in zip(losses(world / "saving"), losses(finished), strict=True):
         assert loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_threads_of_a_cpu_take_sequences_each_and_come_to_the_same_sums_whenever_they_end(
+    world: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first_late(trainer: Trainer, piece: MicroBatch, tokens: int) -> torch.Tensor:
+        at_work.add(threading.get_ident())
+        time.sleep(0.1 if next(pieces) % 2 == 0 else 0)
+        return loss(trainer, piece, tokens)
+
+    loss, threads, pieces, at_work = Trainer._loss, torch.get_num_threads(), itertools.count(), set[int]()
+    flags = ("--micro_batch_size", "4", "--gradient_checkpointing")
+    torch.set_num_threads(2)
+    try:
+        assert train.main(command(world, world / "threads", *flags)) == 0
+        with monkeypatch.context() as patched:
+            patched.setattr(Trainer, "_loss", first_late)
+            assert train.main(command(world, world / "late", *flags)) == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert len(at_work) > 1
+    assert_alike(world / "threads", finished)
+    assert_alike(world / "late", world / "threads", exactly=True)
 
 
 @pytest.mark.parametrize(
