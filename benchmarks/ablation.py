@@ -55,13 +55,11 @@ from schemas.crayon_row import CrayonRow, Segment
 TRAIN_SEED, EVALUATION_SEED = 20_001, 30_001
 """Seeds of the scenes; neither the embedded models nor the build use them."""
 
-PICTURES_AT_ONCE, QUESTIONS_AT_ONCE = 16, 128
+PICTURES_AT_ONCE, QUESTIONS_AT_ONCE = 16, 32
 MAX_NEW_TOKENS = dict.fromkeys(EVALUATED_TASKS, 24) | {"class_to_box": 256, DIALOGUE: 16}
 """Eight boxes with their names fit into 256 tokens of the embedded base, which writes digit by digit."""
 
-TRAIN_FLAGS = (
-    "--tasks counting box_to_class class_to_binary class_to_box --instructions_per_sequence 8 --max_length 640"
-)
+TRAIN_FLAGS = "--tasks counting box_to_class class_to_binary class_to_box"
 """Lists are neither taught nor asked for."""
 
 STUDY, FIGURES = "study.json", "figures.json"

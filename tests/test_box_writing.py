@@ -43,7 +43,7 @@ def test_the_embedded_base_writes_a_box_near_each_place_of_a_word() -> None:
     model.model.crayon_prompt = WordPrompt(model, processor.tokenizer)
     overlaps: list[float] = []
     for index in range(10**6, 10**6 + 3):
-        chart = draw_chart(index, GRID_HW, "where")
+        chart = draw_chart(index, processor.grid_hw, "where")
         for turns in chart.dialogues:
             overlaps += box_overlaps(model, processor, chart, turns, chart_picture(index % CHART_PICTURES))
     assert len(overlaps) > 10
@@ -56,7 +56,7 @@ def test_new_layers_change_nothing_until_they_learn_and_their_heads_begin_at_the
     cut(base, 4)
     base.model.crayon_prompt = WordPrompt(base, processor.tokenizer)
     examples = [
-        chart_example(draw_chart(index, GRID_HW, "where"), np.zeros((48, 48, 3), np.uint8), processor)
+        chart_example(draw_chart(index, processor.grid_hw, "where"), np.zeros((48, 48, 3), np.uint8), processor)
         for index in range(60)
     ]
     known = list(known_sequences(base, processor, "where", iter(examples)))

@@ -45,8 +45,9 @@ class TrainArguments:
     cpt_max_steps: int | None = flag(None, "steps of Crayon Prompt Tuning at most, if fewer", kind=int, least=1)
     batch_size: int = flag(32, "sequences per step, over all ranks", least=1)
     align_batch_size: int = flag(256, "the same in alignment", least=1)
-    micro_batch_size: int = flag(8, "sequences computed at once, on a CPU shared out among its threads; gradients "
-        "accumulate over the rest (default: 4 for tiny, 2 for collavo-7b, 1 for collavo-internlm2-7b, else 8)", least=1)  # fmt: skip
+    micro_batch_size: int = flag(8, "sequences computed at once, on a CPU shared out among its threads; gradients add "
+        "up over the rest (default: 4 for tiny, 2 for collavo-7b, 1 for collavo-internlm2-7b, else 8)",
+        least=1)  # fmt: skip
     align_learning_rate: float = flag(1e-3, "of alignment, after a warm-up of 3 % of its steps", least=0)
     cpt_learning_rate: float = flag(1e-4, "at the start of Crayon Prompt Tuning", least=0)
     cit_learning_rate: float = flag(1e-5, "at the start of instruction tuning", least=0)
@@ -139,15 +140,15 @@ PRESETS = {
         {
             # The whole default run, from build to evaluation, has to end within ten minutes on two cores.
             "epochs": 2,
-            "max_steps": 240,
-            "cpt_max_steps": 80,  # queries that begin as names have little to learn alone
+            "max_steps": 180,
+            "cpt_max_steps": 40,  # queries that begin as names have little to learn alone
             "batch_size": 8,
             "micro_batch_size": 4,  # on a CPU, faster than all eight at once
             "crayon_share": 0.65,  # with half, boxes and counts are learned a little less well
             "cit_learning_rate": 1e-3,
             "final_learning_rate": 5e-5,
-            "max_length": 640,
-            "instructions_per_sequence": 6,  # with more, a step takes longer than the ten minutes allow
+            "max_length": 896,
+            "instructions_per_sequence": 8,
             "attention": "eager",  # on a CPU, faster than SDPA with the mask of packed sequences
             "object_list": "none",
             "query_start": "names",

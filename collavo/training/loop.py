@@ -100,7 +100,9 @@ class Trainer:
         self._arguments = arguments
         self._dtype = dtype
         self._checked: set[str] = set()
-        self._at_once = _pieces_at_once(staged, accelerator.device, arguments.micro_batch_size)
+        self._at_once = 1
+        """Pieces of a micro-batch that are computed side by side."""
+
         self.signals: Sequence[int] = ()
         """Signals that came so far, see `signals_noted`."""
 
@@ -132,6 +134,7 @@ class Trainer:
         on_gpu = device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
+        self._at_once = _pieces_at_once(self._staged, device, arguments.micro_batch_size)
         size = arguments.micro_batch_size // self._at_once
         micro = [
             micro_batches(batch, size, accelerator.process_index, accelerator.num_processes)
