@@ -3,8 +3,8 @@
     python benchmarks/cpu_threads.py --data out/*.parquet [--steps 6] [--images 6] [--rounds 2]
 
 A training of the small preset gives each thread sequences of its own, and an evaluation of a small model keeps to one
-thread. Here both also run with operations shared by all threads, as torch does by itself. Losses and answers may differ
-by rounding. The last line is JSON.
+thread. Here both also run with operations shared by all threads, as torch does by itself. What that means shows beside
+other work (`yes > /dev/null`). Losses and answers may differ by rounding. The last line is JSON.
 """
 
 import argparse

@@ -143,7 +143,7 @@ PRESETS = {
             "max_steps": 180,
             "cpt_max_steps": 40,  # queries that begin as names have little to learn alone
             "batch_size": 8,
-            "micro_batch_size": 4,  # on a CPU, faster than all eight at once
+            "micro_batch_size": 4,  # on a CPU, no slower than all eight at once
             "crayon_share": 0.65,  # with half, boxes and counts are learned a little less well
             "cit_learning_rate": 1e-3,
             "final_learning_rate": 5e-5,

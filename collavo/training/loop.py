@@ -332,7 +332,7 @@ def _pieces_at_once(staged: StagedModel, device: torch.device, micro_batch_size:
     """Return how many pieces of a micro-batch are computed side by side: one for each thread of a CPU.
 
     A thread with sequences of its own need not wait for others, as the threads that share an operation do at the end of
-    each, and what it works on stays in its cache. A step takes three quarters of the time.
+    each. On idle cores that changes nothing; where other work takes one of two, a step takes 0.4 times as long.
     """
     config: Any = staged.model.get_base_model().config
     if device.type != "cpu" or config.crayon_signal == "low_rank_branches":  # which know one forward pass at a time
