@@ -97,6 +97,7 @@ def load_run(
         UserError: if the folder is not a finished run, the weights do not fit the base, or the model not the device.
     """
     args = read_train_args(run)
+    check_embedded_base(run, args)
     parts = [CONFIG, *_parts(args), *(f"{ADAPTERS}/{name}" for name in args["adapter_names"])]
     if missing := [part for part in parts if not (run / part).exists()]:
         raise UserError(
@@ -122,6 +123,20 @@ def load_run(
         loaded = load_adapters(model, {name: run / ADAPTERS / name for name in args["adapter_names"]})
     move_to_device(loaded, device)
     return loaded.eval(), AutoProcessor.from_pretrained(run)
+
+
+def check_embedded_base(run: Path, args: Mapping[str, Any]) -> None:
+    """Refuse a run that was trained from the embedded base of another version of this package: its weights fit that.
+
+    Raises:
+        UserError: naming the run.
+    """
+    embedded = find_embedded(args["base"])
+    if embedded and args.get("base_sha256") != embedded.sha256:
+        raise UserError(
+            f"{run}: trained from the small base of another version of this package, and that of this one differs; "
+            "use that version, or train again"
+        )
 
 
 def load_run_in_place(

@@ -279,6 +279,20 @@ def test_crayon_prompt_tuning_can_be_shorter_but_no_longer_than_every_phase(
     assert [line["phase"] for line in metrics(tmp_path / "run") if "loss" in line] == phases
 
 
+def test_a_run_from_another_version_of_the_embedded_base_is_neither_loaded_nor_resumed(
+    world: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    args = json.loads((run / "train_args.json").read_text())
+    assert args["base_sha256"] is None  # for its base is a folder
+    (run / "train_args.json").write_text(json.dumps(args | {"base": "tiny", "base_sha256": "0" * 64}))
+    said = "trained from the small base of another version of this package"
+    with pytest.raises(UserError, match=said):
+        load_run(run, torch.device("cpu"), torch.float32)
+    assert train.main(command(world, run, "--resume")) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_run_loads_with_both_adapters_active_and_each_of_them_in_plain_peft(finished: Path) -> None:
     model, processor = load_run(finished, torch.device("cpu"), torch.float32, quantize=False)
     assert isinstance(model, PeftModel)

@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from collavo.embedded import find_embedded
 from collavo.folders import write_whole
 from collavo.runs import TRAIN_ARGS
 from collavo.storage import open_random
@@ -71,6 +72,7 @@ def write_train_args(
     facts = {
         **asdict(arguments),
         "base": arguments.base,
+        "base_sha256": embedded.sha256 if (embedded := find_embedded(arguments.base)) else None,
         "adapter_names": list(adapters),
         "projector_trained": projector_trained,
         "dtype": dtype,

@@ -31,7 +31,9 @@ from collavo.runs import (
     TRAIN_ARGS,
     base_config,
     base_from,
+    check_embedded_base,
     read_metrics,
+    read_train_args,
     save_run,
 )
 from collavo.training import checkpoint, record
@@ -69,6 +71,9 @@ class TrainingRun:
             console.print(note, highlight=False, soft_wrap=True)
         self.accelerator = _accelerator(arguments)
         self.replaces = self._replaces()
+        if (self.folder / TRAIN_ARGS).exists() and not self.replaces:
+            with naming("output_dir"):
+                check_embedded_base(self.folder, read_train_args(self.folder))
         self.learned_from = record.learned_from(arguments, self.files)
         checkpoints = checkpoint.list_checkpoints(self.folder) if arguments.resume else []
         self.start = checkpoints[-1] if checkpoints else None
