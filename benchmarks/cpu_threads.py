@@ -31,7 +31,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=6, help="of each phase, the first of which is not counted")
     parser.add_argument("--images", type=int, default=6)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--train_flags", nargs=argparse.REMAINDER, default=[])
     arguments = parser.parse_args(argv)
     threads = torch.get_num_threads()
     found: dict[str, dict[str, list[float]]] = {"seconds a step": {}, "questions per s": {}}
@@ -40,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             way = ("shared", "apart")[(number + 1) // 2 % 2]  # there and back
             run = Path(folder) / way
             flags = ["--data", *arguments.data, "--preset", "tiny", "--device", "cpu", "--output_dir", str(run)]
-            steps = ["--max_steps", str(arguments.steps), "--overwrite", *arguments.train_flags]
+            steps = ["--max_steps", str(arguments.steps), "--overwrite"]
             asked = ["--max_images", str(arguments.images), "--device", "cpu"]
             with _operations_shared() if way == "shared" else nullcontext():
                 assert train.main([*flags, *steps]) == 0

@@ -1,7 +1,7 @@
 """The run directory: what training leaves behind, and how it is loaded again.
 
     RUN/config.json          the model's configuration
-    RUN/train_args.json      every argument, the base, checksums of the data, library versions
+    RUN/train_args.json      every argument, the base, checksums of an embedded base and of the data, library versions
     RUN/metrics.jsonl        a line per step
     RUN/projector.safetensors  the projector, where alignment trained it
     RUN/crayon.safetensors   queries and crayon connector; a run of alignment alone has none

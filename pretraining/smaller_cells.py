@@ -5,9 +5,9 @@
 A base learns soonest to read on few cells, but boxes and small things need more. Here the picture gets larger and the
 patches stay as they are; what tells the vision tower their places is interpolated. Words lie over more cells then, rows
 are further apart in the sequence, and places come in finer steps, so the language model has to learn again where things
-are. It knows how, so that takes less than an hour: on the word grids of `word_grids`, all kinds of questions in turn,
-and on scenes. Half of the charts show words of COCO's classes, half those of `class_words.txt`. The vision tower and
-the projector stay as they are.
+are. It knows how, so that takes an hour and a half on two cores: on the word grids of `word_grids`, all kinds of
+questions in turn, and on scenes. Half of the charts show words of COCO's classes, half those of `class_words.txt`. The
+vision tower and the projector stay as they are.
 
 The output's folder `model` is a base for `collavo.train --preset`. Repeat the command to continue a stopped run.
 """

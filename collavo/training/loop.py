@@ -100,7 +100,7 @@ class Trainer:
         self._arguments = arguments
         self._dtype = dtype
         self._checked: set[str] = set()
-        self._at_once = 1
+        self._side_by_side = 1
         """Pieces of a micro-batch that are computed side by side."""
 
         self.signals: Sequence[int] = ()
@@ -134,15 +134,15 @@ class Trainer:
         on_gpu = device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(device)
-        self._at_once = _pieces_at_once(self._staged, device, arguments.micro_batch_size)
-        size = arguments.micro_batch_size // self._at_once
+        self._side_by_side = _pieces_at_once(self._staged, device, arguments.micro_batch_size)
+        size = arguments.micro_batch_size // self._side_by_side
         micro = [
             micro_batches(batch, size, accelerator.process_index, accelerator.num_processes)
             for batch in phase.batches[first_step:]
         ]
         samples = [*chain.from_iterable(micro)]
         # Pinned batches leave the shared memory at once. Others would lie there, and a container may have little of it.
-        ahead = max(map(len, micro)) if on_gpu else self._at_once
+        ahead = max(map(len, micro)) if on_gpu else self._side_by_side
         loader = build_loader(dataset, samples, arguments.workers, pin_memory=on_gpu, ahead=ahead)
         helpful = (
             "--resume with a lower --micro_batch_size, or --gradient_checkpointing; in a new run also a lower "
@@ -254,9 +254,12 @@ class Trainer:
         return float(loss), float(norm), tokens
 
     def _backward(self, pieces: Sequence[MicroBatch], supervised_tokens: int) -> torch.Tensor:
-        """Compute the gradients of all micro-batches of this rank, and the sum of their losses."""
+        """Compute the gradients of all micro-batches of this rank, and the sum of their losses.
+
+        One by one, as on a GPU, they add up in place, so that its memory holds no second set of gradients.
+        """
         loss = torch.zeros((), device=self._accelerator.device)
-        if self._at_once == 1:
+        if self._side_by_side == 1:
             for piece in pieces:
                 piece_loss = self._loss(piece, supervised_tokens)
                 piece_loss.backward()
@@ -269,9 +272,10 @@ class Trainer:
             return piece_loss.detach(), torch.autograd.grad(piece_loss, learning, allow_unused=True)
 
         threads = torch.get_num_threads()
-        torch.set_num_threads(threads // self._at_once)  # the threads that are started now take over this number
+        # Threads that are started now take over this number.
+        torch.set_num_threads(threads // self._side_by_side)
         try:
-            with ThreadPoolExecutor(self._at_once) as pool:
+            with ThreadPoolExecutor(self._side_by_side) as pool:
                 # In the order of the pieces, not in that in which they are done, so that the sums are always the same.
                 for piece_loss, gradients in pool.map(of_piece, pieces):
                     loss += piece_loss
