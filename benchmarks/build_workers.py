@@ -153,11 +153,12 @@ def _steps_alone(words: list[str]) -> None:
     counts = {split: graph.count_shards(rows, job.output.num_shards) for split, rows in splits.items()}
     of_shard = defaultdict(list)
     for pack in packs:
-        for shard, some in graph._drafts_by_shard(pack, counts, {}):
+        for shard, some in graph._drafts_by_shard(pack, counts, {}, {}):
             of_shard[shard].append(some)
     written = [
-        graph._write_shard((shard, {"drafts": some, "rejects": []}), job, statistics, {}, counts)
+        written
         for shard, some in of_shard.items()
+        for written in graph._write_shards((shard, {"drafts": some, "rejects": []}), job, statistics, {}, counts)
     ]
     publish(job.publication, written, {"coco": len(mentions)}, job.categories, 0, 0)
     delete([job.publication.folder])

@@ -121,8 +121,8 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
             raise
         if is_local(publication.output):
             delete([join(publication.work, ""), join(publication.segmented, "")])
-        else:
-            with suppress(*FAULTS, StoreOutage):  # of bundles that a runner tried again; the data set is whole
+        elif not runs_here(rest):  # a local run tries no bundle again, and has removed all of it
+            with suppress(*FAULTS, StoreOutage):  # the data set is whole
                 delete([join(publication.work, ""), *([join(publication.segmented, "")] if plan.job.model else [])])
     _print_summary(publication.output, time.perf_counter() - start, console)
 

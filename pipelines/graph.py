@@ -51,7 +51,7 @@ from pipelines.records import (
     unpacked,
 )
 from pipelines.report import samples_of_shard
-from pipelines.shards import WrittenShard, write_shard
+from pipelines.shards import Shard, WrittenShard, write_shard
 from pipelines.sources import (
     REJECT_TAG,
     RejectOutput,
@@ -62,13 +62,15 @@ from pipelines.sources import (
     reject_output,
 )
 from pipelines.sources import read_images as read_image_lists
-from pipelines.spill import DRAFTS, SpilledDraft, SpillWriter, shard_of
+from pipelines.spill import DRAFTS, SpilledDraft, SpillWriter, order_of, read_drafts, shard_of
 
 ROWS_PER_SHARD = 2000
 """Aim of the automatic number of shards: files of 200-400 MB where COCO's images are embedded."""
 
 _SHARDS_AT_LEAST, _LEAST_ROWS = 8, 200
-"""A smaller data set is divided further, so that several workers phrase and write it, and several ranks read it."""
+"""A smaller data set is divided further, so that several workers phrase and write it, and several ranks read it. What
+validates it, if it is less than the second, is written along with the last shard of the rest: it lies beside that in
+every file of drafts, and would cost a store a request for each."""
 
 _PARTITIONS = 256
 """Parts of the images; the mentions of one part at a time are in memory."""
@@ -260,12 +262,16 @@ def _write(
 ) -> None:
     """Phrase and write the shards, and publish them."""
     drafts = spilled | "AllDrafts" >> beam.Flatten(pipeline=pipeline)
-    shard_counts = AsDict(
+    split_counts = (
         drafts
         | "SplitsOfDrafts" >> beam.FlatMap(lambda pack: Counter(place.split for place in unpacked(pack)).items())
         | "CountSplits" >> beam.CombinePerKey(sum)
+    )
+    shard_counts = AsDict(
+        split_counts
         | "CountShards" >> beam.MapTuple(lambda split, rows: (split, count_shards(rows, job.output.num_shards)))
     )
+    small = AsDict(split_counts | "SmallSplits" >> beam.Filter(lambda split_count: split_count[1] < _LEAST_ROWS))
     stated_splits = AsDict(
         drafts
         | "StatedSplits" >> beam.FlatMap(_stated_splits, job.output.validation_ratio)
@@ -281,7 +287,7 @@ def _write(
     )
     joined = drafts if is_local(job.work) else drafts | "JoinDrafts" >> JoinDrafts(job.work, shard_counts)
     by_shard = {
-        "drafts": joined | "ShardOfDraft" >> beam.FlatMap(_drafts_by_shard, shard_counts, stated_splits),
+        "drafts": joined | "ShardOfDraft" >> beam.FlatMap(_drafts_by_shard, shard_counts, stated_splits, small),
         "rejects": rejects
         | "AllRejects" >> beam.Flatten(pipeline=pipeline)
         | "ShardOfReject" >> beam.Map(_reject_by_shard, shard_counts),
@@ -289,7 +295,8 @@ def _write(
     shards = (
         by_shard
         | "GroupByShard" >> beam.CoGroupByKey()
-        | "WriteShards" >> beam.Map(_write_shard, job, AsSingleton(statistics), _id_owners(drafts, job), shard_counts)
+        | "WriteShards"
+        >> beam.FlatMap(_write_shards, job, AsSingleton(statistics), _id_owners(drafts, job), shard_counts)
     )
     input_counts = inputs | "AllInputs" >> beam.Flatten(pipeline=pipeline) | "CountInputs" >> beam.CombinePerKey(sum)
     _ = (
@@ -444,33 +451,55 @@ def _stated_splits(pack: Packed, validation_ratio: float) -> Iterator[tuple[str,
 
 
 def _drafts_by_shard(
-    pack: Packed, shard_counts: dict[str, int], stated_splits: dict[str, str]
-) -> Iterator[tuple[tuple[str, int], Packed]]:
-    by_shard: dict[tuple[str, int], list[SpilledDraft]] = defaultdict(list)
+    pack: Packed, shard_counts: dict[str, int], stated_splits: dict[str, str], small: dict[str, int]
+) -> Iterator[tuple[Shard, tuple[Shard, Packed]]]:
+    """Divide drafts by shard, and say with which shard each is written.
+
+    Args:
+        small: the splits with few rows.
+    """
+    by_shard: dict[Shard, list[SpilledDraft]] = defaultdict(list)
     for place in unpacked(pack):
         split = stated_splits.get(place.key, place.split)
         by_shard[split, shard_of(place.key, shard_counts[split])].append(place)
     for shard, places in by_shard.items():
-        yield shard, packed(places)
+        along = shard[0] == "validation" and "validation" in small and "train" in shard_counts
+        yield ("train", shard_counts["train"] - 1) if along else shard, (shard, packed(places))
 
 
-def _reject_by_shard(reject: Reject, shard_counts: dict[str, int]) -> tuple[tuple[str, int], Packed]:
+def _reject_by_shard(reject: Reject, shard_counts: dict[str, int]) -> tuple[Shard, Packed]:
     return ("train", shard_of(reject.id, shard_counts.get("train", 1))), packed([reject])
 
 
-def _write_shard(
-    element: tuple[tuple[str, int], dict[str, Iterable[Packed]]],
+def _write_shards(
+    element: tuple[Shard, dict[str, Iterable[Any]]],
     job: CrayonJob,
     statistics: ClassStatistics,
     owners: dict[str, str],
     shard_counts: dict[str, int],
-) -> WrittenShard:
-    shard, groups = element
-    of_splits_before = sum(count for split, count in shard_counts.items() if split < shard[0])
-    sample_count = samples_of_shard(of_splits_before + shard[1], max(1, sum(shard_counts.values())))
-    drafts, rejects = (chain.from_iterable(map(unpacked, groups[name])) for name in ("drafts", "rejects"))
-    shard_count = shard_counts.get(shard[0], 1)
-    return write_shard(shard, drafts, rejects, statistics, owners, sample_count, shard_count, job)
+) -> Iterator[WrittenShard]:
+    """Write a shard, and others along with it, from one reading of the drafts of all."""
+    first, groups = element
+    rejects = list(chain.from_iterable(map(unpacked, groups["rejects"])))
+    places: dict[Shard, list[SpilledDraft]] = {first: []}
+    for shard, pack in groups["drafts"]:
+        places.setdefault(shard, []).extend(unpacked(pack))
+    for of_shard in places.values():
+        of_shard.sort(key=lambda place: (order_of(place.key), place.block))
+    drafts = read_drafts([place.block for of_shard in places.values() for place in of_shard])
+    for shard, of_shard in places.items():
+        of_splits_before = sum(count for split, count in shard_counts.items() if split < shard[0])
+        yield write_shard(
+            shard,
+            [place.key for place in of_shard],
+            drafts,
+            rejects if shard == first else [],
+            statistics,
+            owners,
+            samples_of_shard(of_splits_before + shard[1], max(1, sum(shard_counts.values()))),
+            shard_counts.get(shard[0], 1),
+            job,
+        )
 
 
 def _late(value: Any) -> WindowedValue:

@@ -5,7 +5,7 @@ import json
 import posixpath
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from posixpath import join
 from typing import NamedTuple
@@ -21,15 +21,15 @@ from pipelines.progress import WRITTEN, tick
 from pipelines.records import SOURCES, UNSEEN, Draft, Reject
 from pipelines.report import evenly
 from pipelines.report_sample import Sample, make_sample
-from pipelines.spill import SpilledDraft, order_of, read_drafts
+
+Shard = tuple[str, int]
+"""A split, and the number of the shard in it."""
 
 
 class WrittenShard(NamedTuple):
     """A shard in the work folder. `data_uri` is empty if it has no row, `rejects_uri` if it has no reject."""
 
-    shard: tuple[str, int]
-    """Its split, and its number in it."""
-
+    shard: Shard
     data_uri: str
     rejects_uri: str
     bytes: int
@@ -43,9 +43,10 @@ class WrittenShard(NamedTuple):
 
 
 def write_shard(
-    shard: tuple[str, int],
-    spilled: Iterable[SpilledDraft],
-    rejects: Iterable[Reject],
+    shard: Shard,
+    keys: Sequence[str],
+    drafts: Iterator[Draft],
+    rejects: Sequence[Reject],
     statistics: ClassStatistics,
     owners: Mapping[str, str],
     sample_count: int,
@@ -57,6 +58,8 @@ def write_shard(
     Drafts of the same picture meet here, whatever their paths and sources, and become one row.
 
     Args:
+        keys: of its drafts, in the order of `pipelines.spill.order_of`.
+        drafts: begins with the drafts of these keys; whatever follows them is left in it.
         owners: for every id that several pictures would have, the key of the one that keeps it.
         sample_count: how many rows to prepare for the report.
         shard_count: of its split, all of about the same size.
@@ -64,22 +67,21 @@ def write_shard(
     statistics = dataclasses.replace(statistics, askable=job.askable)
     counts = Counts()
     samples = []
-    all_rejects = list(rejects)
-    ordered = sorted(spilled, key=lambda place: (order_of(place.key), place.block))
+    all_rejects = [*rejects]
     attempt = f"shards/{shard[0]}-{shard[1]:05d}-{uuid.uuid4().hex}"  # a retried bundle must not write into this one's
-    data_uri = join(job.work, f"{attempt}.parquet") if ordered else ""
+    data_uri = join(job.work, f"{attempt}.parquet") if keys else ""
     size, sha256 = 0, ""
     segmenters: set[str] = set()
     unfamiliar = []
-    if ordered:
-        chosen = evenly(len(ordered), sample_count)
-        expected_rows = len(ordered) * shard_count
+    if keys:
+        chosen = evenly(len(keys), sample_count)
+        expected_rows = len(keys) * shard_count
         writer = CrayonFileWriter(open_write(data_uri), job.facts, job.categories, expected_rows)
-        keyed = zip((place.key for place in ordered), read_drafts([place.block for place in ordered]), strict=True)
+        keyed = zip(keys, drafts, strict=False)  # a strict one would take a draft more, of the next shard
         for key, same in groupby(keyed, key=lambda pair: pair[0]):
             start = time.perf_counter()
-            drafts = [draft for _, draft in same]
-            draft = _one_draft(drafts, all_rejects)
+            of_picture = [draft for _, draft in same]
+            draft = _one_draft(of_picture, all_rejects)
             if draft is None:
                 continue
             row = dataclasses.replace(draft.row, split=shard[0], image_id=_unique_id(draft.row.image_id, key, owners))
@@ -103,7 +105,7 @@ def write_shard(
             segmenters.update(draft.segmenters)
             if draft.unfamiliar:
                 unfamiliar.append(row.image_id)
-            counts.add_row(row, draft, merged=len(drafts) - 1)
+            counts.add_row(row, draft, merged=len(of_picture) - 1)
             tick(job.work, WRITTEN)
         start = time.perf_counter()
         size, sha256 = writer.close(

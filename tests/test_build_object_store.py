@@ -82,6 +82,24 @@ def test_a_store_gets_the_files_that_a_disk_gets_and_they_are_replaced_when_aske
     assert [file.read_bytes() for file in again.files] == [store.objects("out/")[files[-1]]]
 
 
+def test_two_workers_ask_a_store_twenty_times_beside_its_pictures(store, tmp_path):
+    write_scenes(tmp_path, 24, size_wh=(64, 48))
+    for file in filter(Path.is_file, tmp_path.rglob("*")):
+        store.put(f"many/{file.relative_to(tmp_path)}", file.read_bytes())
+    flags = [str(flag).replace("/scenes", "s3://bucket/many") for flag in scene_sources(Path("/scenes"))]
+    store.requests.clear()
+    assert status_of(*flags, "--output", "s3://bucket/asked", "--direct_num_workers", 2, "--validation_ratio", 0.3) == 0
+    asked = [*store.requests]
+    made = json.loads(store.objects("asked/")["manifest.json"])
+    assert made["rows_by_split"]["train"] and made["rows_by_split"]["validation"]
+    assert not [name for name in store.objects("asked/") if name.startswith(".")]
+    pictures = ("GET /bucket/many/images/", "GET /bucket/many/panoptic/")
+    others = [line for line in asked if not line.startswith(pictures)]
+    drafts = Counter(line.partition(" ")[0] for line in others if "/drafts/" in line)
+    assert drafts["GET"] == drafts["PUT"]  # each file once for both splits
+    assert len(others) <= 20
+
+
 def test_a_stopped_build_goes_on_from_a_store_and_its_files_of_drafts_are_joined(store, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(joins, "plan_joins", joined_twice)
     network = ["--segmenter_checkpoint", tiny_mask2former(tmp_path / "checkpoint"), "--segmenter_input_size", 64]
