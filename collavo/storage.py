@@ -49,6 +49,7 @@ _OUTAGE = re.compile(
 """What Arrow says where a store does not answer; the type of its error is the same as for any other."""
 
 _READ_AHEAD_BYTES = 4 << 20
+_WRITE_BYTES = 32 << 20
 
 
 def is_local(uri: str) -> bool:
@@ -145,25 +146,34 @@ def fault_line(uri: str, error: Exception) -> str:
 @_one_kind_of_fault
 def _read_bounded(uri: str) -> bytes | None:
     """Read a file; None if it is too large."""
+    if is_local(uri):
+        with open_random(uri) as file:
+            return None if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES else file.read()
+    files, path = _remote(uri)
     if _is_s3(uri):
-        files, path = _remote(uri)
         return cast(bytes | None, files.read(path, MAX_FILE_BYTES))
-    with open_random(uri) as file:
-        # A request each for the size and for the bytes; a bounded read would first allocate the bound.
-        size = os.fstat(file.fileno()).st_size if is_local(uri) else file.seek(0, io.SEEK_END)
-        file.seek(0)
-        return None if size > MAX_FILE_BYTES else file.read()
+    parts: list[bytes] = []
+    # As a stream it is one request on Google Cloud. Part by part, since Arrow allocates all that it is asked for.
+    with files.open_input_stream(path, compression=None) as stream:
+        while part := stream.read(_READ_AHEAD_BYTES):
+            parts.append(part)
+            if sum(map(len, parts)) > MAX_FILE_BYTES:
+                return None
+    return b"".join(parts)
 
 
 @_one_kind_of_fault
 def read_range(uri: str, offset: int, length: int) -> bytes:
     """Read some bytes of a file."""
+    if is_local(uri):
+        with open_random(uri) as file:
+            file.seek(offset)
+            return file.read(length)
+    files, path = _remote(uri)
     if _is_s3(uri):
-        files, path = _remote(uri)
         return cast(bytes, files.read_at(path, offset, length))
-    with open_random(uri) as file:
-        file.seek(offset)
-        return file.read(length)
+    with files.open_input_file(path) as file:
+        return bytes(file.read_at(length, offset))
 
 
 @_one_kind_of_fault
@@ -243,7 +253,7 @@ class _ArrowFile(RemoteFile):
     def fetch(self, offset: int, size: int) -> bytes:
         with _faults(self._uri):
             if self._file is None and size == self.length():
-                with self._files.open_input_stream(self._path) as stream:
+                with self._files.open_input_stream(self._path, compression=None) as stream:
                     return bytes(stream.read())
             self._file = self._file or self._files.open_input_file(self._path)
             return bytes(self._file.read_at(size, offset))
@@ -263,8 +273,11 @@ def open_write(uri: str) -> BinaryIO:
     files, path = _remote(uri)
     if isinstance(files, PyFileSystem):  # fsspec also reaches servers that have folders, as by SFTP
         files.create_dir(path.rpartition("/")[0])
-    stream = files.open_output_stream(path)
-    return cast(BinaryIO, stream if _is_s3(uri) else RemoteWriter(stream, partial(_faults, uri)))
+    if _is_s3(uri):
+        return cast(BinaryIO, files.open_output_stream(path))
+    # By itself Arrow would pack a file whose name ends in .gz, and send each write to Google Cloud as a request.
+    stream = files.open_output_stream(path, compression=None, buffer_size=_WRITE_BYTES)
+    return cast(BinaryIO, RemoteWriter(stream, partial(_faults, uri)))
 
 
 def is_folder(pattern: str) -> bool:

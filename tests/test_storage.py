@@ -1,9 +1,11 @@
+import gzip
 import os
 import uuid
 from pathlib import Path
 
 import fsspec
 import pytest
+from pyarrow.fs import LocalFileSystem
 
 from collavo import s3, storage
 from collavo.errors import Rejected, StoreOutage, UserError
@@ -217,6 +219,21 @@ def store() -> str:
 )
 def test_objects_are_listed_as_files_are(store: str, pattern: str, files: list[str]):
     assert list_files(f"{store}/{pattern}") == [f"{store}/photos/{file}" for file in files]
+
+
+def test_a_packed_file_in_a_store_stays_packed_and_a_large_one_is_refused(tmp_path, monkeypatch):
+    data = gzip.compress(b"some lists")
+    uri = f"memory://{uuid.uuid4().hex}/lists.json.gz"
+    with open_write(uri) as file:
+        file.write(data)
+    assert read_bytes(uri) == data
+    (tmp_path / "lists.json.gz").write_bytes(data)
+    on_google = storage._ArrowFile("gs://bucket/lists.json.gz", LocalFileSystem(), str(tmp_path / "lists.json.gz"))
+    assert on_google.read() == data
+    monkeypatch.setattr(storage, "MAX_FILE_BYTES", len(data) - 1)
+    with pytest.raises(Rejected) as refusal:
+        read_bytes(uri)
+    assert refusal.value.reason == "oversized_file"
 
 
 def test_objects_are_read_moved_and_deleted(store: str):
