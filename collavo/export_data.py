@@ -9,6 +9,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import collavo
@@ -221,7 +222,8 @@ def _card(flags: Flags, account: Account) -> str:
         else sum(account["entries"][kind] for kind in ("instructions", "conversations"))
     )
     name = flags.output.resolve().name
-    head = front_matter(name, count, ["image-text-to-text", "visual-question-answering"], files)
+    tasks = ["image-text-to-text", "visual-question-answering"]
+    head = front_matter(name, count, tasks, files, f"exported {datetime.now(UTC).isoformat()}")
     return _CARD_BODY.format(
         head=head, name=name, to=flags.to, count=count, images=account["images"]["written"], version=collavo.__version__
     )

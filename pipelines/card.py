@@ -3,7 +3,8 @@
 Its `configs` are what makes `load_dataset("out")` show two splits of crayon rows. Figures come from the manifest.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,19 @@ _CLASSES_SHOWN = 15
 _BODY = Path(__file__).with_name("card.md")
 
 
-def dataset_card(manifest: Mapping[str, Any], files: Sequence[str], name: str) -> str:
+def dataset_card(manifest: Mapping[str, Any], name: str) -> str:
     """Write the card's text.
 
     Args:
         manifest: what `manifest.json` holds.
-        files: names of the Parquet files.
         name: of the data set's folder.
     """
-    splits = [split for split in SPLITS if any(file.startswith(f"{split}-") for file in files)]
+    files = manifest["files"]
+    splits = [split for split in SPLITS if any(file["name"].startswith(f"{split}-") for file in files)]
     tasks = ("image-text-to-text", "visual-question-answering", "image-segmentation")
-    head = front_matter(name, manifest["rows"], tasks, {split: f"{split}-*.parquet" for split in splits})
+    content = hashlib.sha256("".join(file["sha256"] for file in files).encode()).hexdigest()
+    patterns = {split: f"{split}-*.parquet" for split in splits}
+    head = front_matter(name, manifest["rows"], tasks, patterns, f"sha256 of the files' own: {content}")
     segments: Mapping[str, int] = manifest["segments"]
     ranked = sorted(segments.items(), key=lambda item: (-item[1], item[0]))
     instructions: Mapping[str, int] = manifest["instructions"]

@@ -104,7 +104,7 @@ def publish(
     write_report(folder, manifest, samples, rejects)
     with open_write(join(folder, CARD)) as file:
         name = basename(publication.output.rstrip("/")) or "crayon"
-        file.write(dataset_card(manifest, names, name).encode())
+        file.write(dataset_card(manifest, name).encode())
     with open_write(manifest_uri) as file:
         file.write(json.dumps(manifest, indent=2).encode() + b"\n")
     if not is_local(publication.work):  # a local launcher still watches the progress in it, and removes it then

@@ -176,6 +176,13 @@ def test_datasets_finds_both_splits_and_shows_both_pictures_decoded(built, tmp_p
         assert np.array_equal(np.asarray(record["panoptic_map"]), decode_index_map(row.panoptic_png))
 
 
+def test_datasets_takes_no_data_set_for_an_earlier_one_in_a_folder_of_the_same_name(built, tmp_path):
+    for task in ("counting", "class_to_binary"):
+        again = build(tmp_path / task / "out", "--from_crayon", built.folder / "*.parquet", "--tasks", task)
+        loaded = datasets.load_dataset(str(again.folder), split="train", cache_dir=str(tmp_path / "cache"))
+        assert {i["task"] for row in loaded["instructions"] for i in row} == {task}
+
+
 def test_a_reference_data_set_holds_paths_instead_of_bytes(scenes, built, tmp_path):
     references = build(tmp_path / "out", *scene_sources(scenes), "--image_storage", "reference", *TWO_SHARDS)
     for image_id, row in references.rows.items():

@@ -8,6 +8,7 @@ from pipelines.card import dataset_card
 
 MANIFEST: dict[str, Any] = {
     "rows": 12,
+    "files": [{"name": f"{split}-00000-of-00001.parquet", "sha256": split} for split in ("train", "validation")],
     "rows_by_split": {"train": 11, "validation": 1},
     "inputs": {"coco": 11, "llava": 4},
     "instructions": {"counting": 30, "class_to_binary": 2},
@@ -22,7 +23,7 @@ MANIFEST: dict[str, Any] = {
 
 
 def test_the_card_has_what_hub_tools_ask_for() -> None:
-    text = dataset_card(MANIFEST, ["train-00000-of-00001.parquet", "validation-00000-of-00001.parquet"], "crayon_coco")
+    text = dataset_card(MANIFEST, "crayon_coco")
     metadata = yaml.safe_load(text.split("---")[1])
     assert metadata["license"] == "other" and metadata["size_categories"] == ["n<1K"]
     assert "image-text-to-text" in metadata["task_categories"]
@@ -35,7 +36,7 @@ def test_the_card_has_what_hub_tools_ask_for() -> None:
 
 
 def test_a_split_without_files_is_not_promised() -> None:
-    text = dataset_card(MANIFEST, ["train-00000-of-00001.parquet"], "x")
+    text = dataset_card({**MANIFEST, "files": MANIFEST["files"][:1]}, "x")
     assert [f["split"] for f in yaml.safe_load(text.split("---")[1])["configs"][0]["data_files"]] == ["train"]
 
 

@@ -196,6 +196,15 @@ def test_instructions_make_one_entry_per_task_and_none_is_lost(to, tmp_path):
             assert pairs([turns[0].removeprefix("<image>\n"), *turns[1:]]) == asked
 
 
+def test_datasets_takes_no_export_for_an_earlier_one_in_a_folder_of_the_same_name(tmp_path):
+    for rows in (some_rows(), some_rows()[:1]):
+        folder = tmp_path / str(len(rows))
+        folder.mkdir()
+        output = export(folder, "trl", rows)
+        loaded = datasets.load_dataset(str(output), cache_dir=str(tmp_path / "cache"))
+        assert sum(map(len, loaded.values())) == sum(pq.read_metadata(f).num_rows for f in output.glob("*.parquet"))
+
+
 def test_trl_finds_images_and_messages(tmp_path):
     rows = some_rows()
     output = export(tmp_path, "trl", rows)
