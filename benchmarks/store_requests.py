@@ -14,7 +14,7 @@ import json
 from collections import Counter, defaultdict
 from typing import Any
 
-from collavo import s3
+from collavo import object_store
 from pipelines import joins, spill
 from pipelines.graph import count_shards
 from pipelines.records import Packed, unpacked
@@ -40,7 +40,7 @@ class Store:
         return bytes(self.files[uri][offset : offset + length])
 
     def note_written(self, size: int) -> None:
-        parts = -(-size * _SCALE // s3._PART_BYTES)
+        parts = -(-size * _SCALE // object_store._PART_BYTES)
         self.requests["PUT"] += 1 if parts <= 1 else parts + 2
         self.bytes["written"] += size
 

@@ -1,7 +1,7 @@
-"""Bytes in and out of any storage: local paths by the operating system, S3 (`s3://`) by `collavo.s3`, all else by
-Arrow.
+"""Bytes in and out of any storage: local paths by the operating system, S3 (`s3://`) and Azure (`abfs://`) by
+`collavo.object_store`, all else by Arrow.
 
-Arrow itself reaches Google Cloud (`gs://`) and Azure (`abfs://`); any other scheme goes through fsspec. Credentials,
+Arrow itself reaches Google Cloud (`gs://`); any other scheme goes through fsspec. Credentials,
 region and endpoint come from the environment variables of each store's SDK, such as `AWS_ACCESS_KEY_ID` and
 `AWS_ENDPOINT_URL`. `file://` names a local path.
 
@@ -40,9 +40,11 @@ MAX_FILE_BYTES = 256 << 20
 FAULTS = (OSError, pa.ArrowException)
 """What reading and writing raise where a disk or a store refuses; one that does not answer raises `StoreOutage`."""
 
-_NATIVE_SCHEMES = ("gs", "gcs", "abfs", "abfss")
+_BUCKET_SCHEMES = ("s3://", "abfs://", "abfss://", "az://")
+"""Of the stores that `collavo.object_store` reaches."""
+
 _GCS_OPTIONS = "?retry_limit_seconds=60"
-_SCHEMES = "s3, gs and abfs are read as they are, hf and whatever else fsspec knows through its package"
+_SCHEMES = "s3, gs, abfs and az are read as they are, hf and whatever else fsspec knows through its package"
 _OUTAGE = re.compile(
     r"google::cloud::Status\((UNAVAILABLE|DEADLINE_EXCEEDED|INTERNAL|RESOURCE_EXHAUSTED)|HTTP status 5\d\d"
 )
@@ -57,8 +59,8 @@ def is_local(uri: str) -> bool:
     return "://" not in uri or uri.startswith("file://")
 
 
-def _is_s3(uri: str) -> bool:
-    return uri.startswith("s3://")
+def _is_bucket(uri: str) -> bool:
+    return uri.startswith(_BUCKET_SCHEMES)
 
 
 def local_path(uri: str) -> str:
@@ -150,7 +152,7 @@ def _read_bounded(uri: str) -> bytes | None:
         with open_random(uri) as file:
             return None if os.fstat(file.fileno()).st_size > MAX_FILE_BYTES else file.read()
     files, path = _remote(uri)
-    if _is_s3(uri):
+    if _is_bucket(uri):
         return cast(bytes | None, files.read(path, MAX_FILE_BYTES))
     parts: list[bytes] = []
     # As a stream it is one request on Google Cloud. Part by part, since Arrow allocates all that it is asked for.
@@ -170,7 +172,7 @@ def read_range(uri: str, offset: int, length: int) -> bytes:
             file.seek(offset)
             return file.read(length)
     files, path = _remote(uri)
-    if _is_s3(uri):
+    if _is_bucket(uri):
         return cast(bytes, files.read_at(path, offset, length))
     with files.open_input_file(path) as file:
         return bytes(file.read_at(length, offset))
@@ -227,7 +229,7 @@ def open_random(uri: str) -> BinaryIO:
         refuse_pipe(uri)
         return open(local_path(uri), "rb")
     files, path = _remote(uri)
-    return cast(BinaryIO, files.open_input_file(path) if _is_s3(uri) else _ArrowFile(uri, files, path))
+    return cast(BinaryIO, files.open_input_file(path) if _is_bucket(uri) else _ArrowFile(uri, files, path))
 
 
 class _ArrowFile(RemoteFile):
@@ -273,7 +275,7 @@ def open_write(uri: str) -> BinaryIO:
     files, path = _remote(uri)
     if isinstance(files, PyFileSystem):  # fsspec also reaches servers that have folders, as by SFTP
         files.create_dir(path.rpartition("/")[0])
-    if _is_s3(uri):
+    if _is_bucket(uri):
         return cast(BinaryIO, files.open_output_stream(path))
     # By itself Arrow would pack a file whose name ends in .gz, and send each write to Google Cloud as a request.
     stream = files.open_output_stream(path, compression=None, buffer_size=_WRITE_BYTES)
@@ -369,7 +371,7 @@ def delete_files(uris: Sequence[str]) -> None:
     files, _ = _remote(uris[0])
     paths = [_remote(uri)[1] for uri in uris]
     with _faults(uris[0]):
-        if _is_s3(uris[0]):
+        if _is_bucket(uris[0]):
             files.delete_files(paths)
             return
         for path in paths:
@@ -386,7 +388,7 @@ def _delete(uri: str) -> None:
             Path(local_path(uri)).unlink(missing_ok=True)
         return
     files, path = _remote(uri)
-    if _is_s3(uri):
+    if _is_bucket(uri):
         files.delete(path)
         return
     kind = files.get_file_info(path).type
@@ -423,23 +425,23 @@ def _file_system(root: str) -> tuple[Any, str]:
 
     One per process and root, since each holds open connections.
     """
-    scheme = root.partition("://")[0]
     try:
-        if _is_s3(root):
-            from collavo.s3 import S3  # loads its library, which most commands do without
+        if _is_bucket(root):
+            from collavo.object_store import Bucket  # loads its library, which most commands do without
 
-            return S3(root), ""
-        if scheme in _NATIVE_SCHEMES:
-            if scheme in ("gs", "gcs"):
-                # Left alone, Arrow tries for a quarter of an hour to reach Google Cloud where there are no credentials.
-                root += _GCS_OPTIONS
-                if "CLOUD_STORAGE_EMULATOR_ENDPOINT" in os.environ:  # a server that asks for none
-                    root = root.replace("://", "://anonymous@")
+            return Bucket(root), ""
+        if root.startswith(("gs://", "gcs://")):
+            # Left alone, Arrow tries for a quarter of an hour to reach Google Cloud where there are no credentials.
+            root += _GCS_OPTIONS
+            if "CLOUD_STORAGE_EMULATOR_ENDPOINT" in os.environ:  # a server that asks for none
+                root = root.replace("://", "://anonymous@")
             return cast(tuple[FileSystem, str], FileSystem.from_uri(root))
         from fsspec.core import url_to_fs
 
         files, path = url_to_fs(root)
         return PyFileSystem(FSSpecHandler(files)), path
+    except UserError:
+        raise
     except (ValueError, pa.ArrowNotImplementedError) as error:
         raise UserError(f"{root}: {first_line(error)}; {_SCHEMES}") from error
     except (ImportError, OSError) as error:  # the first says what to install

@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
+from pyarrow.fs import AzureFileSystem
 
 HOME = "10.77.0.1"
 """The address by which hosts reach this machine."""
@@ -31,12 +32,12 @@ _POOL_PORT = 50000
 _FORWARDER = Path(__file__).with_name("forward.py")
 
 
-def program(name: str) -> str:
+def program(name: str, install: str = "examples/ shows how to install with Go") -> str:
     """Find one of the servers, where `go install` puts them or on the path; skip the test where it is not there."""
     go = os.environ.get("GOBIN") or f"{os.environ.get('GOPATH') or Path.home() / 'go'}/bin"
     found = shutil.which(name) or shutil.which(name, path=go)
     if not found:
-        pytest.skip(f"needs {name}, which examples/ shows how to install with Go")
+        pytest.skip(f"needs {name}, which {install}")
     return found
 
 
@@ -197,6 +198,31 @@ class Gcs(Store):
     @property
     def environment(self) -> dict[str, str]:
         return {"CLOUD_STORAGE_EMULATOR_ENDPOINT": self.url}
+
+
+class Azure(Store):
+    """Azurite, which stands for Azure's Blob Storage, with the account and the key that all its copies have."""
+
+    scheme = "abfs"
+
+    @property
+    def command(self) -> list[str]:
+        server = program("azurite-blob", "`npm install -g azurite` installs")
+        where = ["--location", str(self.folder), "--blobHost", "0.0.0.0", "--blobPort", str(self.port)]
+        return [server, *where, "--skipApiVersionCheck", "--disableTelemetry"]
+
+    def start(self) -> None:
+        super().start()
+        key, place = self.environment["AZURE_STORAGE_ACCOUNT_KEY"], f"localhost:{self.port}"
+        where = {"blob_storage_authority": place, "dfs_storage_authority": place}
+        http = dict.fromkeys(("blob_storage_scheme", "dfs_storage_scheme"), "http")
+        AzureFileSystem("devstoreaccount1", account_key=key, **where, **http).create_dir("crayon")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        key = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+        account = {"AZURE_STORAGE_ACCOUNT_NAME": "devstoreaccount1", "AZURE_STORAGE_ACCOUNT_KEY": key}
+        return {"AZURE_STORAGE_USE_EMULATOR": "true", "AZURITE_BLOB_STORAGE_URL": self.url, **account}
 
 
 class Prism:

@@ -10,7 +10,7 @@ from builds import build, planned, scene_sources, status_of, tiny_mask2former
 from PIL import Image
 from stores import Store, s3_store
 
-from collavo import s3, storage
+from collavo import object_store, storage
 from collavo.errors import StoreFault
 from collavo.scenes import write_scenes
 from pipelines import joins, launch
@@ -156,7 +156,7 @@ def test_a_bucket_that_is_not_there_is_said_in_one_line(flags, store, tmp_path, 
 def test_a_store_that_dies_at_any_moment_is_one_line_and_leaves_nothing_whole(
     last_request, named, store, monkeypatch, capsys
 ):
-    monkeypatch.setattr(s3, "_MOST_RETRIES", 1)
+    monkeypatch.setattr(object_store, "_MOST_RETRIES", 1)
     storage._file_system.cache_clear()
     storage.delete(["s3://bucket/dies/"])
     flags = [*sources("s3://bucket/in"), "--output", "s3://bucket/dies", "--num_shards", "2"]

@@ -1,5 +1,5 @@
 """The build as clusters run it: on Prism and in Beam's local job service, by workers that share no disk with it or with
-one another, from and to an S3 and a Google Cloud store. Its rows are those of one process, whoever is killed."""
+one another, from and to stores of S3, Google Cloud and Azure. Its rows are those of one process, whoever is killed."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 from apache_beam.portability.api import beam_runner_api_pb2
 from builds import REPOSITORY, build
-from clusters import S3, Gcs, JobService, Prism, Store, free_port, listens, program
+from clusters import S3, Azure, Gcs, JobService, Prism, Store, free_port, listens, program
 from conftest import needs_scenes_model
 
 from collavo import storage
@@ -75,8 +75,14 @@ def hashes(output: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(
     "runner_type, store_type, by_network",
-    [(Prism, S3, True), (Prism, Gcs, False), (JobService, Gcs, True), (JobService, S3, False)],
-    ids=["prism-s3-network", "prism-gs-annotations", "workers-gs-network", "workers-s3-annotations"],
+    [(Prism, S3, True), (Prism, Gcs, False), (JobService, Gcs, True), (JobService, S3, False), (Prism, Azure, True)],
+    ids=[
+        "prism-s3-network",
+        "prism-gs-annotations",
+        "workers-gs-network",
+        "workers-s3-annotations",
+        "prism-azure-network",
+    ],
 )
 def test_workers_without_a_common_disk_write_the_rows_of_one_process(
     runner_type, store_type, by_network, scenes, tmp_path, monkeypatch

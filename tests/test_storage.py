@@ -7,7 +7,7 @@ import fsspec
 import pytest
 from pyarrow.fs import LocalFileSystem
 
-from collavo import s3, storage
+from collavo import object_store, storage
 from collavo.errors import Rejected, StoreOutage, UserError
 from collavo.storage import (
     canonical,
@@ -221,6 +221,11 @@ def test_objects_are_listed_as_files_are(store: str, pattern: str, files: list[s
     assert list_files(f"{store}/{pattern}") == [f"{store}/photos/{file}" for file in files]
 
 
+def test_a_container_of_no_named_account_is_refused_in_a_line():
+    with pytest.raises(UserError, match=r"abfs://box: of which account.* AZURE_STORAGE_ACCOUNT_NAME"):
+        check_reachable("abfs://box/a.jpg")
+
+
 def test_a_packed_file_in_a_store_stays_packed_and_a_large_one_is_refused(tmp_path, monkeypatch):
     data = gzip.compress(b"some lists")
     uri = f"memory://{uuid.uuid4().hex}/lists.json.gz"
@@ -255,7 +260,7 @@ def test_objects_are_read_moved_and_deleted(store: str):
 _LEFT = ("[1].jpg", "a.png", "b.jpg")
 
 
-@pytest.mark.parametrize(("uri", "fault"), [("nope://x/a", "Protocol not known: nope"), ("az://x/a", "adlfs")])
+@pytest.mark.parametrize(("uri", "fault"), [("nope://x/a", "Protocol not known: nope"), ("adl://x/a", "adlfs")])
 def test_a_store_that_needs_something_installed_says_what(uri: str, fault: str):
     with pytest.raises(UserError, match=fault) as refusal:
         check_reachable(uri)
@@ -283,7 +288,7 @@ def test_whatever_a_client_raises_is_a_fault_of_the_storage_in_one_line(call):
 def test_a_store_that_does_not_answer_tells_nothing_of_the_file(monkeypatch):
     for name, value in {"ENDPOINT_URL": "http://127.0.0.1:1", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setattr(s3, "_MOST_RETRIES", 1)
+    monkeypatch.setattr(object_store, "_MOST_RETRIES", 1)
     storage._file_system.cache_clear()
     with pytest.raises(StoreOutage, match="Connection refused"):
         storage.read_bytes("s3://nobody/a.jpg")

@@ -1,15 +1,15 @@
-"""S3 in as few requests as can be.
+"""S3 and Azure in as few requests as can be.
 
-Arrow's own client asks for the size of a file before it reads it, writes even an empty one in three requests, and makes
-and deletes objects that stand for folders: four requests for a picture's two, and ten for a file that is written and
-put in its place.
+Arrow's own clients ask for the size of a file before they read it, write even an empty one in three requests, and make
+and delete objects that stand for folders: four requests for a picture's two, and ten for a file that is written and put
+in its place. For Azure Arrow's takes no key from the environment.
 """
 
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from typing import Any, BinaryIO, cast
@@ -19,7 +19,7 @@ import obstore.exceptions
 from obstore.store import from_url
 from pyarrow.fs import FileInfo, FileSelector, FileType, resolve_s3_region
 
-from collavo.errors import StoreFault, StoreOutage, first_line
+from collavo.errors import StoreFault, StoreOutage, UserError, first_line
 from collavo.remote_file import RemoteFile, RemoteWriter
 
 _MOST_RETRIES = 10
@@ -29,21 +29,27 @@ _PART_BYTES = 72 << 20
 """A larger file is uploaded in parts of this size. A file of drafts is smaller."""
 
 
-class S3:
-    """A bucket, with those methods of `pyarrow.fs.FileSystem` that `collavo.storage` calls.
+class Bucket:
+    """A bucket of S3 or a container of Azure, with the methods of `pyarrow.fs.FileSystem` that `collavo.storage` calls.
 
-    Credentials, region and endpoint come from the usual environment variables or the machine's role. A region that is
-    not named is looked up.
+    Credentials, region and endpoint come from the usual environment variables or the machine's role. A region of S3
+    that is not named is looked up.
+
+    Raises:
+        UserError: if nothing names the account of a container.
     """
 
     def __init__(self, root: str) -> None:
         self._root = root
-        self._store = from_url(
-            root,
-            config=_region(root),
-            client_options={"allow_http": True, "timeout": "5m", "connect_timeout": "5s"},
-            retry_config={"max_retries": _MOST_RETRIES, "backoff": {"init_backoff": timedelta(seconds=0.2), "base": 2}},
-        )
+        retries: Any = {"max_retries": _MOST_RETRIES, "backoff": {"init_backoff": timedelta(seconds=0.2), "base": 2}}
+        client: Any = {"allow_http": True, "timeout": "5m", "connect_timeout": "5s"}
+        try:
+            self._store = from_url(root, config=_region(root), client_options=client, retry_config=retries)
+        except obstore.exceptions.BaseError as error:
+            if "Account must be specified" not in str(error):
+                raise
+            names = "AZURE_STORAGE_ACCOUNT_NAME names it, or abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/"
+            raise UserError(f"{root}: of which account? {names}") from error
 
     def read(self, path: str, most_bytes: int) -> bytes | None:
         """Read a file in one request; None if it is larger."""
@@ -106,13 +112,21 @@ class S3:
 
     def delete_files(self, paths: Sequence[str]) -> None:
         """Delete files; one that is not there is left out."""
-        if paths:
-            with _faults(f"{self._root}/{paths[0]}"):
+        if not paths:
+            return
+        with _faults(f"{self._root}/{paths[0]}"):
+            try:
                 obstore.delete(self._store, [*paths])
+            except FileNotFoundError:  # on Azure, where the first that is not there stops the others
+                for path in paths:
+                    with suppress(FileNotFoundError):
+                        obstore.delete(self._store, path)
 
 
 def _region(root: str) -> Any:
-    """Look up the region of a bucket, which anyone may ask for; nothing where it, or a server, is named."""
+    """Look up the region of a bucket of S3, which anyone may ask for; nothing where it, or a server, is named."""
+    if not root.startswith("s3://"):
+        return None
     if any(os.environ.get(f"AWS_{name}") for name in ("REGION", "DEFAULT_REGION", "ENDPOINT_URL", "ENDPOINT_URL_S3")):
         return None
     try:
@@ -124,7 +138,7 @@ def _region(root: str) -> Any:
 class _Reader(RemoteFile):
     """A file of a bucket; its first read brings its size along."""
 
-    def __init__(self, bucket: S3, path: str) -> None:
+    def __init__(self, bucket: Bucket, path: str) -> None:
         super().__init__()
         self._bucket, self._path = bucket, path
 
