@@ -97,6 +97,18 @@ class Parser(argparse.ArgumentParser):
                 raise UserError(f"--{field.name.rstrip('_')} is missing; {field.metadata['help']}")
         return flags(**values)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, but refuse a flag of nothing, as from a variable of the shell that is not set: a
+        folder without a name would be the current one."""
+        flag_name = ""
+        for word in sys.argv[1:] if args is None else args:
+            name, assigned, value = word.partition("=")
+            flag_name = name if word.startswith("--") else flag_name
+            is_empty = bool(assigned and not value) if word.startswith("--") else not word
+            if is_empty and flag_name in self._option_string_actions:
+                self.error(f"{flag_name} is empty; name something, or leave it out")
+        return super().parse_known_args(args, namespace)
+
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does, but answer an unknown flag with the nearest known one."""
         parsed, rest = self.parse_known_args(args, namespace)
@@ -213,6 +225,22 @@ def size_wh(text: str) -> tuple[int, int]:
     return width, height
 
 
+def on_disk(text: str) -> str:
+    """Return the type of a flag that takes a path on a disk.
+
+    Raises:
+        argparse.ArgumentTypeError: for one in a store, which `Path` would take for a folder of that name.
+    """
+    path = text.removeprefix("file://")
+    if "://" in path:
+        raise argparse.ArgumentTypeError(f"{text} lies in a store; this has to be on a disk")
+    return path
+
+
+def _path_on_disk(text: str) -> Path:
+    return Path(on_disk(text))
+
+
 def _options(field: Any) -> dict[str, Any]:
     """Make argparse's options of a flag; its help names the default unless it says so itself."""
     meta, default = field.metadata, field.default
@@ -221,7 +249,8 @@ def _options(field: Any) -> dict[str, Any]:
         shown += f" (default: {('off', 'on')[default] if isinstance(default, bool) else default})"
     if isinstance(default, bool) or meta["kind"] is bool:
         return {"help": shown, "action": argparse.BooleanOptionalAction}
-    kind = meta["kind"] or (type(default) if default not in (REQUIRED, None) and not meta["many"] else str)
+    kind: Any = _path_on_disk if meta["kind"] is Path else meta["kind"]
+    kind = kind or (type(default) if default not in (REQUIRED, None) and not meta["many"] else str)
     metavar = meta["metavar"] or (None if meta["choices"] else _METAVARS.get(kind, "VALUE"))
     options = {"help": shown, "type": kind, "choices": meta["choices"], "metavar": metavar}
     return {**options, "nargs": "+"} if meta["many"] else options

@@ -79,7 +79,7 @@ def find_files(paths: Sequence[str]) -> list[str]:
     be of wider types, and metadata may be gone.
 
     Args:
-        paths: files, or folders whose `*.parquet` are meant, on a disk or in a store; there also glob patterns.
+        paths: files, folders whose `*.parquet` are meant, or glob patterns, on a disk or in a store.
 
     Raises:
         UserError: for a path that is not there, a file that is not crayon data, or an incomplete set of shards.
@@ -384,7 +384,7 @@ def image_bytes(path: str, data: bytes | None, image_root: Path | None) -> bytes
         return data
     if image_root is None:
         raise UserError(
-            f"the rows refer to their images ({path}) and do not hold them; image_root must name their folder"
+            f"the rows refer to their images ({path}) and do not hold them; --image_root must name their folder"
         )
     file = image_root / checked_relative(path)
     try:
@@ -667,7 +667,7 @@ def _leaf_columns(column: pa.Field) -> list[str]:
 def _files_of(path: str) -> list[str]:
     if is_local(path):
         file = Path(local_path(path))
-        files = [str(file)] if file.is_file() else [str(found) for found in file.glob("*.parquet")]
+        files = [str(found) for found in file.glob("*.parquet")] if file.is_dir() else list_files(path)
     else:
         try:
             files = ([] if is_folder(path) else list_files(path)) or list_files(f"{path.rstrip('/')}/*.parquet")

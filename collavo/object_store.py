@@ -36,7 +36,7 @@ class Bucket:
     that is not named is looked up.
 
     Raises:
-        UserError: if nothing names the account of a container.
+        UserError: if nothing names the bucket, or the account of a container.
     """
 
     def __init__(self, root: str) -> None:
@@ -47,7 +47,7 @@ class Bucket:
             self._store = from_url(root, config=_region(root), client_options=client, retry_config=retries)
         except obstore.exceptions.BaseError as error:
             if "Account must be specified" not in str(error):
-                raise
+                raise UserError(f"{root}: {first_line(error)}; a bucket has to be named, as in s3://BUCKET/") from error
             names = "AZURE_STORAGE_ACCOUNT_NAME names it, or abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/"
             raise UserError(f"{root}: of which account? {names}") from error
 

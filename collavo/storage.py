@@ -409,7 +409,8 @@ def _list_remote(pattern: str) -> list[str]:
     if not is_folder(pattern):
         fixed = fixed_part(rest)
         if fixed == rest:
-            return [pattern] if files.get_file_info(base + rest).type == FileType.File else []
+            is_file = files.get_file_info(base + rest).type == FileType.File
+            return [pattern] if is_file else _list_remote(f"{pattern}/")  # a folder, as on a disk without a slash
         above, deep = fixed.rpartition("/")[0], "/" in rest[len(fixed) :]
         matches = _glob_matcher(rest)
     found = files.get_file_info(FileSelector((base + above).rstrip("/"), recursive=deep, allow_not_found=True))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from collavo.cli import REQUIRED, flag, naming, output_folder, parse, run
+from collavo.cli import REQUIRED, flag, naming, on_disk, output_folder, parse, run
 from collavo.embedded import SCENES
 from collavo.errors import UserError
 from collavo.segmenters import load_segmenter
@@ -46,7 +46,7 @@ class Flags:
     image_root: str | None = flag(None, "folder of the images, if the rows only refer to them", metavar="DIR")
     segmenter_checkpoint: str = flag(SCENES, "network to start from, or to judge: hub id, folder, or scenes for the "
         "embedded one", metavar="ID_OR_PATH")  # fmt: skip
-    output_dir: str = flag("runs/segmenter", "where the trained network goes", metavar="DIR")
+    output_dir: str = flag("runs/segmenter", "where the trained network goes", kind=on_disk, metavar="DIR")
     overwrite: bool = flag(False, "replace what is there, and begin anew where a training was stopped")
     evaluate_only: bool = flag(False, "judge the network on the validation rows, and train nothing")
     max_images: int | None = flag(None, "judge on the first N validation rows only", kind=int, least=1)

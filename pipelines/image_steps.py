@@ -66,7 +66,9 @@ def segment_by_annotation(image: LoadedImage, job: CrayonJob) -> Segmented:
     try:
         with _timed(image.seconds, "segment"):
             if annotated is None:
-                raise Rejected("no_annotation", "no source annotates this image; --segmenter auto would ask a model")
+                raise Rejected(
+                    "no_annotation", "no source annotates this image; a network sees it if --images names it too"
+                )
             if annotated.annotation is None:
                 panoptic, kind = _map_of_instances(annotated, image, job), "instance annotations"
             else:
@@ -74,7 +76,7 @@ def segment_by_annotation(image: LoadedImage, job: CrayonJob) -> Segmented:
                 runs = _mask_runs(annotated, image, infos, job.mask_frame)
                 panoptic, kind = build_panoptic_map(runs, infos, job.categories), "annotations"
     except Rejected as error:
-        return image.task.rejects("segment", error)
+        return image.task.rejects("segment", error, annotated.mask_uri if annotated else "")
     return SegmentedImage(image, panoptic, _ANNOTATIONS[kind])
 
 

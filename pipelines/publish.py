@@ -45,6 +45,7 @@ FAILED_REJECTS = "failed-rejects.jsonl"
 
 _PART_BYTES = 1 << 20
 _SHARD = re.compile(r"(crayon|train|validation)-\d{5}-of-\d{5}\.parquet")
+_SOURCES = ("coco_panoptic", "coco_instances", "llava_json", "images", "dataset", "from_crayon")
 _LIBRARIES = ("apache-beam", "numpy", "pillow", "pyarrow", "torch", "transformers")
 
 
@@ -154,6 +155,7 @@ def _check_accounts(counts: Counts, inputs: Mapping[str, int]) -> None:
 
 def _check_rejects(publication: Publication, counts: Counts, inputs: Mapping[str, int]) -> None:
     total, rejected = sum(inputs.values()), counts.rejects.total()
+    given = publication.configuration
     tally = ", ".join(f"{count} {reason}" for reason, count in counts.rejects.most_common(5))
     where = f"see {join(publication.output, FAILED_REJECTS)}"
     for source, count in inputs.items():
@@ -162,7 +164,8 @@ def _check_rejects(publication: Publication, counts: Counts, inputs: Mapping[str
                 f"nothing is left of source {source}: all its {count} inputs were rejected ({tally}); {where}"
             )
     if not total:
-        raise UserError("no rows: the sources hold no images and no dialogues", exit_status=1)
+        sources = " and ".join(f"--{flag} {' '.join(paths)}" for flag in _SOURCES if (paths := given.get(flag)))
+        raise UserError(f"no rows: no image and no dialogue in {sources or 'the sources'}", exit_status=1)
     if not counts.rows:
         raise UserError(f"no rows: all {total} inputs were rejected ({tally}); {where}")
     if rejected > publication.max_reject_ratio * total:

@@ -141,9 +141,12 @@ class ImageTask(NamedTuple):
         panoptic = next((mention for mention in self.mentions if mention.annotation), None)
         return panoptic or next((mention for mention in self.mentions if mention.instances), None)
 
-    def rejects(self, stage: str, error: Rejected) -> list[Reject]:
-        """Reject the image: one line for each input that names it."""
-        return [mention.reject(stage, error.reason, str(error)) for mention in self.mentions]
+    def rejects(self, stage: str, error: Rejected, uri: str = "") -> list[Reject]:
+        """Reject the image: one line for each input that names it, each with the file at fault, the image's unless
+        another is given."""
+        uri, detail = uri or self.mentions[0].uri, str(error)
+        detail = detail if uri in detail else f"{uri}: {detail}"
+        return [mention.reject(stage, error.reason, detail) for mention in self.mentions]
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,7 +246,7 @@ class _ImageFolder:
         Raises:
             Rejected: for a path that leads out of the folder.
         """
-        relative = _inside(entry_id, file_name)
+        relative = _inside(entry_id, file_name, self._folder)
         named = join(self._folder, relative)
         if self._by_name is None:
             self._by_name = {} if exists(named) else self._listed()
@@ -263,7 +263,7 @@ class _ImageFolder:
 def _coco_mention(source: CocoSource, images: _ImageFolder, root: str, image: AnnotatedImage) -> Mention:
     mask_uri = instances = ""
     if image.annotation:
-        mask_uri = join(source.masks_root, _inside(image.entry_id, image.annotation.mask_name))
+        mask_uri = join(source.masks_root, _inside(image.entry_id, image.annotation.mask_name, source.masks_root))
     if source.name == "coco_instances":
         instances = f"[{json.dumps(image.size_wh)},{image.instances or '[]'}]"
     uri = images.uri_of(image.entry_id, image.file_name)
@@ -283,10 +283,7 @@ def _dialogue_mention(source: LlavaSource, root: str, number: int, entry: Dialog
     named = Input(source.name, entry.dialogue.id)
     if entry.image is None:
         return Mention(named, f"{source.short_path}#{number}", "", dialogue=entry.dialogue, split=source.split)
-    image, folder = entry.image, join(source.image_root, "")
-    if is_absolute(image):  # as some tools write it
-        image = image.removeprefix(folder).removeprefix(canonical(folder))
-    uri = canonical(join(folder, _inside(entry.dialogue.id, image)))
+    uri = canonical(join(source.image_root, _inside(entry.dialogue.id, entry.image, source.image_root)))
     return Mention(named, path_below(root, uri), uri, dialogue=entry.dialogue, split=source.split)
 
 
@@ -300,7 +297,11 @@ def _file_mention(source: ImagesSource, root: str, path: str) -> Mention:
     return Mention(Input("folder", path), path_below(root, uri), uri, split=source.split)
 
 
-def _inside(entry_id: str, path: str) -> str:
+def _inside(entry_id: str, path: str, folder: str = "") -> str:
+    """Check a path of an entry, relative to a folder, or absolute and below it, as some tools write it."""
+    if folder and is_absolute(path):
+        folder = join(folder, "")
+        path = path.removeprefix(folder).removeprefix(canonical(folder))
     try:
         return checked_relative(path)
     except Rejected as error:

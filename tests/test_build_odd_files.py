@@ -17,6 +17,7 @@ from PIL import Image
 
 from collavo.images import decode_rgb
 from collavo.panoptic.index_png import decode_index_map
+from collavo.scenes import write_scenes
 
 FORMATS = {
     "JPEG": ("L", "RGB", "CMYK"),
@@ -214,3 +215,21 @@ def test_a_member_of_a_tar_whose_name_is_not_utf8_is_a_reject(tmp_path):
     data = build(tmp_path / "out", "--dataset", tmp_path, "--segmenter", "none")
     assert set(data.rows) == {"a.tar/a.png"}
     assert [(reject["id"], reject["reason"]) for reject in data.rejects] == [("a.tar/b\\xe9.png", "bad_path")]
+
+
+def test_a_coco_file_may_name_files_by_their_whole_paths_and_a_reject_names_the_file_at_fault(tmp_path):
+    write_scenes(tmp_path / "scenes", 3, size_wh=(64, 48))
+    json_file = tmp_path / "scenes" / "panoptic.json"
+    coco = json.loads(json_file.read_text())
+    for kind, entries in (("images", coco["images"]), ("panoptic", coco["annotations"])):
+        for entry in entries:
+            entry["file_name"] = str(tmp_path / "scenes" / kind / entry["file_name"])
+    json_file.write_text(json.dumps(coco))
+    image, mask = Path(coco["images"][0]["file_name"]), Path(coco["annotations"][1]["file_name"])
+    image.write_bytes(image.read_bytes()[:900])
+    mask.write_bytes(b"")
+    flags = ["--coco_panoptic", json_file, "--coco_images", tmp_path / "scenes" / "images", "--max_reject_ratio", 1]
+    built = build(tmp_path / "out", *flags)
+    assert list(built.rows) == ["scene-000002.jpg"]
+    by_stage = {reject["stage"]: reject["detail"] for reject in built.rejects}
+    assert by_stage["decode"].startswith(f"{image}: ") and by_stage["segment"].startswith(f"{mask}: ")

@@ -123,3 +123,33 @@ def test_without_a_terminal_progress_is_plain_lines(monkeypatch: pytest.MonkeyPa
             now[0] += 10
     assert shown.getvalue().splitlines()[0] == "Segmenting: 300 of 6,000 (5 %), 10.0/s, 9:30 left, 3 rejected"
     assert len(shown.getvalue().splitlines()) == 4  # one every half minute
+
+
+@pytest.mark.parametrize("words", [["--output", ""], ["--output="], ["--images", "photos", "", "--output", "out"]])
+def test_a_flag_of_nothing_is_refused_and_the_current_folder_stays(words, tmp_path, monkeypatch, capsys):
+    from pipelines import command
+
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        command.main(["--segmenter", "none", *words])
+    assert end.value.code == 2 and " is empty; name something, or leave it out" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "--data", "rows", "--output_dir", "s3://bucket/run"],
+        ["export-data", "--data", "rows", "--to", "jsonl", "--output", "gs://bucket/export"],
+        ["scenes", "--output", "s3://bucket/scenes"],
+    ],
+)
+def test_what_is_written_on_a_disk_only_takes_no_path_in_a_store(words, tmp_path, monkeypatch, capsys):
+    from pipelines.console import main
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2 and "lies in a store; this has to be on a disk" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -42,6 +42,7 @@ def test_a_folder_and_its_files_are_the_same_data(two_shards: list[Path]):
         find_files([str(folder)]) == find_files([str(file) for file in reversed(two_shards)]) == [*map(str, two_shards)]
     )
     assert find_files([str(folder), str(two_shards[1])]) == [*map(str, two_shards)]  # named twice, read once
+    assert find_files([str(folder / "*.parquet")]) == [*map(str, two_shards)]  # in quotes, which no shell expands
 
 
 def test_rows_are_read_in_order_and_counted_by_split(two_shards: list[Path]):

@@ -213,6 +213,7 @@ def store() -> str:
         ("photos/[1].jpg", ["[1].jpg"]),
         ("photos/other", ["other"]),
         ("photos/nothing", []),
+        ("photos/sub", ["sub/c.jpg", "sub/deep/d.jpg", "sub/e#%41 ?.jpg"]),  # a folder without its slash
         ("nowhere/*", []),
         ("nowhere/", []),
     ],
@@ -221,9 +222,12 @@ def test_objects_are_listed_as_files_are(store: str, pattern: str, files: list[s
     assert list_files(f"{store}/{pattern}") == [f"{store}/photos/{file}" for file in files]
 
 
-def test_a_container_of_no_named_account_is_refused_in_a_line():
+def test_a_container_of_no_named_account_is_refused_in_a_line(monkeypatch):
     with pytest.raises(UserError, match=r"abfs://box: of which account.* AZURE_STORAGE_ACCOUNT_NAME"):
         check_reachable("abfs://box/a.jpg")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    with pytest.raises(UserError, match=r"s3://: .*a bucket has to be named"):
+        check_reachable("s3://")
 
 
 def test_a_packed_file_in_a_store_stays_packed_and_a_large_one_is_refused(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from collavo import cli
-from collavo.cli import REQUIRED, flag, naming, size_wh
+from collavo.cli import REQUIRED, flag, naming, on_disk, size_wh
 
 _DESCRIPTION = """\
 Draw sample scenes with exact panoptic annotation, and dialogues about them.
@@ -35,7 +35,7 @@ examples:
 
 @dataclass(frozen=True, slots=True)
 class Flags:
-    output: str = flag(REQUIRED, "folder for the data set, new or empty", metavar="DIR")
+    output: str = flag(REQUIRED, "folder for the data set, new or empty", kind=on_disk, metavar="DIR")
     count: int = flag(REQUIRED, "scenes to draw", kind=int, least=1)
     size: tuple[int, int] = flag((640, 480), "their size in pixels (default: 640x480)", kind=size_wh, metavar="WxH")
     seed: int = flag(0, "another seed gives other scenes", least=0)

@@ -19,8 +19,10 @@ def checked_relative(path: str) -> str:
         for
             a path that names no file or is not UTF-8.
     """
+    if "://" in path:
+        raise Rejected("path_escapes_root", f"{path!r} is a URL, where a path below its root is expected")
     normalised = posixpath.normpath(path.replace("\\", "/"))
-    if normalised.startswith(("/", "../")) or normalised == ".." or "://" in path or normalised[1:2] == ":":
+    if normalised.startswith(("/", "../")) or normalised == ".." or normalised[1:2] == ":":
         raise Rejected("path_escapes_root", f"{path!r} does not stay inside its root")
     if normalised == "." or "\0" in path or not is_utf8(path):
         raise Rejected("bad_path", f"{path!r} names no file")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from collavo.cli import REQUIRED, Parser, flag
+from collavo.cli import REQUIRED, Parser, flag, on_disk
 from collavo.embedded import TINY
 from collavo.errors import UserError
 from schemas.crayon_row import TASKS
@@ -24,7 +24,7 @@ class TrainArguments:
         REQUIRED, "crayon data: Parquet files, or folders of them", many=True, metavar="PARQUET", group="data and run"
     )
     image_root: str | None = flag(None, "folder that image paths in the rows start from", metavar="DIR")
-    output_dir: str = flag("runs/collavo", "the run directory", metavar="DIR")
+    output_dir: str = flag("runs/collavo", "the run directory", kind=on_disk, metavar="DIR")
     preset: str = flag(
         "",
         "tiny, collavo-7b, collavo-internlm2-7b, or a base: folder or hub id (default: collavo-7b on a GPU, else tiny)",
