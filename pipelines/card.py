@@ -13,6 +13,11 @@ from schemas.crayon_row import SPLITS, TASKS
 
 _CLASSES_SHOWN = 15
 
+_REFERENCES = (
+    "`panoptic_map` shows as a picture; `image` has the path of a file below the folder of the sources, and no bytes, "
+    "so that `datasets` reads it only where that is the current folder"
+)
+
 _BODY = Path(__file__).with_name("card.md")
 
 
@@ -35,6 +40,7 @@ def dataset_card(manifest: Mapping[str, Any], name: str) -> str:
     rejects: Mapping[str, int] = manifest["rejects"]
     by_task = ", ".join(f"{task} {instructions[task]:,}" for task in TASKS if task in instructions)
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in sorted(rejects.items()))
+    refers = manifest["configuration"].get("image_storage") == "reference"
     body = _BODY.read_text(encoding="utf-8").format(
         name=name,
         path=name,
@@ -52,6 +58,7 @@ def dataset_card(manifest: Mapping[str, Any], name: str) -> str:
         rejects=f"{sum(rejects.values()):,}: {reasons}" if rejects else "none",
         frequent=", ".join(f"{category} {count:,}" for category, count in ranked[:_CLASSES_SHOWN]) or "none",
         sources=", ".join(sorted(manifest["inputs"])),
+        pictures=_REFERENCES if refers else "`image` and `panoptic_map` show as pictures",
     )
     return f"{head}\n{body}"
 

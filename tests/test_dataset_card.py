@@ -7,6 +7,7 @@ from collavo.data_card import size_category
 from pipelines.card import dataset_card
 
 MANIFEST: dict[str, Any] = {
+    "configuration": {"image_storage": "embed"},
     "rows": 12,
     "files": [{"name": f"{split}-00000-of-00001.parquet", "sha256": split} for split in ("train", "validation")],
     "rows_by_split": {"train": 11, "validation": 1},
@@ -36,7 +37,9 @@ def test_the_card_has_what_hub_tools_ask_for() -> None:
 
 
 def test_a_split_without_files_is_not_promised() -> None:
-    text = dataset_card({**MANIFEST, "files": MANIFEST["files"][:1]}, "x")
+    references = {"image_storage": "reference"}
+    text = dataset_card({**MANIFEST, "files": MANIFEST["files"][:1], "configuration": references}, "x")
+    assert "`image` has the path of a file" in text
     assert [f["split"] for f in yaml.safe_load(text.split("---")[1])["configs"][0]["data_files"]] == ["train"]
 
 
