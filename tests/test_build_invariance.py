@@ -61,10 +61,13 @@ def segmented(scenes, checkpoint, tmp_path_factory) -> DataSet:
 
 
 def assert_same(one: DataSet, other: DataSet) -> None:
-    """The same rows in the same bytes, and the same rejects."""
+    """The same rows in the same bytes, and the same rejects, but for the folder of the files that these name."""
     assert one.rows == other.rows
     assert one.hashes == other.hashes
-    assert one.rejects == other.rejects
+    told, told_before = (
+        [{**reject, "detail": reject["detail"].rpartition("/")[2]} for reject in data.rejects] for data in (one, other)
+    )
+    assert told == told_before
 
 
 def shuffled(content: Any) -> Any:

@@ -79,7 +79,7 @@ def test_an_image_too_large_by_itself_is_rejected_alone():
     a, large, b = run(SegmenterHandler(partial(Painter, capacity=100), 8, 1 << 40), images)
     assert isinstance(a, SegmentedImage) and isinstance(b, SegmentedImage)
     assert {(r.id, r.source, r.stage, r.reason, r.detail) for r in large} == {
-        ("large", source, "segment", "segmenter_failed", "OutOfMemoryError: CUDA out of memory")
+        ("large", source, "segment", "segmenter_failed", "/d/large.jpg: OutOfMemoryError: CUDA out of memory")
         for source in ("llava", "folder")
     }
 
@@ -89,7 +89,7 @@ def test_a_bad_image_is_rejected_alone(place):
     images = [loaded(str(i), value=BAD if i == place else 0) for i in range(7)]
     outcomes = run(SegmenterHandler(Painter, 8, 1 << 40), images)
     assert [isinstance(outcome, list) for outcome in outcomes] == [i == place for i in range(7)]
-    assert {reject.detail for reject in outcomes[place]} == {"ValueError: non-finite logits"}
+    assert {reject.detail for reject in outcomes[place]} == {f"/d/{place}.jpg: ValueError: non-finite logits"}
 
 
 def test_a_bad_image_in_a_batch_that_exhausts_the_memory_is_rejected_alone():
