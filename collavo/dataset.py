@@ -31,6 +31,7 @@ from collavo.storage import (
     MANIFEST,
     exists,
     fault_line,
+    fixed_part,
     is_folder,
     is_local,
     list_files,
@@ -670,7 +671,9 @@ def _files_of(path: str) -> list[str]:
         files = [str(found) for found in file.glob("*.parquet")] if file.is_dir() else list_files(path)
     else:
         try:
-            files = ([] if is_folder(path) else list_files(path)) or list_files(f"{path.rstrip('/')}/*.parquet")
+            files = [] if is_folder(path) else list_files(path)
+            if files != [path] and fixed_part(path) == path:
+                files = list_files(f"{path.rstrip('/')}/*.parquet")
         except FAULTS as error:
             raise UserError(fault_line(path, error)) from error
     if not files:

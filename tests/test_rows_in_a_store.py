@@ -10,6 +10,7 @@ from stores import Store, s3_store
 from tiny_model import save_tiny_base, scene_rows, write_crayon_file
 
 from collavo import chat, evaluate, export_data, storage, train
+from collavo.dataset import find_files
 
 TRAINING = (
     "--device cpu --precision fp32 --batch_size 2 --lora_rank 4 --max_length 350 --max_steps 1 --workers 0 "
@@ -56,6 +57,11 @@ def test_training_evaluation_chat_and_export_take_rows_from_a_store(
         found[data] = losses, results, files, capsys.readouterr().out
     on_disk, in_store = found.values()
     assert in_store == on_disk
+
+
+def test_a_folder_of_a_store_is_named_with_its_slash_or_without(store: Store) -> None:
+    folder, files = "s3://bucket/rows", ["s3://bucket/rows/crayon-00000-of-00001.parquet"]
+    assert find_files([folder]) == find_files([f"{folder}/"]) == find_files([f"{folder}/*.parquet"]) == files
 
 
 def test_datasets_loads_rows_from_a_store(store: Store, tmp_path: Path) -> None:
