@@ -229,12 +229,12 @@ def on_disk(text: str) -> str:
     """Return the type of a flag that takes a path on a disk.
 
     Raises:
-        argparse.ArgumentTypeError: for one in a store, which `Path` would take for a folder of that name.
+        argparse.ArgumentTypeError: for a URI, which `Path` would take for a folder of that name.
     """
-    path = text.removeprefix("file://")
-    if "://" in path:
-        raise argparse.ArgumentTypeError(f"{text} lies in a store; this has to be on a disk")
-    return path
+    if "://" in text:
+        where = "is a URI; name the path alone" if text.startswith("file://") else "lies in a store"
+        raise argparse.ArgumentTypeError(f"{text} {where}; this has to be on a disk")
+    return text
 
 
 def _path_on_disk(text: str) -> Path:
