@@ -32,9 +32,7 @@ from collavo.sources.image_paths import checked_relative
 from collavo.storage import is_local
 from schemas.crayon_row import SPLITS, CrayonRow
 
-_EXPORTED = re.compile(
-    r"README\.md|images|panoptic|(llava|dataset_info)\.json|(rows|crayon|train|validation)\.jsonl|(train|validation)-\d+\.parquet"
-)
+_EXPORTED = re.compile(r"README\.md|images|panoptic|dataset_info\.json|(train|validation)(\.jsonl?|-\d+\.parquet)")
 
 _EXTENSIONS = {"JPEG": "jpg", "TIFF": "tif", "JPEG2000": "jp2"}
 """Of the formats whose extension is not Pillow's name for them."""
@@ -45,16 +43,17 @@ or row by row. Dialogues stay as they are; the questions about an image make one
 conversation per task. A dataset card comes with it, and a summary accounts for
 every row.
 
-formats:
-  llava         llava.json, images/
-                for LLaVA's --data_path DIR/llava.json --image_folder DIR
-  llamafactory  crayon.jsonl, dataset_info.json, images/
-                for LLaMA-Factory's dataset_dir: DIR, dataset: crayon
-  trl           train-00000.parquet, validation-00000.parquet, ...
+formats, each with the same for validation in files of its own:
+  llava         train.json, images/
+                for LLaVA's --data_path DIR/train.json --image_folder DIR
+  llamafactory  train.jsonl, dataset_info.json, images/
+                for LLaMA-Factory's dataset_dir: DIR, dataset: crayon (to
+                validate: crayon_validation)
+  trl           train-00000.parquet, ...
                 for load_dataset("DIR"): columns `images` and `messages`
-  swift         train.jsonl, validation.jsonl, images/
+  swift         train.jsonl, images/
                 for ms-swift, with ROOT_IMAGE_DIR=DIR: --dataset DIR/train.jsonl
-  jsonl         rows.jsonl, images/, panoptic/
+  jsonl         train.jsonl, images/, panoptic/
                 every column of a row, images and maps as paths
 """
 
@@ -214,8 +213,7 @@ def _image_of(row: CrayonRow, flags: Flags, account: Account, file_names: set[st
 
 def _card(flags: Flags, account: Account) -> str:
     splits = [split for split in SPLITS if account["rows"][split]]
-    pattern = DATA_FILES[flags.to]
-    files = {split: pattern.format(split=split) for split in (splits if "{split}" in pattern else ["train"])}
+    files = {split: DATA_FILES[flags.to].format(split=split) for split in splits}
     count = (
         account["images"]["written"]
         if flags.to == "jsonl"

@@ -1,10 +1,13 @@
 """Crayon rows as other trainers read them: which conversations a row makes, and a writer for each format.
 
-    llava          llava.json (LLaVA's list of conversations), images/
-    jsonl          rows.jsonl (a row per line, all columns), images/, panoptic/
-    trl            train-00000.parquet, validation-00000.parquet, ... with `images` and `messages`
-    llamafactory   crayon.jsonl (ShareGPT turns), dataset_info.json that declares it as `crayon`, images/
-    swift          train.jsonl, validation.jsonl with `images` and `messages`, images/
+    llava          train.json (LLaVA's list of conversations), images/
+    jsonl          train.jsonl (a row per line, all columns), images/, panoptic/
+    trl            train-00000.parquet, ... with `images` and `messages`
+    llamafactory   train.jsonl (ShareGPT turns), dataset_info.json that declares it as `crayon`, images/
+    swift          train.jsonl with `images` and `messages`, images/
+
+Rows that are there to validate go to files of their own, `validation` in place of `train`, so that nobody trains on
+them by oversight; LLaMA-Factory has them declared as `crayon_validation`.
 
 All but jsonl hold conversations, each about one image with exactly one `<image>`, or about none. A dialogue of a row
 stays verbatim, save that `<image>` is put before its first question if it is about an image and has none, and that
@@ -70,6 +73,9 @@ class Entry(NamedTuple):
     turns: Turns
 
 
+Append = Callable[[dict[str, Any]], object]
+"""Adds a record to a file."""
+
 WriteRow = Callable[[CrayonRow, ExportedImage | None, Sequence[Entry]], None]
 """Writes a row with its image, or without one if its dialogues are about none."""
 
@@ -120,24 +126,52 @@ def without_system(turns: Turns) -> Turns:
 
 
 @contextmanager
-def _llava(folder: Path) -> Iterator[WriteRow]:
-    with open(folder / "llava.json", "w", encoding="utf-8") as file:
+def _json_list(path: Path) -> Iterator[Append]:
+    with open(path, "w", encoding="utf-8") as file:
         separators = chain(["[\n"], repeat(",\n"))
+        yield lambda record: file.write(next(separators) + json.dumps(record))
+        file.write("\n]\n")
+
+
+@contextmanager
+def _json_lines(path: Path) -> Iterator[Append]:
+    with jsonlines.open(path, "w") as lines:
+        yield lines.write
+
+
+@contextmanager
+def _by_split(
+    folder: Path, extension: str, open_file: Callable[[Path], AbstractContextManager[Append]] = _json_lines
+) -> Iterator[Callable[[str, dict[str, Any]], None]]:
+    """Open a file for each split when its first record comes; yield what takes a split and a record of it."""
+    with ExitStack() as stack:
+        opened: dict[str, Append] = {}
+
+        def append(split: str, record: dict[str, Any]) -> None:
+            if split not in opened:
+                opened[split] = stack.enter_context(open_file(folder / f"{split}.{extension}"))
+            opened[split](record)
+
+        yield append
+
+
+@contextmanager
+def _llava(folder: Path) -> Iterator[WriteRow]:
+    with _by_split(folder, "json", _json_list) as append:
 
         def write(row: CrayonRow, image: ExportedImage | None, entries: Sequence[Entry]) -> None:
             # LLaVA tells entries about no image by the key that they lack.
             about = {"image": _save(folder, "images", image.name, image.data)} if image else {}
             for entry in entries:
-                file.write(next(separators) + json.dumps({**_record(entry), **about}))
+                append(row.split, {**_record(entry), **about})
 
         yield write
-        file.write("\n]\n")
 
 
 @contextmanager
 def _jsonl(folder: Path) -> Iterator[WriteRow]:
     """Write the columns as they are, but `image` and `panoptic_map` name files; `image_path` is the row's path."""
-    with jsonlines.open(folder / "rows.jsonl", "w") as lines:
+    with _by_split(folder, "jsonl") as append:
 
         def write(row: CrayonRow, image: ExportedImage | None, entries: Sequence[Entry]) -> None:
             map_name = f"{checked_relative(row.image_id)}.png"
@@ -145,15 +179,14 @@ def _jsonl(folder: Path) -> Iterator[WriteRow]:
                 "image": _save(folder, "images", image.name, image.data) if image else None,
                 "panoptic_map": _save(folder, "panoptic", map_name, row.panoptic_png) if row.panoptic_png else None,
             }
-            lines.write({**row.as_record(), **files, "image_path": row.image_path})
+            append(row.split, {**row.as_record(), **files, "image_path": row.image_path})
 
         yield write
 
 
 @contextmanager
 def _llamafactory(folder: Path) -> Iterator[WriteRow]:
-    declaration = {
-        "file_name": "crayon.jsonl",  # the reader would load the whole of a JSON list into memory
+    declaration = {  # of lines, since of a JSON list the reader would load the whole into memory
         "formatting": "sharegpt",
         "columns": {"messages": "conversations", "images": "images"},
         "tags": {
@@ -161,15 +194,20 @@ def _llamafactory(folder: Path) -> Iterator[WriteRow]:
             **{"system_tag": "system", "user_tag": "human", "assistant_tag": "gpt"},
         },
     }
-    with jsonlines.open(folder / "crayon.jsonl", "w") as lines:
+    with _by_split(folder, "jsonl") as append:
 
         def write(row: CrayonRow, image: ExportedImage | None, entries: Sequence[Entry]) -> None:
             images = [_save(folder, "images", image.name, image.data)] if image else []
             for entry in entries:
-                lines.write({**_record(entry), "images": images})
+                append(row.split, {**_record(entry), "images": images})
 
         yield write
-    (folder / "dataset_info.json").write_text(json.dumps({"crayon": declaration}, indent=2) + "\n")
+    declared = {
+        f"crayon{suffix}": {"file_name": f"{split}.jsonl", **declaration}
+        for split, suffix in (("train", ""), ("validation", "_validation"))
+        if (folder / f"{split}.jsonl").exists()
+    }
+    (folder / "dataset_info.json").write_text(json.dumps(declared, indent=2) + "\n")
 
 
 @contextmanager
@@ -189,16 +227,13 @@ def _trl(folder: Path) -> Iterator[WriteRow]:
 
 @contextmanager
 def _swift(folder: Path) -> Iterator[WriteRow]:
-    with ExitStack() as stack:
-        files: dict[str, jsonlines.Writer] = {}
+    with _by_split(folder, "jsonl") as append:
 
         def write(row: CrayonRow, image: ExportedImage | None, entries: Sequence[Entry]) -> None:
             images = [_save(folder, "images", image.name, image.data)] if image else []
-            if row.split not in files:
-                files[row.split] = stack.enter_context(jsonlines.open(folder / f"{row.split}.jsonl", "w"))
             for entry in entries:
                 messages = [{"role": _ROLES[speaker], "content": text} for speaker, text in entry.turns]
-                files[row.split].write({"id": entry.id, "messages": messages, "images": images})
+                append(row.split, {"id": entry.id, "messages": messages, "images": images})
 
         yield write
 
@@ -244,13 +279,13 @@ FORMATS: dict[str, Callable[[Path], AbstractContextManager[WriteRow]]] = {
 
 
 DATA_FILES = {
-    "llava": "llava.json",
-    "jsonl": "rows.jsonl",
-    "llamafactory": "crayon.jsonl",
+    "llava": "{split}.json",
+    "jsonl": "{split}.jsonl",
+    "llamafactory": "{split}.jsonl",
     "trl": "{split}-*.parquet",
     "swift": "{split}.jsonl",
 }
-"""What `load_dataset` reads of each format; a file for each split, or one that holds all rows as `train`."""
+"""What `load_dataset` reads of each format, by split."""
 
 
 def _record(entry: Entry) -> dict[str, Any]:

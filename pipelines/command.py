@@ -72,6 +72,11 @@ def _main(argv: Sequence[str]) -> None:
                 if is_nowhere(pattern):
                     raise UserError(f"--images {pattern}: there is no such file or folder")
             _check_network(flags.segmentation)
+        if device and device.startswith("cuda") and runs_here(rest):
+            from collavo.device import resolve_device  # loads torch, which takes seconds
+
+            with cli.naming("device"):
+                resolve_device(device)
         gpus = gpus_for(device)
         _build(flags, rest, workers, share_gpu=bool(gpus) and count > len(gpus))
 

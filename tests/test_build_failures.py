@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from builds import PICTURE, CocoFolder, DataSet, build, scene_sources, start, status_of
 
 from collavo import storage
@@ -307,3 +308,10 @@ def test_a_network_that_cannot_be_had_is_refused_before_anything_else_where_one_
     coco.add("a.jpg", PICTURE)
     annotated = ["--images", tmp_path / "coco" / "images", *coco.flags(), "--output", tmp_path / "out"]
     assert status_of(*annotated) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said_before_scenes_are_drawn(tmp_path, capfd):
+    line = fails(capfd, "--device", "cuda", "--output", tmp_path / "out")
+    assert line.startswith("build_crayon.py: error: --device: cuda: torch")
+    assert not [*tmp_path.iterdir()]

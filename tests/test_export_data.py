@@ -122,6 +122,12 @@ def accounts(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
     return {line[:22].strip(): line[22:].strip() for line in lines}
 
 
+def records_in(output: Path, to: str, split: str) -> list[dict]:
+    """What an export in JSON or JSON lines holds of a split."""
+    path = output / DATA_FILES[to].format(split=split)
+    return json.loads(path.read_bytes()) if to == "llava" else [*jsonlines.open(path)]
+
+
 def pairs(turns: list[str]) -> list[tuple[str, str]]:
     return list(zip(turns[::2], turns[1::2], strict=True))
 
@@ -131,7 +137,7 @@ def pairs(turns: list[str]) -> list[tuple[str, str]]:
 
 def test_llava_loads_every_entry_with_its_image_and_one_token(tmp_path):
     output = export(tmp_path, "llava", some_rows())
-    entries = json.loads((output / "llava.json").read_bytes())
+    entries = [entry for split in SPLITS for entry in records_in(output, "llava", split)]
     assert len({entry["id"] for entry in entries}) == len(entries)
     for entry in entries:
         Image.open(output / entry["image"]).convert("RGB")  # as LLaVA opens it: os.path.join(image_folder, image)
@@ -144,7 +150,7 @@ def test_llava_loads_every_entry_with_its_image_and_one_token(tmp_path):
 
 def test_dialogues_stay_verbatim_but_for_a_token_they_lack(tmp_path, capsys):
     output = export(tmp_path, "llava", some_rows(), "--what", "conversations")
-    entries = json.loads((output / "llava.json").read_bytes())
+    entries = [entry for split in SPLITS for entry in records_in(output, "llava", split)]
     found = [(e["dialogue_id"], tuple((t["from"], t["value"]) for t in e["conversations"])) for e in entries]
     lacking = (("human", "<image>\nWhat is it?"), WITHOUT.turns[1])
     expected = [(d.id, d.turns) for d in (FRONT, AT_END, replace(WITHOUT, turns=lacking), LATER)]
@@ -183,11 +189,7 @@ def test_a_system_turn_goes_to_all_but_llava_which_stops_at_one(to, tmp_path):
 def test_instructions_make_one_entry_per_task_and_none_is_lost(to, tmp_path):
     rows = some_rows()
     output = export(tmp_path, to, rows, "--what", "instructions")
-    if to == "llava":
-        entries = {entry["id"]: entry for entry in json.loads((output / "llava.json").read_bytes())}
-    else:
-        with jsonlines.open(output / "crayon.jsonl") as lines:
-            entries = {entry["id"]: entry for entry in lines}
+    entries = {entry["id"]: entry for split in SPLITS for entry in records_in(output, to, split)}
     assert len(entries) == 3 * len(TASKS)
     for row in rows:
         for task in {instruction.task for instruction in row.instructions}:
@@ -242,12 +244,12 @@ def test_trl_stores_an_image_once_for_all_its_entries(tmp_path):
 def test_llamafactory_finds_as_many_images_as_tokens(tmp_path, capsys):
     rows = [replace(row, conversations=(*row.conversations, VIDEO, AUDIO)) for row in some_rows()]
     output = export(tmp_path, "llamafactory", rows)
-    dataset = json.loads((output / "dataset_info.json").read_text())["crayon"]
+    declared = json.loads((output / "dataset_info.json").read_text())
+    dataset = declared["crayon"]
     assert dataset["formatting"] == "sharegpt"
     columns, tags = dataset["columns"], dataset["tags"]
-    loaded = datasets.load_dataset(
-        "json", data_files=[str(output / dataset["file_name"])], split="train", cache_dir=str(tmp_path / "cache")
-    )
+    files = [str(output / entry["file_name"]) for entry in declared.values()]
+    loaded = datasets.load_dataset("json", data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
     assert len(loaded) == 3 * len(TASKS) + len(USABLE) + 2
     for example in loaded:
         messages, images = example[columns["messages"]], example[columns["images"]]
@@ -287,15 +289,12 @@ def test_dialogues_about_no_image_are_exported_without_one(to, tmp_path, capsys)
     account = accounts(capsys)
     assert account["images"].split(maxsplit=1) == ["2", "none 1, written 1"]
     if to == "jsonl":
-        with jsonlines.open(output / "rows.jsonl") as lines:
-            _, line = lines
+        _, line = records_in(output, to, "train")
         assert (line["image"], line["panoptic_map"], len(line["conversations"])) == (None, None, 2)
         return
     # A token without an image would stop the reader.
     assert account["skipped entries"].split(maxsplit=1) == ["1", "image_token_without_image 1"]
-    files = [str(output / f"train{'*.parquet' if to == 'trl' else '.jsonl'}")]
-    if to in ("llava", "llamafactory"):
-        files = [str(output / {"llava": "llava.json", "llamafactory": "crayon.jsonl"}[to])]
+    files = [str(output / DATA_FILES[to].format(split="train"))]
     kind = "parquet" if to == "trl" else "json"
     loaded = datasets.load_dataset(kind, data_files=files, split="train", cache_dir=str(tmp_path / "cache"))
     entry = loaded[1]
@@ -312,14 +311,26 @@ def test_an_export_has_a_card_by_which_datasets_loads_it(to, tmp_path):
     loaded = datasets.load_dataset(str(output), cache_dir=str(tmp_path / "cache"))
     rows = sum(split.num_rows for split in loaded.values())
     assert rows == (4 if to == "jsonl" else 3 * len(TASKS) + len(USABLE) + 2)
-    assert set(loaded) == ({"train", "validation"} if to in ("trl", "swift") else {"train"})
+    for split, seen in loaded.items():
+        ids = {row.image_id for row in some_rows() if row.split == split}
+        assert {entry["id" if to != "jsonl" else "image_id"].split("#")[0] for entry in seen} <= ids
+    assert set(loaded) == set(SPLITS)
+
+
+def test_llamafactory_is_told_of_the_rows_that_validate_as_of_a_data_set_of_its_own(tmp_path):
+    rows = some_rows()
+    declared = json.loads((export(tmp_path, "llamafactory", rows) / "dataset_info.json").read_bytes())
+    files = {name: entry["file_name"] for name, entry in declared.items()}
+    assert files == {"crayon": "train.jsonl", "crayon_validation": "validation.jsonl"}
+    (tmp_path / "some").mkdir()
+    declared = json.loads((export(tmp_path / "some", "llamafactory", rows[:2]) / "dataset_info.json").read_bytes())
+    assert [*declared] == ["crayon"]
 
 
 def test_jsonl_gives_the_rows_back(tmp_path, capsys):
     rows = some_rows()
     output = export(tmp_path, "jsonl", rows)
-    with jsonlines.open(output / "rows.jsonl") as lines:
-        records = list(lines)
+    records = [record for split in SPLITS for record in records_in(output, "jsonl", split)]
     for record, row in zip(records, rows, strict=True):
         assert (output / record["image"]).read_bytes() == row.image_bytes
         image = {"bytes": None, "path": record.pop("image_path")}
@@ -405,7 +416,7 @@ def test_an_export_is_replaced_only_when_asked(to, tmp_path, capsys):
     assert "--overwrite" in refusal(capsys, *argv)
     assert sorted(output.rglob("*")) == before
     assert main([*argv, "--overwrite"]) == 0
-    assert (output / "rows.jsonl").exists() == (to == "jsonl")
+    assert (output / "panoptic").exists() == (to == "jsonl")
 
 
 @pytest.mark.parametrize("foreign", ["notes.txt", "crayon-00000-of-00001.parquet", "images/mine.jpg", "README.md"])

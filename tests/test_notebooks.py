@@ -60,7 +60,7 @@ def test_explore_dataset_builds_data_and_shows_them_from_all_sides(tmp_path: Pat
     for text in ("broken_image", "missing_file", "how many? A number only."):
         assert text in tables
     assert sum(pq.read_metadata(file).num_rows for file in (tmp_path / "terse").glob("*.parquet")) == 12
-    assert (tmp_path / "exports" / "llava" / "llava.json").exists()
+    assert (tmp_path / "exports" / "llava" / "train.json").exists()
     assert list((tmp_path / "exports" / "trl").glob("train-*.parquet"))
 
 
