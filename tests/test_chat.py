@@ -303,6 +303,18 @@ def test_the_map_lies_over_the_image_in_crayon_colours():
             ["--image", "scene.jpg", "--segmenter_checkpoint", "./none"],
             "collavo.chat: error: --segmenter: ./none: there is no such folder",
         ),
+        (
+            ["--image", "scene.jpg", "--segmenter", "detectron2", "--segmenter_preset", "paper"],
+            "--segmenter: detectron2 has no use for preset paper",
+        ),
+        (
+            ["--image", "scene.jpg", "--segmenter", "none", "--segmenter_input_size", "64"],
+            "--segmenter: none has no use for input_size 64",
+        ),
+        (
+            ["--image", "scene.jpg", "--segmenter_config", "a.yaml"],
+            "--segmenter: transformers has no use for config a.yaml",
+        ),
         (["--image", "scene.jpg", "--max_new_tokens", "0"], "--max_new_tokens is 0, but must be at least 1"),
         (
             ["--image", "scene.jpg", "--segmenter", "none", "--save_map", "none/map.png"],

@@ -132,6 +132,14 @@ def unusable_checkpoint(checkpoint: str, error: Exception) -> UserError:
     )
 
 
+_TAKEN = {
+    "none": (),
+    "transformers": ("checkpoint", "preset", "input_size"),
+    "detectron2": ("checkpoint", "config"),
+}
+"""The options that each kind of segmenter looks at."""
+
+
 def open_segmenter(
     name: str,
     device: str,
@@ -154,16 +162,17 @@ def open_segmenter(
         base: what the answering model was trained on, as `collavo.runs.base_of` tells it.
 
     Raises:
-        UserError: as `load_segmenter`.
+        UserError: as `load_segmenter`, and for an option that this segmenter would not look at.
     """
-    if name == "none":
-        return NoSegmenter()
     if name == "auto":
         name, checkpoint = "transformers", checkpoint or (SCENES if base == TINY else None)
+    given = {"checkpoint": checkpoint, "config": config, "preset": preset, "input_size": input_size}
+    if idle := [option for option, value in given.items() if value is not None and option not in _TAKEN[name]]:
+        raise UserError(f"{name} has no use for {idle[0]} {given[idle[0]]}")
+    if name == "none":
+        return NoSegmenter()
     options: dict[str, Any] = {"device": device, "checkpoint": checkpoint, "config": config}
     if name == "transformers":
-        if config:
-            raise UserError(f"{config} is a configuration for detectron2, and the segmenter is transformers'")
         thresholds = THRESHOLD_PRESETS[preset] if preset else None
         options |= {"thresholds": thresholds, "batch_size": 1, "input_size": input_size}
     return load_segmenter(name, **{key: value for key, value in options.items() if value is not None})
