@@ -82,7 +82,7 @@ PLACEHOLDER_MEANINGS = {
     "box": "the box asked about: `[0.75, 0.77, 0.97, 0.97]`",
     "boxes": "all boxes of the class, without names",
     "object": "the object in the box, with its number: `(#1 dog)`",
-    "objects": "all objects: `(#1 dog), (#2 dog), sky`",
+    "objects": "all objects: `(#1 dog), (#2 dog), (#1 sky)`",
     "objects_with_boxes": "the same, each followed by its box",
 }
 

@@ -27,8 +27,8 @@ if [ ! -e "$OUT/data/manifest.json" ]; then
         --max_reject_ratio 0.01 --output "$OUT/data"
 fi
 
-# 2. Train. COCO has no dialogues, so the image adapter alone is trained; llava_7b.sh trains both. Needs a GPU; neither
-#    time nor memory was measured, hence the small micro batch.
+# 2. Train. COCO has no dialogues, so the image adapter alone is trained; llava_7b.sh trains both. Needs a GPU; time was never
+#    measured, and memory only estimated (docs/training.md), hence the checkpointing.
 # shellcheck disable=SC2086  # TRAIN_FLAGS is several words
 torchrun --nproc_per_node "$GPUS" -m collavo.train --data "$OUT"/data/*.parquet --output_dir "$OUT/run" --resume \
     $TRAIN_FLAGS

@@ -3,7 +3,8 @@
 #
 #   bash examples/gcs.sh
 #
-# For buckets of your own leave out step 1 and the variable; then the SDK's usual credentials count.
+# For a bucket of your own leave out step 1 and the variable, and name it in place of `anonymous@crayon` and `crayon`; then
+# the SDK's usual credentials count.
 set -euo pipefail
 
 OUT=${OUT:-gcs}

@@ -31,7 +31,7 @@ if [ ! -e "$OUT/data/manifest.json" ]; then
         --llava_json "$LLAVA_JSON" --image_root "$PLAYGROUND" --device "$DEVICE" --output "$OUT/data" $BUILD_FLAGS
 fi
 
-# 2. A base: LLaVA with a closed Crayon Prompt, 490 px, its projector kept.
+# 2. A base: LLaVA with a new Crayon Prompt, which has no effect yet, 490 px, its projector kept.
 if [ -z "$PRESET" ]; then
     PRESET=$OUT/base
     [ -d "$PRESET" ] || python -m collavo.import_base --llava "$BASE" --chat_format vicuna --output "$PRESET"
@@ -44,7 +44,7 @@ torchrun --nproc_per_node "$GPUS" -m collavo.train --data "$OUT"/data/*.parquet 
 
 # 4. Evaluate with and without the object list in the prompt, then public benchmarks by lmms-eval.
 python -m collavo.evaluate --model "$OUT/run" --data "$OUT"/data/*.parquet --object_list both --max_images 500
-if command -v lmms-eval; then  # pip install 'collavo[lmms-eval]'
+if command -v lmms-eval; then  # pip install '.[lmms-eval]'
     lmms-eval --model collavo --model_args pretrained="$OUT/run" --tasks pope
 fi
 

@@ -20,7 +20,7 @@ VAL_IMAGES=${VAL_IMAGES:?name the folder of its pictures}
 IMAGES=${IMAGES:?name a folder of pictures without annotation}
 # What to start from: `scenes`, the small network of this package, or a hub id or folder as docs/segmenters.md lists them.
 CHECKPOINT=${CHECKPOINT:-scenes}
-OUT=${OUT:-own}
+OUT=${OUT:-own_segmenter}
 SEGMENTER_FLAGS=${SEGMENTER_FLAGS:-}  # more flags of collavo train-segmenter, such as --steps
 BUILD_FLAGS=${BUILD_FLAGS:-}          # of the build of IMAGES, such as --resume for what a stopped one has segmented
 TRAIN_FLAGS=${TRAIN_FLAGS:-}          # more flags of collavo.train, such as --max_steps

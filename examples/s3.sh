@@ -3,7 +3,8 @@
 #
 #   bash examples/s3.sh
 #
-# With a store of your own, name it by the same variables and leave out steps 1 and 2; for Amazon's, without an endpoint.
+# With a store of your own, name it by the same variables, for Amazon's without an endpoint; leave out step 1, and name your
+# bucket in place of `crayon`.
 set -euo pipefail
 
 OUT=${OUT:-s3}
