@@ -290,7 +290,8 @@ def is_folder(pattern: str) -> bool:
 def list_files(pattern: str) -> list[str]:
     """List the files that a glob pattern, a folder (to its depths) or a single path names, sorted; there may be none.
 
-    `*` and `?` stop at slashes; `**` stands for any number of folders, none included.
+    `*` and `?` stop at slashes; `**` stands for any number of folders, none included. At the beginning of a name it
+    stands for that and `*`, as to gsutil: `photos/**.jpg` is `photos/**/*.jpg`.
     """
     if not is_local(pattern):
         return _list_remote(pattern)
@@ -299,12 +300,18 @@ def list_files(pattern: str) -> list[str]:
         return sorted(_files_below(pattern))
     if os.path.exists(pattern):
         return [pattern]
+    pattern = _spelled_out(pattern)
     if "**" not in pattern.split("/"):
         return sorted(path for path in glob(pattern) if not os.path.isdir(path))
     start = "".join(fixed_part(pattern).rpartition("/")[:2])
     matches = _glob_matcher(pattern[len(start) :])  # Python's `**` would go round in circles where links do
     found = (path if start else path.removeprefix("./") for path in _files_below(start or "./"))
     return sorted(path for path in found if matches(path[len(start) :]))
+
+
+def _spelled_out(pattern: str) -> str:
+    """Give a `**` that begins a name a folder's place of its own."""
+    return re.sub(r"(^|/)\*\*+(?=[^/*])", r"\1**/*", pattern)
 
 
 def fixed_part(pattern: str) -> str:
@@ -332,7 +339,7 @@ def _files_below(top: str) -> Iterator[str]:
 
 
 def _glob_matcher(pattern: str) -> Callable[[str], object]:
-    """Return what tells whether a path matches; `**` within a name is a `*`."""
+    """Return what tells whether a path matches; in the middle of a name `**` is a `*`."""
     from fsspec.utils import glob_translate
 
     parts = (part if part == "**" else re.sub(r"\*\*+", "*", part) for part in pattern.split("/"))
@@ -411,8 +418,9 @@ def _list_remote(pattern: str) -> list[str]:
         if fixed == rest:
             is_file = files.get_file_info(base + rest).type == FileType.File
             return [pattern] if is_file else _list_remote(f"{pattern}/")  # a folder, as on a disk without a slash
-        above, deep = fixed.rpartition("/")[0], "/" in rest[len(fixed) :]
-        matches = _glob_matcher(rest)
+        spelled_out = _spelled_out(rest)
+        above, deep = fixed.rpartition("/")[0], "/" in spelled_out[len(fixed) :]
+        matches = _glob_matcher(spelled_out)
     found = files.get_file_info(FileSelector((base + above).rstrip("/"), recursive=deep, allow_not_found=True))
     names = (info.path[len(base) :] for info in found if info.type == FileType.File)
     # A name may look like a pattern.

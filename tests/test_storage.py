@@ -51,6 +51,8 @@ def photos(tmp_path, monkeypatch) -> Path:
         ("./**/d**/*.jpg", ["./photos/sub/deep/d.jpg"]),
         # ** is any number of folders, none included
         ("photos/**/*.jpg", ["photos/[1].jpg", "photos/b.jpg", "photos/sub/c.jpg", "photos/sub/deep/d.jpg"]),
+        ("photos/**.jpg", ["photos/[1].jpg", "photos/b.jpg", "photos/sub/c.jpg", "photos/sub/deep/d.jpg"]),
+        ("**c.jpg", ["photos/sub/c.jpg"]),
         ("*.jpg", ["e.jpg"]),  # in the current folder
         ("photos/?.png", ["photos/a.png"]),
         ("photos/*", ["photos/[1].jpg", "photos/a.png", "photos/b.jpg"]),  # files, not folders
@@ -208,6 +210,7 @@ def store() -> str:
         ("photos/sub/", ["sub/c.jpg", "sub/deep/d.jpg", "sub/e#%41 ?.jpg"]),
         ("photos/*.jpg", ["[1].jpg", "b.jpg"]),
         ("photos/**/*.jpg", ["[1].jpg", "b.jpg", "sub/c.jpg", "sub/deep/d.jpg", "sub/e#%41 ?.jpg"]),
+        ("photos/**.jpg", ["[1].jpg", "b.jpg", "sub/c.jpg", "sub/deep/d.jpg", "sub/e#%41 ?.jpg"]),
         ("*/sub/*.jpg", ["sub/c.jpg", "sub/e#%41 ?.jpg"]),
         ("photos/?.png", ["a.png"]),
         ("photos/[1].jpg", ["[1].jpg"]),
