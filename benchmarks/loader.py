@@ -30,7 +30,7 @@ from collavo.training.arguments import PRESETS
 from collavo.training.batch_plan import Batch, PlanOptions, plan_epoch, rows_in_use
 from collavo.training.batches import ExampleDataset, RowReader, build_loader, micro_batches
 from collavo.training.lengths import LengthLimit
-from collavo.training.row_index import RowIndex, build_row_index
+from collavo.training.row_index import RowIndex, build_row_indexes
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = find_files(arguments.data)
     read_before = psutil.Process().io_counters().read_chars
     limit = LengthLimit(processor, 4096, "dialogues", arguments.instructions_per_sequence)
-    index = build_row_index(files, "train", limit)
+    index = build_row_indexes(files, limit)["train"]
     indexed = psutil.Process().io_counters().read_chars - read_before
     stored = sum(Path(file).stat().st_size for file in files)
     options = PlanOptions(32 if arguments.ranks else 1, 0, arguments.instructions_per_sequence, limit.room)

@@ -1,6 +1,6 @@
 """Measure what a model knows of classes that were in no crayon map and no question of its training.
 
-    python benchmarks/unseen_classes.py --folder unseen [--count 1400] [--arms words table all]
+    python benchmarks/unseen_classes.py --folder unseen [--count 1400] [--arms words table all] [--seeds 0 1 2]
 
 Six thing classes of the drawn scenes are left out of the training data; the questions about 240 other scenes have all
 classes. `words` computes the semantic queries from the names of the classes, `table` looks them up, and `all` is
@@ -31,6 +31,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, required=True, help="scenes, data and runs go here")
     parser.add_argument("--count", type=int, default=1400, help="scenes to train on")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the trainings")
     args = parser.parse_args()
     folder: Path = args.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -43,8 +44,11 @@ def main() -> int:
     _build(folder, "asked", "other_scenes", "--coco_split", "validation")
     rows = []
     for arm in args.arms:
-        rows.append(_figures(arm, _evaluated(folder, arm)))
-    print("\n".join(["| arm | classes | " + " | ".join(TASKS.values()) + " |", "|---|---|---:|---:|---:|", *rows]))
+        data = _build(folder, *_training_data(folder, arm))
+        for seed in args.seeds:
+            rows.append(_figures(f"{arm} | {seed}", _evaluated(folder, arm, data, seed)))
+    titles = "| arm | seed | classes | " + " | ".join(TASKS.values()) + " |"
+    print("\n".join([titles, "|---|---:|---|---:|---:|---:|", *rows]))
     return 0
 
 
@@ -66,11 +70,10 @@ def _build(folder: Path, name: str, scenes: str, *flags: str) -> Path:
     return built(folder / name, *annotations, *flags)
 
 
-def _evaluated(folder: Path, arm: str) -> Mapping[str, Any]:
+def _evaluated(folder: Path, arm: str, data: Path, seed: int) -> Mapping[str, Any]:
     kind = "table" if arm == "table" else "words"
-    flags = ["--semantic_queries", kind, "--crayon_share", "0.7", "--preset", "tiny"]
-    data = _build(folder, *_training_data(folder, arm))
-    return evaluated(trained(folder / f"run_{arm}", data, *flags), folder / "asked", tuple(TASKS))
+    flags = ["--semantic_queries", kind, "--crayon_share", "0.7", "--preset", "tiny", "--seed", str(seed)]
+    return evaluated(trained(folder / f"run_{arm}_{seed}", data, *flags), folder / "asked", tuple(TASKS))
 
 
 def _figures(arm: str, results: Mapping[str, Any]) -> str:

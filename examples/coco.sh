@@ -30,8 +30,8 @@ fi
 # 2. Train. COCO has no dialogues, so the image adapter alone is trained; llava_7b.sh trains both. Needs a GPU; time was never
 #    measured, and memory only estimated (docs/training.md), hence the checkpointing.
 # shellcheck disable=SC2086  # TRAIN_FLAGS is several words
-torchrun --nproc_per_node "$GPUS" -m collavo.train --data "$OUT"/data/*.parquet --output_dir "$OUT/run" --resume \
-    $TRAIN_FLAGS
+torchrun --nproc_per_node "$GPUS" --shutdown_timeout 300 -m collavo.train --data "$OUT"/data/*.parquet \
+    --output_dir "$OUT/run" --resume $TRAIN_FLAGS
 
 # 3. Evaluate: 500 images of the validation split, whose truth are COCO's annotations.
 python -m collavo.evaluate --model "$OUT/run" --data "$OUT"/data/*.parquet --max_images 500

@@ -39,8 +39,8 @@ fi
 
 # 3. Train both phases: one pass each, 32 sequences a step over all GPUs.
 # shellcheck disable=SC2086  # TRAIN_FLAGS is several words
-torchrun --nproc_per_node "$GPUS" -m collavo.train --data "$OUT"/data/*.parquet --preset "$PRESET" \
-    --output_dir "$OUT/run" --resume $TRAIN_FLAGS
+torchrun --nproc_per_node "$GPUS" --shutdown_timeout 300 -m collavo.train --data "$OUT"/data/*.parquet \
+    --preset "$PRESET" --output_dir "$OUT/run" --resume $TRAIN_FLAGS
 
 # 4. Evaluate with and without the object list in the prompt, then public benchmarks by lmms-eval.
 python -m collavo.evaluate --model "$OUT/run" --data "$OUT"/data/*.parquet --object_list both --max_images 500

@@ -21,7 +21,7 @@ from collavo.training.row_index import RowGroup, RowIndex, Texts
 def index(instructions: list[int], dialogues: list[int], group_rows: int = 3) -> RowIndex:
     """Rows with so many instructions and dialogues each, every text ten tokens long."""
     groups = [
-        RowGroup(Path("a.parquet"), i, first, min(group_rows, len(instructions) - first))
+        RowGroup(Path("a.parquet"), i, first, min(group_rows, len(instructions) - first), 0)
         for i, first in enumerate(range(0, len(instructions), group_rows))
     ]
     texts = {}
@@ -120,6 +120,7 @@ def test_ranks_together_read_each_row_group_once_but_for_a_few_in_the_end(
     rows = index(varied.integers(0, 9, count).tolist(), varied.integers(0, 3, count).tolist(), group_rows)
     reads: list[int] = []
     monkeypatch.setattr("collavo.training.batches.opened_parquet", lambda _, footer: nullcontext(File()))
+    monkeypatch.setattr("collavo.training.batches._is_indexed", lambda *_: True)
     plan = plan_epoch(rows, KINDS, options(batch_size=32), epoch=0)
     for rank in range(ranks):
         reader, last = RowReader(rows.row_groups, rows_in_use(rows.row_groups)), -1

@@ -24,7 +24,7 @@ from collavo.panoptic.index_png import decode_index_map
 from collavo.training.batch_plan import PlanOptions, Sample, plan_epoch
 from collavo.training.batches import ExampleDataset, MicroBatch, RowReader, build_loader, pack_prompts, prompts_of
 from collavo.training.lengths import NO_LIST, TOO_LONG, LengthLimit, object_list
-from collavo.training.row_index import RowGroup, build_row_index
+from collavo.training.row_index import RowGroup, build_row_indexes
 from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import CrayonRow, Dialogue
 
@@ -40,7 +40,7 @@ def dataset(
     max_length: int = 9999,
 ) -> ExampleDataset:
     files = find_files([str(write_crayon_file(folder / "rows.parquet", rows))])
-    index = build_row_index(files, "train", LengthLimit(PROCESSOR, max_length, object_list, PACKED))
+    index = build_row_indexes(files, LengthLimit(PROCESSOR, max_length, object_list, PACKED))["train"]
     return ExampleDataset(index, PROCESSOR, image_root)
 
 
@@ -179,7 +179,7 @@ def test_only_the_rows_of_the_split_are_learned_from(tmp_path: Path) -> None:
     files = [write_crayon_file(tmp_path / "rows.parquet", scene_rows(8))]
     options = PlanOptions(batch_size=1, seed=0, instructions_per_sequence=8, max_tokens=600)
     for split, rows in (("train", {0, 1, 2, 4, 5, 6}), ("validation", {3, 7})):
-        plan = plan_epoch(build_row_index(files, split, LengthLimit(PROCESSOR, 9999, "none", 8)), KINDS, options, 0)
+        plan = plan_epoch(build_row_indexes(files, LengthLimit(PROCESSOR, 9999, "none", 8))[split], KINDS, options, 0)
         assert {sample.row for batch in plan for sample in batch.samples} == rows
 
 
@@ -202,9 +202,28 @@ def test_every_row_group_is_read_once_by_one_worker(tmp_path: Path, monkeypatch:
     assert sorted(reads) == [0, 1, 2]
 
 
+def groups_of(path: Path) -> list[RowGroup]:
+    """The row groups of a file, as the index has them; all have equally many rows."""
+    footer = pq.read_metadata(path)
+    found = [footer.row_group(number) for number in range(footer.num_row_groups)]
+    return [RowGroup(str(path), n, n * g.num_rows, g.num_rows, g.total_byte_size) for n, g in enumerate(found)]
+
+
+def test_rows_of_a_file_that_was_replaced_are_not_taken_for_those_that_were_indexed(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    rows = pa.table({"row": [str(number) for number in range(80)]})
+    pq.write_table(rows, path, row_group_size=4)
+    groups = groups_of(path)
+    assert RowReader(groups, 8, ["row"]).read(7)["row"] == "7"
+    for others in (rows.slice(0, 79), rows.slice(0, 4), pa.table({"row": [f"other {number}" for number in range(80)]})):
+        pq.write_table(others, path, row_group_size=4)
+        with pytest.raises(UserError, match=r"rows\.parquet: was replaced while it was read"):
+            RowReader(groups, 8, ["row"]).read(79)
+
+
 def test_a_file_s_footer_is_read_once_for_all_its_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    groups = [RowGroup(str(tmp_path / "rows.parquet"), number, 4 * number, 4) for number in range(20)]
     pq.write_table(pa.table({"row": range(80)}), tmp_path / "rows.parquet", row_group_size=4)
+    groups = groups_of(tmp_path / "rows.parquet")
     footers = []
     opened = pq.ParquetFile
     monkeypatch.setattr(

@@ -22,7 +22,7 @@ from collavo.model.prompt import KINDS
 from collavo.training.batch_plan import PlanOptions, Sample, plan_epoch
 from collavo.training.batches import ExampleDataset, Skipped
 from collavo.training.lengths import LengthLimit
-from collavo.training.row_index import build_row_index
+from collavo.training.row_index import build_row_indexes
 from pipelines.records import REJECT_REASONS, Draft
 from pipelines.sources import read_crayon_rows
 from schemas.crayon_row import CRAYON_SCHEMA
@@ -49,7 +49,7 @@ def read_as_all_do(path: Path, folder: Path) -> LeftOut:
     categories = category_set(files)
     check_repeats(files)
     limit = LengthLimit(PROCESSOR, 2000, "dialogues", instructions_per_sequence=8)
-    index = build_row_index(files, "train", limit, categories=categories)
+    index = build_row_indexes(files, limit, categories=categories)["train"]
     examples = ExampleDataset(index, PROCESSOR, None, categories)
     options = PlanOptions(batch_size=1, seed=0, instructions_per_sequence=8, max_tokens=limit.room)
     for batch in plan_epoch(index, KINDS, options, 0):
@@ -189,7 +189,7 @@ def test_a_damaged_map_is_a_skipped_sample(tmp_path: Path) -> None:
     found = lists(records())
     found[0]["panoptic_map"]["bytes"] = found[1]["panoptic_map"]["bytes"][20:50]
     files = [save(tmp_path / "rows.parquet", found)]
-    index = build_row_index(files, "train", LengthLimit(PROCESSOR, 9999, "none", 99))
+    index = build_row_indexes(files, LengthLimit(PROCESSOR, 9999, "none", 99))["train"]
     examples = ExampleDataset(index, PROCESSOR)
     results = [examples[Sample("crayon", row, (0,))] for row in (0, 1)]
     assert isinstance(results[0], Skipped) and results[0].reason == "broken_map"

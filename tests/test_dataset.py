@@ -11,7 +11,7 @@ from tiny_model import OWN_CLASSES, own_rows, scene_rows, tiny_processor, write_
 from collavo.dataset import category_set, check_repeats, count_rows, find_files, notes, read_rows
 from collavo.errors import UserError
 from collavo.training.lengths import LengthLimit
-from collavo.training.row_index import build_row_index
+from collavo.training.row_index import build_row_indexes
 from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import CRAYON_SCHEMA, CrayonRow
 
@@ -146,7 +146,7 @@ def test_files_that_other_tools_wrote_again_hold_the_same_rows(
     for s in (s for row in rows for s in row.segments):
         assert (found[s.label].display_name, found[s.label].is_thing) == (s.category, s.is_thing)
     limit = LengthLimit(tiny_processor(), 600, "none", 8)
-    assert len(build_row_index(files, "train", limit, categories=found).texts["crayon"])
+    assert len(build_row_indexes(files, limit, categories=found)["train"].texts["crayon"])
 
 
 def test_a_file_states_its_set_and_sets_are_not_mixed(tmp_path):

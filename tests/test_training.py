@@ -29,6 +29,7 @@ from collavo import evaluate, train
 from collavo.errors import UserError
 from collavo.model.query_init import adopt_categories
 from collavo.runs import load_base, load_run, save_run
+from collavo.training import checkpoint
 from collavo.training import run as run_module
 from collavo.training.arguments import parse_arguments
 from collavo.training.batches import MicroBatch, collate
@@ -269,6 +270,60 @@ def test_the_phases_can_be_run_one_after_the_other(world: Path, finished: Path, 
     assert sorted(path.name for path in (run / "adapters").iterdir()) == ["image_cit", "vl_cit"]
     assert losses(run)[0] == losses(finished)[0]
     assert [step for step, _, _ in losses(run)] == [1, 2]
+
+
+def test_a_phase_that_was_stopped_is_begun_anew_only_when_asked_and_then_alone(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def kill(trainer: Trainer, number: int, *more: Any) -> Any:
+        if number == at_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, number, *more)
+
+    step, run = Trainer._step, tmp_path / "run"
+    tune, instruct = (command(world, run, "--phase", phase) for phase in ("cpt", "cit"))
+    assert train.main([*tune, "--max_steps", "1"]) == 0
+    tuned = load_file(run / "crayon.safetensors")
+    instruct += ["--checkpoint_steps", "1", "--keep_checkpoints", "1"]
+    other_rate = [*instruct, "--cit_learning_rate", "2e-3"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_step", kill)
+        at_step = 3
+        assert train.main(instruct) == 143
+        assert train.main(other_rate) == 2
+        assert "holds an unfinished cit; --resume continues it, --overwrite begins it anew" in capsys.readouterr().err
+        at_step = 2
+        assert train.main([*other_rate, "--overwrite"]) == 143
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
+    assert all(torch.equal(tensor, tuned[name]) for name, tensor in load_file(run / "crayon.safetensors").items())
+    assert train.main([*other_rate, "--resume"]) == 0
+    assert [step for step, _, _ in losses(run)] == [1, 2, 3, 4]
+
+
+def test_a_gradient_that_is_no_number_ends_the_run_before_a_weight_takes_it(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spoilt(trainer: Trainer, learning: Any) -> None:
+        summed(trainer, learning)
+        learning[0].grad[0] = float("inf")
+
+    summed = Trainer._sum_gradients
+    monkeypatch.setattr(Trainer, "_sum_gradients", spoilt)
+    assert train.main(command(world, tmp_path / "run", "--checkpoint_steps", "1")) == 1
+    assert "error: step 1: the norm of the gradient is inf; images scene-" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of what is mapped")
+def test_a_checkpoint_that_was_loaded_is_not_held_open(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.ones(9))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.ones(9)
+    optimizer.step()
+    checkpoint.save_checkpoint(tmp_path, checkpoint.Position("cpt", 1, 1), {"w": weight}, optimizer, {}, 1)
+    checkpoint.load_optimizer(tmp_path / "checkpoints" / "step-000001", {"w": weight}, optimizer)
+    assert optimizer.state[weight]["step"] == 1 and optimizer.state[weight]["exp_avg"].any()
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize(("most", "phases"), [("1", ["cpt", "cit", "cit"]), ("9", ["cpt", "cpt", "cit", "cit"])])
@@ -708,6 +763,16 @@ def test_queries_computed_from_words_serve_classes_that_no_training_has_seen(
     assert train.main(command(world, tuned, *flags, "--phase", "cpt")) == 0
     assert train.main(command(world, tuned, "--phase", "cit")) == 2
     assert "tuned with --semantic_queries words" in capsys.readouterr().err
+    # In instruction tuning the adapters alone learn, or names that are not there would lose what they mean.
+    before = load_file(tuned / "crayon.safetensors")
+    assert train.main(command(world, tuned, *flags, "--phase", "cit")) == 0
+    after = load_file(tuned / "crayon.safetensors")
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert before["linear_2.weight"].any()
+    before = load_file(run / "crayon.safetensors")
+    assert train.main(command(world, run, *flags, "--max_steps", "2", "--resume")) == 0
+    after = load_file(run / "crayon.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_samples_that_fail_are_skipped_and_named_up_to_a_ratio_and_again_after_a_resume(

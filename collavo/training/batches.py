@@ -127,23 +127,36 @@ class RowReader:
 
         Raises:
             Rejected: `unreadable_rows` if its row group is damaged where the index did not look, in pictures and maps.
+            UserError: if its file is not the one that was indexed.
         """
         number = bisect_right(self._first_rows, row) - 1
         if number not in self._tables:
             group = self._groups[number]
             try:
                 with opened_parquet(group.file, footer=self._footers.get(group.file)) as parquet:
-                    self._tables[number] = parquet.read_row_group(group.group, columns=self._columns)
-                    self._footers[group.file] = parquet.metadata
+                    footer = parquet.metadata
+                    if same := _is_indexed(group, footer):
+                        self._tables[number] = parquet.read_row_group(group.group, columns=self._columns)
+                        self._footers[group.file] = footer
             except UserError as error:
                 detail = f"row group {group.group} of {error}"
                 raise Rejected("unreadable_rows", detail, f"row {row}") from error
+            if not same:
+                raise UserError(f"{group.file}: was replaced while it was read; leave data alone until a run ends", 1)
             while len(self._tables) > 1 and sum(map(len, self._tables.values())) > self._kept_rows:
                 self._tables.popitem(last=False)
             if len(self._footers) > _KEPT_FOOTERS:
                 self._footers.popitem(last=False)
         self._tables.move_to_end(number)
         return self._tables[number].slice(row - self._first_rows[number], 1).to_pylist()[0]
+
+
+def _is_indexed(group: RowGroup, footer: pq.FileMetaData) -> bool:
+    """Tell whether a file has a row group as the index knows it; another file would lend other rows its numbers."""
+    if group.group >= footer.num_row_groups:
+        return False
+    found = footer.row_group(group.group)
+    return (found.num_rows, found.total_byte_size) == (group.rows, group.bytes)
 
 
 class ExampleDataset(Dataset[Example | Skipped | UserError]):

@@ -72,12 +72,23 @@ def save_checkpoint(
         state |= {"skipped": skipped, "learned_from": learned_from}
         (folder / STATE).write_text(json.dumps(state, indent=2))
     for old in list_checkpoints(run)[:-keep]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)  # what stays of it, the next checkpoint tries to remove again
 
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
     return sorted((run / "checkpoints").glob("step-*"))
+
+
+def phase_of(checkpoint: Path) -> str:
+    """Return the phase in which a checkpoint was written.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    with _readable(checkpoint):
+        phase: str = json.loads((checkpoint / STATE).read_text())["phase"]
+    return phase
 
 
 def read_position(checkpoint: Path, learned_from: Mapping[str, Any]) -> Position:
@@ -124,8 +135,9 @@ def load_optimizer(checkpoint: Path, parameters: Mapping[str, torch.Tensor], opt
     for key, tensor in moments.items():
         entry, _, name = key.partition("/")
         parameter = parameters[name]
-        # AdamW keeps its step count on the CPU, the moments beside the weight.
-        optimizer.state[parameter][entry] = tensor if entry == "step" else tensor.to(parameter.device)
+        # AdamW keeps its step count on the CPU, the moments beside the weight. All are copies, for what was loaded maps
+        # the file, and on NFS a file that is still mapped cannot be removed with its folder.
+        optimizer.state[parameter][entry] = tensor.to("cpu" if entry == "step" else parameter.device, copy=True)
 
 
 @contextmanager

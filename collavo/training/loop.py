@@ -247,6 +247,8 @@ class Trainer:
             self._staged.check_gradients()
             self._checked.add(self._staged.stage.name)
         norm = nn.utils.clip_grad_norm_(learning, self._arguments.max_grad_norm)
+        if not torch.isfinite(norm):  # clipped, a single infinity would make its weight and its moments no numbers
+            raise UserError(f"step {step}: the norm of the gradient is {norm.item()}; {images}", 1)
         optimizer.step()
         # None, not zero: AdamW passes over weights without a gradient. With a zero, its momentum would go on moving
         # the adapter whose turn it is not.

@@ -92,7 +92,7 @@ def plan_phases(
                 "split among those named?"
             )
         active = tuple(dict.fromkeys(adapter_of.values()))
-        stages = {kind: cit_stage(adapter, active) for kind, adapter in adapter_of.items()}
+        stages = {kind: cit_stage(adapter, active, not arguments.by_words) for kind, adapter in adapter_of.items()}
         add("cit", stages, arguments.cit_learning_rate)
     return phases
 

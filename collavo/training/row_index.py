@@ -3,7 +3,7 @@
 The text columns are read once, at the start. The plan of the batches follows from this index alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from posixpath import basename
 from typing import Any
@@ -16,7 +16,7 @@ from collavo.errors import Rejected
 from collavo.model.prompt import KINDS, Kind
 from collavo.training.lengths import NO_LIST, LengthLimit
 from schemas.categories import COCO_PANOPTIC, CategorySet
-from schemas.crayon_row import TASKS
+from schemas.crayon_row import SPLITS, TASKS
 
 _COLUMNS = (
     "image_id", "image_sha256", "width", "height", "license_id", "split", "segments", "instructions", "conversations",
@@ -33,6 +33,8 @@ class RowGroup:
     group: int
     first_row: int
     rows: int
+    bytes: int
+    """Of its columns before compression, by which a file is known to be still the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +81,17 @@ class RowIndex:
     """Whether some row refers to its image instead of holding it."""
 
 
-def build_row_index(
+def build_row_indexes(
     files: Sequence[str],
-    split: str,
     limit: LengthLimit,
     tasks: Sequence[str] = TASKS,
     categories: CategorySet = COCO_PANOPTIC,
     kinds: Sequence[Kind] = KINDS,
-) -> RowIndex:
-    """Index the rows of a split.
+) -> dict[str, RowIndex]:
+    """Index the rows of all splits, by split.
 
     Args:
         files: crayon data, already checked by `collavo.dataset.find_files`.
-        split: `train` or `validation`.
         limit: tells what fits; what does not is left out and counted.
         tasks: instructions of other tasks are ignored.
         categories: the set of the rows' classes.
@@ -101,8 +101,8 @@ def build_row_index(
         UserError: if a file cannot be read.
     """
     groups: list[RowGroup] = []
-    left_out = LeftOut()
-    collected: dict[Kind, _Collector] = {kind: _Collector(kind, limit, left_out) for kind in kinds}
+    left_out = {split: LeftOut() for split in SPLITS}
+    collected = {split: {kind: _Collector(kind, limit, left_out[split]) for kind in kinds} for split in SPLITS}
     null_images = False
     rows = 0
     for file in files:
@@ -113,18 +113,23 @@ def build_row_index(
                 first_row = rows
                 for record in read_records(parquet, columns, group):
                     rows += 1
-                    usable = _usable(record, categories, f"row {rows} of {basename(file)}", left_out)
-                    wanted = usable if usable and usable["split"] == split else _NO_ROW
-                    for kind, collector in collected.items():
-                        collector.add_row(wanted, _numbers_of(wanted, kind, tasks))
-                groups.append(RowGroup(file, group, first_row, rows - first_row))
-    return RowIndex(
-        tuple(groups),
-        {kind: collector.texts() for kind, collector in collected.items()},
-        left_out,
-        limit.max_length,
-        null_images,
-    )
+                    usable = _usable(record, categories, f"row {rows} of {basename(file)}", left_out.values())
+                    for split, of_split in collected.items():
+                        wanted = usable if usable and usable["split"] == split else _NO_ROW
+                        for kind, collector in of_split.items():
+                            collector.add_row(wanted, _numbers_of(wanted, kind, tasks))
+                size = parquet.metadata.row_group(group).total_byte_size
+                groups.append(RowGroup(file, group, first_row, rows - first_row, size))
+    return {
+        split: RowIndex(
+            tuple(groups),
+            {kind: collector.texts() for kind, collector in of_split.items()},
+            left_out[split],
+            limit.max_length,
+            null_images,
+        )
+        for split, of_split in collected.items()
+    }
 
 
 @dataclass(slots=True)
@@ -164,7 +169,7 @@ def _numbers_of(record: Mapping[str, Any], kind: Kind, tasks: Sequence[str]) -> 
 
 
 def _usable(
-    record: dict[str, Any] | Rejected, categories: CategorySet, place: str, left_out: LeftOut
+    record: dict[str, Any] | Rejected, categories: CategorySet, place: str, left_out: Iterable[LeftOut]
 ) -> dict[str, Any] | None:
     """Return a row that can be learned from; count any other."""
     try:
@@ -173,7 +178,8 @@ def _usable(
         check_record(record, categories)
         return record
     except Rejected as error:
-        left_out.add(error.reason, place, str(error))
+        for of_split in left_out:
+            of_split.add(error.reason, place, str(error))
         return None
 
 

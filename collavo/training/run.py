@@ -45,7 +45,7 @@ from collavo.training.lengths import LengthLimit
 from collavo.training.loop import StepResult, Trainer, signals_noted
 from collavo.training.memory import LongestBatch, Shape, check_memory, estimate, memory_of
 from collavo.training.phases import ADAPTER_OF, Phase, phases_left, plan_phases
-from collavo.training.row_index import RowIndex, build_row_index
+from collavo.training.row_index import RowIndex, build_row_indexes
 from collavo.training.trainable import compute_dtype, count_weights, load_trainable
 
 
@@ -71,6 +71,7 @@ class TrainingRun:
             console.print(note, highlight=False, soft_wrap=True)
         self.accelerator = _accelerator(arguments)
         self.replaces = self._replaces()
+        self.begun = self._begun()
         if (self.folder / TRAIN_ARGS).exists() and not self.replaces:
             with naming("output_dir"):
                 check_embedded_base(self.folder, read_train_args(self.folder))
@@ -104,8 +105,8 @@ class TrainingRun:
         self.limit = LengthLimit(
             self.processor, arguments.max_length, arguments.object_list, arguments.instructions_per_sequence
         )
-        self.train_set = self._examples("train")
-        self.validation_set = self._examples("validation")
+        examples = self._examples()
+        self.train_set, self.validation_set = examples["train"], examples["validation"]
         self.plan_options = PlanOptions(
             batch_size=arguments.batch_size,
             seed=arguments.seed,
@@ -258,24 +259,28 @@ class TrainingRun:
             )
         self.accelerator.wait_for_everyone()
 
-    def _examples(self, split: str) -> ExampleDataset:
+    def _examples(self) -> dict[str, ExampleDataset]:
+        """Index the rows of both splits, in one pass."""
         arguments = self.arguments
-        index: RowIndex | UserError | None = None
+        indexes: dict[str, RowIndex] | UserError | None = None
         if self.accelerator.is_main_process:  # the others wait for what it reads
             kinds = (*(() if arguments.phase == "align" else KINDS), *(("caption",) if self.aligns else ()))
             try:
                 with naming("data"):
-                    index = build_row_index(self.files, split, self.limit, arguments.tasks, self.categories, kinds)
+                    indexes = build_row_indexes(self.files, self.limit, arguments.tasks, self.categories, kinds)
             except UserError as error:
-                index = error
-        (index,) = broadcast_object_list([index])
-        if not isinstance(index, RowIndex):
-            assert index is not None
-            raise index
-        if index.has_null_images and arguments.image_root is None:
+                indexes = error
+        (indexes,) = broadcast_object_list([indexes])
+        if not isinstance(indexes, dict):
+            assert indexes is not None
+            raise indexes
+        if indexes["train"].has_null_images and arguments.image_root is None:
             raise UserError("--data: rows refer to their images; --image_root must name the folder of the images")
         image_root = Path(arguments.image_root) if arguments.image_root else None
-        return ExampleDataset(index, self.processor, image_root, self.categories)
+        return {
+            split: ExampleDataset(index, self.processor, image_root, self.categories)
+            for split, index in indexes.items()
+        }
 
     def _projector_file(self) -> Path | None:
         """Find the trained projector that this run begins with: one that is named, or that of a finished align."""
@@ -334,16 +339,34 @@ class TrainingRun:
             make_folder(folder)
         return replaces
 
+    def _begun(self) -> list[Path]:
+        """List the checkpoints of an earlier attempt at the phase, which this one begins anew.
+
+        Raises:
+            UserError: if there are any that are neither resumed nor replaced.
+        """
+        if self.replaces or self.arguments.resume:
+            return []
+        phase, checkpoints = self.arguments.phase, checkpoint.list_checkpoints(self.folder)
+        with naming("output_dir"):
+            begun = [path for path in checkpoints if checkpoint.phase_of(path) == phase]
+        if begun and not self.arguments.overwrite:
+            raise UserError(
+                f"--output_dir {self.folder} holds an unfinished {phase}; --resume continues it, --overwrite begins it "
+                "anew"
+            )
+        return begun
+
     def _prepare_folder(self) -> None:
-        """Remove the run that this one replaces. By now, all is loaded and checked, so that a mistake costs no run.
+        """Remove what this run replaces. By now, all is loaded and checked, so that a mistake costs no run.
 
         Raises:
             UserError: if the disk refuses.
         """
         self.accelerator.wait_for_everyone()  # none reads of it any more
-        if self.accelerator.is_main_process and self.replaces:  # ranks that delete the same folder trip over each other
+        if self.accelerator.is_main_process:  # ranks that delete the same folder trip over each other
             with naming("output_dir"), writing(self.folder):
-                remove([*self.folder.iterdir()])  # the folder itself may be a link
+                remove([*self.folder.iterdir()] if self.replaces else self.begun)  # the folder itself may be a link
 
 
 _LONGEST_WAIT = timedelta(hours=2)

@@ -5,6 +5,9 @@
     image_cit   queries, connector and the first adapter learn; the second is active, but frozen
     vl_cit      queries, connector and the second adapter learn; the first is active, but frozen
 
+Where queries are computed from the names of classes, they and the connector learn in cpt alone. In instruction tuning
+they would go on to fit the names that are there, and a name that no training has seen would lose what it means.
+
 "Active" and "learning" are different things. Both adapters are active in every step of instruction tuning, since both
 are active when the model is asked later, and each has to learn beside the other. Which one learns depends on the batch.
 
@@ -44,9 +47,9 @@ ALIGN = Stage("align", (), (PROJECTOR,))
 CPT = Stage("cpt", (), (CRAYON_PROMPT,))
 
 
-def cit_stage(adapter: str, active: tuple[str, ...]) -> Stage:
-    """Make the stage of instruction tuning in which one of the active adapters learns, with the Crayon Prompt."""
-    return Stage(adapter, active, (CRAYON_PROMPT, adapter))
+def cit_stage(adapter: str, active: tuple[str, ...], with_prompt: bool = True) -> Stage:
+    """Make the stage of instruction tuning in which one of the active adapters learns, alone or with the prompt."""
+    return Stage(adapter, active, (CRAYON_PROMPT, adapter) if with_prompt else (adapter,))
 
 
 class StagedModel:
