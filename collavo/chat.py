@@ -123,6 +123,8 @@ def _chat(flags: Flags) -> None:
     _check(flags)
     if flags.questions:
         return _answer_file(flags)
+    with naming("image"):  # before the model is loaded, which takes its time
+        image = _read_image(flags.image) if flags.image else None
     session = _conversations(flags)
     if flags.gradio:
         from collavo.chat_page import serve
@@ -130,11 +132,7 @@ def _chat(flags: Flags) -> None:
         with naming("port"):
             return serve(session.about_file, session.cautions, flags.port)
     console = Console(highlight=False, soft_wrap=True)
-    if flags.data:
-        conversation = session.about_row()
-    else:
-        with naming("image"):
-            conversation = session.about_file(str(flags.image))
+    conversation = session.about_row() if image is None else session.about(session.segmented(image))
     _show_objects(conversation.picture, session.cautions(conversation.picture), console)
     if flags.save_map:
         with naming("save_map"):
@@ -163,9 +161,6 @@ def _check(flags: Flags) -> None:
         raise UserError("--top_p says among which tokens --temperature draws; give it a temperature above 0")
     if flags.temperature and flags.beams > 1:
         raise UserError("--temperature draws tokens at random, --beams searches the likeliest; choose one")
-    if flags.image:
-        with naming("image"):
-            _read_image(flags.image)  # before the model is loaded, which takes its time
 
 
 class Session:

@@ -6,7 +6,6 @@ answers are those that each whole prompt would get alone.
 """
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from collavo.model.processing import CollavoProcessor
 from collavo.model.prompt import LISTED, Kind, Turns
 from collavo.model.query_init import adopt_categories
 from collavo.panoptic.maps import PanopticMap
-from collavo.runs import EXPORT, TRAIN_ARGS, load_base, load_run, read_train_args
+from collavo.runs import TRAIN_ARGS, export_facts, load_base, load_run, read_train_args
 from schemas.categories import COCO_PANOPTIC, CategorySet
 from schemas.crayon_row import CrayonRow
 
@@ -158,28 +157,31 @@ class Answerer:
         """Answer requests, in their order.
 
         Args:
-            pictures: they go through the model together, once; each needs at least one request. Their maps are of one
-                set of classes.
+            pictures: they go through the model together, once for each system text that requests about them have.
+                Their maps are of one set of classes.
             batch_size: requests that are answered together.
             show: receives the answer to a single request while it grows; a beam search has nothing to show before its
                 end.
         """
         prompts = [self.processor.render(request.turns, request.objects).input_ids for request in requests]
-        of_picture: list[list[list[int]]] = [[] for _ in pictures]
-        for prompt, request in zip(prompts, requests, strict=True):
-            of_picture[request.picture].append(prompt)
-        self._adopt(pictures[0].panoptic.categories)
+        # Prompts share a beginning that has their picture in it. A system text stands before the picture.
+        kinds = [(request.picture, _system_text(request.turns)) for request in requests]
+        beginning_of = {kind: number for number, kind in enumerate(sorted(set(kinds)))}
+        sharing: list[list[list[int]]] = [[] for _ in beginning_of]
+        for prompt, kind in zip(prompts, kinds, strict=True):
+            sharing[beginning_of[kind]].append(prompt)
+        self.adopt(pictures[0].panoptic.categories)
         # A prompt is padded in two places, before its beginning and before its rest, so that all beginnings, and all
         # rests of a batch, are of one length. The mask hides the padding; `_positions` gives the other tokens the
         # positions that they have without it.
-        lengths = [_common_length(same) for same in of_picture]
-        beginnings = self._padded([same[0][:length] for same, length in zip(of_picture, lengths, strict=True)])
-        cache = self._read(pictures, beginnings)
+        lengths = [_common_length(same) for same in sharing]
+        beginnings = self._padded([same[0][:length] for same, length in zip(sharing, lengths, strict=True)])
+        cache = self._read([pictures[picture] for picture, _ in beginning_of], beginnings)
         answers = [""] * len(requests)
         streamer = _Pieces(self.processor.tokenizer, show) if show and self.beams == 1 else None
         for limit, part in _batches([request.max_new_tokens for request in requests], batch_size):
-            rows = torch.tensor([requests[i].picture for i in part])
-            rests = self._padded([prompts[i][lengths[requests[i].picture] :] for i in part])
+            rows = torch.tensor([beginning_of[kinds[i]] for i in part])
+            rests = self._padded([prompts[i][lengths[beginning_of[kinds[i]]] :] for i in part])
             prompt_batch = {name: torch.cat([beginnings[name][rows], rests[name]], dim=1) for name in rests}
             generated = self._go_on(cache, rows, prompt_batch, limit, streamer)
             texts = self.processor.tokenizer.batch_decode(generated, skip_special_tokens=True)
@@ -189,7 +191,7 @@ class Answerer:
             show(answers[0])
         return answers
 
-    def _adopt(self, categories: CategorySet) -> None:
+    def adopt(self, categories: CategorySet) -> None:
         """Take over the classes of some maps, where queries are computed from names, and any class will do."""
         if self.model.config.class_tokens is not None and categories != self.processor.categories:
             adopt_categories(self.model, self.processor, categories)
@@ -309,8 +311,7 @@ def load_answerer(
     if quantize:
         quantize_language_model(whole, dtype, device)
     move_to_device(whole, device)
-    export = folder / EXPORT
-    trained = json.loads(export.read_text())["object_list"] if export.exists() else "dialogues"
+    trained = export_facts(source).get("object_list", "dialogues")
     return Answerer(whole.eval(), processor, LISTED[trained], beams, sampling)
 
 
@@ -321,6 +322,10 @@ def _batches(limits: Sequence[int], size: int) -> Iterator[tuple[int, list[int]]
         numbers = [i for i, other in enumerate(limits) if other == limit]
         for start in range(0, len(numbers), size):
             yield limit, numbers[start : start + size]
+
+
+def _system_text(turns: Turns) -> str:
+    return turns[0][1] if turns[0][0] == "system" else ""
 
 
 def _common_length(prompts: Sequence[list[int]]) -> int:

@@ -50,7 +50,7 @@ def write_model_card(
     embedded = find_embedded(source)
     args, about_base = read_train_args(run), licence_of(embedded.folder if embedded else Path(source))
     steps = {line["phase"]: line["step"] for line in read_metrics(run)}
-    losses, results = _losses(run), _results(run)
+    losses, (results, asked) = _losses(run), _results(run)
     data = sorted({Path(file).parent.name or "." for file in args.get("files", {})})
     classes = [category.display_name for category in CollavoConfig.from_pretrained(run).category_set]
     licences = sorted({str(licence_of(Path(file).parent)["license_name"]) for file in args.get("files", {})})
@@ -67,10 +67,14 @@ def write_model_card(
         "steps": ", ".join(f"{phase} up to {step}" for phase, step in steps.items()) or "none",
         **({} if left_out is None else {"left out": skipped or "nothing"}),
         **{f"validation loss, {kind}": f"{loss:.3f}" for kind, loss in losses.items()},
-        **{f"{task}, right of {each['questions']}": f"{each['correct']:.1%}" for task, each in results.items()},
+        **{
+            f"{task}, right of {each['questions']} about {asked}": f"{each['correct']:.1%}"
+            for task, each in results.items()
+        },
     }
-    figures = [("loss", f"validation loss, {kind}", loss) for kind, loss in losses.items()]
-    figures += [("accuracy", task, each["correct"]) for task, each in results.items()]
+    trained_on = ", ".join(data) or "unknown"
+    figures = [(trained_on, "loss", f"validation loss, {kind}", loss) for kind, loss in losses.items()]
+    figures += [(asked, "accuracy", task, each["correct"]) for task, each in results.items()]
     head = card_head(
         about_base,
         base_model=base,
@@ -79,8 +83,8 @@ def write_model_card(
         tags=["collavo", "vision-language-model", "crayon-prompt"],
         model_name=name if figures else None,
         eval_results=[
-            EvalResult("image-text-to-text", "crayon", ", ".join(data) or "unknown", kind, value, metric_name=title)
-            for kind, title, value in figures
+            EvalResult("image-text-to-text", "crayon", of_data, kind, value, metric_name=title)
+            for of_data, kind, title, value in figures
         ],
     )
     about = {
@@ -125,9 +129,12 @@ def _losses(run: Path) -> dict[str, float]:
     return next(filter(None, reversed(named)), {})
 
 
-def _results(run: Path) -> dict[str, dict[str, Any]]:
-    """Read what an evaluation in the run's folder found, by task, of prompts as in training."""
+def _results(run: Path) -> tuple[dict[str, dict[str, Any]], str]:
+    """Read what an evaluation in the run's folder found, by task, of prompts as in training; and the name of its data."""
     file = run / "evaluation" / "evaluation.json"
-    results = json.loads(file.read_text())["results"] if file.exists() else {}
-    first: dict[str, dict[str, Any]] = next(iter(results.values()), {})
-    return {task: each for task, each in first.items() if "correct" in each}
+    if not file.exists():
+        return {}, ""
+    report = json.loads(file.read_text())
+    found = {task: each for task, each in report["results"].get("trained", {}).items() if "correct" in each}
+    paths = [Path(path) for path in report["arguments"]["data"]]
+    return found, ", ".join(sorted({(path.parent if path.suffix else path).name or "." for path in paths}))

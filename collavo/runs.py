@@ -139,8 +139,11 @@ def check_embedded_base(run: Path, args: Mapping[str, Any]) -> None:
         )
 
 
+_OF_WHOLE_MODELS = ("quantization_config", "attn_implementation", "max_memory")
+
+
 def load_run_in_place(
-    run: Path, dtype: torch.dtype | str | None = None, device_map: Any = None, quantize: bool | None = None, **_: Any
+    run: Path, dtype: torch.dtype | str | None = None, device_map: Any = None, quantize: bool | None = None, **more: Any
 ) -> CollavoForConditionalGeneration:
     """Load a run as `from_pretrained` has to: one model of its own class, with the adapters inside its layers.
 
@@ -148,15 +151,26 @@ def load_run_in_place(
         dtype: None or "auto" for that of the training.
         device_map: a device, or `{"": device}`; "auto" and its like for the first GPU, or the CPU where there is none.
         quantize: as in `load_run`.
+        more: what transformers hands on, such as the configuration, of which a run needs nothing.
+
+    Raises:
+        UserError: as `load_run`, and for a keyword that would change the model.
     """
-    device = (device_map[""] if isinstance(device_map, dict) else device_map) or "cpu"
+    if refused := [name for name in _OF_WHOLE_MODELS if more.get(name) is not None]:
+        raise UserError(
+            f"{run}: a run is loaded as it was trained, without {refused[0]}; collavo.export_model --as merged makes a "
+            "whole model of it, which takes one"
+        )
+    device = device_map.get("") if isinstance(device_map, dict) else device_map
+    if device is None:
+        device = "cpu"
     if device in ("auto", "balanced", "balanced_low_0", "sequential"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = more.get("torch_dtype") if dtype is None else dtype  # its name until transformers 5
     if dtype is None or dtype == "auto":
         dtype = AutoConfig.from_pretrained(run).dtype or torch.float32
-    loaded, _processor = load_run(
-        run, torch.device(device), getattr(torch, dtype) if isinstance(dtype, str) else dtype, quantize
-    )
+    device = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    loaded, _processor = load_run(run, device, getattr(torch, dtype) if isinstance(dtype, str) else dtype, quantize)
     if not isinstance(loaded, PeftModel):
         return loaded
     model: Any = loaded.get_base_model()
@@ -347,11 +361,25 @@ def base_from(run: Path, folder: Path) -> str:
 
 def base_of(model: str) -> str | None:
     """Name the base that a run or a merged model was trained from; the model itself if its folder names no base."""
-    for name in (TRAIN_ARGS, EXPORT):
-        file = Path(model) / name
-        if file.exists():
-            return json.loads(file.read_text()).get("base")
-    return model
+    if (Path(model) / TRAIN_ARGS).exists():
+        base: str | None = read_train_args(Path(model)).get("base")
+        return base
+    return export_facts(model).get("base", model)
+
+
+def export_facts(model: str) -> dict[str, Any]:
+    """Read what an export says of its training; nothing of a model that is none.
+
+    Args:
+        model: a folder, a hub id, or the name of an embedded model.
+    """
+    if find_embedded(model):
+        return {}
+    try:
+        file = (Path(model) if Path(model).is_dir() else find_checkpoint(model, weights=())) / EXPORT
+        return json.loads(file.read_text()) if file.is_file() else {}
+    except OSError:
+        return {}
 
 
 def _crayon_prompt(model: CollavoForConditionalGeneration | PeftModel) -> nn.Module:

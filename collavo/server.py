@@ -217,6 +217,7 @@ class _Served:
         show("")
         inputs = {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
         if picture:
+            self._session.answerer.adopt(picture.panoptic.categories)
             inputs |= processor.picture_inputs([picture.image], [picture.panoptic])
         sampling = Sampling(question.temperature, question.top_p or 1.0) if question.temperature else None
         if question.seed is not None:

@@ -1,7 +1,6 @@
 """Fetch an image that a user names by an http(s) URL: bounded in bytes and in time."""
 
 import time
-from functools import lru_cache
 from http.client import HTTPException
 from urllib import request
 
@@ -20,7 +19,6 @@ def is_url(source: str) -> bool:
     return source.lower().startswith(("http://", "https://"))
 
 
-@lru_cache(maxsize=1)  # a command looks at its image before the model is loaded, and again after
 def fetch(url: str) -> bytes:
     """Fetch the bytes behind an http(s) URL; a redirect leads to another one only.
 

@@ -158,3 +158,18 @@ def test_what_cannot_work_is_refused_in_one_line(run, tmp_path, monkeypatch, cap
     ]
     assert complaint in error
     assert not (tmp_path / "new").exists()
+
+
+def test_the_card_has_what_was_found_of_prompts_as_in_training_and_of_which_data(run, tmp_path):
+    tried = shutil.copytree(run, tmp_path / "run")
+    (tried / "evaluation").mkdir()
+    results = {name: {"counting": {"questions": 7, "correct": right}} for name, right in (("none", 0.1), ("with", 0.9))}
+    report = {"arguments": {"data": ["street/a.parquet"]}, "results": results}
+    for trained, expected in ((None, False), (0.5, True)):
+        if trained:
+            results["trained"] = {"counting": {"questions": 7, "correct": trained}}
+        (tried / "evaluation" / "evaluation.json").write_text(json.dumps(report))
+        export(tried, tmp_path / f"{expected}", "--as", "adapter")
+        card = (tmp_path / f"{expected}" / "README.md").read_text()
+        assert ("| counting, right of 7 about street | 50.0% |" in card) == expected
+        assert "10.0%" not in card and "90.0%" not in card and ("right of" in card) == expected

@@ -7,10 +7,13 @@ from PIL import Image
 from tiny_model import scene_rows
 from tiny_run import save_tiny_run
 
+from collavo import runs
 from collavo.errors import UserError
 from collavo.evaluation.judge import Judge
 from collavo.evaluation.questions import EVALUATED_TASKS, questions_of
 from collavo.inference import Answerer, Picture, Request, load_answerer, picture_of_row
+from collavo.model import CollavoForConditionalGeneration
+from collavo.runs import load_run
 from schemas.categories import COCO_PANOPTIC
 
 CPU = torch.device("cpu")
@@ -39,10 +42,14 @@ def alone(answerer: Answerer, request: Request) -> str:
     picture, processor = PICTURES[request.picture], answerer.processor
     processor.object_list = request.objects is not None
     chat = [
-        {"role": {"human": "user", "gpt": "assistant"}[speaker], "content": [{"type": "text", "text": text}]}
+        {
+            "role": {"human": "user", "gpt": "assistant"}.get(speaker, speaker),
+            "content": [{"type": "text", "text": text}],
+        }
         for speaker, text in request.turns
     ]
-    chat[0]["content"].append({"type": "image", "image": Image.fromarray(picture.image)})
+    first = next(turn for turn in chat if turn["role"] == "user")
+    first["content"].append({"type": "image", "image": Image.fromarray(picture.image)})
     options = {"return_dict": True, "return_tensors": "pt", "processor_kwargs": {"crayon": [picture.panoptic]}}
     inputs = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, **options)
     assert inputs["attention_mask"].all()
@@ -66,6 +73,13 @@ def test_answers_do_not_depend_on_the_company_they_are_given_in(answerer):
     together = answerer.answer(PICTURES, requests, 16)
     assert answerer.answer(PICTURES, requests, 3) == together
     assert answerer.answer(PICTURES, requests[::-1], 5) == together[::-1]
+
+
+def test_system_texts_which_stand_before_the_picture_are_answered_to_as_alone(answerer):
+    questions = [("human", "Who is here?")], [("human", "How many?")]
+    told = [[("system", text), *turns] for text in ("Be brief.", "Answer in two words.") for turns in questions]
+    requests = [Request(number, turns, None, 6) for turns in (*questions, *told) for number in (1, 0)]
+    assert answerer.answer(PICTURES[:2], requests, 4) == [alone(answerer, request) for request in requests]
 
 
 def test_an_image_passes_the_vision_tower_once_for_all_of_its_questions(answerer):
@@ -106,6 +120,26 @@ def test_a_whole_model_is_loaded_like_a_run(run):
     answerer = load_answerer(base, CPU)
     request = REQUESTS[0]
     assert answerer.answer(PICTURES[:1], [request]) == [alone(answerer, request)]
+
+
+def test_a_device_map_of_transformers_names_a_gpu_and_other_keywords_are_refused(run, monkeypatch):
+    asked = []
+    loaded = load_run(run, CPU, torch.float32)
+    monkeypatch.setattr(runs, "load_run", lambda _, device, *__: (asked.append(device), loaded)[1])
+    for device_map in ({"": 0}, 1, {"": "cpu"}, None):
+        CollavoForConditionalGeneration.from_pretrained(run, device_map=device_map, dtype="float32")
+    assert asked == [torch.device("cuda", 0), torch.device("cuda", 1), CPU, CPU]
+    with pytest.raises(UserError, match=r"without quantization_config; collavo\.export_model --as merged"):
+        CollavoForConditionalGeneration.from_pretrained(run, quantization_config={"load_in_8bit": True})
+
+
+def test_a_whole_model_of_the_hub_is_asked_as_its_training_asked_it(run, tmp_path, monkeypatch):
+    base = json.loads((run / "train_args.json").read_text())["base"]
+    merged = shutil.copytree(base, tmp_path / "snapshot")
+    (merged / "export.json").write_text(json.dumps({"object_list": "none", "base": "tiny"}))
+    monkeypatch.setattr(runs, "find_checkpoint", lambda source, **_: merged)
+    assert load_answerer("org/name", CPU).listed == ()
+    assert runs.base_of("org/name") == "tiny"
 
 
 def test_a_folder_that_is_no_model_is_refused_in_one_line(tmp_path):

@@ -15,7 +15,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from rich.progress import track
 
-from collavo.device import resolve_device
+from collavo.device import join_ranks
 from collavo.inference import Picture, Request, load_answerer
 from collavo.runs import base_of
 from collavo.segmenters import open_segmenter
@@ -54,10 +54,12 @@ class CollavoHarness(lmms):
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        self._answerer = load_answerer(pretrained, resolve_device(device), quantize, beams)
+        # lmms-eval asks for these three where several processes share a task.
+        self.device, self._rank, self._world_size = join_ranks(device)
+        self._answerer = load_answerer(pretrained, self.device, quantize, beams)
         self._segmenter = open_segmenter(
             segmenter,
-            device,
+            str(self.device),
             checkpoint=segmenter_checkpoint,
             config=segmenter_config,
             preset=segmenter_preset,
@@ -112,6 +114,8 @@ class CollavoHarness(lmms):
 
 
 def _until(text: str, stops: str | Sequence[str] | None) -> str:
+    """Cut an answer at the first of its stop texts. An empty line is none: lmms-eval puts it where a task names no stop
+    text, for prompts with examples, and its own models pass over it."""
     for stop in [stops] if isinstance(stops, str) else stops or ():
-        text = text.partition(stop)[0] if stop else text
+        text = text.partition(stop)[0] if stop.strip("\n") or stop == "\n" else text
     return text.strip()
