@@ -226,8 +226,10 @@ def _broken(image: Image.Image, size_wh: tuple[int, int], error: Exception) -> R
 
 
 def _orientation(image: Image.Image) -> int:
-    """Read EXIF's orientation, 1..8. Loading turns a TIFF upright and clears its tag, so load first to turn pixels."""
-    return image.getexif().get(ExifTags.Base.Orientation, 1)
+    """Read EXIF's orientation, 1..8; any other value turns nothing, as in viewers. Loading turns a TIFF upright and
+    clears its tag, so load first to turn pixels."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation)
+    return orientation if isinstance(orientation, int) and 1 <= orientation <= 8 else 1
 
 
 def _load(image: Image.Image) -> None:

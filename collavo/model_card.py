@@ -130,7 +130,7 @@ def _losses(run: Path) -> dict[str, float]:
 
 
 def _results(run: Path) -> tuple[dict[str, dict[str, Any]], str]:
-    """Read what an evaluation in the run's folder found, by task, of prompts as in training; and the name of its data."""
+    """Read what an evaluation in the run's folder found, by task, of prompts as in training; and the data's name."""
     file = run / "evaluation" / "evaluation.json"
     if not file.exists():
         return {}, ""

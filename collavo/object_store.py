@@ -22,6 +22,11 @@ from pyarrow.fs import FileInfo, FileSelector, FileType, resolve_s3_region
 from collavo.errors import StoreFault, StoreOutage, UserError, first_line
 from collavo.remote_file import RemoteFile, RemoteWriter
 
+_EXPIRED = re.compile(
+    r"ExpiredToken|TokenRefreshRequired|RequestTimeTooSkewed|Signature not valid in the specified time frame"
+)
+"""Of credentials that were valid once: S3's codes, and what Azure says of a signature."""
+
 _MOST_RETRIES = 10
 """They take a minute."""
 
@@ -173,10 +178,11 @@ def _faults(uri: str) -> Iterator[None]:
         said = next(filter(None, (re.search(wording, text) for wording in wordings)), None)
         line = f"{uri}: {said[1] if said else first_line(error)}"
         # What a store says of a request has a type of its own, but for some of the statuses that begin with 4. A writer
-        # raises an OSError.
-        if isinstance(error, (obstore.exceptions.GenericError, OSError)) and not re.search(
-            r"status code: 4(?!08|29)", text
-        ):
+        # raises an OSError. Credentials that end during a job tell nothing of the file.
+        of_store = isinstance(error, (obstore.exceptions.GenericError, OSError))
+        refused = re.search(r"status code: 4(?!08|29)", text)
+        ended = isinstance(error, obstore.exceptions.UnauthenticatedError) or _EXPIRED.search(text)
+        if ended or (of_store and not refused):
             tried = re.search(r"after \d+ retries", text)
             raise StoreOutage(f"{line} ({tried[0]})" if tried else line) from error
         raise StoreFault(line) from error

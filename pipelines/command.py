@@ -109,7 +109,7 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
         try:
             local = is_local(publication.output)
             content = list_files(join(publication.folder, "")) if local else plan.output_content
-            prepare(publication, content, flags.output.resume, flags.output.discard, plan.job.model is not None)
+            prepare(publication, content, flags.output.resume, flags.output.discard, plan.job.model)
         except (*FAULTS, StoreOutage) as error:
             clear(publication)
             why = getattr(error, "strerror", None) or str(error)

@@ -29,7 +29,7 @@ from collavo.storage import (
     size_of,
     size_text,
 )
-from pipelines.job import WORK, Publication
+from pipelines.job import WORK, ModelConfig, Publication
 from pipelines.options import InstructionFlags
 
 MAP_FLAGS = (
@@ -41,21 +41,23 @@ MAP_FLAGS = (
 EXTENSION_FLAGS = (*(field.name for field in fields(InstructionFlags)), "validation_ratio", "image_storage")
 """Flags that decide what a row says beside its map."""
 
-_NOTE = "made_by.json"
+_NOTE, _RESTS_ON = "made_by.json", "maps_rest_on"
 
 
-def prepare(publication: Publication, content: Sequence[str], resume: bool, discard: bool, by_model: bool) -> None:
+def prepare(
+    publication: Publication, content: Sequence[str], resume: bool, discard: bool, model: ModelConfig | None
+) -> None:
     """Make ready the folder for what the network will segment.
 
     Args:
         content: what lies in the folder of the publication, to its depths.
-        by_model: whether there is a network.
+        model: the network, if there is one.
 
     Raises:
         UserError: if a stopped build has left something and nothing says what to do with it; or if this build is to go
             on with it, and there is nothing or the flags do not fit.
     """
-    made_by = _made_by(publication.configuration)
+    made_by = _made_by(publication.configuration, model)
     note, left = join(publication.segmented, _NOTE), _segmented(publication, content)
     unused = [uri for uri in content if uri.startswith(join(publication.folder, WORK))]
     if not resume:
@@ -72,12 +74,15 @@ def prepare(publication: Publication, content: Sequence[str], resume: bool, disc
     else:
         with open_read(note) as file:
             earlier = json.load(file)
-        if other := _difference(earlier, made_by, made_by):
+        other = _difference(earlier, made_by, (name for name in made_by if name != _RESTS_ON))
+        if not other and model and earlier.get(_RESTS_ON) != made_by[_RESTS_ON]:
+            other = "other classes, another --category_map or other files at --segmenter_checkpoint"
+        if other:
             raise UserError(f"--resume: the stopped build had {other}; --discard starts anew")
         if not left:
             print("--resume: the stopped build had not completed a file of finished pictures; all are segmented anew")
     delete(sorted({re.sub(rf"(/{WORK}[^/]*/).*", r"\1", uri) for uri in unused}))
-    if by_model:
+    if model:
         with open_write(note) as file:
             file.write(json.dumps(made_by).encode())
 
@@ -140,8 +145,9 @@ def _difference(earlier: Mapping[str, Any], now: Mapping[str, Any], names: Itera
     return ", ".join(f"--{name} {_shown(earlier.get(name))} (now {_shown(now.get(name))})" for name in differing)
 
 
-def _made_by(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    return {**{name: configuration.get(name) for name in MAP_FLAGS}, "collavo": collavo.__version__}
+def _made_by(configuration: Mapping[str, Any], model: ModelConfig | None) -> dict[str, Any]:
+    flags = {name: configuration.get(name) for name in MAP_FLAGS}
+    return {**flags, "collavo": collavo.__version__, _RESTS_ON: model.maps_rest_on if model else ""}
 
 
 def _size_of(uris: Iterable[str]) -> str:

@@ -137,8 +137,11 @@ def merge_drafts(first: Draft, second: Draft) -> tuple[Draft, list[Reject]]:
         annotated otherwise.
     """
     row, other = first.row, second.row
-    both_annotated = all(set(draft.segmenters) & set(_ANNOTATIONS.values()) for draft in (first, second))
-    if both_annotated and [s.as_record() for s in row.segments] != [s.as_record() for s in other.segments]:
+    if (
+        _is_annotated(first)
+        and _is_annotated(second)
+        and [s.as_record() for s in row.segments] != [s.as_record() for s in other.segments]
+    ):
         detail = f"{other.image_path} has the bytes of {row.image_path} and another annotation"
         return first, [Reject(e.entry_id, e.source, "write", "other_annotation", detail) for e in second.inputs]
     paths = [path for path in (*row.other_paths, other.image_path, *other.other_paths) if path]
@@ -150,6 +153,13 @@ def merge_drafts(first: Draft, second: Draft) -> tuple[Draft, list[Reject]]:
         other_paths=tuple(path for path in dict.fromkeys(paths) if path != row.image_path),
     )
     return replace(first, row=merged, inputs=(*first.inputs, *second.inputs)), []
+
+
+def _is_annotated(draft: Draft) -> bool:
+    """Tell whether a draft's map is of an annotation. A finished row names all that segmented its file, but what a
+    network finds has scores."""
+    scored = any(segment.score is not None for segment in draft.row.segments)
+    return not scored and bool(set(draft.segmenters) & set(_ANNOTATIONS.values()))
 
 
 def split_of(digest: str, validation_ratio: float) -> str:

@@ -52,6 +52,9 @@ class ModelConfig:
     accelerator: str | None = None
     """What the runner is to provide for the steps of the model, in the words of Beam's resource hint."""
 
+    maps_rest_on: str = ""
+    """SHA-256 of what decides its maps beside the flags: classes, what is renamed, and the files of a checkpoint."""
+
 
 @dataclass(frozen=True, slots=True)
 class CrayonJob:

@@ -116,7 +116,8 @@ def gpus_for(device: str | None) -> list[str]:
         found = [name.strip() for name in named.split(",") if name.strip() not in ("", "-1")]
     else:
         files = [sorted(path.name for path in _DEVICES.glob(pattern)) for pattern in _GPU_FILES]
-        found = [name.removeprefix("nvidia") for name in next(filter(None, files), [])]
+        # CUDA counts the cards that are there, of which a container may have a few.
+        found = [*map(str, range(len(files[0])))] or next(filter(None, files), [])
     return found or [device] * (device == "cuda")
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from apache_beam.ml.inference.base import ModelHandler
 
-from collavo.errors import Rejected
+from collavo.errors import Rejected, UserError, first_line
 from collavo.panoptic.maps import PanopticMap
 from collavo.segmenters import Segmenter
 from pipelines.records import LoadedImage, Segmented, SegmentedImage
@@ -49,6 +49,10 @@ class BatchSegmenter:
         try:
             return list(segmenter.segment(images))
         except Exception as error:
+            if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
+                # From then on, CUDA refuses this process everything. No picture is at fault, so none is left out.
+                line = f"{first_line(error)}: the GPU can no longer be used; --resume goes on with what was segmented"
+                raise UserError(line, exit_status=1) from error
             if len(images) == 1:
                 if isinstance(error, Rejected):
                     return [error]

@@ -3,6 +3,7 @@
 Every contradiction is refused in one line, before anything is read or written.
 """
 
+import json
 import posixpath
 import re
 import uuid
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
+from hashlib import file_digest, sha256
 from pathlib import Path
 from posixpath import basename, join
 from typing import Any, BinaryIO
@@ -591,7 +593,20 @@ def _model(flags: SegmentationFlags, sources: Sources, sets: _Sets) -> ModelConf
         max_batch_pixels=flags.max_batch_pixels,
         model_copies=flags.model_copies,
         accelerator=flags.accelerator,
+        maps_rest_on=_digest_of(sets, options.get("checkpoint")),
     )
+
+
+def _digest_of(sets: _Sets, checkpoint: str | None) -> str:
+    """Compute `ModelConfig.maps_rest_on`. Files are those of a folder, or one of weights, on this machine's disk."""
+    digest = sha256(json.dumps([sets.target.as_records(), sets.renamed], sort_keys=True).encode())
+    place = Path(checkpoint or "")
+    files = [place] if place.is_file() else sorted(place.iterdir()) if checkpoint and place.is_dir() else []
+    for path in files:
+        if path.suffix in (".json", ".safetensors", ".bin", ".pkl", ".pth"):
+            with path.open("rb") as file:
+                digest.update(file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _load_segmenter(name: str, **options: Any) -> Segmenter:

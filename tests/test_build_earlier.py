@@ -118,6 +118,10 @@ def test_a_killed_build_goes_on_where_it_was(network, tmp_path, capfd, monkeypat
     assert "--resume uses the pictures, --discard removes all" in refusal(capfd, *flags, *output)
     line = refusal(capfd, *flags, *output, "--resume", "--segmenter_preset", "paper")
     assert "the stopped build had --segmenter_preset unset (now paper)" in line
+    config = Path(network[1]) / "config.json"
+    config.write_text(config.read_text() + " ")  # as of a checkpoint that was trained further in its folder
+    assert "other classes, another --category_map or other files at" in refusal(capfd, *flags, *output, "--resume")
+    config.write_text(config.read_text()[:-1])
     seen.clear()
     resumed = build(tmp_path / "out", *flags, "--resume")
     assert len(seen) <= seen_by_the_whole - (len(files) - 1)

@@ -228,6 +228,20 @@ def test_the_same_bytes_at_two_paths_are_one_draft_with_what_both_bring(tmp_path
     assert again.row == merged.row
 
 
+def test_of_two_finished_rows_that_a_network_made_beside_annotated_ones_both_dialogues_are_kept(tmp_path):
+    first = draft_annotated(read(annotated(tmp_path)))
+    row = first.row
+    talks = [Dialogue(name, (("human", "Hi"), ("gpt", name))) for name in ("first", "second")]
+    drafts = []
+    for talk, score in zip(talks, (0.5, 0.9), strict=True):
+        found = tuple(dataclasses.replace(segment, score=score) for segment in row.segments)
+        named = (*first.segmenters, '{"segmenter": "network"}')  # as a finished row has those of its file
+        changed = dataclasses.replace(row, segments=found, conversations=(talk,))
+        drafts.append(dataclasses.replace(first, row=changed, segmenters=named))
+    merged, rejects = merge_drafts(*drafts)
+    assert rejects == [] and merged.row.conversations == tuple(talks) and merged.row.segments == drafts[0].row.segments
+
+
 def test_of_the_same_bytes_with_two_annotations_the_second_is_rejected_and_both_are_named(tmp_path):
     first = draft_annotated(read(annotated(tmp_path)))
     second = draft_annotated(read(annotated(tmp_path, segments=((5, CAR, 0), (300, PERSON, 0)))))

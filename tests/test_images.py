@@ -120,6 +120,17 @@ def test_the_first_frame_stands_for_an_animation(format: str):
     assert np.abs(decoded(data).astype(int) - (255, 0, 0)).max() <= 3
 
 
+SHORT, ASCII, BYTE, UNDEFINED = 3, 2, 1, 7
+
+
+@pytest.mark.parametrize("kind, value", [(SHORT, 0), (SHORT, 9), (ASCII, ord("6")), (BYTE, 6), (UNDEFINED, 6)])
+def test_an_orientation_that_exif_does_not_know_turns_nothing(kind: int, value: int):
+    entry = struct.pack("<HHI4s", ORIENTATION, kind, 1, bytes([value, 0, 0, 0]))
+    data = encoded(PHOTO, "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0" + entry + bytes(4))
+    assert verify_image(data).orientation == 1
+    assert np.array_equal(decode_rgb(data), decode_rgb(encoded(PHOTO, "JPEG")))
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP", "JPEG"])
 def test_images_are_turned_upright(format: str, orientation: int):

@@ -12,6 +12,7 @@ import torch
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 
+from collavo.errors import UserError
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
 from pipelines.model_segmentation import BatchSegmenter, SegmenterHandler
 from pipelines.records import ImageTask, Input, LoadedImage, Mention, SegmentedImage
@@ -105,6 +106,15 @@ def test_an_interruption_is_not_taken_for_a_bad_image():
 
     with pytest.raises(KeyboardInterrupt):
         BatchSegmenter(Interrupted).segment_each([np.zeros((2, 2, 3), np.uint8)])
+
+
+def test_a_gpu_that_is_lost_ends_the_job_and_costs_no_picture():
+    class Lost(Painter):
+        def segment(self, images: Sequence[np.ndarray]) -> list[PanopticMap]:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with ...")
+
+    with pytest.raises(UserError, match=r"^CUDA error: an illegal memory access was encountered: the GPU can no"):
+        BatchSegmenter(Lost).segment_each([np.zeros((2, 2, 3), np.uint8)] * 2)
 
 
 def run_pipeline(handler: SegmenterHandler, images: Sequence[LoadedImage], *options: str) -> None:

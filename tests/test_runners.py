@@ -129,7 +129,10 @@ def test_gpus_are_those_that_cuda_is_to_see(monkeypatch):
     assert local_workers.gpus_for("cuda") == ["cuda"]  # for torch to refuse
 
 
-@pytest.mark.parametrize("files, gpus", [("nvidia1 nvidia0 nvidiactl", "0 1"), ("dxg", "dxg"), ("", "")])
+@pytest.mark.parametrize(
+    "files, gpus",
+    [("nvidia1 nvidia0 nvidiactl", "0 1"), ("nvidia4 nvidia5 nvidiactl", "0 1"), ("dxg", "dxg"), ("", "")],
+)
 def test_gpus_are_found_by_their_files(monkeypatch, tmp_path, files, gpus):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(local_workers, "_DEVICES", tmp_path)

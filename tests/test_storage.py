@@ -1,5 +1,7 @@
 import gzip
+import http.server
 import os
+import threading
 import uuid
 from pathlib import Path
 
@@ -300,6 +302,38 @@ def test_a_store_that_does_not_answer_tells_nothing_of_the_file(monkeypatch):
     with pytest.raises(StoreOutage, match="Connection refused"):
         storage.read_bytes("s3://nobody/a.jpg")
     storage._file_system.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "code, status, outage",
+    [("ExpiredToken", 400, True), ("RequestTimeTooSkewed", 403, True), ("", 401, True), ("AccessDenied", 403, False)],
+)
+def test_credentials_that_end_tell_nothing_of_the_file_and_a_file_that_is_denied_is_left_out(
+    monkeypatch, code, status, outage
+):
+    class Store(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = f"<Error><Code>{code}</Code><Message>The store said so.</Message></Error>".encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Store) as server:
+        threading.Thread(target=server.serve_forever).start()
+        values = {"ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}", "ACCESS_KEY_ID": "a"}
+        for name, value in {**values, "SECRET_ACCESS_KEY": "b", "REGION": "here"}.items():
+            monkeypatch.setenv(f"AWS_{name}", value)
+        storage._file_system.cache_clear()
+        try:
+            with pytest.raises(StoreOutage if outage else Rejected, match="The store said so"):
+                storage.read_bytes("s3://somebody/a.jpg")
+        finally:
+            server.shutdown()
+            storage._file_system.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["folder//a.jpg", "a/./b.jpg"])
