@@ -67,6 +67,9 @@ from pipelines.spill import DRAFTS, SpilledDraft, SpillWriter, order_of, read_dr
 ROWS_PER_SHARD = 2000
 """Aim of the automatic number of shards: files of 200-400 MB where COCO's images are embedded."""
 
+_BYTES_PER_SHARD = 1 << 30
+"""Most of a file, about, where pictures are large: S3 copies no object of more than 5 GiB to its final name."""
+
 _SHARDS_AT_LEAST, _LEAST_ROWS = 8, 200
 """A smaller data set is divided further, so that several workers phrase and write it, and several ranks read it. What
 validates it, if it is less than the second, is written along with the last shard of the rest: it lies beside that in
@@ -262,16 +265,17 @@ def _write(
 ) -> None:
     """Phrase and write the shards, and publish them."""
     drafts = spilled | "AllDrafts" >> beam.Flatten(pipeline=pipeline)
-    split_counts = (
+    sizes = (
         drafts
-        | "SplitsOfDrafts" >> beam.FlatMap(lambda pack: Counter(place.split for place in unpacked(pack)).items())
-        | "CountSplits" >> beam.CombinePerKey(sum)
+        | "SizesOfSplits" >> beam.FlatMap(_rows_and_bytes)
+        | "SumSizes" >> beam.CombinePerKey(lambda sizes: tuple(map(sum, zip(*sizes, strict=True))))
     )
     shard_counts = AsDict(
-        split_counts
-        | "CountShards" >> beam.MapTuple(lambda split, rows: (split, count_shards(rows, job.output.num_shards)))
+        sizes
+        | "CountShards"
+        >> beam.MapTuple(lambda split, size: (split, count_shards(size[0], size[1], job.output.num_shards)))
     )
-    small = AsDict(split_counts | "SmallSplits" >> beam.Filter(lambda split_count: split_count[1] < _LEAST_ROWS))
+    small = AsDict(sizes | "SmallSplits" >> beam.Filter(lambda split_size: split_size[1][0] < _LEAST_ROWS))
     stated_splits = AsDict(
         drafts
         | "StatedSplits" >> beam.FlatMap(_stated_splits, job.output.validation_ratio)
@@ -438,9 +442,22 @@ def _segment_annotated(image: LoadedImage | Draft, job: CrayonJob) -> Segmented 
     return image if isinstance(image, Draft) else segment_by_annotation(image, job)
 
 
-def count_shards(rows: int, num_shards: int | None) -> int:
-    """Choose the number of files of a split."""
-    return num_shards or max(1, round(rows / ROWS_PER_SHARD), min(_SHARDS_AT_LEAST, rows // _LEAST_ROWS))
+def _rows_and_bytes(pack: Packed) -> list[tuple[str, tuple[int, int]]]:
+    """Count what a pack holds of each split: rows, and the bytes of their drafts."""
+    lengths: dict[str, list[int]] = defaultdict(list)
+    for place in unpacked(pack):
+        lengths[place.split].append(place.block.length)
+    return [(split, (len(some), sum(some))) for split, some in lengths.items()]
+
+
+def count_shards(rows: int, size: int, num_shards: int | None) -> int:
+    """Choose the number of files of a split.
+
+    Args:
+        size: of its rows, in bytes.
+    """
+    by_size = max(round(rows / ROWS_PER_SHARD), -(-size // _BYTES_PER_SHARD))
+    return num_shards or max(1, by_size, min(_SHARDS_AT_LEAST, rows // _LEAST_ROWS))
 
 
 def _stated_splits(pack: Packed, validation_ratio: float) -> Iterator[tuple[str, str]]:

@@ -141,6 +141,8 @@ def _check_unused(flags: Flags) -> None:
     for one, other in (("extend", "overwrite"), ("resume", "discard")):
         if getattr(output, one) and getattr(output, other):
             raise UserError(f"--{one} and --{other} contradict each other")
+    if sources.dataset and not output.embed_images:
+        raise UserError("--image_storage reference: what --dataset names holds its pictures, and no path leads to one")
     only_rows = sources.from_crayon and not (sources.coco or sources.llava_json or sources.images or sources.dataset)
     rules = [
         *((name, sources.coco, "with COCO files") for name in ("coco_images", "coco_split")),

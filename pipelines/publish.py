@@ -87,9 +87,10 @@ def publish(
     delete_files([uri for uri in old if uri == manifest_uri])
     written = [shard for shard in ordered if shard.data_uri]
     names = _names(written)
-    delete_files([uri for uri in old if uri != manifest_uri and basename(uri) not in names])
     for shard, name in zip(written, names, strict=True):
         put_in_place(shard.data_uri, join(folder, name))
+    # After the new ones are there: a store that fails until then leaves what it had, but for what has the same name.
+    delete_files([uri for uri in old if uri != manifest_uri and basename(uri) not in names])
     rejects = _gather_rejects(join(folder, REJECTS), ordered)
     manifest = _manifest(publication, counts, inputs, categories, dict(zip(names, written, strict=True)))
     if most := publication.configuration.get("max_images"):

@@ -172,8 +172,10 @@ def test_class_statistics_are_the_same_for_any_grouping():
 
 
 def test_the_number_of_shards_follows_the_rows_unless_it_is_given():
-    assert [count_shards(rows, None) for rows in (0, 399, 400, 2999, 17_001, 118_287)] == [1, 1, 2, 8, 9, 59]
-    assert count_shards(10, 64) == 64
+    rows = (0, 399, 400, 2999, 17_001, 118_287)
+    assert [count_shards(count, 150_000 * count, None) for count in rows] == [1, 1, 2, 8, 9, 59]
+    assert count_shards(17_001, 4_000_000 * 17_001, None) == 64  # of a GiB, where 2,000 rows are 8
+    assert count_shards(10, 10, 64) == 64
 
 
 class _Steps(PipelineVisitor):

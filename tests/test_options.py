@@ -94,6 +94,10 @@ WRONG = [
     (f"{COCO} --coco_split test", "--coco_split: invalid choice: 'test'"),
     (f"--images pictures --llava_split train {KNOWN}", "--llava_split acts only with --llava_json"),
     (f"--images pictures --image_column x {KNOWN}", "--image_column acts only with --dataset"),
+    (
+        f"--dataset pictures --image_storage reference {KNOWN}",
+        "--image_storage reference: what --dataset names holds its",
+    ),
     ("--dataset pictures", "--dataset pictures: names no .parquet or .tar file"),
     ("--coco_panoptic p.json other.json --coco_images p p --coco_masks p p", "dragon"),
     (f"{COCO} --categories nowhere.json", "--categories: nowhere.json: there is no such file"),
