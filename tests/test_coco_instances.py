@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,18 @@ def test_an_instance_under_others_keeps_a_pixel() -> None:
     found = instances_map(same, SIZE_WH)
     assert [(s.id, s.area, s.box_xyxy) for s in found.segments] == [(1, 36, (2, 2, 8, 8)), (2, 36, (2, 2, 8, 8))]
     assert sorted(np.unique(found.index_map).tolist()) == [0, 1, 2]
+
+
+def test_many_instances_of_a_large_picture_take_no_more_memory_than_one() -> None:
+    size_wh = (2000, 1500)
+    many = [instance(i, rectangle(30 * i, 20 * i, 30 * i + 40, 20 * i + 40), i % 3) for i in range(1, 61)]
+    peaks = []
+    for instances in (many[:1], many):
+        tracemalloc.start()
+        assert len(instances_map(instances, size_wh).segments) == len(instances)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]
 
 
 def test_crowds_are_not_numbered() -> None:

@@ -27,6 +27,16 @@ class Instance(NamedTuple):
     segmentation: Any
 
 
+class _Part(NamedTuple):
+    """A mask as far as it reaches."""
+
+    box_xyxy: tuple[int, int, int, int]
+    """In pixels, exclusive at the maximum."""
+
+    mask: np.ndarray
+    """bool, of the box's height and width."""
+
+
 def instances_map(
     instances: Sequence[Instance],
     size_wh: tuple[int, int],
@@ -46,17 +56,19 @@ def instances_map(
             of another size, `empty_segment` for an instance without a pixel, `repeated_segment` for an id listed twice.
     """
     mask_wh = size_wh if orientation < 5 else (size_wh[1], size_wh[0])
-    masks = [turn_upright(_mask(instance, mask_wh), orientation) for instance in instances]
-    areas = [int(mask.sum()) for mask in masks]
+    # One mask of the whole picture at a time: hundreds of a large picture are gigabytes.
+    parts = [_part(turn_upright(_mask(instance, mask_wh), orientation)) for instance in instances]
+    areas = [int(part.mask.sum()) for part in parts]
     if empty := [i.info.id for i, area in zip(instances, areas, strict=True) if not area]:
         raise Rejected("empty_segment", f"instance {empty[0]} has no pixel")
     ids = np.zeros((size_wh[1], size_wh[0]), dtype=np.int64)
     # Largest first, so that smaller ones are painted over it; where areas tie, by id.
     order = sorted(range(len(instances)), key=lambda place: (-areas[place], instances[place].info.id))
     for place in order:
-        ids[masks[place]] = instances[place].info.id
-    _uncover(ids, [(instances[place].info.id, masks[place]) for place in order])
-    boxes_xyxy = np.array([_box(mask) for mask in masks], dtype=np.int64).reshape(-1, 4)
+        x_min, y_min, x_max, y_max = parts[place].box_xyxy
+        ids[y_min:y_max, x_min:x_max][parts[place].mask] = instances[place].info.id
+    _uncover(ids, [(instances[place].info.id, parts[place]) for place in order])
+    boxes_xyxy = np.array([part.box_xyxy for part in parts], dtype=np.int64).reshape(-1, 4)
     return assemble_panoptic_map(
         ids, [i.info for i in instances], np.array(areas, dtype=np.int64), boxes_xyxy, categories
     )
@@ -127,21 +139,24 @@ def run_lengths(text: str | bytes) -> np.ndarray:
     return values
 
 
-def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
-    """Return the bounds of a mask in pixels, exclusive at the maximum."""
+def _part(mask: np.ndarray) -> _Part:
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    if not len(rows):
+        return _Part((0, 0, 0, 0), mask[:0, :0])
+    x_min, y_min, x_max, y_max = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+    return _Part((x_min, y_min, x_max, y_max), mask[y_min:y_max, x_min:x_max].copy())
 
 
-def _uncover(ids: np.ndarray, masks: Sequence[tuple[int, np.ndarray]]) -> None:
+def _uncover(ids: np.ndarray, parts: Sequence[tuple[int, _Part]]) -> None:
     """Give each instance that has lost all its pixels the middle one of its mask, in place, unless that pixel is the
     last one of another."""
     visible, counts = np.unique(ids, return_counts=True)
     left = dict(zip(visible.tolist(), counts.tolist(), strict=True))
-    for id_, mask in masks:
+    for id_, part in parts:
         if left.get(id_):
             continue
-        places = np.flatnonzero(mask)
+        rows, columns = np.nonzero(part.mask)
+        places = (rows + part.box_xyxy[1]) * ids.shape[1] + columns + part.box_xyxy[0]
         nearest = places[np.argsort(np.abs(np.arange(len(places)) - len(places) // 2), kind="stable")]
         for place in nearest:
             owner = int(ids.flat[place])
