@@ -41,14 +41,16 @@ def test_the_entry_point_leads_to_a_model_that_lmms_eval_accepts():
     assert registry.get_model_class("collavo") is harness.CollavoHarness
 
 
-def test_the_local_task_runs_in_lmms_eval_and_agrees_with_our_own_judge(run, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_local_task_runs_in_lmms_eval_and_agrees_with_our_own_judge(run, tmp_path, processes):
     data = write_crayon_file(tmp_path / "crayon.parquet", ROWS)
     task = (TASKS / "crayon_c2b.yaml").read_text().replace("out/*.parquet", str(data))
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "crayon_c2b.yaml").write_text(task)
     (tmp_path / "tasks" / "crayon_questions.py").write_text((TASKS / "crayon_questions.py").read_text())
     command = [
-        *(sys.executable, "-m", "lmms_eval", "--model", "collavo", "--tasks", "crayon_c2b", "--device", "cpu"),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)),
+        *("-m", "lmms_eval", "--model", "collavo", "--tasks", "crayon_c2b", "--device", "cpu"),
         *("--model_args", f"pretrained={run},segmenter=none", "--include_path", str(tmp_path / "tasks")),
         *("--batch_size", "4", "--output_path", str(tmp_path / "results"), "--log_samples"),
     ]
@@ -68,7 +70,8 @@ def test_the_local_task_runs_in_lmms_eval_and_agrees_with_our_own_judge(run, tmp
     figures = json.loads(results.read_text())["results"]["crayon_c2b"]
     assert figures["accuracy,none"] == pytest.approx(sum(verdicts) / len(verdicts))
     (samples,) = (tmp_path / "results").rglob("*samples_crayon_c2b.jsonl")
-    assert [json.loads(line)["filtered_resps"] for line in samples.read_text().splitlines()] == texts
+    found = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+    assert [sample["filtered_resps"] for sample in found] == texts
 
 
 def instance(context: str, visuals: list, **options) -> Instance:
@@ -97,6 +100,14 @@ def test_answers_end_at_the_stop_texts_and_at_the_limit_of_their_task(model):
     assert whole.startswith(shorter.rstrip("�"))
     assert len(shorter) < len(whole)
     assert ended == whole.partition(stop)[0].strip()
+
+
+@pytest.mark.parametrize(
+    "stops, answer",
+    [(["\n\n"], "First.\n\nThen."), ("\n", "First."), (["Then", "\n\n"], "First."), (None, "First.\n\nThen.")],
+)
+def test_an_empty_line_which_lmms_eval_names_for_all_tasks_ends_no_answer(stops, answer):
+    assert harness._until("First.\n\nThen.", stops) == answer
 
 
 def test_of_several_images_the_first_is_shown_with_a_warning_and_none_is_refused(model):
