@@ -41,6 +41,9 @@ MAP_FLAGS = (
 EXTENSION_FLAGS = (*(field.name for field in fields(InstructionFlags)), "validation_ratio", "image_storage")
 """Flags that decide what a row says beside its map."""
 
+IMAGES_BELOW = "images_below"
+"""What the manifest calls a SHA-256 of the folder that paths to pictures count from, where rows hold no pictures."""
+
 _NOTE, _RESTS_ON = "made_by.json", "maps_rest_on"
 
 
@@ -130,6 +133,8 @@ def check_extension(output: str, configuration: Mapping[str, Any], templates_sha
         facts = stated_facts(parquet.metadata.metadata, uri)  # which other tools leave out when they write a file again
     if not difference and facts.get("templates_sha256", templates_sha256) != templates_sha256:
         difference = "other --templates"
+    if not difference and manifest["configuration"].get(IMAGES_BELOW) != configuration.get(IMAGES_BELOW):
+        difference = "pictures below another folder, from which the paths of --image_storage reference count"
     if difference:
         raise UserError(f"--extend: {output} was built with {difference}; give the same, or merge with --from_crayon")
 

@@ -44,7 +44,7 @@ from collavo.storage import (
     open_read,
     read_bytes,
 )
-from pipelines.earlier import check_extension
+from pipelines.earlier import IMAGES_BELOW, check_extension
 from pipelines.job import WORK, CrayonJob, ModelConfig, Publication
 from pipelines.options import Flags, SegmentationFlags, SourceFlags, build_parser
 from pipelines.publish import FAILED_REJECTS, content_of, published_files, strangers
@@ -121,6 +121,9 @@ def make_plan(flags: Flags, rest: Sequence[str], share_gpu: bool) -> Plan:
     notes: list[str] = []
     sets = _Sets(flags, notes)
     sources = _scene_sources(scenes) if scenes else _named_sources(flags.sources, sets, notes)
+    if not flags.output.embed_images:  # by a hash, since the data are to hold no path of this machine
+        below = sha256(sources.root.encode()).hexdigest()
+        publication = publication._replace(configuration={**publication.configuration, IMAGES_BELOW: below})
     job = _job(flags, sources, sets, publication)
     sets.note_unused()
     if job.model is None and (unused := flags.given & set(_MODEL_FLAGS)):

@@ -93,6 +93,18 @@ def drafts_in(file: Path) -> int:
     return 0
 
 
+def test_rows_without_pictures_are_extended_by_those_of_the_same_folder_only(network, tmp_path, capfd):
+    folder = pictures(tmp_path / "p", range(2))
+    flags = ["--images", folder, *network, "--image_storage", "reference"]
+    build(tmp_path / "out", *flags)
+    more = ["--images", folder, pictures(tmp_path / "q", range(3, 4)), *flags[2:], "--output", tmp_path / "out"]
+    line = refusal(capfd, *more, "--extend")
+    assert "was built with pictures below another folder, from which the paths of --image_storage" in line
+    pictures(folder, range(3))
+    extended = build(tmp_path / "out", *flags, "--extend").rows
+    assert sorted(str(row.image_path) for row in extended.values()) == ["0.png", "1.png", "2.png"]
+
+
 def test_a_killed_build_goes_on_where_it_was(network, tmp_path, capfd, monkeypatch):
     flags = ["--images", pictures(tmp_path / "p", range(9)), *network]
     seen = []
