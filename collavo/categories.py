@@ -7,6 +7,7 @@ COCO's set, one with a class of its own stays a set of its own.
 
 import colorsys
 import json
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -230,18 +231,24 @@ def labels_by_id(source: CategorySet, target: CategorySet, renamed: Mapping[str,
         UserError: for classes that the target lacks and the map does not name.
     """
     by_key = {name_key(name): other for name, other in (renamed or {}).items()}
-    labels, foreign = {}, []
+    labels, foreign, counted = {}, [], []
     for key, category in source.by_key.items():
         wanted = by_key.get(key, category.name)
         if not wanted:
             labels[category.category_id] = LEFT_OUT
         elif found := target.by_key.get(name_key(wanted)):
             labels[category.category_id] = found.label
+            counted += [repr(category.name)] * (found.is_thing and not category.is_thing)
         else:
             foreign.append(repr(category.name))
     if foreign:
         raise UserError(
             f"{source.name}: {target.name} has no {_listed(foreign)}; --category_map FILE says which class is which"
+        )
+    if counted:
+        raise UserError(
+            f"{source.name}: {_listed(counted)}: stuff there and a thing in {target.name}, where all of it in a "
+            "picture would count as one; correct 'isthing', or leave it out with --category_map FILE"
         )
     return labels
 
@@ -267,25 +274,36 @@ def _record(record: Any, position: int, name: str, are_things: bool) -> dict[str
     thing = True if said is None else _KINDS.get(str(said).strip().lower())
     if thing is None:
         raise UserError(f"{name}: 'isthing' of category {text!r} should be 1 or 0, it is {said!r:.80}")
+    stated = {word: fields.get(word) or "" for word in ("display_name", "singular", "plural")}
+    if odd := [f"{word!r} is {value!r:.80}" for word, value in stated.items() if not isinstance(value, str)]:
+        raise UserError(f"{name}: category {text!r}: {odd[0]}, but should be a text")
+    display_name = _unmarked(stated["display_name"]) or _display_name(text)
+    if not display_name:
+        raise UserError(
+            f"{name}: category {text!r} has a name without a letter to write; a 'display_name' gives it one"
+        )
     return {
         "id": number,
         "name": text.strip(),
         "key": name_key(text),
         "isthing": int(thing),
-        "display_name": fields.get("display_name") or _display_name(text),
+        "display_name": display_name,
         "color": _checked_color(fields.get("color")),
-        "singular": (fields.get("singular") or "") if thing else "",
-        "plural": (fields.get("plural") or "") if thing else "",
+        "singular": stated["singular"] if thing else "",
+        "plural": stated["plural"] if thing else "",
         "article": "",
     }
 
 
 def _display_name(name: str) -> str:
-    """Write a name as questions and object lists hold it: one synonym, no suffix, no underscore, and no parenthesis,
-    which would end the name in `(#1 name)`."""
-    text = without_suffixes(name.partition(",")[0]).replace("_", " ").replace("(", " ").replace(")", " ")
-    text = " ".join(text.split())
+    """Write a name as questions and object lists hold it: a synonym, no suffix, no underscore, none of their marks."""
+    text = _unmarked(without_suffixes(name.partition(",")[0]).replace("_", " "))
     return text.lower() if text.istitle() else text
+
+
+def _unmarked(text: str) -> str:
+    """Take away what has a meaning in `(#1 name)`."""
+    return " ".join(re.sub(r"[()#]", " ", text).split())
 
 
 def _english(record: Mapping[str, Any]) -> dict[str, str]:

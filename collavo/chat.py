@@ -157,6 +157,8 @@ def _check(flags: Flags) -> None:
         raise UserError("--data and --image_id go together: the files, and which of their rows is meant")
     if bool(flags.questions) != bool(flags.answers):
         raise UserError("--questions and --answers go together: what is asked, and where the answers go")
+    if flags.questions and flags.answers and flags.questions.resolve() == flags.answers.resolve():
+        raise UserError(f"--answers {flags.answers}: is the file of the questions; name another one")
     if flags.top_p < 1 and not flags.temperature:
         raise UserError("--top_p says among which tokens --temperature draws; give it a temperature above 0")
     if flags.temperature and flags.beams > 1:

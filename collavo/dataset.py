@@ -107,6 +107,8 @@ def category_set(files: Sequence[Path | str]) -> CategorySet:
     for uri, other in sets.items():
         if [c.name for c in other] != [c.name for c in first]:
             raise UserError(f"{uri} has the classes of {other.name}, {first_uri} those of {first.name}")
+        if otherwise := [c.name for c, d in zip(other, first, strict=True) if c.is_thing != d.is_thing]:
+            raise UserError(f"{otherwise[0]!r} is a thing in one of {uri} and {first_uri}, and stuff in the other")
     return first
 
 

@@ -116,7 +116,7 @@ def _evaluate(flags: Flags) -> None:
         limit_threads(answerer.model)
     object_lists = _OBJECT_LISTS[flags.object_list]
     if line := unknown_classes(answerer, judge.categories):
-        console.print(f"--data: {line}", soft_wrap=True)
+        console.print(f"--data: {line}", soft_wrap=True, markup=False)
     for object_list in object_lists:
         if line := answerer.untrained({task: kind_of(task) for task in flags.tasks}, object_list):
             console.print(f"--object_list {flags.object_list}: {line}", soft_wrap=True)
@@ -167,7 +167,7 @@ def _evaluate(flags: Flags) -> None:
     save_report(folder, results, facts)
     console.print(terminal_report(results))
     said = f"{questions:,} questions, {questions / seconds:.1f} a second. Evaluated: {folder / REPORT}{earlier}"
-    console.print(said, soft_wrap=True)
+    console.print(said, soft_wrap=True, markup=False)
 
 
 def _report_folder(flags: Flags) -> Path:

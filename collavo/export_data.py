@@ -177,9 +177,9 @@ def _write_row(row: CrayonRow, flags: Flags, write: WriteRow, account: Account, 
         return "without_entries"
     try:
         image = _image_of(row, flags, account, file_names)
+        write(row, image, entries)
     except Rejected as error:
         return error.reason
-    write(row, image, entries)
     for entry in entries:
         account["entries"]["instructions" if entry.dialogue_id is None else "conversations"] += 1
     account["images"]["written" if image else "none"] += 1

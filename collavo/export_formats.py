@@ -21,6 +21,7 @@ Rules of the readers: LLaVA's `train.py`, TRL 1.16's `DataCollatorForVisionLangu
 4.6's `MessagesPreprocessor` and `load_image`.
 """
 
+import errno
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
@@ -32,6 +33,7 @@ import jsonlines
 import pyarrow as pa
 
 from collavo.dataset import BYTES_PER_GROUP, RowGroupWriter
+from collavo.errors import Rejected
 from collavo.sources.image_paths import checked_relative
 from schemas.crayon_row import IMAGE_TOKEN, SPLITS, CrayonRow
 
@@ -174,11 +176,12 @@ def _jsonl(folder: Path) -> Iterator[WriteRow]:
     with _by_split(folder, "jsonl") as append:
 
         def write(row: CrayonRow, image: ExportedImage | None, entries: Sequence[Entry]) -> None:
-            map_name = f"{checked_relative(row.image_id)}.png"
-            files = {
-                "image": _save(folder, "images", image.name, image.data) if image else None,
-                "panoptic_map": _save(folder, "panoptic", map_name, row.panoptic_png) if row.panoptic_png else None,
-            }
+            files: dict[str, str | None] = {"image": None, "panoptic_map": None}
+            if row.panoptic_png:
+                map_name = f"{checked_relative(row.image_id)}.png"
+                files["panoptic_map"] = _save(folder, "panoptic", map_name, row.panoptic_png)
+            if image:
+                files["image"] = _save(folder, "images", image.name, image.data)
             append(row.split, {**row.as_record(), **files, "image_path": row.image_path})
 
         yield write
@@ -299,8 +302,17 @@ def _without_image_token(text: str) -> str:
 
 
 def _save(folder: Path, kind: str, name: str, data: bytes) -> str:
-    """Write a file below `folder`, and return its path relative to it."""
+    """Write a file below `folder`, and return its path relative to it.
+
+    Raises:
+        Rejected: `bad_path` for a name that is too long for the disk, as one with `.png` behind it may be.
+    """
     path = folder / kind / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise Rejected("bad_path", f"{kind}/{name}: too long a name for a file") from error
+        raise
     return f"{kind}/{name}"

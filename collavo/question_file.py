@@ -57,9 +57,7 @@ def count_answers(questions: Path, answers: Path) -> tuple[int, int]:
     """
     data, errors = answers.read_bytes() if answers.exists() else b"", 0
     lines = data.splitlines(keepends=True)
-    if lines and not lines[-1].endswith(b"\n"):
-        with answers.open("r+b") as file:
-            file.truncate(len(data) - len(lines.pop()))
+    unfinished = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
     for number, (line, asked) in enumerate(zip_longest(lines, islice(read_questions(questions), len(lines))), start=1):
         answered: Any = None
         with suppress(ValueError):
@@ -68,7 +66,19 @@ def count_answers(questions: Path, answers: Path) -> tuple[int, int]:
         if not same:
             raise UserError(f"{answers}: its line {number} answers no question of {questions}; name another file")
         errors += "error" in answered
+    if unfinished:
+        # Of another file it may be all that there is, so it has to begin as the next answer would.
+        asked = next(islice(read_questions(questions), len(lines), None), None)
+        begin = _line_of(asked.record, {})[:-1] if asked else b""
+        if not asked or not (unfinished.startswith(begin) or begin.startswith(unfinished)):
+            raise UserError(f"{answers}: its last line answers no question of {questions}; name another file")
+        with answers.open("r+b") as file:
+            file.truncate(len(data) - len(unfinished))
     return len(lines), errors
+
+
+def _line_of(record: Mapping[str, Any], reply: Mapping[str, str]) -> bytes:
+    return json.dumps({**record, **reply}, ensure_ascii=False).encode(errors="backslashreplace")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +109,8 @@ class QuestionAnswerer:
                 for asked, reply in zip(batch, replies, strict=True):
                     if "error" in reply:
                         left_out.add("without an answer", f"line {asked.number}", reply["error"])
-                lines = [json.dumps({**q.record, **r}, ensure_ascii=False) for q, r in zip(batch, replies, strict=True)]
-                file.write("".join(f"{line}\n" for line in lines).encode(errors="backslashreplace"))
+                lines = [_line_of(asked.record, reply) for asked, reply in zip(batch, replies, strict=True)]
+                file.write(b"".join(line + b"\n" for line in lines))
                 file.flush()
                 yield left_out
 

@@ -90,7 +90,7 @@ def _command(flags: Flags) -> None:
             raise UserError("no train row has segments, so there is nothing to learn from")
     console = Console(highlight=False)
     counts = f"{len(training.places):,} rows to learn from, {len(validation.places):,} to judge on"
-    console.print(f"{len(categories)} classes of {categories.name}; {counts}", soft_wrap=True)
+    console.print(f"{len(categories)} classes of {categories.name}; {counts}", soft_wrap=True, markup=False)
     if flags.evaluate_only:
         with naming("segmenter_checkpoint"):
             segmenter = open_for(flags.segmenter_checkpoint, categories, flags.device)
@@ -162,7 +162,7 @@ def _train(
             write_card(staging, output.name, flags.segmenter_checkpoint, base, judged, options, files)
             shutil.rmtree(staging / "checkpoints")
     console.print("\n".join(table(judged)), markup=False, soft_wrap=True)
-    console.print(f"Trained: {output}; use it with --segmenter_checkpoint {output}", soft_wrap=True)
+    console.print(f"Trained: {output}; use it with --segmenter_checkpoint {output}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

@@ -223,9 +223,13 @@ class _WorkerWatch:
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> "_WorkerWatch":
+        try:  # not SIGINT: a shell starts a job in the background with that ignored
+            self._before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+        except ValueError as error:
+            raise UserError(
+                "a thread can run no workers; start the build from the main one, or with --direct_num_workers 1"
+            ) from error
         self._shown, threading.excepthook = threading.excepthook, lambda _: None
-        # Not SIGINT: a shell starts a job in the background with that ignored.
-        self._before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
         self._thread.start()
         return self
 

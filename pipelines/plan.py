@@ -319,7 +319,7 @@ class _Sets:
             target = self._found[0]
         else:
             target = common_set(self._found) if self._found else COCO_PANOPTIC
-        if self._finished and [c.name for c in self._finished] != [c.name for c in target]:
+        if self._finished and [(c.name, c.is_thing) for c in self._finished] != [(c.name, c.is_thing) for c in target]:
             raise UserError(
                 f"the finished rows have the classes of {self._finished.name}, which are not those of {target.name}; "
                 "build the others apart, or say with --category_map which of the first is which"

@@ -515,3 +515,11 @@ def test_images_of_a_data_set_that_no_model_sees_are_rejected(by_tiny_model, tmp
     data = build(tmp_path / "out", *coco.flags(), *model)  # what a failed build says of itself is in nobody's way
     assert data.manifest["inputs_in_rows"] == {"coco": 1, "dataset": 1}
     check_sums(data)
+
+
+def test_a_path_in_brackets_is_printed_as_it_is(tmp_path, capfd):
+    coco = CocoFolder(tmp_path / "coco")
+    coco.add("a.jpg", PICTURE)
+    output = tmp_path / "out[v2]"
+    assert status_of(*coco.flags(), "--segmenter", "annotations", "--output", output) == 0
+    assert f"{output}/*.parquet" in capfd.readouterr().out

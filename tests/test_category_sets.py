@@ -18,7 +18,9 @@ from collavo.categories import (
     read_categories,
 )
 from collavo.errors import UserError
+from collavo.instructions.text import format_object, parse_objects
 from schemas.categories import COCO_PANOPTIC, LEFT_OUT, CategorySet, name_key
+from schemas.crayon_row import Segment
 
 ROAD = [
     {"id": 0, "name": "sky", "isthing": 0},
@@ -134,6 +136,11 @@ def test_a_set_travels_as_plain_values() -> None:
             "the same name but for .*, bus; rename one of",
         ),
         ([*ROAD, {"id": 0, "name": "van", "isthing": 1}], "have the same id, 0$"),
+        ([{"id": 1, "name": "_", "isthing": 1}], "has a name without a letter to write; a 'display_name' gives it one"),
+        ([{"id": 1, "name": "-other", "isthing": 1}], "has a name without a letter"),
+        ([{"id": 1, "name": ",", "isthing": 0}], "has a name without a letter"),
+        ([{"id": 1, "name": "car", "isthing": 1, "singular": 7}], "'singular' is 7, but should be a text"),
+        ([{"id": 1, "name": "car", "isthing": 0, "display_name": ["a"]}], "'display_name' is .*, but should be a text"),
     ],
 )
 def test_what_is_no_set_is_refused_in_one_line(categories: object, complaint: str) -> None:
@@ -176,6 +183,24 @@ def test_a_map_brings_a_source_into_another_set() -> None:
     assert labels_by_id(road, COCO_PANOPTIC, {**renamed, "traffic sign": ""})[7] == LEFT_OUT
     with pytest.raises(UserError, match="COCO panoptic has no 'traffic sign', 'pedestrian'; --category_map"):
         labels_by_id(road, COCO_PANOPTIC)
+
+
+def test_stuff_of_a_source_is_counted_in_no_other_set() -> None:
+    stuff, thing = (read_categories([{"id": 1, "name": "door", "isthing": kind}], f"{kind}.json") for kind in (0, 1))
+    with pytest.raises(UserError, match=r"0\.json: 'door': stuff there and a thing in 1\.json, where all of it"):
+        labels_by_id(stuff, thing)
+    assert labels_by_id(stuff, thing, {"door": ""}) == {1: LEFT_OUT}
+    assert labels_by_id(thing, stuff) == {1: 0}
+
+
+@pytest.mark.parametrize(
+    "record", [{"name": "player #7"}, {"name": "C#"}, {"name": "d", "display_name": "door (shut)"}]
+)
+def test_names_are_read_in_object_lists_as_they_are_written(record: dict[str, Any]) -> None:
+    categories = read_categories([{"id": 1, "isthing": 1, **record}], "own.json")
+    name = categories[0].display_name
+    written = Segment.of(categories[0], 1, (0.0, 0.0, 1.0, 1.0), 1, 2)
+    assert parse_objects(format_object(written), categories.by_display_name) == [(name, 2, None)]
 
 
 def test_a_file_of_the_users_is_a_list_or_an_annotation_file() -> None:

@@ -245,6 +245,13 @@ def test_a_file_of_questions_is_answered_in_order_and_an_interrupted_run_goes_on
     assert main(flags) == 2
     assert f"--answers: {answers}: its line 2 answers no question of {questions}" in capsys.readouterr().err
     assert answers.read_bytes() == whole
+    for other in (b'{"image": "other.jpg", "ques', whole[:9] + b"[]", b"[1, 2]"):  # of another file, all in one line
+        answers.write_bytes(other)
+        assert main(flags) == 2
+        assert f"--answers: {answers}: its last line answers no question" in capsys.readouterr().err
+        assert answers.read_bytes() == other
+    assert main([*flags[:-1], str(questions)]) == 2
+    assert f"--answers {questions}: is the file of the questions" in capsys.readouterr().err
 
 
 def test_the_images_of_questions_stand_inside_their_root(world, tmp_path):

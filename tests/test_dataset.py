@@ -12,7 +12,7 @@ from collavo.dataset import category_set, check_repeats, count_rows, find_files,
 from collavo.errors import UserError
 from collavo.training.lengths import LengthLimit
 from collavo.training.row_index import build_row_indexes
-from schemas.categories import COCO_PANOPTIC
+from schemas.categories import COCO_PANOPTIC, CategorySet
 from schemas.crayon_row import CRAYON_SCHEMA, CrayonRow
 
 
@@ -155,6 +155,12 @@ def test_a_file_states_its_set_and_sets_are_not_mixed(tmp_path):
     assert category_set([own]) == OWN_CLASSES and category_set([coco]) == COCO_PANOPTIC
     with pytest.raises(UserError, match=r"own.parquet has the classes of five of our own.* those of COCO panoptic"):
         category_set([coco, own])
+    records = [{**record, "isthing": 1 - record["isthing"]} for record in OWN_CLASSES.as_records()]
+    flipped = write_crayon_file(tmp_path / "flipped.parquet", [], CategorySet.from_records("flipped", records))
+    with pytest.raises(
+        UserError, match=r"is a thing in one of .*flipped.parquet and .*own.parquet, and stuff in the other"
+    ):
+        category_set([own, flipped])
 
 
 def test_a_picture_that_two_data_sets_hold_is_refused(tmp_path):

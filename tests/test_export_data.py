@@ -327,6 +327,15 @@ def test_llamafactory_is_told_of_the_rows_that_validate_as_of_a_data_set_of_its_
     assert [*declared] == ["crayon"]
 
 
+def test_a_row_whose_files_could_have_no_name_is_left_out_and_counted(tmp_path, capsys):
+    long = "\u753b" * 83 + ".jpg"  # 253 bytes, with .png behind them more than a disk takes
+    none = dict.fromkeys(("image_path", "image_sha256", "panoptic_png", "width", "height"))
+    talk = replace(a_row("a:b.json#1", None, conversations=(WITHOUT,)), **none, segments=(), instructions=())
+    output = export(tmp_path, "jsonl", [a_row(long, drawn()), a_row("a", drawn()), talk])
+    assert [record["image_id"] for record in records_in(output, "jsonl", "train")] == ["a", "a:b.json#1"]
+    assert accounts(capsys)["rows"].split(maxsplit=1) == ["3", "bad_path 1, train 2"]
+
+
 def test_jsonl_gives_the_rows_back(tmp_path, capsys):
     rows = some_rows()
     output = export(tmp_path, "jsonl", rows)

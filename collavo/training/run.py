@@ -68,7 +68,7 @@ class TrainingRun:
             self.categories = category_set(self.files)
             check_repeats(self.files)
         for note in notes(self.files):
-            console.print(note, highlight=False, soft_wrap=True)
+            console.print(note, highlight=False, soft_wrap=True, markup=False)
         self.accelerator = _accelerator(arguments)
         self.replaces = self._replaces()
         self.begun = self._begun()
@@ -79,7 +79,9 @@ class TrainingRun:
         checkpoints = checkpoint.list_checkpoints(self.folder) if arguments.resume else []
         self.start = checkpoints[-1] if checkpoints else None
         if arguments.resume and not checkpoints:
-            console.print(f"--resume: {self.folder} holds no checkpoint; training begins anew", soft_wrap=True)
+            console.print(
+                f"--resume: {self.folder} holds no checkpoint; training begins anew", soft_wrap=True, markup=False
+            )
         self.done = checkpoint.Position("", 0, 0)
         if self.start:
             with naming("resume"):  # before a large base is loaded
@@ -133,6 +135,7 @@ class TrainingRun:
                 f"{self.folder} has taken all of its {done.total_steps} steps; with --resume, a higher --epochs or "
                 "--max_steps extends it.",
                 soft_wrap=True,
+                markup=False,
             )
             return
         prompt = Text("none of the first batch")
@@ -172,7 +175,7 @@ class TrainingRun:
             left_out = self.train_set.index.left_out.counts + trainer.skipped.counts
             base = base_from(self.folder, self.folder)
             write_model_card(self.folder, self.folder, "run", base, left_out=left_out)
-        self.console.print(f"Trained: {self.folder}", soft_wrap=True)
+        self.console.print(f"Trained: {self.folder}", soft_wrap=True, markup=False)
         self.accelerator.end_training()
 
     def _longest(self, phase: Phase) -> tuple[Sample, LongestBatch] | None:
