@@ -214,6 +214,25 @@ def test_vicunas_prompts_have_the_tokens_that_llava_was_trained_with(
     assert re.findall(r">>\s*(.*?)<<", marked) == ["Red.</s>", "On the left.</s>"]
 
 
+def test_a_fine_tunes_added_tokens_and_ends_come_with_a_sentencepiece_file(
+    vicuna: tuple[Path, sentencepiece.SentencePieceProcessor], tmp_path: Path
+) -> None:
+    _, model = vicuna
+    for number, entries in enumerate(
+        (
+            {"added_tokens_decoder": {str(len(model)): {"content": "<|im_end|>", "special": True}}},
+            {},  # in the older file
+        )
+    ):
+        (folder := tmp_path / str(number)).mkdir()
+        (folder / "tokenizer.model").write_bytes(model.serialized_model_proto())
+        (folder / "tokenizer_config.json").write_text(json.dumps({**entries, "eos_token": "<|im_end|>"}))
+        (folder / "added_tokens.json").write_text(json.dumps({"<|im_end|>": len(model)}))
+        tokenizer = read_tokenizer(folder)
+        assert tokenizer.eos_token_id == len(model) == len(tokenizer) - 1
+        assert tokenizer("two<|im_end|>", add_special_tokens=False).input_ids == [*model.encode("two"), len(model)]
+
+
 def test_control_tokens_in_a_text_bring_no_spaces(vicuna: tuple[Path, sentencepiece.SentencePieceProcessor]) -> None:
     tokenizer = read_tokenizer(vicuna[0])
     tokenizer.add_tokens(["<image>"], special_tokens=True)

@@ -82,6 +82,8 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "preprocessor_config.json").write_text(
         json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]})
     )
+    # As transformers 4 wrote beside it, with nothing of images.
+    (folder / "processor_config.json").write_text(json.dumps({"image_token": "<image>", "patch_size": 14}))
     return folder
 
 
@@ -136,6 +138,7 @@ def test_a_llava_answers_as_before(llava: Path, queries: bool) -> None:
     assert torch.equal(logits(model, **inputs, **maps), logits(original, **inputs))
     assert processor.image_processor.image_mean == (0.1, 0.2, 0.3)
     assert model.config.vision_feature_layer == -2
+    assert model.generation_config.suppress_tokens == [model.config.image_token_id]  # which look-up would propose
 
 
 def renamed(llava: Path, names: dict[str, str]) -> dict[str, torch.Tensor]:

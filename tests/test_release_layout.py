@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 import torch
 from internlm_reference import Weights, random_weights, release_logits, release_shapes, save_checkpoint
+from torch import nn
 
 from collavo.errors import UserError
 from collavo.import_base.release import load_release
@@ -297,3 +298,24 @@ def test_an_incomplete_release_is_refused_in_one_line(
     with pytest.raises(UserError, match=problem) as refusal:
         load_release(tmp_path)
     assert str(refusal.value).startswith(f"release {tmp_path}: ") and "\n" not in str(refusal.value)
+
+
+class Packed(nn.Module):
+    """A layer whose weights are stored as bytes, as bitsandbytes stores them."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.inner, self.weight = linear, torch.zeros(1, dtype=torch.uint8)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return self.inner(states)
+
+
+def test_branches_compute_in_their_own_type_where_the_first_layer_is_stored_in_another(
+    loaded: tuple[CollavoForConditionalGeneration, CollavoProcessor], samples: list[dict[str, Any]]
+) -> None:
+    model = copy.deepcopy(loaded[0])
+    for layer in model.model.low_rank_branches:
+        for branch in layer.image.values():
+            branch[0] = Packed(branch[0])
+    assert torch.equal(logits(model, samples), logits(loaded[0], samples))

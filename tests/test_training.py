@@ -326,6 +326,19 @@ def test_a_checkpoint_that_was_loaded_is_not_held_open(tmp_path: Path) -> None:
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
+def test_no_sequence_is_longer_than_the_base_takes(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = shutil.copytree(world / "base", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 250
+    (base / "config.json").write_text(json.dumps(config))
+    flags = command(world, tmp_path / "run", "--preset", str(base), "--max_steps", "1")
+    assert train.main(flags) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "--max_length 350: the base takes 250 tokens, so no sequence is longer" in out
+
+
 @pytest.mark.parametrize(("most", "phases"), [("1", ["cpt", "cit", "cit"]), ("9", ["cpt", "cpt", "cit", "cit"])])
 def test_crayon_prompt_tuning_can_be_shorter_but_no_longer_than_every_phase(
     world: Path, tmp_path: Path, most: str, phases: list[str]

@@ -119,6 +119,10 @@ def test_reentrant_checkpointing_is_refused_in_one_sentence() -> None:
     with pytest.raises(ValueError, match="needs checkpointing that is not reentrant: use_reentrant=False"):
         model.activation_checkpointing_enable({"use_reentrant": True})
     model.activation_checkpointing_enable()
+    again = tiny_model().train()
+    again.activation_checkpointing_enable({})  # as peft's prepare_model_for_kbit_training does
+    again(**inputs(2), labels=inputs(2)["input_ids"]).loss.backward()
+    assert again.model.crayon_prompt.linear_2.weight.grad.any()
 
 
 def test_the_class_token_of_the_vision_tower_gets_no_signal() -> None:

@@ -218,6 +218,7 @@ def build(
             None, config=config, state_dict=weights, dtype=dtype, attn_implementation=attention
         )
     model.generation_config = generation_config
+    model.never_generate_images()
     return model, processor
 
 
@@ -358,7 +359,8 @@ def _image_options(folder: Path) -> dict[str, Any]:
         if (folder / name).is_file():
             entries = json.loads((folder / name).read_text(encoding="utf-8"))
             entries = entries.get("image_processor", entries)
-            return {key: entries[key] for key in ("image_mean", "image_std", "resample") if key in entries}
+            if found := {key: entries[key] for key in ("image_mean", "image_std", "resample") if key in entries}:
+                return found  # a processor's file of transformers 4 says nothing of images
     return {}
 
 

@@ -79,7 +79,22 @@ def llama_tokenizer(folder: Path) -> LlamaTokenizer:
     """
     pieces = _read_pieces(folder / "tokenizer.model", "Llama", space_before=True)
     vocabulary = {text: position for position, (text, _, _) in enumerate(pieces)}
-    return LlamaTokenizer(vocab=vocabulary, merges=_merges(pieces), legacy=True, add_bos_token=True)
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=_merges(pieces), legacy=True, add_bos_token=True)
+    added = {position: text for position, (text, _, kind) in enumerate(pieces) if kind == _USER_DEFINED}
+    added |= {position: text for position, text in _added_tokens(folder).items() if position >= len(pieces)}
+    for position, text in sorted(added.items()):
+        if position > len(tokenizer):
+            raise ValueError(
+                f"its added token {text!r} has the number {position}, but the next one is {len(tokenizer)}"
+            )
+        tokenizer.add_tokens([AddedToken(text, normalized=False, special=text[0] in "<[")])
+    config = _json_in(folder / "tokenizer_config.json")
+    for name in ("bos_token", "eos_token", "pad_token"):
+        stated = config.get(name)
+        token = stated.get("content") if isinstance(stated, dict) else stated
+        if token in tokenizer.get_vocab():
+            setattr(tokenizer, name, token)
+    return tokenizer
 
 
 def _merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
@@ -101,11 +116,18 @@ def _merges(pieces: list[tuple[str, float, int]]) -> list[tuple[str, str]]:
 
 def _renamed_tokens(folder: Path) -> dict[int, str]:
     """Read the tokens of tokenizer_config.json, by position."""
-    file = folder / "tokenizer_config.json"
-    if not file.is_file():
-        return {}
-    added: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")).get("added_tokens_decoder", {})
+    added: dict[str, Any] = _json_in(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
     return {int(position): token["content"] for position, token in added.items()}
+
+
+def _added_tokens(folder: Path) -> dict[int, str]:
+    """Read the tokens that a fine-tuning has added, by position: of tokenizer_config.json, or of the older file."""
+    return _renamed_tokens(folder) or {int(n): text for text, n in _json_in(folder / "added_tokens.json").items()}
+
+
+def _json_in(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found
 
 
 def _read_pieces(file: Path, family: str, space_before: bool) -> list[tuple[str, float, int]]:

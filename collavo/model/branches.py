@@ -95,7 +95,9 @@ class LayerBranches(nn.Module):
         assert self._signal is not None
         positions, cells = self._signal
         branch: Any = self.image[name]
-        weight = branch[0].weight  # the layers of a model may be spread over several GPUs, the branches with them
+        # The layers of a model may be spread over several GPUs, the branches with them. Of the two layers, bitsandbytes
+        # makes bytes of the first.
+        weight = branch[1].weight
         addition: torch.Tensor = branch(states.flatten(0, 1)[positions.to(states.device)].to(weight))
         return addition + self.crayon[name](cells.to(weight)) if name in self.crayon else addition
 

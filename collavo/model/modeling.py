@@ -211,7 +211,7 @@ class CollavoForConditionalGeneration(LlavaForConditionalGeneration, GenerationM
         self.model = CollavoModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
-        self._never_generate_images()
+        self.never_generate_images()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
@@ -236,16 +236,18 @@ class CollavoForConditionalGeneration(LlavaForConditionalGeneration, GenerationM
             ValueError: for reentrant checkpointing. It runs a backward pass for each layer, and all of them would go
                 through the one signal that the layers share.
         """
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        options = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}  # peft hands on {}
+        if options["use_reentrant"]:
             raise ValueError("the crayon signal needs checkpointing that is not reentrant: use_reentrant=False")
-        super().activation_checkpointing_enable(activation_checkpointing_kwargs, *args, **kwargs)
+        super().activation_checkpointing_enable(options, *args, **kwargs)
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         """Read the generation settings of a saved model; `from_pretrained` calls it."""
         super().adjust_generation_fn(*args, **kwargs)  # type: ignore[misc]  # its self is a protocol
-        self._never_generate_images()
+        self.never_generate_images()
 
-    def _never_generate_images(self) -> None:
+    def never_generate_images(self) -> None:
+        """Keep image tokens out of what is generated, by the generation settings."""
         # Prompt look-up proposes what followed the last words before: after "Assistant:", what came after "User:".
         self.generation_config.suppress_tokens = [self.config.image_token_id]
 

@@ -104,9 +104,11 @@ class TrainingRun:
         self.aligns = arguments.phase == "align" or self.config.projector_untrained
         _check_shares(arguments, self.accelerator.num_processes, self.aligns)
         self.projector_trained = self.aligns or projector_file is not None
-        self.limit = LengthLimit(
-            self.processor, arguments.max_length, arguments.object_list, arguments.instructions_per_sequence
-        )
+        longest = min(arguments.max_length, context := self.config.get_text_config().max_position_embeddings)
+        if longest < arguments.max_length and self.accelerator.is_main_process:
+            said = f"--max_length {arguments.max_length}: the base takes {context} tokens, so no sequence is longer"
+            console.print(said, highlight=False, soft_wrap=True, markup=False)
+        self.limit = LengthLimit(self.processor, longest, arguments.object_list, arguments.instructions_per_sequence)
         examples = self._examples()
         self.train_set, self.validation_set = examples["train"], examples["validation"]
         self.plan_options = PlanOptions(
