@@ -129,9 +129,13 @@ def annotation(id_: Any, image_id: Any, **changes: Any) -> dict[str, Any]:
 def test_scattered_annotations_come_together() -> None:
     images = [{"id": 1, "file_name": "a.jpg", "width": 4, "height": 3, "license": 2}, {"id": 2, "file_name": "b.jpg"}]
     annotations = [annotation(10, 1), annotation(11, "1", iscrowd=None), annotation(12.0, 1, category_id=3)]
+    annotations += [annotation(13 + n, 1, iscrowd=said) for n, said in enumerate(("0", "1", True))]
     first, second = stream({"images": images, "annotations": annotations})
     assert (first.entry_id, first.file_name, first.license_id, first.size_wh) == ("1", "a.jpg", 2, (4, 3))
-    assert [i[:3] for i in json.loads(first.instances)] == [[10, 0, 0], [11, 0, 0], [12, 2, 0]]
+    assert [i[:3] for i in json.loads(first.instances)] == [
+        *([10, 0, 0], [11, 0, 0], [12, 2, 0]),
+        *([13, 0, 0], [14, 0, 1], [15, 0, 1]),
+    ]
     assert second.instances is None and second.size_wh is None
 
 
@@ -140,6 +144,7 @@ def test_scattered_annotations_come_together() -> None:
     [
         (annotation(2, 1, category_id="x"), "malformed_entry"),
         (annotation(3, 1, segmentation=[]), "malformed_entry"),
+        (annotation(7, 1, iscrowd="maybe"), "malformed_entry"),
         (annotation(5, 1, category_id=2), "unknown_category"),
     ],
 )

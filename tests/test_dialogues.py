@@ -89,6 +89,7 @@ def test_text_alone_is_an_entry_without_an_image() -> None:
         {"type": "image", "path": "a.jpg"},
         {"type": "image_url", "image_url": {"url": "a.jpg"}},
         {"type": "input_image", "image_url": "a.jpg"},
+        {"type": "image", "image": {"path": "a.jpg"}},
     ],
 )
 def test_an_image_may_be_named_where_it_stands_in_the_text(part: dict[str, Any]) -> None:
@@ -96,6 +97,23 @@ def test_an_image_may_be_named_where_it_stands_in_the_text(part: dict[str, Any])
     turns = [turn, MESSAGES[1]]
     for said in (turns, json.dumps(turns)):
         assert stream([{"id": "q", "messages": said}]) == [DialogueEntry("a.jpg", Dialogue("q", SAID))]
+
+
+BLIND = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "A person."}]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"images": [{"url": "a.jpg"}]},
+        {"image": {"bytes": None, "path": "a.jpg"}},
+        {"image": "a.jpg", "video": None, "videos": []},  # as a table has every key in every row
+        {"id": 2**63 + 5, "image": "a.jpg"},
+    ],
+)
+def test_an_entry_about_a_picture_is_one_however_its_keys_are_filled(entry: dict[str, Any]) -> None:
+    (found,) = stream([{**entry, "conversations": BLIND}])
+    assert isinstance(found, DialogueEntry) and found.image == "a.jpg"
 
 
 @pytest.mark.parametrize(
@@ -108,6 +126,8 @@ def test_an_image_may_be_named_where_it_stands_in_the_text(part: dict[str, Any])
                        MESSAGES[1]]}, "as base64"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "image": f"{i}.jpg"} for i in range(2)]},
                        MESSAGES[1]]}, "names 2 images"),
+        ({"image": {"bytes": "abc", "path": None}, "conversations": BLIND}, "expected the path of an image"),
+        ({"conversations": [{"from": "human", "value": "Picture 1: <img>a.jpg</img>\nWho?"}, TURNS[1]]}, "no path in"),
     ],
 )  # fmt: skip
 def test_a_dialogue_is_not_taken_for_one_about_no_image(entry: dict[str, Any], said: str) -> None:

@@ -210,3 +210,44 @@ def test_a_gzip_whose_checksum_is_wrong_is_damaged() -> None:
 def test_text_that_is_none_and_json_that_is_too_deep_are_rejects(members: dict[str, bytes], reason: str) -> None:
     (found,) = stream_records(tar(members), "s.tar")
     assert isinstance(found, Rejected) and found.reason == reason
+
+
+def keys_in(data: bytes) -> list[str]:
+    found = list(stream_records(io.BytesIO(data), "a.tar"))
+    assert all(isinstance(record, ImageRecord) for record in found)
+    return [record.path for record in found if isinstance(record, ImageRecord)]
+
+
+def test_a_tar_is_read_to_its_end_or_said_to_be_damaged() -> None:
+    data = tar({f"{i}.jpg": b"jpeg" for i in range(4)}).getvalue()
+    more = tar({f"{i}.jpg": b"jpeg" for i in range(4, 6)}).getvalue()
+    assert keys_in(data + more) == [f"a.tar/{i}.jpg" for i in range(6)]  # as `cat` joins them
+    flipped = data[:2050] + b"\xff" + data[2051:]  # of the third header; each picture has two blocks
+    for damaged in (flipped, data[: 2 * 1024 + 200]):
+        with pytest.raises(UserError, match="a damaged header"):
+            keys_in(damaged)
+
+
+def test_links_and_repeated_names_in_a_tar_lose_no_picture_silently() -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, kind in (("0.jpg", tarfile.REGTYPE), ("1.jpg", tarfile.LNKTYPE), ("2.jpg", tarfile.SYMTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "0.jpg" * (kind != tarfile.REGTYPE)
+            info.size = 4 * (kind == tarfile.REGTYPE)
+            archive.addfile(info, io.BytesIO(b"jpeg"))
+    file.seek(0)
+    found = list(stream_records(file, "a.tar"))
+    assert sorted(type(record).__name__ for record in found) == ["ImageRecord", "Rejected", "Rejected"]
+    links = [record for record in found if isinstance(record, Rejected)]
+    assert [link.entry_id for link in links] == ["a.tar/1.jpg", "a.tar/2.jpg"] and "a link to 0.jpg" in str(links[0])
+    twice = [record.data for record in stream_records(tar({"a.JPG": b"one", "a.jpg": b"two"}), "a.tar")]  # type: ignore[union-attr]
+    assert twice == [b"one", b"two"]
+
+
+@pytest.mark.parametrize("content", ['[{"bbox": [1, 2, 3, 4]}]', '"a cat"', "7", "[]"])
+def test_a_pictures_json_of_another_kind_says_nothing(content: str) -> None:
+    (record,) = stream_records(tar({"0.jpg": b"jpeg", "0.json": content.encode()}), "a.tar")
+    assert isinstance(record, ImageRecord) and record.dialogue is None
+    (record,) = stream_records(tar({"0.jpg": b"jpeg", "0.json": json.dumps(TURNS).encode()}), "a.tar")
+    assert isinstance(record, ImageRecord) and record.dialogue is not None

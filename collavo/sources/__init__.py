@@ -1,6 +1,7 @@
 """Read the sources of images: COCO panoptic files, LLaVA files, and the paths that they name."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -36,6 +37,13 @@ def whole_id(value: Any) -> int | None:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if isinstance(value, int) else None
+
+
+def crowd_of(fields: Mapping[str, Any]) -> bool | None:
+    """Return whether an annotation is a crowd's, by its `iscrowd` as people write it; None for anything else."""
+    value = fields.get("iscrowd") or 0
+    number = int(value) if isinstance(value, bool) else whole_id(value)
+    return None if number is None else bool(number)
 
 
 def image_key(value: Any) -> str | None:

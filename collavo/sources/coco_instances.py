@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import ijson
 
 from collavo.errors import Rejected, UserError
-from collavo.sources import MAX_ID, fault_in_json, image_key, whole_id
+from collavo.sources import MAX_ID, crowd_of, fault_in_json, image_key, whole_id
 from collavo.sources.coco_panoptic import AnnotatedImage, listed_images
 from schemas.categories import LEFT_OUT
 
@@ -71,6 +71,9 @@ def _instance(record: Mapping[str, Any], labels: Mapping[int, int]) -> list[Any]
         Rejected: `malformed_entry` or `unknown_category`.
     """
     id_, category_id = whole_id(record.get("id")) or 0, whole_id(record.get("category_id"))
+    is_crowd = crowd_of(record)
+    if is_crowd is None:
+        raise Rejected("malformed_entry", f"'iscrowd' should be 0 or 1, it is {record['iscrowd']!r:.80}")
     if category_id is None:
         raise Rejected("malformed_entry", "an annotation needs a whole number 'category_id'")
     if category_id not in labels:
@@ -80,7 +83,7 @@ def _instance(record: Mapping[str, Any], labels: Mapping[int, int]) -> list[Any]
     segmentation = record.get("segmentation")
     if not isinstance(segmentation, list | dict) or not segmentation:
         raise Rejected("malformed_entry", "an instance without a 'segmentation'; a box alone makes no map")
-    return [id_ if 0 < id_ <= MAX_ID else 0, labels[category_id], int(bool(record.get("iscrowd"))), segmentation]
+    return [id_ if 0 < id_ <= MAX_ID else 0, labels[category_id], int(is_crowd), segmentation]
 
 
 def _listed(places: "array[int] | None", store: BinaryIO) -> str | None:

@@ -12,7 +12,7 @@ import ijson
 
 from collavo.errors import Rejected, UserError
 from collavo.panoptic.maps import SegmentInfo
-from collavo.sources import MAX_ID, fault_in_json, image_key, whole_id
+from collavo.sources import MAX_ID, crowd_of, fault_in_json, image_key, whole_id
 
 
 class Annotation(NamedTuple):
@@ -138,7 +138,7 @@ def _segment(segment: Any) -> tuple[int, int, int] | None:
     if not isinstance(segment, Mapping):
         return None
     id_, category_id = whole_id(segment.get("id")), whole_id(segment.get("category_id"))
-    is_crowd = whole_id(segment.get("iscrowd") or 0)
+    is_crowd = crowd_of(segment)
     if id_ is None or id_ < 0 or category_id is None or is_crowd is None:
         return None
-    return id_, category_id, is_crowd
+    return id_, category_id, int(is_crowd)

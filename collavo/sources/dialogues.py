@@ -11,6 +11,7 @@ after that is one reject: nobody knows what answers what. The 665k mix is larger
 whole.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from itertools import islice, zip_longest
@@ -110,7 +111,7 @@ def _records(file: BinaryIO, name: str) -> Iterator[Any]:
     try:
         for prefix in ("item",) if first == b"[" else _LISTS[1:]:
             file.seek(0)
-            for record in ijson.items(file, prefix, use_float=True):
+            for record in ijson.items(file, prefix):
                 done += 1
                 yield record
             if done:
@@ -151,12 +152,17 @@ def _lines(file: BinaryIO) -> Iterator[Any]:
 def _entry(record: Any, position: int) -> DialogueEntry:
     fields = record if isinstance(record, dict) else {}
     entry_id = f"#{position}" if fields.get("id") is None else str(fields["id"])
-    if "video" in fields or "videos" in fields:
+    if fields.get("video") or fields.get("videos"):
         raise Rejected("malformed_entry", "the entry is about a video", entry_id)
     image, dialogue = _image(fields, entry_id), dialogue_of(fields, entry_id)
-    if not image and asks_about_image(dialogue):
-        raise Rejected("malformed_entry", f"{IMAGE_TOKEN} in the text, but no path in 'image' or 'images'", entry_id)
+    if not image and (asks_about_image(dialogue) or _names_image(dialogue)):
+        raise Rejected("malformed_entry", "an image in the text, but no path in 'image' or 'images'", entry_id)
     return DialogueEntry(image, dialogue)
+
+
+def _names_image(dialogue: Dialogue) -> bool:
+    """Tell whether a question holds the path of an image, as Qwen-VL's data have it."""
+    return any(speaker == "human" and re.search("<img>[^<]+</img>", value) for speaker, value in dialogue.turns)
 
 
 def asks_about_image(dialogue: Dialogue) -> bool:
@@ -169,12 +175,19 @@ def _image(fields: dict[str, Any], entry_id: str) -> str | None:
     images = named if isinstance(named, list) else [named]
     if len(images) > 1:
         raise Rejected("several_images", f"the entry names {len(images)} images, a row holds one", entry_id)
-    image = images[0].get("path") if isinstance(images[0], dict) else images[0]
+    image = _path_in(images[0])
+    if image is None and isinstance(images[0], dict) and any(images[0].values()):
+        raise Rejected("malformed_entry", f"expected the path of an image, found {str(images[0])[:80]}", entry_id)
     if image is not None and not isinstance(image, str):
         raise Rejected("malformed_entry", f"expected a path as 'image', found {str(image)[:80]}", entry_id)
     if image and image.startswith("data:"):
         raise Rejected("malformed_entry", "the image is in the text, as base64; save it as a file", entry_id)
     return image
+
+
+def _path_in(image: Any) -> Any:
+    """Return what names an image: itself, or the path or URL of an object."""
+    return image.get("path") or image.get("url") if isinstance(image, dict) else image
 
 
 def _images_in_parts(fields: dict[str, Any]) -> list[Any]:
@@ -185,7 +198,7 @@ def _images_in_parts(fields: dict[str, Any]) -> list[Any]:
         for part in content if isinstance(content, list) else ():
             if isinstance(part, dict) and part.get("type") in _IMAGE_PARTS:
                 one = next(filter(None, map(part.get, ("image", "image_url", "path", "url"))), None)
-                named.append(one.get("url") if isinstance(one, dict) else one)
+                named.append(_path_in(one))
     return list(filter(None, named))
 
 

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, Self, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -66,7 +66,10 @@ def stream_records(file: BinaryIO, name: str, image_column: str | None = None) -
     with _damage_named(name):
         if name.lower().endswith(_TAR):
             for key, members in _members_by_key(file):
-                yield _tar_record(stem, key, members, image_column)
+                if isinstance(members, Rejected):
+                    yield Rejected(members.reason, str(members), f"{stem}/{key}")
+                else:
+                    yield _tar_record(stem, key, members, image_column)
         else:
             yield from _parquet_records(file, name, stem, image_column)
 
@@ -94,6 +97,8 @@ def ignored_columns(file: BinaryIO, name: str, image_column: str | None = None) 
             return [column for column in schema.names if column not in used]
         unused: dict[str, None] = {}
         for _, members in islice(_members_by_key(file), _ROWS_IN_MEMORY):
+            if isinstance(members, Rejected):
+                continue
             images = _images_of(members, image_column)
             # What is no record is a reject with a reason of its own.
             unused |= dict.fromkeys(set(members) - {*images, "json"}) if len(images) == 1 else {}
@@ -142,26 +147,42 @@ def _parquet_records(file: BinaryIO, name: str, stem: str, asked: str | None) ->
             row += 1
 
 
-def _members_by_key(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """Yield the keys of a tar, each with its members by column. Members of a key stand together. Hidden ones are no
-    part of any: macOS puts a `._0.jpg` beside each `0.jpg`."""
+class _Member(tarfile.TarInfo):
+    """Says that a header is damaged, where Python's reader takes it for the end of the tar."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"a damaged header: {error}") from error
+
+
+def _members_by_key(file: BinaryIO) -> Iterator[tuple[str, dict[str, bytes] | Rejected]]:
+    """Yield the keys of a tar, each with its members by column; of a link, the reject. Members of a key stand together,
+    and one of a name that came already begins another record. Hidden ones are no part of any: macOS puts a `._0.jpg`
+    beside each `0.jpg`. Tars that were joined into one file are read one after the other."""
     key = ""
     members: dict[str, bytes] = {}
     packed = file.read(len(_GZIP)) == _GZIP
     file.seek(0)
     stream = gzip.GzipFile(fileobj=file) if packed else file
-    with tarfile.open(fileobj=stream, mode="r|*") as tar:
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=_Member, ignore_zeros=True) as tar:
         for member in tar:
-            if not member.isfile() or is_hidden(member.name):
+            if (member.islnk() or member.issym()) and is_image_name(member.name) and not is_hidden(member.name):
+                why = f"a link to {member.linkname}; pack files themselves, with tar --dereference --hard-dereference"
+                yield member.name, Rejected("not_an_image", why)
+            if not member.isreg() or is_hidden(member.name):
                 continue
             folder, base = posixpath.split(member.name)
             its_key = posixpath.join(folder, base.partition(".")[0])
-            if members and its_key != key:
+            column = base.partition(".")[2].lower()
+            if members and (its_key != key or column in members):
                 yield key, members
                 members = {}
             key = its_key
             content = tar.extractfile(member)
-            members[base.partition(".")[2].lower()] = content.read() if content else b""
+            members[column] = content.read() if content else b""
     while packed and stream.read(1 << 20):  # at its end, a gzip checks what it unpacked
         pass
     if members:
@@ -188,7 +209,9 @@ def _tar_record(stem: str, key: str, members: Mapping[str, bytes], image_column:
         said = parsed_json(members["json"]) if "json" in members else {}
     except ValueError as error:
         return Rejected("malformed_entry", f"{key}.json is not JSON ({error})", f"{stem}/{key}")
-    said = said if isinstance(said, dict) else {"conversations": said}
+    if not isinstance(said, dict):  # turns alone, or what says nothing here, such as boxes
+        is_turn = isinstance(said, list) and said and isinstance(said[0], dict) and ({"from", "role"} & said[0].keys())
+        said = {"conversations": said} if is_turn else {}
     return _record(f"{stem}/{key}.{images[0]}", members[images[0]], said)
 
 
