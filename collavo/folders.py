@@ -13,9 +13,11 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from collavo.errors import UserError, first_line
 
@@ -64,12 +66,24 @@ def whole_folder(folder: Path, inside: bool = False, kept: str = "") -> Iterator
         if folder.exists():
             shutil.copymode(folder, staging)
         yield staging
+        let_others_read(staging)
         swap(staging, folder)
     finally:
         with suppress(OSError):  # the disk may be what failed; and what is kept stays
             remove([entry for entry in staging.iterdir() if entry.name != kept])
             staging.rmdir()
         os.close(lock)
+
+
+def let_others_read(folder: Path) -> None:
+    """Give weights below a folder the mode of any new file; safetensors makes them their owner's alone, whatever the
+    umask."""
+    if weights := list(folder.rglob("*.safetensors")):
+        with TemporaryDirectory(dir=folder) as scratch:
+            (plain := Path(scratch) / "plain").touch()
+            mode = stat.S_IMODE(plain.stat().st_mode)
+        for file in weights:
+            file.chmod(mode)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoProcessor
 from collavo.device import move_to_device
 from collavo.embedded import SCENES, TINY, find_embedded
 from collavo.errors import UserError, first_line
-from collavo.folders import writing
+from collavo.folders import let_others_read, writing
 from collavo.hub import find_checkpoint
 from collavo.import_base.assemble import NEW, assemble_from_llava
 from collavo.model import CollavoForConditionalGeneration
@@ -72,6 +72,7 @@ def save_run(run: Path, model: PeftModel, adapters: Sequence[str], processor: Co
             (folder / CARD).unlink(missing_ok=True)  # peft's own card; the run's says more
         model.config.save_pretrained(staging)
         processor.save_pretrained(staging)
+        let_others_read(staging)
         for entry in staging.iterdir():
             if entry.is_dir():
                 shutil.rmtree(run / entry.name, ignore_errors=True)

@@ -12,6 +12,7 @@ import platform
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from posixpath import basename, join
@@ -70,8 +71,9 @@ def publish(
     """
     folder, manifest_uri = publication.folder, join(publication.folder, MANIFEST)
     found = list_files(join(folder, ""))
-    if manifest_uri in found and not any(uri.startswith(publication.work) for uri in found):
-        return  # retried after it had done everything
+    if manifest_uri in found and _is_of(publication, manifest_uri):
+        _remove_used(publication, found)
+        return  # retried after it had done all but perhaps that
     ordered = sorted(shards, key=lambda shard: shard.shard)
     counts = Counts()
     for shard in ordered:
@@ -109,7 +111,21 @@ def publish(
         file.write(dataset_card(manifest, name).encode())
     with open_write(manifest_uri) as file:
         file.write(json.dumps(manifest, indent=2).encode() + b"\n")
-    if not is_local(publication.work):  # a local launcher still watches the progress in it, and removes it then
+    _remove_used(publication, found)
+
+
+def _is_of(publication: Publication, manifest_uri: str) -> bool:
+    """Tell whether a manifest is the one of this very build; an earlier one of the output may be damaged."""
+    with open_read(manifest_uri) as file, suppress(ValueError, AttributeError):
+        manifest = json.load(file)
+        now = json.loads(json.dumps(publication.configuration))
+        return bool((manifest.get("started"), manifest.get("configuration")) == (publication.started, now))
+    return False
+
+
+def _remove_used(publication: Publication, found: Sequence[str]) -> None:
+    """Remove what only this build needed; a local launcher still watches the progress in it, and removes it then."""
+    if not is_local(publication.work):
         used = join(publication.work, ""), join(publication.segmented, "")
         delete_files([uri for uri in found if uri.startswith(used)])
 

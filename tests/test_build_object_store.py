@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builds import build, planned, scene_sources, status_of, tiny_mask2former
@@ -15,6 +16,8 @@ from collavo.errors import StoreFault
 from collavo.scenes import write_scenes
 from pipelines import joins, launch
 from pipelines.command import main
+from pipelines.job import Publication
+from pipelines.publish import publish
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +120,28 @@ def test_a_stopped_build_goes_on_from_a_store_and_its_files_of_drafts_are_joined
     made = store.objects("stopped/")
     assert json.loads(made["manifest.json"])["seconds"]["segment"] == 0  # the network saw nothing
     assert [made[file.name] for file in whole.files] == [file.read_bytes() for file in whole.files]
+    assert not [name for name in made if name.startswith(".")]
+
+
+def published_twice(publication: Publication, *rest: Any) -> None:
+    """As where a worker dies while it removes what is no longer needed, and the runner tries again."""
+    publish(publication, *rest)
+    with storage.open_write(f"{publication.work}/drafts/left.arrow") as file:
+        file.write(b"some drafts")
+    publish(publication, *rest)
+
+
+def test_a_publication_that_is_tried_again_while_it_cleans_up_leaves_the_data_whole(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipelines.graph.publish", published_twice)
+    network = ["--segmenter_checkpoint", tiny_mask2former(tmp_path / "checkpoint"), "--segmenter_input_size", 64]
+    store.put("in/images/broken.jpg", b"no picture")
+    flags = ["--images", "s3://bucket/in/images/", *network, "--device", "cpu", "--output", "s3://bucket/twice"]
+    assert status_of(*flags) == 0
+    storage.delete(["s3://bucket/in/images/broken.jpg"])
+    made = store.objects("twice/")
+    assert (
+        json.loads(made["manifest.json"])["rejects"] == {"not_an_image": 1} and b"broken.jpg" in made["rejects.jsonl"]
+    )
     assert not [name for name in made if name.startswith(".")]
 
 

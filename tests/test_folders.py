@@ -5,6 +5,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from collavo import folders
 from collavo.errors import UserError
@@ -34,6 +36,15 @@ def write_new(staging: Path) -> None:
     (staging / "sub").mkdir()
     for name in NEW:
         (staging / name).write_text("new")
+
+
+def test_weights_are_readable_by_all_whom_other_new_files_are(old):
+    with whole_folder(old) as staging:
+        (staging / "sub").mkdir()
+        save_file({"weight": torch.zeros(2)}, staging / "sub" / "model.safetensors")
+        (staging / "config.json").write_text("{}")
+    modes = {path.name: path.stat().st_mode for path in old.rglob("*.*") if path.is_file()}
+    assert modes["model.safetensors"] == modes["config.json"]
 
 
 def test_the_new_content_takes_the_place_of_the_old_when_all_is_written(old):

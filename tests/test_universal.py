@@ -1,6 +1,7 @@
 """Every family of networks through the one segmenter: its input, its outputs, and what transformers makes of them."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,6 +142,17 @@ def test_company_changes_nothing_where_each_picture_has_a_size_of_its_own(checkp
         assert one.index_map.shape == image.shape[:2] and np.array_equal(one.index_map, alone.index_map)
 
 
+def test_a_oneformer_that_was_saved_in_training_asks_for_no_texts(checkpoints, images, tmp_path):
+    folder = shutil.copytree(checkpoints["oneformer"], tmp_path / "oneformer")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "is_training": True}))
+    found, expected = (
+        UniversalSegmenter(str(each), thresholds=OURS, device="cpu").segment(images[:1])[0]
+        for each in (folder, checkpoints["oneformer"])
+    )
+    assert np.array_equal(found.index_map, expected.index_map)
+
+
 def test_padding_is_no_part_of_a_map(checkpoints, images, monkeypatch):
     """A query that claims the lower right corner of the input finds nothing there but padding."""
     segmenter = UniversalSegmenter(str(checkpoints["eomt"]), thresholds=OURS, device="cpu")
@@ -163,6 +175,8 @@ def test_padding_is_no_part_of_a_map(checkpoints, images, monkeypatch):
         ({"model_type": "mask2former"}, None, Framing(None, (800, 1333), 32)),
         ({"model_type": "mask2former"}, {"size": {"height": 384, "width": 384}}, Framing(None, (800, 1333), 32)),
         ({"model_type": "mask2former"}, {"size": {"height": 512, "width": 512}}, Framing((512, 512), None, 32)),
+        ({"model_type": "mask2former"}, {"size": {"height": 500, "width": 500}}, Framing((512, 512), None, 32)),
+        ({"model_type": "detr"}, {"size": {"height": 500, "width": 500}}, Framing((500, 500), None, 1)),
         ({"model_type": "mask2former", "input_size_hw": [64, 96]}, None, Framing((64, 96), None, 32)),
         ({"model_type": "maskformer"}, {"size": 640, "max_size": 2560, "size_divisibility": 32},
             Framing(None, (640, 2560), 32)),

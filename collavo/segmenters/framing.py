@@ -121,14 +121,16 @@ def framing_of(config: Any, folder: Path, input_size: int | tuple[int, int] | No
         return Framing(own, (min(own), max(own)), mean=mean, std=std)
     size_hw = size_hw or _pair(getattr(config, "input_size_hw", None))
     divisor = processor.get("size_divisor", processor.get("size_divisibility"))
-    edges = None
-    if size_hw is None:
-        size_hw, edges = _sizes_of_processor(processor, config.model_type)
-    if size_hw is not None and (min(size_hw) < SIZE_DIVISOR or any(side % SIZE_DIVISOR for side in size_hw)):
-        raise UserError(f"input size {_text(size_hw)}: both sides must be multiples of {SIZE_DIVISOR}, such as 768")
     if divisor is None:
         divisor = SIZE_DIVISOR if config.model_type in ("mask2former", "maskformer") else 1
-    return Framing(size_hw, edges, divisor or 1, mean, std)
+    divisor, edges = divisor or 1, None
+    if size_hw is None:
+        size_hw, edges = _sizes_of_processor(processor, config.model_type)
+        if size_hw is not None:  # as transformers' processor does
+            size_hw = (-(-size_hw[0] // divisor) * divisor, -(-size_hw[1] // divisor) * divisor)
+    elif min(size_hw) < SIZE_DIVISOR or any(side % SIZE_DIVISOR for side in size_hw):
+        raise UserError(f"input size {_text(size_hw)}: both sides must be multiples of {SIZE_DIVISOR}, such as 768")
+    return Framing(size_hw, edges, divisor, mean, std)
 
 
 def _sizes_of_processor(

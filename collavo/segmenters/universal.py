@@ -282,6 +282,8 @@ def _load_model(checkpoint: str) -> tuple[Any, str | None, Path]:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             if config.model_type not in _FAMILIES:
                 raise UserError(f"a {config.model_type} model, but one of {', '.join(_FAMILIES)} is needed")
+            if config.model_type == "oneformer":  # in training, it asks for texts beside pictures
+                config.is_training = False
             model, info = AutoModelForUniversalSegmentation.from_pretrained(
                 folder,
                 config=config,
