@@ -238,7 +238,8 @@ def labels_by_id(source: CategorySet, target: CategorySet, renamed: Mapping[str,
             labels[category.category_id] = LEFT_OUT
         elif found := target.by_key.get(name_key(wanted)):
             labels[category.category_id] = found.label
-            counted += [repr(category.name)] * (found.is_thing and not category.is_thing)
+            if found.is_thing and not category.is_thing:
+                counted.append(repr(category.name))
         else:
             foreign.append(repr(category.name))
     if foreign:

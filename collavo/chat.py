@@ -131,7 +131,7 @@ def _chat(flags: Flags) -> None:
 
         with naming("port"):
             return serve(session.about_file, session.cautions, flags.port)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     conversation = session.about_row() if image is None else session.about(session.segmented(image))
     _show_objects(conversation.picture, session.cautions(conversation.picture), console)
     if flags.save_map:
@@ -345,15 +345,15 @@ def _converse(session: _Conversations, conversation: Conversation, console: Cons
                     if not argument.strip():
                         raise UserError("/map needs the name of a file, such as map.png")
                     _save_map(conversation.picture, Path(argument.strip()))
-                    console.print(f"Saved: {argument.strip()}", highlight=False, markup=False)
+                    console.print(f"Saved: {argument.strip()}")
                 case _ if command.startswith("/"):
-                    console.print(f"{command} is none of the commands:\n{_COMMANDS}", style="dim", markup=False)
+                    console.print(f"{command} is none of the commands:\n{_COMMANDS}", style="dim")
                 case _:
                     _tell(conversation, line)
         except (EOFError, KeyboardInterrupt):
             return
         except UserError as error:
-            console.print(str(error), style="red", markup=False)
+            console.print(str(error), style="red")
 
 
 def _tell(conversation: Conversation, question: str) -> None:
@@ -369,7 +369,7 @@ def _show_objects(picture: Picture, cautions: Sequence[str], console: Console) -
     """Print what was recognised, and how far that can be trusted."""
     console.print(_objects_shown(picture))
     for caution in cautions:
-        console.print(caution, style="yellow", markup=False)
+        console.print(caution, style="yellow")
 
 
 def _objects_shown(picture: Picture) -> Text:

@@ -96,7 +96,7 @@ def _evaluate(flags: Flags) -> None:
 
     with naming("device"):
         device, rank, ranks = join_ranks(flags.device)
-    console = Console(highlight=False, quiet=rank > 0)
+    console = Console(highlight=False, markup=False, quiet=rank > 0)
     with naming("data"):
         files = find_files(flags.data)
         judge = Judge(category_set(files))
@@ -116,7 +116,7 @@ def _evaluate(flags: Flags) -> None:
         limit_threads(answerer.model)
     object_lists = _OBJECT_LISTS[flags.object_list]
     if line := unknown_classes(answerer, judge.categories):
-        console.print(f"--data: {line}", soft_wrap=True, markup=False)
+        console.print(f"--data: {line}", soft_wrap=True)
     for object_list in object_lists:
         if line := answerer.untrained({task: kind_of(task) for task in flags.tasks}, object_list):
             console.print(f"--object_list {flags.object_list}: {line}", soft_wrap=True)
@@ -149,7 +149,7 @@ def _evaluate(flags: Flags) -> None:
             left_out.merge(of_share)
     left_out.merge(damaged_rows)
     for line in left_out.lines():
-        console.print(f"left out: {line}", soft_wrap=True, markup=False)
+        console.print(f"left out: {line}", soft_wrap=True)
     seconds = time.perf_counter() - start
     questions = sum(map(len, answers.values()))
     if not questions:
@@ -167,7 +167,7 @@ def _evaluate(flags: Flags) -> None:
     save_report(folder, results, facts)
     console.print(terminal_report(results))
     said = f"{questions:,} questions, {questions / seconds:.1f} a second. Evaluated: {folder / REPORT}{earlier}"
-    console.print(said, soft_wrap=True, markup=False)
+    console.print(said, soft_wrap=True)
 
 
 def _report_folder(flags: Flags) -> Path:

@@ -1,7 +1,7 @@
 """The card of a run and of its exports: what it is, whose licence binds it, on what and how far it was trained."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ def write_model_card(
     args, about_base = read_train_args(run), licence_of(embedded.folder if embedded else Path(source))
     steps = {line["phase"]: line["step"] for line in read_metrics(run)}
     losses, (results, asked) = _losses(run), _results(run)
-    data = sorted({Path(file).parent.name or "." for file in args.get("files", {})})
+    data = _data_names(args.get("files", {}))
     classes = [category.display_name for category in CollavoConfig.from_pretrained(run).category_set]
     licences = sorted({str(licence_of(Path(file).parent)["license_name"]) for file in args.get("files", {})})
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted((left_out or {}).items()) if count)
@@ -136,5 +136,10 @@ def _results(run: Path) -> tuple[dict[str, dict[str, Any]], str]:
         return {}, ""
     report = json.loads(file.read_text())
     found = {task: each for task, each in report["results"].get("trained", {}).items() if "correct" in each}
-    paths = [Path(path) for path in report["arguments"]["data"]]
-    return found, ", ".join(sorted({(path.parent if path.suffix else path).name or "." for path in paths}))
+    return found, ", ".join(_data_names(report["arguments"]["data"]))
+
+
+def _data_names(paths: Iterable[str]) -> list[str]:
+    """Name data sets by their folders, of which, or of whose files, these are the paths."""
+    named = map(Path, paths)
+    return sorted({(path.parent if path.suffix else path).name or "." for path in named})

@@ -58,7 +58,8 @@ def count_answers(questions: Path, answers: Path) -> tuple[int, int]:
     data, errors = answers.read_bytes() if answers.exists() else b"", 0
     lines = data.splitlines(keepends=True)
     unfinished = lines.pop() if lines and not lines[-1].endswith(b"\n") else b""
-    for number, (line, asked) in enumerate(zip_longest(lines, islice(read_questions(questions), len(lines))), start=1):
+    asked_for = read_questions(questions)
+    for number, (line, asked) in enumerate(zip_longest(lines, islice(asked_for, len(lines))), start=1):
         answered: Any = None
         with suppress(ValueError):
             answered = parsed_json(line)
@@ -68,7 +69,7 @@ def count_answers(questions: Path, answers: Path) -> tuple[int, int]:
         errors += "error" in answered
     if unfinished:
         # Of another file it may be all that there is, so it has to begin as the next answer would.
-        asked = next(islice(read_questions(questions), len(lines), None), None)
+        asked = next(asked_for, None)
         begin = _line_of(asked.record, {})[:-1] if asked else b""
         if not asked or not (unfinished.startswith(begin) or begin.startswith(unfinished)):
             raise UserError(f"{answers}: its last line answers no question of {questions}; name another file")

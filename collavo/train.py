@@ -30,7 +30,7 @@ def _train(argv: Sequence[str] | None) -> None:
     from collavo.training.run import TrainingRun
 
     # Of several processes, only the first prints.
-    console = Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False)
+    console = Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False, markup=False)
     console.print(f"Preset {arguments.preset}: {arguments.about}; --preset names another, see --help.", soft_wrap=True)
     try:
         TrainingRun(arguments, console).train()

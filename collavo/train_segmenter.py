@@ -88,19 +88,19 @@ def _command(flags: Flags) -> None:
             )
         if not training.places and not flags.evaluate_only:
             raise UserError("no train row has segments, so there is nothing to learn from")
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     counts = f"{len(training.places):,} rows to learn from, {len(validation.places):,} to judge on"
-    console.print(f"{len(categories)} classes of {categories.name}; {counts}", soft_wrap=True, markup=False)
+    console.print(f"{len(categories)} classes of {categories.name}; {counts}", soft_wrap=True)
     if flags.evaluate_only:
         with naming("segmenter_checkpoint"):
             segmenter = open_for(flags.segmenter_checkpoint, categories, flags.device)
         with naming("data"):
             judged = judge(segmenter, validation, flags.max_images, training if training.places else None)
-        console.print("\n".join(table(judged)), markup=False, soft_wrap=True)
+        console.print("\n".join(table(judged)), soft_wrap=True)
     else:
         _train(flags, files, training, validation, console)
     for line in (*training.left_out.lines(), *validation.left_out.lines()):
-        console.print(f"left out: {line}", soft_wrap=True, markup=False)
+        console.print(f"left out: {line}", soft_wrap=True)
 
 
 def _train(
@@ -161,8 +161,8 @@ def _train(
             judged = judge(segmenter, validation, flags.max_images, training)
             write_card(staging, output.name, flags.segmenter_checkpoint, base, judged, options, files)
             shutil.rmtree(staging / "checkpoints")
-    console.print("\n".join(table(judged)), markup=False, soft_wrap=True)
-    console.print(f"Trained: {output}; use it with --segmenter_checkpoint {output}", soft_wrap=True, markup=False)
+    console.print("\n".join(table(judged)), soft_wrap=True)
+    console.print(f"Trained: {output}; use it with --segmenter_checkpoint {output}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
 
     plan = make_plan(flags, rest, share_gpu)
     publication = plan.job.publication
-    console = Console()
+    console = Console(markup=False)  # paths and names may hold brackets
     start = time.perf_counter()
     with ExitStack() as stack:
         if is_local(publication.output):
@@ -115,7 +115,7 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
             why = getattr(error, "strerror", None) or str(error)
             raise UserError(f"--output {publication.output}: {why}", exit_status=1) from error
         for note in plan.notes:
-            console.print(note, highlight=False, soft_wrap=True, markup=False)
+            console.print(note, highlight=False, soft_wrap=True)
         try:
             if plan.scenes:
                 _draw_scenes(plan.scenes, flags.sources, console)
@@ -135,7 +135,7 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
 def _draw_scenes(folder: str, flags: SourceFlags, console: Console) -> None:
     from collavo.scenes import write_scenes
 
-    console.print(f"No source named: drawing {flags.scenes} sample scenes into {folder}", highlight=False, markup=False)
+    console.print(f"No source named: drawing {flags.scenes} sample scenes into {folder}", highlight=False)
     write_scenes(folder, flags.scenes, size_wh=flags.scene_size, overwrite=True, processes=cores())
 
 
@@ -164,7 +164,7 @@ def _print_summary(output: str, seconds: float, console: Console) -> None:
     lines = {"Data": "*.parquet", "Rejects, with reasons": REJECTS, "Look at it": REPORT}
     for name, file_name in lines.items():
         if rejects or file_name != REJECTS:
-            console.print(f"{name}: {join(output, file_name)}", highlight=False, soft_wrap=True, markup=False)
+            console.print(f"{name}: {join(output, file_name)}", highlight=False, soft_wrap=True)
 
 
 def _estimate(manifest: dict[str, Any], seconds: float) -> str:

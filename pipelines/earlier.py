@@ -77,7 +77,7 @@ def prepare(
     else:
         with open_read(note) as file:
             earlier = json.load(file)
-        other = _difference(earlier, made_by, (name for name in made_by if name != _RESTS_ON))
+        other = _difference(earlier, made_by, (*MAP_FLAGS, "collavo"))
         if not other and model and earlier.get(_RESTS_ON) != made_by[_RESTS_ON]:
             other = "other classes, another --category_map or other files at --segmenter_checkpoint"
         if other:

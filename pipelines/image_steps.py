@@ -156,10 +156,8 @@ def merge_drafts(first: Draft, second: Draft) -> tuple[Draft, list[Reject]]:
 
 
 def _is_annotated(draft: Draft) -> bool:
-    """Tell whether a draft's map is of an annotation. A finished row names all that segmented its file, but what a
-    network finds has scores."""
-    scored = any(segment.score is not None for segment in draft.row.segments)
-    return not scored and bool(set(draft.segmenters) & set(_ANNOTATIONS.values()))
+    """Tell whether a draft's map is of an annotation. A finished row names all that segmented its file."""
+    return not draft.is_scored and bool(set(draft.segmenters) & set(_ANNOTATIONS.values()))
 
 
 def split_of(digest: str, validation_ratio: float) -> str:

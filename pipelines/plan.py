@@ -24,7 +24,7 @@ from collavo.categories import categories_of_annotations, categories_of_file, co
 from collavo.cli import naming
 from collavo.dataset import category_set, opened_parquet, stated_facts
 from collavo.dataset import notes as file_notes
-from collavo.embedded import SCENES
+from collavo.embedded import SCENES, find_embedded
 from collavo.errors import Rejected, UserError
 from collavo.folders import staging_of
 from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, Phrasebook, load_phrasebook
@@ -605,7 +605,8 @@ def _model(flags: SegmentationFlags, sources: Sources, sets: _Sets) -> ModelConf
 def _digest_of(sets: _Sets, checkpoint: str | None) -> str:
     """Compute `ModelConfig.maps_rest_on`. Files are those of a folder, or one of weights, on this machine's disk."""
     digest = sha256(json.dumps([sets.target.as_records(), sets.renamed], sort_keys=True).encode())
-    place = Path(checkpoint or "")
+    embedded = find_embedded(checkpoint) if checkpoint else None  # which goes before a folder of its name
+    place = embedded.folder if embedded else Path(checkpoint or "")
     files = [place] if place.is_file() else sorted(place.iterdir()) if checkpoint and place.is_dir() else []
     for path in files:
         if path.suffix in (".json", ".safetensors", ".bin", ".pkl", ".pth"):

@@ -196,6 +196,11 @@ class Draft:
     split_stated: bool = False
     """Whether a source says which split the row is in; otherwise its content decides."""
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether a network made the map: what it finds has scores."""
+        return any(segment.score is not None for segment in self.row.segments)
+
 
 Packed = tuple[int, bytes]
 """The number of some elements, and all of them pickled as one: a runner spends time and memory on each thing that it

@@ -144,9 +144,8 @@ def _rank(draft: Draft) -> tuple[object, ...]:
     """Order drafts: pictures with a map first that something has seen, and annotated ones before the others, since
     their maps are exact; then by kind of source and by path."""
     source = min(SOURCES.index(entry.source) for entry in draft.inputs)
-    scored = any(segment.score is not None for segment in draft.row.segments)
     unseen = UNSEEN in draft.segmenters
-    return draft.row.panoptic_png is None, unseen, scored, source, draft.row.image_path or "", draft.inputs
+    return draft.row.panoptic_png is None, unseen, draft.is_scored, source, draft.row.image_path or "", draft.inputs
 
 
 def _write_rejects(uri: str, rejects: list[Reject], counts: Counts) -> str:

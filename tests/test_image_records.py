@@ -251,3 +251,10 @@ def test_a_pictures_json_of_another_kind_says_nothing(content: str) -> None:
     assert isinstance(record, ImageRecord) and record.dialogue is None
     (record,) = stream_records(tar({"0.jpg": b"jpeg", "0.json": json.dumps(TURNS).encode()}), "a.tar")
     assert isinstance(record, ImageRecord) and record.dialogue is not None
+
+
+def test_a_text_that_names_its_picture_is_no_row_of_text(tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "Picture 1: <img>a.jpg</img>\nWho?"}, TURNS[1]]
+    with parquet(tmp_path, [{"image": None, "conversations": turns}]).open("rb") as stream:
+        (found,) = stream_records(stream, "data.parquet")
+    assert isinstance(found, Rejected) and found.reason == "missing_file"

@@ -117,5 +117,5 @@ def _until(text: str, stops: str | Sequence[str] | None) -> str:
     """Cut an answer at the first of its stop texts. An empty line is none: lmms-eval puts it where a task names no stop
     text, for prompts with examples, and its own models pass over it."""
     for stop in [stops] if isinstance(stops, str) else stops or ():
-        text = text.partition(stop)[0] if stop.strip("\n") or stop == "\n" else text
+        text = text.partition(stop)[0] if stop not in ("", "\n\n") else text
     return text.strip()

@@ -34,6 +34,9 @@ SPEAKERS = {
 _IMAGE_PARTS = ("image", "image_url", "input_image")
 """What the `type` of a part that is an image may be."""
 
+_PLACE = re.compile(f"{IMAGE_TOKEN}|<img>[^<]+</img>")
+"""Where an image stands in a text; the second as Qwen-VL's data have it, with its path."""
+
 _LISTS = ("item", "data.item", "annotations.item")
 """Where the list of entries stands in a JSON file."""
 
@@ -155,19 +158,16 @@ def _entry(record: Any, position: int) -> DialogueEntry:
     if fields.get("video") or fields.get("videos"):
         raise Rejected("malformed_entry", "the entry is about a video", entry_id)
     image, dialogue = _image(fields, entry_id), dialogue_of(fields, entry_id)
-    if not image and (asks_about_image(dialogue) or _names_image(dialogue)):
-        raise Rejected("malformed_entry", "an image in the text, but no path in 'image' or 'images'", entry_id)
+    if not image and asks_about_image(dialogue):
+        raise Rejected(
+            "malformed_entry", f"{IMAGE_TOKEN} or <img> in the text, but no path in 'image' or 'images'", entry_id
+        )
     return DialogueEntry(image, dialogue)
-
-
-def _names_image(dialogue: Dialogue) -> bool:
-    """Tell whether a question holds the path of an image, as Qwen-VL's data have it."""
-    return any(speaker == "human" and re.search("<img>[^<]+</img>", value) for speaker, value in dialogue.turns)
 
 
 def asks_about_image(dialogue: Dialogue) -> bool:
     """Tell whether an image has a place in the text of a dialogue."""
-    return any(speaker == "human" and IMAGE_TOKEN in value for speaker, value in dialogue.turns)
+    return any(speaker == "human" and _PLACE.search(value) for speaker, value in dialogue.turns)
 
 
 def _image(fields: dict[str, Any], entry_id: str) -> str | None:

@@ -234,5 +234,5 @@ def _record(path: str, image: Any, said: Mapping[str, Any]) -> ImageRecord | Rej
     except Rejected as error:
         return Rejected(error.reason, str(error), path)
     if data is None and dialogue and asks_about_image(dialogue):
-        return Rejected("missing_file", f"{IMAGE_TOKEN} in the text, but the record holds no image", path)
+        return Rejected("missing_file", f"{IMAGE_TOKEN} or <img> in the text, but the record holds no image", path)
     return ImageRecord(path, data, dialogue)

@@ -77,7 +77,7 @@ class RunDisplay:
     def left_out(self, lines: Sequence[str]) -> None:
         """Say what could not be used, a line for each reason."""
         for line in lines:
-            self._progress.console.print(f"left out: {line}", highlight=False, markup=False, soft_wrap=True)
+            self._progress.console.print(f"left out: {line}", highlight=False, soft_wrap=True)
 
     def step(self, result: StepResult, phase: Phase) -> None:
         """Show a step, and log it if its turn has come."""

@@ -68,7 +68,7 @@ class TrainingRun:
             self.categories = category_set(self.files)
             check_repeats(self.files)
         for note in notes(self.files):
-            console.print(note, highlight=False, soft_wrap=True, markup=False)
+            console.print(note, highlight=False, soft_wrap=True)
         self.accelerator = _accelerator(arguments)
         self.replaces = self._replaces()
         self.begun = self._begun()
@@ -79,9 +79,7 @@ class TrainingRun:
         checkpoints = checkpoint.list_checkpoints(self.folder) if arguments.resume else []
         self.start = checkpoints[-1] if checkpoints else None
         if arguments.resume and not checkpoints:
-            console.print(
-                f"--resume: {self.folder} holds no checkpoint; training begins anew", soft_wrap=True, markup=False
-            )
+            console.print(f"--resume: {self.folder} holds no checkpoint; training begins anew", soft_wrap=True)
         self.done = checkpoint.Position("", 0, 0)
         if self.start:
             with naming("resume"):  # before a large base is loaded
@@ -104,10 +102,11 @@ class TrainingRun:
         self.aligns = arguments.phase == "align" or self.config.projector_untrained
         _check_shares(arguments, self.accelerator.num_processes, self.aligns)
         self.projector_trained = self.aligns or projector_file is not None
-        longest = min(arguments.max_length, context := self.config.get_text_config().max_position_embeddings)
-        if longest < arguments.max_length and self.accelerator.is_main_process:
+        context = self.config.get_text_config().max_position_embeddings
+        longest = min(arguments.max_length, context)
+        if longest < arguments.max_length:
             said = f"--max_length {arguments.max_length}: the base takes {context} tokens, so no sequence is longer"
-            console.print(said, highlight=False, soft_wrap=True, markup=False)
+            console.print(said, highlight=False, soft_wrap=True)
         self.limit = LengthLimit(self.processor, longest, arguments.object_list, arguments.instructions_per_sequence)
         examples = self._examples()
         self.train_set, self.validation_set = examples["train"], examples["validation"]
@@ -137,7 +136,6 @@ class TrainingRun:
                 f"{self.folder} has taken all of its {done.total_steps} steps; with --resume, a higher --epochs or "
                 "--max_steps extends it.",
                 soft_wrap=True,
-                markup=False,
             )
             return
         prompt = Text("none of the first batch")
@@ -177,7 +175,7 @@ class TrainingRun:
             left_out = self.train_set.index.left_out.counts + trainer.skipped.counts
             base = base_from(self.folder, self.folder)
             write_model_card(self.folder, self.folder, "run", base, left_out=left_out)
-        self.console.print(f"Trained: {self.folder}", soft_wrap=True, markup=False)
+        self.console.print(f"Trained: {self.folder}", soft_wrap=True)
         self.accelerator.end_training()
 
     def _longest(self, phase: Phase) -> tuple[Sample, LongestBatch] | None:
