@@ -337,8 +337,8 @@ def _plural_of(singular: str) -> str:
     if not any("LATIN" in unicodedata.name(letter, "") for letter in singular):
         return singular  # no rule of English holds
     plural: str = _inflect().plural_noun(singular)
-    # SUVs, where inflect writes SUVS
-    return singular + plural.removeprefix(singular).lower() if singular[-1].isupper() else plural
+    # SUVs and type 2s, where inflect writes SUVS and type 2S
+    return plural if singular[-1].islower() else singular + plural.removeprefix(singular).lower()
 
 
 @cache

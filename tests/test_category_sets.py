@@ -231,6 +231,7 @@ def test_real_road_photographs_have_eleven_classes(real: Path) -> None:
     [
         ("SUV", "SUV", "SUVs"),
         ("UFO", "UFO", "UFOs"),
+        ("truck 2", "truck 2", "truck 2s"),
         ("\u9ce5", "\u9ce5", "\u9ce5"),
         ("\u0436\u0438", "\u0436\u0438", "\u0436\u0438"),
     ],
