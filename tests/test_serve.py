@@ -12,13 +12,18 @@ from signal import SIGINT
 
 import openai
 import pytest
+import torch
 from conftest import encoded
 from PIL import Image
 from serving import data_url, served, user
 from test_chat import BLANK, PICTURE, answer
+from tiny_model import OWN_CLASSES, own_rows
 from tiny_run import save_tiny_run
 
 from collavo import server, web
+from collavo.chat import Session
+from collavo.inference import Request, load_answerer, picture_of_row
+from collavo.runs import load_base
 from collavo.serve import main
 
 QUESTION, URL = "What is in the image?", data_url(encoded(Image.fromarray(PICTURE.image)))
@@ -251,3 +256,21 @@ def test_a_missing_package_is_named(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert main(["--model", "nowhere"]) == 2
     assert "uvicorn missing; pip install 'collavo[serve]'" in capsys.readouterr().err
+
+
+def test_classes_that_no_training_has_seen_are_answered_about_as_elsewhere(tmp_path, monkeypatch):
+    save_tiny_run(tmp_path / "some", adapters=())
+    model, processor = load_base(str(tmp_path / "some-base"), torch.float32, words=True)
+    torch.manual_seed(0)
+    for weight in model.model.crayon_prompt.parameters():
+        torch.nn.init.normal_(weight)
+    model.save_pretrained(tmp_path / "words")
+    processor.save_pretrained(tmp_path / "words")
+    picture = picture_of_row(own_rows(1)[0], None, OWN_CLASSES)
+    monkeypatch.setattr(Session, "segmented", lambda *_: picture)
+    expected = load_answerer(str(tmp_path / "words"), torch.device("cpu")).answer(
+        [picture], [Request(0, [("human", QUESTION)], picture.objects, 12)]
+    )
+    with served(tmp_path / "words", "--segmenter", "none") as (client, _):
+        found = client.chat.completions.create(model="words", messages=[ASKED], max_tokens=12)
+    assert [text_of(found)] == expected
