@@ -124,6 +124,17 @@ def test_paper_preset_settles_rounding_ties_as_transformers_does(sure, size_hw, 
     assert np.array_equal(segment_ids(ours), ids)
 
 
+def test_paper_preset_makes_large_maps_in_bands(monkeypatch):
+    """Where all masks at the picture's size are gigabytes, in parts; a probability may differ in its last bit there."""
+    class_logits, mask_logits = random_logits(3, sure=12, queries=15, mask_hw=(25, 37))
+    at_once = panoptic_from_logits(class_logits, mask_logits, (240, 321), PAPER)
+    monkeypatch.setattr(postprocess, "_MOST_ELEMENTS_AT_ONCE", 0)
+    in_bands = panoptic_from_logits(class_logits, mask_logits, (240, 321), PAPER)
+    assert [s.label for s in in_bands.segments] == [s.label for s in at_once.segments]
+    assert len(at_once.segments) > 1
+    assert (segment_ids(in_bands) != segment_ids(at_once)).mean() < 1e-4
+
+
 def test_paper_preset_compares_at_the_thresholds_as_transformers_does():
     class_logits, mask_logits = torch.full((1, 134), -1e4), torch.full((1, 8, 8), 100.0)
     class_logits[0, [PERSON, 133]] = 0.0  # the lower class wins

@@ -30,6 +30,10 @@ from schemas.categories import COCO_PANOPTIC, CategorySet
 # float32 counts pixels exactly.
 _BAND_ELEMENTS = {"cpu": (1 << 15) - 1, "cuda": 1 << 24}
 
+# transformers resizes all kept queries to the image at once, 200 MB each at 50 megapixels. Where its bits are asked
+# for, so do we, up to so many elements (1 GB); beyond, in bands, whose probabilities may differ in their last bits.
+_MOST_ELEMENTS_AT_ONCE = 1 << 28
+
 _SMALLEST_BID = torch.finfo(torch.float32).tiny
 
 
@@ -136,21 +140,32 @@ def _bids_by_rows(
     height, width = size_hw
     rows = max(1, _BAND_ELEMENTS[scores.device.type] // (len(scores) * width))
     if thresholds.like_transformers:
-        # It resizes the kept queries to the image all together, and so does this, for its bits.
-        probabilities = functional.interpolate(mask_logits.sigmoid()[None], size=size_hw, mode="bilinear")[0]
-        for band in probabilities.split(rows, dim=1):
+        probabilities = mask_logits.sigmoid()
+        if len(scores) * height * width > _MOST_ELEMENTS_AT_ONCE:
+            bands = _resized_by_rows(probabilities, size_hw, rows)
+        else:
+            resized = functional.interpolate(probabilities[None], size=size_hw, mode="bilinear")[0]
+            bands = iter(resized.split(rows, dim=1))
+        for band in bands:
             yield band * scores
         return
-    # The same bilinear resizing as torch's, columns first and then rows, so that rows can be made band by band. Logits
-    # are compared with the logit of the threshold before the sigmoid, and cut off where they are below it.
+    # Logits are compared with the logit of the threshold before the sigmoid, and cut off where they are below it.
     least = torch.tensor(thresholds.mask_probability).logit().item()
-    widened = functional.interpolate(mask_logits[:, None], size=(mask_logits.shape[1], width), mode="bilinear")[:, 0]
-    above, below, weight = _vertical_taps(mask_logits.shape[1], height, scores.device)
+    for logits in _resized_by_rows(mask_logits, size_hw, rows):
+        yield functional.threshold(logits, least, -math.inf, inplace=True).sigmoid_().mul_(scores)
+
+
+def _resized_by_rows(masks: torch.Tensor, size_hw: tuple[int, int], rows: int) -> Iterator[torch.Tensor]:
+    """Yield bands of float [queries, rows, width] of what torch's bilinear resizing makes of masks.
+
+    Columns are resized first and then rows, so that rows can be made band by band.
+    """
+    height, width = size_hw
+    widened = functional.interpolate(masks[:, None], size=(masks.shape[1], width), mode="bilinear")[:, 0]
+    above, below, weight = _vertical_taps(masks.shape[1], height, masks.device)
     for first in range(0, height, rows):
         band = slice(first, first + rows)
-        upper, lower = widened.index_select(1, above[band]), widened.index_select(1, below[band])
-        logits = torch.lerp(upper, lower, weight[band, None])
-        yield functional.threshold(logits, least, -math.inf, inplace=True).sigmoid_().mul_(scores)
+        yield torch.lerp(widened.index_select(1, above[band]), widened.index_select(1, below[band]), weight[band, None])
 
 
 def _vertical_taps(
