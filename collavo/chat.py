@@ -98,8 +98,8 @@ class Flags(ModelFlags):
     image_root: Path | None = flag(None, "folder of the images, if the rows only refer to them, or that the images of "
         "--questions stand in", kind=Path, metavar="DIR")  # fmt: skip
     prompt: str | None = flag(None, "one question; without it a conversation", metavar="TEXT")
-    questions: Path | None = flag(None, "a file of questions: a line of JSON each, with image, question (or prompt) "
-        "and perhaps id", kind=Path, metavar="JSONL")  # fmt: skip
+    questions: Path | None = flag(None, "a file of questions: a line of JSON each, with image, question (or prompt, "
+        "or text) and perhaps more", kind=Path, metavar="JSONL")  # fmt: skip
     answers: Path | None = flag(None, "where the answers to --questions go, line by line", kind=Path, metavar="JSONL")
     batch_size: int = flag(16, "questions of --questions answered together", least=1)
     save_map: Path | None = flag(None, "save the crayon map over the image", kind=Path, metavar="PNG")
@@ -244,12 +244,10 @@ class _Conversations(Session):
         with naming("data"):
             files = find_files(flags.data)
             damaged = LeftOut()
-            known = ""
-            for row in read_rows(files, left_out=damaged):
-                if row.image_id == flags.image_id:
-                    break
-                known = f"; there is one of {row.image_id}"
-            else:
+            row = next(read_rows(files, left_out=damaged, image_id=flags.image_id), None)
+            if row is None:
+                other = next(read_rows(files, left_out=damaged), None)
+                known = f"; there is one of {other.image_id}" if other else ""
                 left_out = "".join(f"; left out: {line}" for line in damaged.lines())
                 raise UserError(f"there is no row of --image_id {flags.image_id}{known}{left_out}")
             try:

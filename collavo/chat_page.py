@@ -39,7 +39,10 @@ def build_page(about_file: Callable[[str], Any], cautions: Callable[[Any], list[
     def ask(conversation: Any, question: str, shown: list[dict[str, str]]) -> tuple[str, list[dict[str, str]]]:
         if conversation is None:
             raise gr.Error("Choose an image first.")
-        answer = conversation.ask(question)
+        try:
+            answer = conversation.ask(question)
+        except (ValueError, RuntimeError) as error:
+            raise gr.Error(str(error)) from error
         said = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         return "", [*shown, *said]
 

@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from posixpath import basename, dirname, join
 from typing import Any, BinaryIO
@@ -181,13 +182,20 @@ _NAMED_PER_REASON = 3
 
 
 def read_rows(
-    files: Sequence[Path | str], split: str | None = None, left_out: LeftOut | None = None
+    files: Sequence[Path | str],
+    split: str | None = None,
+    left_out: LeftOut | None = None,
+    *,
+    image_id: str | None = None,
 ) -> Iterator[CrayonRow]:
     """Read the rows of some files, in order, a bounded number in memory.
+
+    Pictures of row groups that hold no wanted row are not read.
 
     Args:
         split: `train` or `validation`; None for all rows.
         left_out: where damaged rows are counted; None if there must be none.
+        image_id: of the rows that are wanted; None for all.
 
     Raises:
         UserError: for a damaged file, and for a damaged row where `left_out` is None.
@@ -195,7 +203,10 @@ def read_rows(
     for file in files:
         with opened_parquet(file) as parquet:
             categories = _category_set_in(parquet, str(file))
-            for record in read_records(parquet):
+            groups = set(range(parquet.num_row_groups))
+            for column, value in (("split", split), ("image_id", image_id)):
+                groups &= groups if value is None else set(_groups_that_may_hold(parquet, column, value))
+            for record in chain.from_iterable(read_records(parquet, group=group) for group in sorted(groups)):
                 try:
                     row = checked_row(record, categories)
                 except Rejected as error:
@@ -203,8 +214,19 @@ def read_rows(
                         raise UserError(f"{file}: row {error.entry_id}: {error.reason}: {error}") from error
                     left_out.add(error.reason, f"row {error.entry_id} of {basename(file)}", str(error))
                     continue
-                if split in (None, row.split):
+                if split in (None, row.split) and image_id in (None, row.image_id):
                     yield row
+
+
+def _groups_that_may_hold(parquet: pq.ParquetFile, column: str, value: str) -> Iterator[int]:
+    """Find the row groups that have a value in a column, or none where there should be one."""
+    equal = pc.fill_null(pc.equal(parquet.read(columns=[column])[column], value), True)
+    first = 0
+    for group in range(parquet.num_row_groups):
+        rows = parquet.metadata.row_group(group).num_rows
+        if pc.any(equal.slice(first, rows)).as_py():
+            yield group
+        first += rows
 
 
 def checked_row(
@@ -266,7 +288,7 @@ def read_records(
 ) -> Iterator[dict[str, Any] | Rejected]:
     """Yield the rows of a file, or of one row group, as plain values; one whose text is no text comes as an error."""
     groups = None if group is None else [group]
-    number = 0
+    number = sum(parquet.metadata.row_group(before).num_rows for before in range(group or 0))
     for batch in parquet.iter_batches(_ROWS_IN_MEMORY, row_groups=groups, columns=columns):
         try:
             records: Iterable[dict[str, Any] | Rejected] = batch.to_pylist()

@@ -93,6 +93,7 @@ def _evaluate(flags: Flags) -> None:
     from collavo.evaluation.scores import summarise
     from collavo.inference import load_answerer
     from collavo.progress import Progress
+    from collavo.runs import steps_taken
 
     with naming("device"):
         device, rank, ranks = join_ranks(flags.device)
@@ -158,6 +159,7 @@ def _evaluate(flags: Flags) -> None:
     facts = {
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(flags).items()},
         "device": device_name(device),
+        "steps": steps_taken(Path(flags.model)),
         "left_out": dict(left_out.counts),
         "seconds": round(seconds, 1),
         "questions_per_s": round(questions / seconds, 2),

@@ -6,9 +6,10 @@ answers are those that each whole prompt would get alone.
 """
 
 import copy
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from posixpath import commonprefix
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from transformers import TextStreamer
 from collavo.dataset import image_and_map
 from collavo.device import move_to_device
 from collavo.errors import UserError
-from collavo.instructions.text import format_objects_with_boxes
+from collavo.instructions.text import format_objects_with_boxes, largest
 from collavo.model.adapters import quantize_language_model
 from collavo.model.processing import CollavoProcessor
 from collavo.model.prompt import LISTED, Kind, Turns
@@ -44,8 +45,12 @@ class Picture:
     @property
     def objects(self) -> str:
         """The object list with boxes, as prompts hold it."""
+        return self.largest_objects(len(self.panoptic.segments))
+
+    def largest_objects(self, most: int) -> str:
+        """The object list, cut down to so many objects."""
         height, width = self.image.shape[:2]
-        return format_objects_with_boxes(self.panoptic.segments, (width, height))
+        return format_objects_with_boxes(largest(self.panoptic.segments, most), (width, height))
 
 
 def picture_of_row(row: CrayonRow, image_root: Path | None, categories: CategorySet = COCO_PANOPTIC) -> Picture:
@@ -117,6 +122,28 @@ class Answerer:
         if tokens >= self.context:
             raise UserError(f"the question has {tokens} tokens with its image, and the model takes {self.context}")
         return min(most, self.context - tokens)
+
+    def request(self, number: int, picture: Picture, turns: Turns, listed: bool, most: int) -> Request:
+        """Make a request that fits into the context.
+
+        Where it does not with the whole object list, the list keeps the largest objects, or is left out, as in
+        training. The answer gets a quarter of the context then, if it may be as long.
+
+        Args:
+            number: the position of the picture.
+            listed: whether the object list stands before the first question.
+            most: tokens that the answer may have.
+
+        Raises:
+            UserError: if the turns alone are as long as the context.
+        """
+        objects = None
+        if listed:
+            room, count = self.context - min(most, self.context // 4), len(picture.panoptic.segments)
+            tokens = lambda kept: len(self.processor.render(turns, picture.largest_objects(kept)).input_ids)  # noqa: E731
+            kept = count if tokens(count) <= room else bisect_right(range(1, count + 1), room, key=tokens)
+            objects = picture.largest_objects(kept) if kept or not count else None
+        return Request(number, turns, objects, self.room_for_answer(turns, objects, most))
 
     def lists_objects(self, kind: Kind, object_list: str) -> bool:
         """Tell whether prompts of a kind begin with the object list.
@@ -245,7 +272,7 @@ class Conversation:
     def __init__(self, answerer: Answerer, picture: Picture, with_objects: bool, max_new_tokens: int) -> None:
         self.picture = picture
         self._answerer = answerer
-        self._objects = picture.objects if with_objects else None
+        self._with_objects = with_objects
         self._max_new_tokens = max_new_tokens
         self._turns: list[tuple[str, str]] = []
         self.forgotten = 0
@@ -260,16 +287,17 @@ class Conversation:
         answerer = self._answerer
         # An answer gets a quarter of the context where it may be as long, whatever was said before.
         wanted = min(self._max_new_tokens, answerer.context // 4)
-        answerer.room_for_answer([("human", question)], self._objects, wanted)
+        request = answerer.request(0, self.picture, [("human", question)], self._with_objects, self._max_new_tokens)
         turns = [*self._turns, ("human", question)]
         forgotten = 0
         while len(turns) > 1:
             with suppress(UserError):
-                if answerer.room_for_answer(turns, self._objects, wanted) == wanted:
+                if answerer.room_for_answer(turns, request.objects, wanted) == wanted:
                     break
             turns, forgotten = turns[2:], forgotten + 1
-        limit = answerer.room_for_answer(turns, self._objects, self._max_new_tokens)
-        answer = answerer.answer([self.picture], [Request(0, turns, self._objects, limit)], show=show)[0]
+        limit = answerer.room_for_answer(turns, request.objects, self._max_new_tokens)
+        request = replace(request, turns=turns, max_new_tokens=limit)
+        answer = answerer.answer([self.picture], [request], show=show)[0]
         self._turns, self.forgotten = [*turns, ("gpt", answer)], self.forgotten + forgotten
         return answer
 

@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData, metadata_load
 from collavo.embedded import find_embedded
 from collavo.folders import write_whole
 from collavo.model.configuration import CollavoConfig
-from collavo.runs import CARD, base_source, read_metrics, read_train_args
+from collavo.runs import CARD, base_source, read_metrics, read_train_args, steps_taken
 
 _NAMED = 20
 """Classes that the card lists."""
@@ -49,8 +49,8 @@ def write_model_card(
     source = base_source(run)
     embedded = find_embedded(source)
     args, about_base = read_train_args(run), licence_of(embedded.folder if embedded else Path(source))
-    steps = {line["phase"]: line["step"] for line in read_metrics(run)}
-    losses, (results, asked) = _losses(run), _results(run)
+    steps = steps_taken(run)
+    losses, (results, asked, how) = _losses(run), _results(run)
     data = _data_names(args.get("files", {}))
     classes = [category.display_name for category in CollavoConfig.from_pretrained(run).category_set]
     licences = sorted({str(licence_of(Path(file).parent)["license_name"]) for file in args.get("files", {})})
@@ -68,7 +68,7 @@ def write_model_card(
         **({} if left_out is None else {"left out": skipped or "nothing"}),
         **{f"validation loss, {kind}": f"{loss:.3f}" for kind, loss in losses.items()},
         **{
-            f"{task}, right of {each['questions']} about {asked}": f"{each['correct']:.1%}"
+            f"{task}, right of {each['questions']} about {asked}{how}": f"{each['correct']:.1%}"
             for task, each in results.items()
         },
     }
@@ -129,14 +129,21 @@ def _losses(run: Path) -> dict[str, float]:
     return next(filter(None, reversed(named)), {})
 
 
-def _results(run: Path) -> tuple[dict[str, dict[str, Any]], str]:
-    """Read what an evaluation in the run's folder found, by task, of prompts as in training; and the data's name."""
+def _results(run: Path) -> tuple[dict[str, dict[str, Any]], str, str]:
+    """Read what an evaluation in the run's folder found of its weights as they are now, on rows that no training saw.
+
+    Returns:
+        figures by task, of prompts as in training; the data's name; and in what way it asked unlike the default.
+    """
     file = run / "evaluation" / "evaluation.json"
-    if not file.exists():
-        return {}, ""
-    report = json.loads(file.read_text())
+    report = json.loads(file.read_text()) if file.exists() else {"arguments": {}}
+    arguments = report["arguments"]
+    if report.get("steps") != steps_taken(run) or arguments.get("split") != "validation":
+        return {}, "", ""
     found = {task: each for task, each in report["results"].get("trained", {}).items() if "correct" in each}
-    return found, ", ".join(_data_names(report["arguments"]["data"]))
+    how = f", the first {arguments['max_images']:,} images" if arguments["max_images"] else ""
+    how += f", {arguments['beams']} beams" * (arguments["beams"] > 1)
+    return found, ", ".join(_data_names(arguments["data"])), how
 
 
 def _data_names(paths: Iterable[str]) -> list[str]:

@@ -3,6 +3,9 @@
     {"id": "a", "image": "street.jpg", "question": "What is on the left?"}
     {"id": "a", "image": "street.jpg", "question": "What is on the left?", "answer": "A bus."}
 
+The line keeps all of its fields, but for an `answer` or `error` of its own. `prompt` and `text` are taken for
+`question`, and a line without `id` or `question_id` gets its number as `id`.
+
 The answers are written batch by batch. A run that finds some of them goes on after the last one. A question that cannot
 be asked gets a line with `error` in place of `answer`, and the others go on.
 """
@@ -30,6 +33,8 @@ class Asked(NamedTuple):
 
     number: int
     record: dict[str, Any]
+    image: str = ""
+    question: str = ""
     fault: str = ""
 
 
@@ -63,7 +68,8 @@ def count_answers(questions: Path, answers: Path) -> tuple[int, int]:
         answered: Any = None
         with suppress(ValueError):
             answered = parsed_json(line)
-        same = asked and isinstance(answered, dict) and {**answered, **asked.record} == answered
+        # As text, for a NaN of a user's field is not equal to itself.
+        same = asked and isinstance(answered, dict) and json.dumps({**answered, **asked.record}) == json.dumps(answered)
         if not same:
             raise UserError(f"{answers}: its line {number} answers no question of {questions}; name another file")
         errors += "error" in answered
@@ -116,7 +122,7 @@ class QuestionAnswerer:
                 yield left_out
 
     def _replies(self, batch: Sequence[Asked]) -> list[dict[str, str]]:
-        pictures = self._pictures([asked.record["image"] for asked in batch if not asked.fault])
+        pictures = self._pictures([asked.image for asked in batch if not asked.fault])
         replies = [{"error": asked.fault} for asked in batch]
         lists_objects = self.answerer.lists_objects("dialogue", self.object_list)
         used: dict[str, int] = {}
@@ -124,18 +130,16 @@ class QuestionAnswerer:
         for number, asked in enumerate(batch):
             if asked.fault:
                 continue
-            name, turns = asked.record["image"], [("human", asked.record["question"])]
+            name, turns = asked.image, [("human", asked.question)]
             picture = pictures[name]
             if isinstance(picture, str):
                 replies[number] = {"error": picture}
                 continue
-            objects = picture.objects if lists_objects else None
+            place = used.setdefault(name, len(used))
             try:
-                limit = self.answerer.room_for_answer(turns, objects, self.max_new_tokens)
+                requests[number] = self.answerer.request(place, picture, turns, lists_objects, self.max_new_tokens)
             except UserError as error:
                 replies[number] = {"error": str(error)}
-                continue
-            requests[number] = Request(used.setdefault(name, len(used)), turns, objects, limit)
         if requests:
             shown = [pictures[name] for name in used]
             texts = self.answerer.answer(shown, list(requests.values()), self.batch_size)  # type: ignore[arg-type]
@@ -161,13 +165,15 @@ def _asked(number: int, line: bytes) -> Asked:
     try:
         record = parsed_json(line)
     except ValueError as error:
-        return Asked(number, {"id": number}, f"not JSON: {error}")
+        return Asked(number, {"id": number}, fault=f"not JSON: {error}")
     if not isinstance(record, dict):
-        return Asked(number, {"id": number}, "not a JSON object")
-    id_, image, question = record.get("id", number), record.get("image"), record.get("question", record.get("prompt"))
-    kept = {"id": id_, "image": image, "question": question}
+        return Asked(number, {"id": number}, fault="not a JSON object")
+    image: Any = record.get("image")
+    question: Any = next((record[name] for name in ("question", "prompt", "text") if name in record), None)
+    kept = {} if {"id", "question_id"} & record.keys() else {"id": number}
+    kept |= {name: value for name, value in record.items() if name not in ("answer", "error")}
     for name, value in (("image", image), ("question", question)):
         # Half of a surrogate pair, which JSON can hold, is no text to a tokenizer, and a NUL no file's name.
         if not isinstance(value, str) or not value.strip() or re.search("[\0\ud800-\udfff]", value):
-            return Asked(number, kept, f"{name} is missing, empty or no text")
-    return Asked(number, kept)
+            return Asked(number, kept, fault=f"{name} is missing, empty or no text")
+    return Asked(number, kept, image, question)

@@ -347,6 +347,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def steps_taken(run: Path) -> dict[str, int]:
+    """Read how far each phase of a run has got, by its metrics; nothing of a folder that is no run."""
+    return {line["phase"]: line["step"] for line in read_metrics(run)}
+
+
 def base_source(run: Path) -> str:
     """Name the base of a run: a folder, a hub id, or the name of an embedded model."""
     base: str = read_train_args(run)["base"]

@@ -27,7 +27,7 @@ from starlette.routing import Route
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from collavo.chat import Session
-from collavo.errors import Rejected
+from collavo.errors import Rejected, UserError
 from collavo.images import decode_rgb
 from collavo.inference import Sampling
 from collavo.web import MAX_BYTES, fetch, is_url
@@ -201,17 +201,21 @@ class _Served:
         """
         model, processor = self._session.answerer.model, self._session.answerer.processor
         picture = self._session.segmented(decode_rgb(image)) if image is not None else None
-        objects = picture.objects if picture and self._session.lists_objects else None
         turns = [
             (_SPEAKERS[message.role], "".join(part.text for part in message.content if isinstance(part, _Text)))
             for message in question.messages
         ]
+        most = self._session.flags.max_new_tokens
+        limit = min(question.max_completion_tokens or question.max_tokens or most, most)
+        objects = None
+        if picture:
+            try:
+                request = self._session.answerer.request(0, picture, turns, self._session.lists_objects, limit)
+            except UserError as error:
+                raise HTTPException(400, f"messages: {error}") from error
+            objects = request.objects
         ids = processor.render(turns, objects, picture is not None).input_ids
-        limit = min(
-            question.max_completion_tokens or question.max_tokens or self._session.flags.max_new_tokens,
-            self._session.flags.max_new_tokens,
-            self._session.answerer.context - len(ids),
-        )
+        limit = min(limit, self._session.answerer.context - len(ids))
         if limit < 1:
             raise HTTPException(400, f"messages: {len(ids)} tokens are more than the model takes")
         show("")

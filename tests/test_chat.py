@@ -131,7 +131,7 @@ def test_a_conversation_forgets_its_first_turns_where_they_do_not_fit_the_model(
     run, _, _ = world
     room = load_answerer(str(run), torch.device("cpu")).room_for_answer([("human", "")], PICTURE.objects, 10**9)
     long = "ab " * (room // 8)  # a token a letter: three of them leave no room for the fourth
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{long}\n" * 5 + "x" * 2 * room + f"\n{QUESTION}"))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{long}\n" * 5 + "x" * 3000 + f"\n{QUESTION}"))
     assert main(of_row(world)) == 0
     out = said(capsys)
     assert "(The first 1 questions and answers no longer fit the model, and are forgotten.)" in out
@@ -210,7 +210,7 @@ def test_a_file_of_questions_is_answered_in_order_and_an_interrupted_run_goes_on
     run, _, image = world
     asked = [
         {"id": "a", "image": str(image), "question": QUESTION},
-        {"image": str(image), "prompt": "Who?"},
+        {"image": str(image), "text": "Who?", "label": "no one", "score": float("nan"), "answer": "Nobody."},
         "no JSON",
         {"id": "s", "image": "a\0b", "question": "\ud800"},
         {"id": "d", "image": "nowhere.jpg", "question": QUESTION},
@@ -225,7 +225,9 @@ def test_a_file_of_questions_is_answered_in_order_and_an_interrupted_run_goes_on
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
     assert [line["id"] for line in lines] == ["a", 2, 3, "s", "d", "e", "f"]
     for line, question in ((lines[0], QUESTION), (lines[1], "Who?"), (lines[6], "Where?")):
-        assert line["answer"] == answer(run, [("human", question)], BLANK, "") and line["question"] == question
+        assert line["answer"] == answer(run, [("human", question)], BLANK, "")
+        assert line.get("question", line.get("text")) == question
+    assert list(lines[1]) == ["id", "image", "text", "label", "score", "answer"]  # all that the line held
     for line, error in zip(
         lines[2:6],
         ("not JSON", "image is missing, empty or no text", "nowhere.jpg: No such file", "tokens with its image"),
@@ -240,7 +242,7 @@ def test_a_file_of_questions_is_answered_in_order_and_an_interrupted_run_goes_on
     assert main(flags) == 0
     assert answers.read_bytes() == whole
     assert "3 of 7 questions answered; an earlier run took the first 4: " in said(capsys)
-    asked[1]["prompt"] = "Whom?"
+    asked[1]["text"] = "Whom?"
     questions.write_text("\n".join(q if isinstance(q, str) else json.dumps(q) for q in asked))
     assert main(flags) == 2
     assert f"--answers: {answers}: its line 2 answers no question of {questions}" in capsys.readouterr().err

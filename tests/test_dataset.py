@@ -52,6 +52,28 @@ def test_rows_are_read_in_order_and_counted_by_split(two_shards: list[Path]):
         assert count_rows(two_shards, split) == len(list(read_rows(two_shards, split))) == rows
 
 
+def test_pictures_of_row_groups_without_a_wanted_row_are_not_read(tmp_path):
+    rows = [crayon_row(image_id=f"{n}", split="validation" if n in (5, 9) else "train") for n in range(12)]
+    table = pa.Table.from_pylist([row.as_record() for row in rows], schema=CRAYON_SCHEMA)
+    pq.write_table(table, tmp_path / "rows.parquet", row_group_size=2)
+    data = bytearray((tmp_path / "rows.parquet").read_bytes())
+    groups = pq.read_metadata(tmp_path / "rows.parquet")
+    for group in (0, 1, 3, 5):  # a page that is read cannot be damaged
+        chunk = next(
+            c
+            for i in range(groups.num_columns)
+            if (c := groups.row_group(group).column(i)).path_in_schema == "image.bytes"
+        )
+        start = chunk.dictionary_page_offset or chunk.data_page_offset
+        data[start : start + 8] = b"\xff" * 8
+    (tmp_path / "rows.parquet").write_bytes(data)
+    files = [str(tmp_path / "rows.parquet")]
+    assert [row.image_id for row in read_rows(files, "validation")] == ["5", "9"]
+    assert [row.split for row in read_rows(files, image_id="4")] == ["train"]
+    with pytest.raises(UserError, match=r"rows\.parquet: cannot be read"):
+        list(read_rows(files, "train"))
+
+
 def test_an_incomplete_set_of_shards_is_refused(two_shards: list[Path]):
     assert "1 of 2 files" in refusal(two_shards[1])
     two_shards[0].unlink()

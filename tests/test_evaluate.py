@@ -181,6 +181,32 @@ def test_questions_carry_their_truth_their_class_and_their_history():
     assert questions_of(later, ["dialogue"], JUDGE)[-1].turns == (*turns, ("human", "Sure?"))
 
 
+@pytest.mark.parametrize(
+    "answer, short", [("一只猫", True), ("一只猫坐在红色的沙发上", False), ("two red cars here", True)]
+)
+def test_an_answer_is_short_by_its_characters_where_words_have_no_spaces(answer, short):
+    dialogue = Dialogue("a", (("human", "?"), ("gpt", answer)))
+    asked = questions_of(replace(VALIDATION[0], conversations=(dialogue,)), ["dialogue"], JUDGE)
+    assert [question.truth for question in asked] == [answer] * short
+
+
+def test_questions_that_cannot_be_asked_or_judged_are_left_out_and_counted(world, tmp_path, capsys):
+    """One that is longer than the model's context, and one whose label another tool has lost."""
+    run, _ = world
+    row = VALIDATION[0]
+    counting = next(i for i in row.instructions if i.task == "counting")
+    long = Dialogue("a", (("human", "word " * 2000), ("gpt", "yes")))
+    short = Dialogue("b", (("human", "Is it so?"), ("gpt", "yes")))
+    row = replace(row, instructions=(replace(counting, label=None), counting), conversations=(long, short))
+    data = write_crayon_file(tmp_path / "rows.parquet", [row])
+    report = evaluated((run, data), "--tasks", "counting", "dialogue", "--object_list", "both")
+    assert report["left_out"] == {"missing_label": 1, "too_long_question": 2}  # once with the object list, once without
+    for figures in report["results"].values():
+        assert {task: each["questions"] for task, each in figures.items()} == {"counting": 1, "dialogue": 1}
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"1 missing_label (counting of {row.image_id}: its true answer is '')" in said
+
+
 def test_every_default_phrasing_shows_the_class_it_asks_for():
     for row in ROWS:
         by_id = {segment.id: segment for segment in row.segments}

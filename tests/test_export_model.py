@@ -15,6 +15,7 @@ from collavo.inference import Request, load_answerer, picture_of_row
 from collavo.merge_adapters import TOLERANCES
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.adapters import LINEAR_LAYERS
+from collavo.runs import steps_taken
 
 CPU = torch.device("cpu")
 
@@ -164,12 +165,19 @@ def test_the_card_has_what_was_found_of_prompts_as_in_training_and_of_which_data
     tried = shutil.copytree(run, tmp_path / "run")
     (tried / "evaluation").mkdir()
     results = {name: {"counting": {"questions": 7, "correct": right}} for name, right in (("none", 0.1), ("with", 0.9))}
-    report = {"arguments": {"data": ["street/a.parquet"]}, "results": results}
-    for trained, expected in ((None, False), (0.5, True)):
-        if trained:
-            results["trained"] = {"counting": {"questions": 7, "correct": trained}}
-        (tried / "evaluation" / "evaluation.json").write_text(json.dumps(report))
-        export(tried, tmp_path / f"{expected}", "--as", "adapter")
-        card = (tmp_path / f"{expected}" / "README.md").read_text()
-        assert ("| counting, right of 7 about street | 50.0% |" in card) == expected
-        assert "10.0%" not in card and "90.0%" not in card and ("right of" in card) == expected
+    arguments = {"data": ["street/a.parquet"], "split": "validation", "max_images": None, "beams": 1}
+    trained = {**results, "trained": {"counting": {"questions": 7, "correct": 0.5}}}
+    report = {"arguments": arguments, "steps": steps_taken(tried), "results": trained}
+    few = {"arguments": {**arguments, "max_images": 1000, "beams": 3}}
+    for number, (change, expected) in enumerate((
+        ({}, "| counting, right of 7 about street | 50.0% |"),
+        (few, "| counting, right of 7 about street, the first 1,000 images, 3 beams | 50.0% |"),
+        ({"results": results}, None),
+        ({"arguments": {**arguments, "split": "train"}}, None),
+        ({"steps": {"cit": 10**6}}, None),  # of other weights: the run went on since
+    )):  # fmt: skip
+        (tried / "evaluation" / "evaluation.json").write_text(json.dumps(report | change))
+        export(tried, tmp_path / f"{number}", "--as", "adapter")
+        card = (tmp_path / f"{number}" / "README.md").read_text()
+        assert expected in card if expected else "right of" not in card
+        assert "10.0%" not in card and "90.0%" not in card

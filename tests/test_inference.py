@@ -1,5 +1,6 @@
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from collavo.evaluation.questions import EVALUATED_TASKS, questions_of
 from collavo.inference import Answerer, Picture, Request, load_answerer, picture_of_row
 from collavo.model import CollavoForConditionalGeneration
 from collavo.runs import load_run
+from collavo.training.lengths import LengthLimit, object_list
 from schemas.categories import COCO_PANOPTIC
 
 CPU = torch.device("cpu")
@@ -99,6 +101,32 @@ def test_an_answer_rests_on_the_image_the_crayon_map_and_the_adapters(answerer):
     assert answerer.answer([Picture(first.image, second.panoptic)], requests) != answers
     with answerer.model.disable_adapter():
         assert answerer.answer(PICTURES[:1], requests) != answers
+
+
+def test_an_object_list_keeps_the_largest_objects_that_fit_as_in_training(answerer):
+    """The list that training gives the same question, of a picture with more objects than the context has room for."""
+    picture, turns = PICTURES[0], [("human", "Who is here?")]
+    segments = [replace(s, numbering=1 + n % 20, area=s.area + n) for n in range(60) for s in picture.panoptic.segments]
+    crowded = Picture(picture.image, replace(picture.panoptic, segments=tuple(segments)))
+    request = answerer.request(0, crowded, turns, True, 32)
+    height, width = picture.image.shape[:2]
+    record = {
+        "segments": [segment.as_record() for segment in segments],
+        "width": width,
+        "height": height,
+        "conversations": [{"turns": [{"from": "human", "value": turns[0][1]}, {"from": "gpt", "value": ""}]}],
+    }
+    whole = len(answerer.processor.render([*turns, ("gpt", "")]).input_ids) - len(
+        answerer.processor.render(turns).input_ids
+    )
+    limit = LengthLimit(answerer.processor, answerer.context - 32 + whole, "dialogues", 8)
+    (fitted,) = limit.fit("dialogue", [0], record)
+    assert 1 < fitted.objects < len(segments) and fitted.shortened
+    assert request.objects == object_list(record, fitted.objects)
+    assert len(answerer.answer([crowded], [request])) == 1
+    assert answerer.request(0, picture, turns, True, 32) == Request(0, turns, picture.objects, 32)
+    with pytest.raises(UserError, match=r"the question has [\d,]+ tokens"):
+        answerer.request(0, picture, [("human", "word " * answerer.context)], True, 32)
 
 
 def test_nf4_answers_are_the_same_every_time_and_for_any_batch_size(run):

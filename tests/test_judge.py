@@ -59,6 +59,14 @@ def test_the_true_answers_of_a_data_set_are_judged_right():
         ("dialogue", "A", "A", True, "a"),  # an option, not an article
         ("dialogue", "car park", "The car.", False, "car park"),
         ("dialogue", "...", "The car.", False, None),
+        ("dialogue", "25", "2.5", False, "25"),
+        ("dialogue", "about -5.", "-5", False, "about -5"),
+        ("dialogue", "5", "-5", False, "5"),
+        ("dialogue", "12", "1/2", False, "12"),
+        ("dialogue", "450", "$4.50", False, "450"),
+        ("dialogue", "$4.50!", "4.50", True, "4.50"),
+        ("dialogue", "1,000", "1000", True, "1000"),
+        ("dialogue", "“是。”", "是", True, "是"),
     ],
 )
 def test_answers_are_read_strictly_and_compared_by_what_they_say(task, answer, truth, correct, read):

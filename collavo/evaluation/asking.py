@@ -8,13 +8,14 @@ from collavo.errors import Rejected, UserError
 from collavo.evaluation.judge import Judge
 from collavo.evaluation.questions import DIALOGUE, Question, questions_of
 from collavo.evaluation.scores import Answered, judged
-from collavo.inference import Answerer, Picture, Request, picture_of_row
+from collavo.inference import Answerer, Picture, picture_of_row
+from collavo.instructions.text import format_box
+from collavo.model.processing import CollavoProcessor
 from collavo.model.prompt import Kind
-from schemas.categories import CategorySet
+from schemas.categories import MAX_NUMBERING, CategorySet
 from schemas.crayon_row import CrayonRow
 
-_MAX_NEW_TOKENS = {"class_to_binary": 32, "box_to_class": 32, "counting": 32, "class_to_box": 700, DIALOGUE: 32}
-"""Twenty boxes with their names fit into 700 tokens, even with a token per digit."""
+_MAX_NEW_TOKENS = {"class_to_binary": 32, "box_to_class": 32, "counting": 32, DIALOGUE: 32}
 
 
 def ask_questions(
@@ -35,29 +36,50 @@ def ask_questions(
         judge: of the set of classes that the rows have.
         image_root: the folder of the images, for rows that refer to their image.
         batch_size: questions that are answered together.
-        left_out: where rows are counted whose picture or map is missing or damaged; None if there must be none.
+        left_out: where rows are counted whose picture or map is missing or damaged, and questions that are too long
+            for the model or whose true answer is missing; None if there must be none.
 
     Returns:
         the judged answers by object list, in the order of the rows.
 
     Raises:
-        UserError: if an image is missing or damaged, and `left_out` is None.
+        UserError: for the first of these, if `left_out` is None.
     """
     answers: dict[str, list[Answered]] = {object_list: [] for object_list in object_lists}
+    limits = _MAX_NEW_TOKENS | {"class_to_box": _tokens_of_boxes(answerer.processor, judge.categories)}
     for pictures, questions in _groups(rows, tasks, judge, image_root, batch_size, left_out):
         for object_list, answered in answers.items():
-            requests = [
-                Request(
-                    number,
-                    question.turns,
-                    pictures[number].objects if answerer.lists_objects(kind_of(question.task), object_list) else None,
-                    _MAX_NEW_TOKENS[question.task],
-                )
-                for number, question in questions
-            ]
-            texts = answerer.answer(pictures, requests, batch_size)
-            answered += [judged(question, text, judge) for (_, question), text in zip(questions, texts, strict=True)]
+            requests, asked = [], []
+            for number, question in questions:
+                listed = answerer.lists_objects(kind_of(question.task), object_list)
+                try:
+                    requests.append(
+                        answerer.request(number, pictures[number], question.turns, listed, limits[question.task])
+                    )
+                except UserError as error:
+                    _leave_out(left_out, "too_long_question", question, str(error))
+                    continue
+                asked.append(question)
+            texts = answerer.answer(pictures, requests, batch_size) if requests else []
+            answered += [judged(question, text, judge) for question, text in zip(asked, texts, strict=True)]
     return answers
+
+
+def _leave_out(left_out: LeftOut | None, reason: str, question: Question, detail: str) -> None:
+    if left_out is None:
+        raise UserError(f"{question.task} of {question.image_id}: {detail}")
+    left_out.add(reason, f"{question.task} of {question.image_id}", detail)
+
+
+def _tokens_of_boxes(processor: CollavoProcessor, categories: CategorySet) -> int:
+    """Count the tokens of the longest true answer to class_to_box: as many objects of the longest name as are
+    numbered."""
+    box = (0.0, 0.0, 1.0, 1.0)
+    texts = [
+        ", ".join(f"(#{n} {category.display_name}) {format_box(box, (1, 1))}" for n in range(1, MAX_NUMBERING + 1))
+        for category in categories.things
+    ]
+    return max((len(tokens) for tokens in processor.tokenizer(texts).input_ids), default=0) + 1
 
 
 def unknown_classes(answerer: Answerer, categories: CategorySet) -> str | None:
@@ -89,7 +111,11 @@ def _groups(
                     raise UserError(f"image of {row.image_id}: {error}") from error
                 left_out.add(error.reason, f"image of {row.image_id}", str(error))
                 continue
-            questions += [(len(pictures), question) for question in asked]
+            for question in asked:
+                if judge.is_truth(question.task, question.truth):
+                    questions.append((len(pictures), question))
+                else:
+                    _leave_out(left_out, "missing_label", question, f"its true answer is {question.truth!r}")
             pictures.append(picture)
         if len(questions) >= batch_size:
             yield pictures, questions

@@ -16,6 +16,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from rich.progress import track
 
 from collavo.device import join_ranks
+from collavo.errors import UserError
 from collavo.inference import Picture, Request, load_answerer
 from collavo.runs import base_of
 from collavo.segmenters import open_segmenter
@@ -77,17 +78,16 @@ class CollavoHarness(lmms):
         for start in track(range(0, len(requests), self._batch_size), "Answering"):
             part = [instance.args for instance in requests[start : start + self._batch_size]]
             pictures, numbers = self._pictures([self._image(*args[2:6]) for args in part])
-            asked = [
-                Request(
-                    number,
-                    [("human", context)],
-                    pictures[number].objects if self._listed else None,
-                    int(options.get("max_new_tokens") or _MAX_NEW_TOKENS),
-                )
-                for (context, options, *_), number in zip(part, numbers, strict=True)
-            ]
-            texts = self._answerer.answer(pictures, asked, self._batch_size)
-            answers += [_until(text, args[1].get("until")) for text, args in zip(texts, part, strict=True)]
+            asked: dict[int, Request] = {}
+            for place, ((context, options, *_), number) in enumerate(zip(part, numbers, strict=True)):
+                turns, limit = [("human", context)], int(options.get("max_new_tokens") or _MAX_NEW_TOKENS)
+                try:
+                    asked[place] = self._answerer.request(number, pictures[number], turns, self._listed, limit)
+                except UserError as error:
+                    warnings.warn(f"answered with nothing: {error}", stacklevel=2)
+            texts = self._answerer.answer(pictures, list(asked.values()), self._batch_size) if asked else []
+            said = dict(zip(asked, texts, strict=True))
+            answers += [_until(said.get(place, ""), args[1].get("until")) for place, args in enumerate(part)]
         return answers
 
     def loglikelihood(self, requests: list[Instance]) -> NoReturn:

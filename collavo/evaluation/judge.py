@@ -5,7 +5,7 @@ it is counted apart from a readable wrong answer.
 """
 
 import re
-import string
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -26,6 +26,8 @@ _NUMBERS = {"no": 0, "none": 0, **{word: number for number, word in enumerate(_N
 _COUNT = re.compile(rf"(?<![#\d.])(\d+)(?![\d.]*\d)|\b({'|'.join(_NUMBERS)})\b", re.IGNORECASE | re.ASCII)
 _PARENTHESIS = re.compile(r"\([^()]*\)")
 _DENIAL = re.compile(r"\b(?:no|not|none|nothing)\b", re.IGNORECASE)
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_OF_A_NUMBER = re.compile(r"(?<=\d)[^\w\s](?=\d)|(?<!\w)-(?=\d)")
 _ARTICLES = {"a", "an", "the"}
 
 
@@ -62,6 +64,12 @@ class Judge:
         if task == "box_to_class":
             return self._judge_class(answer, truth)
         return _JUDGES[task](answer, truth)
+
+    @staticmethod
+    def is_truth(task: str, truth: str) -> bool:
+        """Tell whether an answer to a task can be judged by a text; it cannot where another tool lost the label."""
+        read = {"class_to_binary": r"yes|no", "counting": r"\d+"}.get(task)
+        return read is None or re.fullmatch(read, truth, re.ASCII) is not None
 
     def named_category(self, text: str) -> Category | None:
         """Find the class that a free text names first, by its name, singular or plural; None if it names none."""
@@ -108,8 +116,13 @@ def matched_ious(found: Sequence[Box], true: Sequence[Box]) -> np.ndarray:
 
 
 def normalised(text: str) -> str:
-    """Strip a short answer of case, punctuation and articles, in which two right answers may differ."""
-    words = text.casefold().translate(str.maketrans("", "", string.punctuation)).split()
+    """Strip a short answer of case, punctuation and articles, in which two right answers may differ.
+
+    What stands between digits and a minus before one stay, as in VQA's rule: 2.5 is not 25, nor -5 the same as 5.
+    """
+    text = _THOUSANDS.sub("", text.casefold())
+    kept = {match.start() for match in _OF_A_NUMBER.finditer(text)}
+    words = "".join([c for i, c in enumerate(text) if i in kept or unicodedata.category(c)[0] not in "PS"]).split()
     return " ".join([word for word in words if word not in _ARTICLES] or words)  # "A" alone is an option, no article
 
 

@@ -1,5 +1,6 @@
 """Make the questions of an evaluation, with their true answers, from the rows of a data set."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,9 @@ DIALOGUE = "dialogue"
 EVALUATED_TASKS = ("class_to_binary", "box_to_class", "counting", "class_to_box", DIALOGUE)
 
 _SHORT_ANSWER_WORDS = 4
+
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\s\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
+"""Chinese and Japanese put no spaces between words; there, a character counts as one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,5 +83,5 @@ def _dialogue_questions(row: CrayonRow, dialogue: Dialogue) -> Iterator[Question
     if any(speaker != ("human", "gpt")[i % 2] for i, (speaker, _) in enumerate(dialogue.turns[first:])):
         return  # it is unclear which turn answers which
     for position, (speaker, value) in enumerate(dialogue.turns):
-        if speaker == "gpt" and 0 < len(value.split()) <= _SHORT_ANSWER_WORDS:
+        if speaker == "gpt" and 0 < len(_WORD.findall(value)) <= _SHORT_ANSWER_WORDS:
             yield Question(row.image_id, DIALOGUE, dialogue.turns[:position], value)

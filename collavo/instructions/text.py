@@ -62,6 +62,12 @@ def format_objects_with_boxes(segments: Sequence[Segment], size_wh: tuple[int, i
     return ", ".join(f"{format_object(segment)} {format_box(segment.box_xyxy, size_wh)}" for segment in segments)
 
 
+def largest(segments: Sequence[Segment], most: int) -> list[Segment]:
+    """Keep so many segments at most, the largest ones, in their order."""
+    kept = sorted(sorted(range(len(segments)), key=lambda number: -segments[number].area)[:most])
+    return [segments[number] for number in kept]
+
+
 def parse_objects(text: str, names: Container[str]) -> list[ObjectMention]:
     """Read objects as `format_objects` or `format_objects_with_boxes` writes them; an empty text is an empty list.
 

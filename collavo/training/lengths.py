@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from collavo.errors import Rejected, UserError
-from collavo.instructions.text import format_objects_with_boxes
+from collavo.instructions.text import format_objects_with_boxes, largest
 from collavo.model.processing import CollavoProcessor
 from collavo.model.prompt import LISTED, Kind, Turns
 from schemas.crayon_row import Segment
@@ -134,5 +134,4 @@ def object_list(record: Mapping[str, Any], most: int) -> str | None:
     if most == NO_LIST:
         return None
     segments = list(map(Segment.from_record, record["segments"]))
-    kept = sorted(sorted(range(len(segments)), key=lambda number: -segments[number].area)[:most])
-    return format_objects_with_boxes([segments[number] for number in kept], (record["width"], record["height"]))
+    return format_objects_with_boxes(largest(segments, most), (record["width"], record["height"]))
