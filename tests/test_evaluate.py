@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import crayon_row, segment
 from hypothesis import given
 from hypothesis import strategies as st
@@ -14,13 +15,19 @@ from PIL import Image
 from tiny_model import OWN_CLASSES, own_rows, scene_rows, write_crayon_file
 from tiny_run import save_tiny_run
 
+from collavo.categories import read_categories
 from collavo.evaluate import main
+from collavo.evaluation.asking import tokens_of_boxes
 from collavo.evaluation.judge import Judge, box_iou
 from collavo.evaluation.questions import EVALUATED_TASKS, Question, questions_of
 from collavo.evaluation.scores import Answered, judged, overlap_on_cell_lines, summarise
+from collavo.inference import load_answerer
+from collavo.instructions.choose import ClassStatistics
+from collavo.instructions.phrasebook import load_phrasebook
 from collavo.instructions.text import format_box
-from schemas.categories import COCO_PANOPTIC
-from schemas.crayon_row import Dialogue, Instruction
+from collavo.instructions.write import InstructionOptions, write_instructions
+from schemas.categories import COCO_PANOPTIC, MAX_NUMBERING
+from schemas.crayon_row import Dialogue, Instruction, Segment
 
 JUDGE = Judge(COCO_PANOPTIC)
 
@@ -205,6 +212,19 @@ def test_questions_that_cannot_be_asked_or_judged_are_left_out_and_counted(world
         assert {task: each["questions"] for task, each in figures.items()} == {"counting": 1, "dialogue": 1}
     said = " ".join(capsys.readouterr().out.split())
     assert f"1 missing_label (counting of {row.image_id}: its true answer is '')" in said
+
+
+def test_all_boxes_of_a_class_with_a_long_name_fit_into_an_answer(world):
+    name = "articulated construction vehicle with trailer"
+    categories = read_categories([{"id": 1, "name": name, "isthing": 1}], "long")
+    boxes = [(n, 0.0, n + 9.0, 9.0) for n in range(MAX_NUMBERING)]
+    segments = [Segment.of(categories[0], id=n, box_xyxy=box, area=81, numbering=n) for n, box in enumerate(boxes, 1)]
+    book, options = load_phrasebook(), InstructionOptions(("class_to_box",))
+    processor = load_answerer(str(world[0]), torch.device("cpu")).processor
+    limit = tokens_of_boxes(processor, categories)
+    for number in range(20):  # of every phrasing
+        (asked,) = write_instructions(f"{number}", (96, 96), segments, categories, book, ClassStatistics.of(1), options)
+        assert 0.8 * limit < len(processor.tokenizer(asked.answer).input_ids) < limit
 
 
 def test_every_default_phrasing_shows_the_class_it_asks_for():

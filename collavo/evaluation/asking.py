@@ -17,6 +17,9 @@ from schemas.crayon_row import CrayonRow
 
 _MAX_NEW_TOKENS = {"class_to_binary": 32, "box_to_class": 32, "counting": 32, DIALOGUE: 32}
 
+_TOKENS_AROUND = 64
+"""Of a sentence that boxes stand in."""
+
 
 def ask_questions(
     answerer: Answerer,
@@ -46,7 +49,7 @@ def ask_questions(
         UserError: for the first of these, if `left_out` is None.
     """
     answers: dict[str, list[Answered]] = {object_list: [] for object_list in object_lists}
-    limits = _MAX_NEW_TOKENS | {"class_to_box": _tokens_of_boxes(answerer.processor, judge.categories)}
+    limits = _MAX_NEW_TOKENS | {"class_to_box": tokens_of_boxes(answerer.processor, judge.categories)}
     for pictures, questions in _groups(rows, tasks, judge, image_root, batch_size, left_out):
         for object_list, answered in answers.items():
             requests, asked = [], []
@@ -71,7 +74,7 @@ def _leave_out(left_out: LeftOut | None, reason: str, question: Question, detail
     left_out.add(reason, f"{question.task} of {question.image_id}", detail)
 
 
-def _tokens_of_boxes(processor: CollavoProcessor, categories: CategorySet) -> int:
+def tokens_of_boxes(processor: CollavoProcessor, categories: CategorySet) -> int:
     """Count the tokens of the longest true answer to class_to_box: as many objects of the longest name as are
     numbered."""
     box = (0.0, 0.0, 1.0, 1.0)
@@ -79,7 +82,7 @@ def _tokens_of_boxes(processor: CollavoProcessor, categories: CategorySet) -> in
         ", ".join(f"(#{n} {category.display_name}) {format_box(box, (1, 1))}" for n in range(1, MAX_NUMBERING + 1))
         for category in categories.things
     ]
-    return max((len(tokens) for tokens in processor.tokenizer(texts).input_ids), default=0) + 1
+    return max((len(tokens) for tokens in processor.tokenizer(texts).input_ids), default=0) + _TOKENS_AROUND
 
 
 def unknown_classes(answerer: Answerer, categories: CategorySet) -> str | None:
