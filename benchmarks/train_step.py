@@ -33,12 +33,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration, TrainerCall
 from transformers import Trainer as HFTrainer
 
 from collavo.model import CollavoConfig, CollavoForConditionalGeneration
-from collavo.model.adapters import (
-    add_adapters,
-    enable_checkpointing,
-    linear_layer_names,
-    quantize_language_model,
-)
+from collavo.model.adapters import add_adapters, linear_layer_names, quantize_language_model
 from collavo.model.packing import SHARED, packed_positions
 from collavo.training.stages import CRAYON_PROMPT, StagedModel, cit_stage
 
@@ -251,7 +246,7 @@ def our_rows(
     """The rows of one model, which is gone afterwards."""
     model = our_model(sizes, device)
     if checkpointing:
-        enable_checkpointing(model)
+        model.activation_checkpointing_enable()
     staged = with_two_adapters(model, sizes, device)
     who = "collavo, checkpointing" if checkpointing else "collavo"
     rows: list[dict[str, Any]] = []

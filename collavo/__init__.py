@@ -22,35 +22,22 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collavo.dataset import find_files, read_rows
-    from collavo.errors import Rejected, UserError
-    from collavo.images import decode_rgb
-    from collavo.inference import load_answerer
-    from collavo.instructions.write import write_instructions
-    from collavo.model import CollavoConfig, CollavoForConditionalGeneration
-    from collavo.model.processing import CollavoProcessor
-    from collavo.panoptic.maps import PanopticMap, build_panoptic_map
-    from collavo.runs import load_run
-    from collavo.segmenters import load_segmenter
+    from collavo.dataset import find_files as find_files
+    from collavo.dataset import read_rows as read_rows
+    from collavo.errors import Rejected as Rejected
+    from collavo.errors import UserError as UserError
+    from collavo.images import decode_rgb as decode_rgb
+    from collavo.inference import load_answerer as load_answerer
+    from collavo.instructions.write import write_instructions as write_instructions
+    from collavo.model import CollavoConfig as CollavoConfig
+    from collavo.model import CollavoForConditionalGeneration as CollavoForConditionalGeneration
+    from collavo.model.processing import CollavoProcessor as CollavoProcessor
+    from collavo.panoptic.maps import PanopticMap as PanopticMap
+    from collavo.panoptic.maps import build_panoptic_map as build_panoptic_map
+    from collavo.runs import load_run as load_run
+    from collavo.segmenters import load_segmenter as load_segmenter
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "CollavoConfig",
-    "CollavoForConditionalGeneration",
-    "CollavoProcessor",
-    "PanopticMap",
-    "Rejected",
-    "UserError",
-    "build_panoptic_map",
-    "decode_rgb",
-    "find_files",
-    "load_answerer",
-    "load_run",
-    "load_segmenter",
-    "read_rows",
-    "write_instructions",
-]
 
 _MODULES = {
     "dataset": ("find_files", "read_rows"),
@@ -64,6 +51,8 @@ _MODULES = {
     "runs": ("load_run",),
     "segmenters": ("load_segmenter",),
 }
+
+__all__ = sorted(name for names in _MODULES.values() for name in names)
 
 # On some CPUs, importing bitsandbytes logs the advice to install kernels that nothing here needs.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

@@ -145,16 +145,14 @@ def _chat(flags: Flags) -> None:
 
 
 def _check(flags: Flags) -> None:
-    if flags.image_id and not flags.data:
-        raise UserError("--image_id needs --data, the files that hold the row")
+    if bool(flags.data) != bool(flags.image_id):
+        raise UserError("--data and --image_id go together: the files, and which of their rows is meant")
     sources = [name for name in ("image", "data", "questions", "gradio") if getattr(flags, name)]
     if len(sources) != 1:
         found = " and ".join(f"--{name}" for name in sources) or "none of them"
         raise UserError(f"one of --image, --data with --image_id, --questions, or --gradio is needed; given: {found}")
     if flags.gradio and find_spec("gradio") is None:
         raise UserError("--gradio needs gradio; pip install 'collavo[demo]' brings it")
-    if bool(flags.data) != bool(flags.image_id):
-        raise UserError("--data and --image_id go together: the files, and which of their rows is meant")
     if bool(flags.questions) != bool(flags.answers):
         raise UserError("--questions and --answers go together: what is asked, and where the answers go")
     if flags.questions and flags.answers and flags.questions.resolve() == flags.answers.resolve():

@@ -585,7 +585,10 @@ class RowGroupWriter:
     def __init__(
         self, file: Any, schema: pa.Schema, raw: Sequence[str], rows_per_group: int = ROWS_PER_GROUP, **options: Any
     ) -> None:
-        columns = [leaf for column in schema for leaf in _leaf_columns(column)]
+        empty = pa.BufferOutputStream()
+        pq.write_table(schema.empty_table(), empty)
+        leaves = pq.read_metadata(pa.BufferReader(empty.getvalue())).schema
+        columns = [leaves.column(number).path for number in range(len(leaves))]
         compression = {column: "none" if column in raw else "zstd" for column in columns}
         self._schema = schema
         self._writer = pq.ParquetWriter(file, schema, compression=compression, write_page_index=True, **options)
@@ -677,16 +680,6 @@ class _HashingFile:
     @property
     def sha256(self) -> str:
         return self._sha256.hexdigest()
-
-
-def _leaf_columns(column: pa.Field) -> list[str]:
-    """Return the Parquet paths below a column, e.g. `sources.list.element`."""
-    if pa.types.is_struct(column.type):
-        return [f"{column.name}.{leaf}" for child in column.type for leaf in _leaf_columns(child)]
-    if pa.types.is_list(column.type):
-        element = column.type.value_field.with_name("element")
-        return [f"{column.name}.list.{leaf}" for leaf in _leaf_columns(element)]
-    return [column.name]
 
 
 def _files_of(path: str) -> list[str]:

@@ -187,12 +187,6 @@ def size_of(uri: str) -> int:
     return files.get_file_info(path).size or 0
 
 
-def size_text(size: float) -> str:
-    """Write a number of bytes for people."""
-    unit, factor = next((u, f) for u, f in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if size >= f or u == "kB")
-    return f"{size / factor:,.1f} {unit}"
-
-
 @_one_kind_of_fault
 def exists(uri: str) -> bool:
     """Tell whether there is a file of that name, or on a disk a folder."""

@@ -12,6 +12,7 @@ from posixpath import join
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from collavo import cli
@@ -27,7 +28,6 @@ from collavo.storage import (
     is_nowhere,
     list_files,
     open_read,
-    size_text,
 )
 from pipelines.local_workers import LocalWorkers, cores, count_workers, gpus_for, runs_here
 from pipelines.options import PROGRAM, Flags, SegmentationFlags, SourceFlags, parse_flags
@@ -173,7 +173,7 @@ def _estimate(manifest: dict[str, Any], seconds: float) -> str:
     share = trial["images"] / trial["of"]
     minutes = seconds / share / 60
     took = f"{minutes / 60:,.1f} hours" if minutes > 90 else f"{minutes:,.0f} minutes" if minutes > 1.5 else "a minute"
-    size = size_text(sum(file["bytes"] for file in manifest["files"]) / share)
+    size = decimal(int(sum(file["bytes"] for file in manifest["files"]) / share))
     return (
         f"A trial of {share:.2%} of {trial['of']:,} images. At its pace, start-up included, all of them would take "
         f"about {took} here, and {size}; twice that while the build runs."

@@ -14,6 +14,8 @@ from dataclasses import fields
 from posixpath import basename, join
 from typing import Any
 
+from rich.filesize import decimal
+
 import collavo
 from collavo.dataset import opened_parquet, stated_facts
 from collavo.errors import StoreOutage, UserError, first_line
@@ -27,7 +29,6 @@ from collavo.storage import (
     open_read,
     open_write,
     size_of,
-    size_text,
 )
 from pipelines.job import WORK, ModelConfig, Publication
 from pipelines.options import InstructionFlags
@@ -156,7 +157,7 @@ def _made_by(configuration: Mapping[str, Any], model: ModelConfig | None) -> dic
 
 
 def _size_of(uris: Iterable[str]) -> str:
-    return size_text(sum(map(size_of, uris)))
+    return decimal(sum(map(size_of, uris)))
 
 
 def _shown(value: Any) -> str:

@@ -32,7 +32,6 @@ class Publication(NamedTuple):
     """A folder in `folder` for everything that lives only as long as the run."""
 
     configuration: Mapping[str, Any]
-    max_reject_ratio: float
     started: str
 
     @property

@@ -214,7 +214,6 @@ def _publication(flags: Flags, runner: str) -> Publication:
         stage_inside=stage_inside,
         work=join(folder, f"{WORK}{uuid.uuid4().hex[:12]}"),
         configuration={**given, "runner": runner},
-        max_reject_ratio=flags.output.max_reject_ratio,
         started=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

@@ -185,9 +185,9 @@ def _check_rejects(publication: Publication, counts: Counts, inputs: Mapping[str
         raise UserError(f"no rows: no image and no dialogue in {sources or 'the sources'}", exit_status=1)
     if not counts.rows:
         raise UserError(f"no rows: all {total} inputs were rejected ({tally}); {where}")
-    if rejected > publication.max_reject_ratio * total:
+    if rejected > (most := given["max_reject_ratio"]) * total:
         share = f"{rejected} of {total} inputs were rejected ({tally})"
-        raise UserError(f"{share}, more than --max_reject_ratio {publication.max_reject_ratio:g} allows; {where}")
+        raise UserError(f"{share}, more than --max_reject_ratio {most:g} allows; {where}")
 
 
 def _gather_rejects(uri: str, ordered: Sequence[WrittenShard]) -> bytes:

@@ -9,12 +9,11 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from posixpath import join
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined, Template
+from jinja2 import Environment, StrictUndefined
 
 from collavo.storage import REPORT, open_write
 from pipelines.report_sample import Sample, css_color
@@ -50,7 +49,9 @@ def write_report(output: str, manifest: Mapping[str, Any], samples: Sequence[Sam
     """
     stated = manifest["categories"]
     categories = CategorySet.from_records(stated["name"], stated["categories"])
-    html = _template().render(
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["json"] = json.dumps
+    html = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         manifest=manifest,
         elapsed=_elapsed(manifest),
         unfamiliar=unfamiliar_line(manifest),
@@ -67,13 +68,6 @@ def write_report(output: str, manifest: Mapping[str, Any], samples: Sequence[Sam
     with open_write(join(output, REPORT)) as file:
         # A JSON escape can bring in a lone surrogate, which UTF-8 cannot hold.
         file.write(html.encode(errors="backslashreplace"))
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["json"] = json.dumps
-    return environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
 
 
 def unfamiliar_line(manifest: Mapping[str, Any]) -> str:

@@ -301,7 +301,7 @@ def test_the_map_lies_over_the_image_in_crayon_colours():
         (["--questions", "in.jsonl"], "--questions and --answers go together"),
         (["--questions", "nowhere.jsonl", "--answers", "o"], "--questions: nowhere.jsonl: No such file"),
         (["--data", "crayon.parquet"], "--data and --image_id go together"),
-        (["--image_id", "somebody"], "--image_id needs --data"),
+        (["--image_id", "somebody"], "--data and --image_id go together"),
         (
             ["--data", "crayon.parquet", "--image_id", "nobody"],
             "--data: there is no row of --image_id nobody; there is one of ",

@@ -15,7 +15,7 @@ from torch import nn
 from collavo.errors import UserError
 from collavo.import_base.release import load_release
 from collavo.model import CollavoConfig, CollavoForConditionalGeneration
-from collavo.model.adapters import enable_checkpointing, quantize_language_model
+from collavo.model.adapters import quantize_language_model
 from collavo.model.processing import CollavoProcessor
 from collavo.model.prompt import IMAGE_TOKEN
 
@@ -202,7 +202,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
-            enable_checkpointing(model)
+            model.activation_checkpointing_enable()
         model.train()
         model.zero_grad()
         model(**batch, labels=batch["input_ids"], use_cache=False).loss.backward()

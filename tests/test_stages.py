@@ -7,13 +7,7 @@ from peft.tuners.lora import LoraLayer
 from test_packing import QUESTIONS, example
 from tiny_model import tiny_config, tiny_model
 
-from collavo.model.adapters import (
-    IMAGE_ADAPTER,
-    LINEAR_LAYERS,
-    add_adapters,
-    enable_checkpointing,
-    quantize_language_model,
-)
+from collavo.model.adapters import IMAGE_ADAPTER, LINEAR_LAYERS, add_adapters, quantize_language_model
 from collavo.training.batches import MicroBatch, collate
 from collavo.training.stages import ALIGN, CPT, CRAYON_PROMPT, PROJECTOR, Stage, StagedModel, StageError, cit_stage
 
@@ -26,7 +20,7 @@ def staged_model(quantized: bool = True, checkpointing: bool = False) -> StagedM
     if quantized:
         quantize_language_model(model, torch.float32, torch.device("cpu"))
     if checkpointing:
-        enable_checkpointing(model)
+        model.activation_checkpointing_enable()
     torch.manual_seed(1)
     return StagedModel(add_adapters(model, ADAPTERS, rank=4, alpha=4).train(), ADAPTERS)
 

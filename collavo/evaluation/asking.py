@@ -27,9 +27,9 @@ def ask_questions(
     tasks: Sequence[str],
     object_lists: Sequence[str],
     judge: Judge,
-    image_root: Path | None = None,
-    batch_size: int = 16,
-    left_out: LeftOut | None = None,
+    image_root: Path | None,
+    batch_size: int,
+    left_out: LeftOut,
 ) -> dict[str, list[Answered]]:
     """Ask everything under each object list.
 
@@ -40,13 +40,10 @@ def ask_questions(
         image_root: the folder of the images, for rows that refer to their image.
         batch_size: questions that are answered together.
         left_out: where rows are counted whose picture or map is missing or damaged, and questions that are too long
-            for the model or whose true answer is missing; None if there must be none.
+            for the model or whose true answer is missing.
 
     Returns:
         the judged answers by object list, in the order of the rows.
-
-    Raises:
-        UserError: for the first of these, if `left_out` is None.
     """
     answers: dict[str, list[Answered]] = {object_list: [] for object_list in object_lists}
     limits = _MAX_NEW_TOKENS | {"class_to_box": tokens_of_boxes(answerer.processor, judge.categories)}
@@ -68,9 +65,7 @@ def ask_questions(
     return answers
 
 
-def _leave_out(left_out: LeftOut | None, reason: str, question: Question, detail: str) -> None:
-    if left_out is None:
-        raise UserError(f"{question.task} of {question.image_id}: {detail}")
+def _leave_out(left_out: LeftOut, reason: str, question: Question, detail: str) -> None:
     left_out.add(reason, f"{question.task} of {question.image_id}", detail)
 
 
@@ -100,7 +95,7 @@ def _groups(
     judge: Judge,
     image_root: Path | None,
     batch_size: int,
-    left_out: LeftOut | None,
+    left_out: LeftOut,
 ) -> Iterator[tuple[list[Picture], list[tuple[int, Question]]]]:
     """Yield as many pictures as it takes to fill a batch, with all of their questions by the picture's number."""
     pictures: list[Picture] = []
@@ -110,8 +105,6 @@ def _groups(
             try:
                 picture = picture_of_row(row, image_root, judge.categories)
             except Rejected as error:
-                if left_out is None:
-                    raise UserError(f"image of {row.image_id}: {error}") from error
                 left_out.add(error.reason, f"image of {row.image_id}", str(error))
                 continue
             for question in asked:

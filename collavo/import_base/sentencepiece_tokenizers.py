@@ -1,18 +1,16 @@
 """Make a fast tokenizer from the `tokenizer.model` of an InternLM, v1 or 2, or of a Llama, without running code of it.
 
-The file is a sentencepiece model, which is a protobuf message. `_fields` reads the few fields that matter, so that
-neither sentencepiece nor protobuf has to be installed. Only the rules of these tokenizers are supported: BPE with byte
+The file is a sentencepiece model, a protobuf message. Only the rules of these tokenizers are supported: BPE with byte
 fallback, no normalisation of text, and with InternLM no space put before it.
 
-Source: sentencepiece_model.proto of google/sentencepiece; tokenization_internlm2.py of InternLM.
+Source: tokenization_internlm2.py of InternLM.
 """
 
 import json
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from google.protobuf.message import DecodeError
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
@@ -134,57 +132,21 @@ def _read_pieces(file: Path, family: str, space_before: bool) -> list[tuple[str,
     """Read text, score and kind of every piece; the numbers are those of sentencepiece_model.proto."""
     if not file.is_file():
         raise FileNotFoundError(f"no tokenizer.model, from which {family}'s tokenizer is made")
-    pieces: list[tuple[str, float, int]] = []
-    trainer: dict[int, Any] = {}
-    normalizer: dict[int, Any] = {}
+    # Not above: where a process has loaded sentencepiece's own description of the format, this one cannot be loaded.
+    from transformers.utils.sentencepiece_model_pb2_new import ModelProto  # type: ignore[attr-defined]  # made at import
+
     try:
-        for field, value in _fields(file.read_bytes()):
-            if field == 1:  # a piece: 1 text, 2 score, 3 kind
-                piece = dict(_fields(value))
-                score = struct.unpack("<f", piece.get(2, bytes(4)))[0]
-                pieces.append((piece[1].decode("utf-8"), score, piece.get(3, _NORMAL)))
-            elif field == 2:
-                trainer = dict(_fields(value))
-            elif field == 3:
-                normalizer = dict(_fields(value))
-    except (IndexError, KeyError, struct.error) as error:
+        model = ModelProto.FromString(file.read_bytes())
+    except DecodeError as error:
         raise ValueError("tokenizer.model is no sentencepiece model") from error
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
     wanted = {
-        "BPE": trainer.get(3) == _BPE,
-        "byte fallback": bool(trainer.get(35)),
-        "no normalisation": not normalizer.get(2),
-        "a dummy prefix" if space_before else "no dummy prefix": normalizer.get(3, 1) == space_before,
-        "whitespace kept": normalizer.get(4) == 0,
+        "BPE": trainer.model_type == _BPE,
+        "byte fallback": trainer.byte_fallback,
+        "no normalisation": not normalizer.precompiled_charsmap,
+        "a dummy prefix" if space_before else "no dummy prefix": normalizer.add_dummy_prefix == space_before,
+        "whitespace kept": not normalizer.remove_extra_whitespaces,
     }
     if lacking := [name for name, there in wanted.items() if not there]:
         raise ValueError(f"tokenizer.model is not {family}'s, which has {', '.join(lacking)}")
-    return pieces
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """Yield number and value of each field of a protobuf message; texts, floats and messages stay bytes.
-
-    A field begins with a key, `number * 8 + wire type`. Wire type 0 is a varint, 2 is a length and as many bytes, 1 and
-    5 are 8 and 4 bytes. A varint holds 7 bits per byte, the lowest first; the high bit says that another byte follows.
-    """
-    position = 0
-
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte = message[position]
-            position += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while position < len(message):
-        key = varint()
-        if key & 7 == 0:
-            yield key >> 3, varint()
-            continue
-        size = varint() if key & 7 == 2 else {1: 8, 5: 4}[key & 7]
-        yield key >> 3, message[position : position + size]
-        position += size
+    return [(piece.piece, piece.score, piece.type) for piece in model.pieces]

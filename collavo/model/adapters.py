@@ -89,13 +89,6 @@ def add_adapters(model: CollavoForConditionalGeneration, names: Sequence[str], r
     return adapted
 
 
-def enable_checkpointing(model: CollavoForConditionalGeneration) -> None:
-    """Recompute activations in the backward pass, which saves memory and costs time."""
-    # Reentrant checkpointing computes gradients only if an input of the checkpointed layer requires them. Here the
-    # inputs are frozen embeddings, so everything would silently get gradients of zero.
-    model.activation_checkpointing_enable({"use_reentrant": False})
-
-
 @contextmanager
 def without_peft_warnings() -> Iterator[None]:
     """Silence peft, which asks a model about checkpointing by a name that transformers deprecates."""

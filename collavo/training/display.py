@@ -9,6 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -16,7 +17,6 @@ from collavo.folders import write_whole, writing
 from collavo.model.prompt import Kind
 from collavo.progress import Progress
 from collavo.runs import read_metrics
-from collavo.storage import size_text
 from collavo.training.loop import StepResult
 from collavo.training.memory import LongestBatch
 from collavo.training.phases import Phase
@@ -112,10 +112,8 @@ def memory_table(needs: Mapping[str, Mapping[str, int]], longest: Mapping[str, L
     sizes = [f"{longest[phase].sequences} x {longest[phase].tokens:,}" for phase in needs]
     table.add_row("tokens of the longest batch", *sizes)
     for part in next(iter(needs.values())):
-        table.add_row(part, *(size_text(parts[part]) for parts in needs.values()))
+        table.add_row(part, *(decimal(parts[part]) for parts in needs.values()))
     totals = [sum(parts.values()) for parts in needs.values()]
-    table.add_row("together", *map(size_text, totals), style="bold")
-    table.add_row(
-        f"of {size_text(available)} free on the GPU", *(f"{100 * total / available:.0f} %" for total in totals)
-    )
+    table.add_row("together", *map(decimal, totals), style="bold")
+    table.add_row(f"of {decimal(available)} free on the GPU", *(f"{100 * total / available:.0f} %" for total in totals))
     return table

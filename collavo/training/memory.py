@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from rich.filesize import decimal
 
 from collavo.errors import UserError
 from collavo.model.configuration import CollavoConfig
-from collavo.storage import size_text
 from collavo.training.arguments import TrainArguments
 
 _BF16, _FP32 = 2, 4
@@ -171,11 +171,11 @@ def check_memory(
             flags += ["--quantize"] * (fitting.quantize and not arguments.quantize)
             helpful = f"it fits with {' '.join(flags)}; shorter sequences help too (--max_length)"
             break
-    said = ", ".join(f"{name} {size_text(size)}" for name, size in needs[phase].items())
+    said = ", ".join(f"{name} {decimal(size)}" for name, size in needs[phase].items())
     sequences, tokens, _ = longest[phase]
     raise UserError(
         f"--micro_batch_size {arguments.micro_batch_size}: the longest batch of {phase}, {sequences} x {tokens:,} "
-        f"tokens, needs about {size_text(total)} ({said}), and the GPU has {size_text(available)}; {helpful}"
+        f"tokens, needs about {decimal(total)} ({said}), and the GPU has {decimal(available)}; {helpful}"
     )
 
 

@@ -8,7 +8,7 @@ import torch
 
 from collavo.cli import naming
 from collavo.errors import UserError
-from collavo.model.adapters import add_adapters, enable_checkpointing, quantize_language_model
+from collavo.model.adapters import add_adapters, quantize_language_model
 from collavo.model.configuration import CollavoConfig
 from collavo.model.processing import CollavoProcessor
 from collavo.model.query_init import begin_with_names
@@ -65,7 +65,7 @@ def load_trainable(
     if arguments.quantize:
         quantize_language_model(model, dtype, device)
     if arguments.gradient_checkpointing:
-        enable_checkpointing(model)
+        model.activation_checkpointing_enable()
     adapted = add_adapters(model, adapters, arguments.lora_rank, arguments.lora_alpha)
     staged = StagedModel(adapted.to(device).train(), adapters)
     # In bfloat16, with 8 bits of mantissa, a weight would not notice an update of less than 1/256 of itself.
