@@ -102,6 +102,14 @@ def test_answers_end_at_the_stop_texts_and_at_the_limit_of_their_task(model):
     assert ended == whole.partition(stop)[0].strip()
 
 
+def test_a_prompt_that_is_longer_than_the_context_is_answered_with_nothing_and_a_warning(model):
+    image = Image.open(io.BytesIO(ROWS[0].image_bytes))
+    short = instance("What is there?", [image], max_new_tokens=8)
+    with pytest.warns(UserWarning, match="answered with nothing: the question has"):
+        answers = model.generate_until([instance("word " * 3000, [image], max_new_tokens=8), short])
+    assert answers == ["", *model.generate_until([short])]
+
+
 @pytest.mark.parametrize(
     "stops, answer",
     [(["\n\n"], "First.\n\nThen."), ("\n", "First."), (["Then", "\n\n"], "First."), (None, "First.\n\nThen.")],
