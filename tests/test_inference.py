@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from tiny_model import scene_rows
+from tiny_model import OWN_CLASSES, scene_rows
 from tiny_run import save_tiny_run
 
 from collavo import runs
@@ -14,6 +14,7 @@ from collavo.evaluation.judge import Judge
 from collavo.evaluation.questions import EVALUATED_TASKS, questions_of
 from collavo.inference import Answerer, Picture, Request, load_answerer, picture_of_row
 from collavo.model import CollavoForConditionalGeneration
+from collavo.model.query_init import adopt_categories
 from collavo.runs import load_run
 from collavo.training.lengths import LengthLimit, object_list
 from schemas.categories import COCO_PANOPTIC
@@ -148,6 +149,17 @@ def test_a_whole_model_is_loaded_like_a_run(run):
     answerer = load_answerer(base, CPU)
     request = REQUESTS[0]
     assert answerer.answer(PICTURES[:1], [request]) == [alone(answerer, request)]
+
+
+def test_a_run_with_adapters_adopts_other_classes_query_by_query(run):
+    model, processor = load_run(run, CPU, torch.float32)
+    queries = model.get_base_model().model.crayon_prompt.semantic_queries.weight.detach()
+    assert adopt_categories(model, processor, OWN_CLASSES) == ["sky", "car"]
+    adopted = model.get_base_model().model.crayon_prompt.semantic_queries.weight
+    assert adopted.shape == (len(OWN_CLASSES) + 1, queries.shape[1])
+    for name in ("sky", "car"):
+        before, after = (known.by_display_name[name].label + 1 for known in (COCO_PANOPTIC, OWN_CLASSES))
+        assert torch.equal(adopted[after], queries[before])
 
 
 def test_a_device_map_of_transformers_names_a_gpu_and_other_keywords_are_refused(run, monkeypatch):

@@ -8,6 +8,7 @@ first have to find vectors that mean something to the language model.
 from typing import Any
 
 import torch
+from peft import PeftModel
 
 from collavo.errors import UserError
 from collavo.model.class_words import class_tokens, name_vectors, word_tokens
@@ -62,7 +63,7 @@ def begin_with_names(model: CollavoForConditionalGeneration, tokenizer: Any) -> 
 
 @torch.no_grad()
 def adopt_categories(
-    model: CollavoForConditionalGeneration, processor: CollavoProcessor, categories: CategorySet
+    model: CollavoForConditionalGeneration | PeftModel, processor: CollavoProcessor, categories: CategorySet
 ) -> list[str]:
     """Give a model, and its processor, a query for each class of another set, in place.
 
@@ -75,20 +76,22 @@ def adopt_categories(
     Returns:
         the names of the classes that keep their query.
     """
-    own = model.config.category_set
-    model.config.categories = processor.category_records = (
+    # peft's wrapper has a `model` too, which is not the one that holds the queries.
+    collavo: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    own = collavo.config.category_set
+    collavo.config.categories = processor.category_records = (
         None if categories is COCO_PANOPTIC else categories.as_records()
     )
     processor.__dict__.pop("categories", None)  # it is cached
     kept = {key: category for key, category in categories.by_key.items() if key in own.by_key}
-    queries = getattr(getattr(model.model, "crayon_prompt", None), "semantic_queries", None)
-    if model.config.class_tokens is not None:
-        model.config.class_tokens = class_tokens(processor.tokenizer, categories)
+    queries = getattr(getattr(collavo.model, "crayon_prompt", None), "semantic_queries", None)
+    if collavo.config.class_tokens is not None:
+        collavo.config.class_tokens = class_tokens(processor.tokenizer, categories)
     elif queries is not None:
         old = queries.weight
         fresh = UnitEmbedding(categories.semantic_indices, old.shape[1], device=old.device, dtype=old.dtype)
         fresh.weight[0] = old[0]
         for key, category in kept.items():
             fresh.weight[category.label + 1] = old[own.by_key[key].label + 1]
-        model.model.crayon_prompt.semantic_queries = fresh
+        collavo.model.crayon_prompt.semantic_queries = fresh
     return [category.display_name for category in kept.values()]
