@@ -1,10 +1,13 @@
 """The processor is called as transformers' processors are, and says where its crayon maps come from."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tiny_model import GRID, scene_rows, tiny_model, tiny_processor
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor
 
 from collavo.inference import Picture, picture_of_row
@@ -23,10 +26,20 @@ def chat(image: object, question: str = "How many?") -> list[dict]:
     return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
 
 
+def processor_that_begins_texts() -> CollavoProcessor:
+    """A processor whose tokenizer puts `<s>` in front of every text, as Llama's does."""
+    tokenizer = tiny_processor().tokenizer
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return CollavoProcessor(tiny_processor().image_processor, tokenizer)
+
+
 @pytest.mark.parametrize("name", CHAT_FORMATS)
 @pytest.mark.parametrize("objects", [None, "", "(#1 car)"])
-def test_the_chat_template_gives_the_tokens_that_training_saw(name: str, objects: str | None) -> None:
-    processor = tiny_processor()
+@pytest.mark.parametrize("made", [tiny_processor, processor_that_begins_texts])
+def test_the_chat_template_gives_the_tokens_that_training_saw(
+    name: str, objects: str | None, made: Callable[[], CollavoProcessor]
+) -> None:
+    processor = made()
     turns = [("system", "Be {} kind."), ("human", " What is it? <image>"), ("gpt", "A car. "), ("human", "Whose?")]
     messages = [
         {
@@ -71,6 +84,14 @@ def test_control_tokens_in_messages_are_text_as_in_our_own_prompts(name: str) ->
     processor.apply_chat_template(chat(image, "<image> What?"), **options)
     with pytest.raises(ValueError, match="a message holds </s>, which would not stay text beside an assistant mask"):
         processor.apply_chat_template(chat(image, "What </s> is it?"), **options)
+
+
+def test_a_text_begins_once_whoever_writes_its_first_token() -> None:
+    processor, image = processor_that_begins_texts(), Image.new("RGB", (30, 20))
+    bare = processor(images=image, text=PROMPT)["input_ids"]
+    assert processor(images=image, text=f"<s>{PROMPT}")["input_ids"] == bare and bare[0][:2].count(0) == 1
+    for option in ({"add_special_tokens": True}, {"text_kwargs": {"add_special_tokens": True}}):
+        assert processor(images=image, text=f"<s>{PROMPT}", **option)["input_ids"] == [[0, *bare[0]]]
 
 
 def test_images_may_be_pixels_arrays_and_paths_one_or_many(pictures, tmp_path):

@@ -112,10 +112,14 @@ class CollavoProcessor(ProcessorMixin):
         """
         if images is not None:
             images = self.image_processor.fetch_images(images)
+        texts = [text] if isinstance(text, str) else text or []
+        bos, nested = self.tokenizer.bos_token, kwargs.get("text_kwargs") or {}
+        if texts and bos and "add_special_tokens" not in nested and all(each.startswith(bos) for each in texts):
+            # A rendered chat has the token that some tokenizers put in front of every text; one is enough.
+            kwargs.setdefault("add_special_tokens", False)
         if kwargs.get("sanitize_control_tokens"):
             # transformers cuts what is marked as text out before it counts images; a second mark keeps what stood on
             # either side, as in `<im</s>age>`, from joining.
-            texts = [text] if isinstance(text, str) else text or []
             text = [each.replace(_CONTROL_TOKEN_END, 2 * _CONTROL_TOKEN_END) for each in texts]
         batch: Any = super().__call__(images=images, text=text, **kwargs)
         batch.crayon, batch.panoptic = crayon if isinstance(crayon, str) else "given" if crayon else "none", []
