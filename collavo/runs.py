@@ -51,7 +51,7 @@ EXPORT = "export.json"
 def save_run(run: Path, model: PeftModel, adapters: Sequence[str], processor: CollavoProcessor) -> None:
     """Write what was trained, with the model's configuration and the processor, beside `train_args.json`.
 
-    The processor is told what the model was trained with: whether prompts list the objects, and which segmenter fits.
+    The processor is told whether prompts list the objects, as in training, and which segmenter chat would take.
 
     Raises:
         UserError: if the disk refuses; what an earlier training left is kept whole.

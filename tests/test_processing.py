@@ -1,18 +1,22 @@
 """The processor is called as transformers' processors are, and says where its crayon maps come from."""
 
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_model import GRID, scene_rows, tiny_model, tiny_processor
+from tiny_model import GRID, OWN_CLASSES, scene_rows, tiny_model, tiny_processor
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor
 
 from collavo.inference import Picture, picture_of_row
 from collavo.model import CollavoProcessor
 from collavo.model.prompt import CHAT_FORMATS, chat_template, objects_sentence, render_conversation
+from collavo.panoptic.maps import SegmentInfo, build_panoptic_map
+from collavo.segmenters import UNFAMILIAR
 
 PROMPT = "User: <image>\nHow many? Assistant:"
 
@@ -125,6 +129,25 @@ def test_maps_are_given_made_or_left_out_and_the_output_says_which(pictures):
     asked = processor.apply_chat_template(chat(image), tokenize=True, return_dict=True, return_tensors="pt")
     assert asked.crayon == "segment" and torch.equal(asked["semantic_ids"], made["semantic_ids"])
     assert "The image includes" in processor.decode(asked["input_ids"][0])
+
+
+def test_maps_that_the_model_cannot_trust_are_warned_of(pictures):
+    processor, image = tiny_processor(), Image.fromarray(pictures[0].image)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        processor(images=image, text=PROMPT, crayon=[pictures[0].panoptic])
+    labels = [OWN_CLASSES.by_display_name[name].label for name in ("sky", "traffic cone")]
+    size_hw = pictures[0].image.shape[:2]
+    ids = np.where(np.arange(size_hw[0])[:, None] < 20, 1, np.full(size_hw, 2)).astype(np.int32)
+    own = build_panoptic_map(ids, [SegmentInfo(i, label) for i, label in enumerate(labels, start=1)], OWN_CLASSES)
+    with pytest.warns(UserWarning) as said:
+        options = {
+            "tokenize": True,
+            "return_dict": True,
+            "processor_kwargs": {"crayon": [replace(own, unfamiliar=True)]},
+        }
+        processor.apply_chat_template(chat(image), **options)
+    assert [str(line.message) for line in said] == [UNFAMILIAR, "The model has no query for: traffic cone."]
 
 
 def test_prompts_of_a_batch_are_padded_on_the_left_and_answered_as_alone(pictures):

@@ -1,5 +1,6 @@
 """The processor: it turns images, their panoptic maps and conversations into the model's inputs."""
 
+import warnings
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from collavo.model.prompt import CHAT_FORMATS, RenderedPrompt, Turns, objects_se
 from collavo.model.prompt import chat_template as jinja_template
 from collavo.panoptic.grid import crayon_grid
 from collavo.panoptic.maps import PanopticMap, build_panoptic_map
-from collavo.segmenters import Segmenter, open_segmenter
+from collavo.segmenters import UNFAMILIAR, Segmenter, open_segmenter
 from schemas.categories import COCO_PANOPTIC, CategorySet
 from schemas.crayon_row import IMAGE_TOKEN
 
@@ -39,8 +40,8 @@ class CollavoProcessor(ProcessorMixin):
         chat_format: one of `collavo.model.prompt.CHAT_FORMATS`.
         category_records: the set of classes that the model has queries for; None for COCO panoptic's.
         segmenter: what makes the maps of pictures that come without: a checkpoint of transformers for universal
-            segmentation, `scenes` for the embedded one, `auto` for the paper's; None for nothing. Training leaves the
-            one that fits the model.
+            segmentation, `scenes` for the embedded one, `auto` for the paper's; None for nothing. Training leaves
+            `scenes` where the embedded base was trained, else `auto`.
         object_list: whether a chat begins with the recognised objects, as in the training of the model.
         chat_template: that of the chat format by default.
     """
@@ -105,7 +106,8 @@ class CollavoProcessor(ProcessorMixin):
 
         Returns:
             `input_ids` and `attention_mask`, with images also `pixel_values`, `semantic_ids` and `numbering_ids`. Its
-            attribute `crayon` is "given", "segment" or "none", and `panoptic` holds the maps.
+            attribute `crayon` is "given", "segment" or "none", and `panoptic` holds the maps. Warnings say that the
+            segmenter knows no pictures like these, and which classes the model has no query for.
 
         Raises:
             ValueError: if images, maps and image tokens do not match, or there is no segmenter.
@@ -126,6 +128,8 @@ class CollavoProcessor(ProcessorMixin):
         if images is not None:
             flat: Any = make_flat_list_of_images(images)
             batch.panoptic = self._maps(flat, crayon)
+            for caution in self._cautions(batch.panoptic):
+                warnings.warn(caution, stacklevel=2)
             ids = self._crayon_ids(batch.panoptic, self._grid_of(batch))
             is_torch = isinstance(batch["pixel_values"], torch.Tensor)
             batch.update({name: torch.from_numpy(array) if is_torch else array for name, array in ids.items()})
@@ -218,6 +222,16 @@ class CollavoProcessor(ProcessorMixin):
         if shapes != sizes:
             raise ValueError(f"images of heights and widths {sizes} need crayon maps of the same; found {shapes}")
         return maps
+
+    def _cautions(self, panoptic: Sequence[PanopticMap]) -> list[str]:
+        """Say, a sentence each, why maps are to be trusted less."""
+        unknown = set[str]()
+        for found in panoptic:
+            indices = self._semantic_indices(found.categories)
+            labels = {segment.label for segment in found.segments if not indices[segment.label + 1]}
+            unknown |= {found.categories[label].display_name for label in labels}
+        said = [UNFAMILIAR] if any(found.unfamiliar for found in panoptic) else []
+        return said + [f"The model has no query for: {', '.join(sorted(unknown))}."] * bool(unknown)
 
     def _crayon_ids(self, panoptic: Sequence[PanopticMap], grid_hw: tuple[int, int]) -> dict[str, np.ndarray]:
         """`semantic_ids` and `numbering_ids` of maps, int64 [images, rows, columns]."""
