@@ -1,5 +1,6 @@
 """The processor is called as transformers' processors are, and says where its crayon maps come from."""
 
+import json
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_model import GRID, OWN_CLASSES, scene_rows, tiny_model, tiny_processor
+from tiny_run import talkative_model
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor
 
@@ -150,8 +152,13 @@ def test_maps_that_the_model_cannot_trust_are_warned_of(pictures):
     assert [str(line.message) for line in said] == [UNFAMILIAR, "The model has no query for: traffic cone."]
 
 
-def test_prompts_of_a_batch_are_padded_on_the_left_and_answered_as_alone(pictures):
-    model, processor = tiny_model(), tiny_processor()
+@pytest.mark.parametrize("side", [{}, {"padding_side": "right"}])
+def test_prompts_of_a_batch_are_padded_on_the_left_and_answered_as_alone(pictures, side, tmp_path):
+    tiny_processor().save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    saved.pop("padding_side", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(saved | side))
+    model, processor = talkative_model(), CollavoProcessor.from_pretrained(tmp_path)
     texts = [PROMPT, PROMPT.replace("many", "many dogs are there in the picture")]
     images = [Image.fromarray(picture.image) for picture in pictures]
     maps = [picture.panoptic for picture in pictures]

@@ -183,6 +183,21 @@ def test_a_question_gets_the_same_words_from_every_form_in_every_way(forms, tmp_
     assert len(set(answers.values())) == 1 and all(answers.values()), answers
 
 
+@pytest.mark.parametrize("form", ["run", "merged"])
+def test_a_pipeline_answers_chats_together_as_alone(forms, form) -> None:
+    image = Image.fromarray(picture_of_row(scene_rows(1)[0], None).image)
+    ask = pipeline("image-text-to-text", model=str(forms[form]))
+    ask.processor.segmenter = "scenes"
+    questions = ["Who?", "How many dogs are there in this picture, and where?", "Is there a car?"]
+    chats = [[user(question, "")] for question in questions]
+    for chat in chats:
+        chat[0]["content"][0] = {"type": "image", "image": image}
+    options = {"generate_kwargs": {"max_new_tokens": 8, "do_sample": False}, "return_full_text": False}
+    alone = [said[0]["generated_text"] for said in ask(chats, **options)]
+    together = [said[0]["generated_text"] for said in ask(chats, batch_size=3, **options)]
+    assert together == alone and len(set(alone)) == 3
+
+
 def test_exports_go_anywhere_with_what_they_need(forms, tmp_path) -> None:
     home = forms["run"].parent
     for form in ("merged", "adapter"):

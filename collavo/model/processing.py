@@ -46,9 +46,6 @@ class CollavoProcessor(ProcessorMixin):
         chat_template: that of the chat format by default.
     """
 
-    # A prompt is continued at its right end, so a batch of them is padded on the left.
-    text_kwargs = {"padding_side": "left"}  # noqa: RUF012
-
     def __init__(
         self,
         image_processor: Any = None,
@@ -69,6 +66,8 @@ class CollavoProcessor(ProcessorMixin):
         self.object_list = object_list
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        # A prompt is continued at its right end, so a batch of them is padded on the left, whatever the base says.
+        tokenizer.padding_side = "left"
         tokenizer.chat_control_tokens = list(tokenizer.get_added_vocab())  # text in messages, see `apply_chat_template`
         template = chat_template or jinja_template(tokenizer, CHAT_FORMATS[chat_format])
         super().__init__(image_processor, tokenizer, chat_template=template, **kwargs)
