@@ -1,6 +1,6 @@
 """Decode encoded images to upright RGB: the one place where images are opened.
 
-The builder, the trainer and the commands that ask a model all decode here, so that they see the same pixels: with EXIF
+The builder, the trainer and whatever asks a model all decode here, so that they see the same pixels: with EXIF
 orientation applied, of the first frame of an animation, with grey, palette, CMYK and 16-bit images converted to 8-bit
 RGB, without transparency. An image that cannot be decoded is refused with a reason. An image above a bound is refused
 before memory for its pixels is allocated.
@@ -91,11 +91,20 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """
     with _opened(data, max_pixels) as image:
         try:
-            _load(image)
-            turn = _TURNS.get(_orientation(image))
-            return np.asarray(_to_rgb(image if turn is None else image.transpose(turn)))
+            return rgb_pixels(image)
         except Exception as error:  # Pillow's decoders raise a dozen types on damaged data
             raise _broken(image, image.size, error) from error
+
+
+def rgb_pixels(image: Image.Image) -> np.ndarray:
+    """Turn an image that Pillow has opened into what `decode_rgb` makes of its file.
+
+    Raises:
+        ValueError: for pixels from 0 to 1.
+    """
+    _load(image)
+    turn = _TURNS.get(_orientation(image))
+    return np.asarray(_to_rgb(image if turn is None else image.transpose(turn)))
 
 
 def format_and_turned(data: bytes) -> tuple[str, bool]:

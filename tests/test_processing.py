@@ -1,5 +1,6 @@
 """The processor is called as transformers' processors are, and says where its crayon maps come from."""
 
+import base64
 import json
 import warnings
 from collections.abc import Callable
@@ -8,12 +9,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from conftest import encoded
+from PIL import ExifTags, Image
 from tiny_model import GRID, OWN_CLASSES, scene_rows, tiny_model, tiny_processor
 from tiny_run import talkative_model
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoProcessor
 
+from collavo.images import decode_rgb
 from collavo.inference import Picture, picture_of_row
 from collavo.model import CollavoProcessor
 from collavo.model.prompt import CHAT_FORMATS, chat_template, objects_sentence, render_conversation
@@ -100,16 +103,47 @@ def test_a_text_begins_once_whoever_writes_its_first_token() -> None:
         assert processor(images=image, text=f"<s>{PROMPT}", **option)["input_ids"] == [[0, *bare[0]]]
 
 
-def test_images_may_be_pixels_arrays_and_paths_one_or_many(pictures, tmp_path):
+def test_images_may_be_pixels_arrays_paths_and_base64_one_or_many(pictures, tmp_path):
     processor, images = tiny_processor(), [Image.fromarray(picture.image) for picture in pictures]
     for number, image in enumerate(images):
         image.save(tmp_path / f"{number}.png")
     paths = [str(tmp_path / f"{number}.png") for number in range(2)]
     wanted = processor(images=images, text=[PROMPT] * 2, return_tensors="pt")
-    for given in ([picture.image for picture in pictures], paths, [[path] for path in paths]):
+    encodings = [base64.b64encode(encoded(image)).decode() for image in images]
+    for given in ([picture.image for picture in pictures], paths, [[path] for path in paths], encodings):
         found = processor(images=given, text=[PROMPT] * 2, return_tensors="pt")
         assert found.keys() == wanted.keys() == set(processor.model_input_names) - {"token_type_ids"}
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+@pytest.mark.filterwarnings("ignore:The segmenter knows no pictures")
+@pytest.mark.parametrize("form", ["L", "LA", "P", "1", "RGBA", "CMYK", "I;16", "upside down", "on its side"])
+def test_pictures_of_any_form_have_the_pixels_that_training_sees(pictures, tmp_path, form):
+    processor, scene, options = tiny_processor(), Image.fromarray(pictures[0].image), {}
+    if form == "I;16":
+        scene = Image.fromarray(np.asarray(scene.convert("L")).astype(np.uint16) * 256)
+    elif len(form) > 4:
+        options["exif"] = scene.getexif()
+        options["exif"][ExifTags.Base.Orientation] = 3 if form == "upside down" else 6
+    else:
+        scene = scene.convert(form)
+    path = tmp_path / "scene.tiff" if form == "CMYK" else tmp_path / "scene.png"
+    scene.save(path, **options)
+    seen = decode_rgb(path.read_bytes())
+    expected = processor.picture_inputs([seen], [build_panoptic_map(np.zeros(seen.shape[:2], np.int32), ())])
+    for given in (str(path), Image.open(path), [[Image.open(path)]]):
+        found = processor(images=given, text=PROMPT, crayon="none", return_tensors="pt")
+        assert torch.equal(found["pixel_values"], expected["pixel_values"]), given
+        assert found.panoptic[0].index_map.shape == seen.shape[:2]
+    processor.segmenter = "scenes"
+    asked = processor.apply_chat_template(chat(Image.open(path)), tokenize=True, return_dict=True, return_tensors="pt")
+    assert torch.equal(asked["pixel_values"], expected["pixel_values"])
+
+
+def test_a_damaged_picture_is_named(pictures, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(encoded(Image.fromarray(pictures[0].image), "JPEG")[:900])
+    with pytest.raises(ValueError, match=r"broken\.jpg: JPEG of 96 x 72: image file is truncated"):
+        tiny_processor()(images=str(tmp_path / "broken.jpg"), text=PROMPT)
 
 
 def test_maps_are_given_made_or_left_out_and_the_output_says_which(pictures):

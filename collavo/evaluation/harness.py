@@ -17,6 +17,7 @@ from rich.progress import track
 
 from collavo.device import join_ranks
 from collavo.errors import UserError
+from collavo.images import rgb_pixels
 from collavo.inference import Picture, Request, load_answerer
 from collavo.runs import base_of
 from collavo.segmenters import open_segmenter
@@ -102,7 +103,7 @@ class CollavoHarness(lmms):
             raise ValueError(f"task {task}, document {doc_id}: has no image, and collavo answers about images only")
         if len(visuals) > 1:
             warnings.warn(f"task {task}: collavo sees the first image only where a prompt has several", stacklevel=2)
-        return np.asarray(visuals[0].convert("RGB"))
+        return rgb_pixels(visuals[0])
 
     def _pictures(self, images: Sequence[np.ndarray]) -> tuple[list[Picture], list[int]]:
         """Segment the distinct images; and for each image the number of its picture."""

@@ -1,8 +1,10 @@
 """The processor: it turns images, their panoptic maps and conversations into the model's inputs."""
 
+import os
 import warnings
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -14,6 +16,8 @@ from transformers.image_utils import get_image_size, make_flat_list_of_images, t
 from transformers.processing_utils import MultiModalData
 from transformers.utils.chat_template_utils import _CONTROL_TOKEN_END
 
+from collavo.errors import Rejected
+from collavo.images import HARD_MAX_PIXELS, decode_rgb, rgb_pixels
 from collavo.instructions.text import format_objects_with_boxes
 from collavo.model.configuration import CollavoConfig
 from collavo.model.prompt import CHAT_FORMATS, RenderedPrompt, Turns, objects_sentence, render_conversation
@@ -21,6 +25,7 @@ from collavo.model.prompt import chat_template as jinja_template
 from collavo.panoptic.grid import crayon_grid
 from collavo.panoptic.maps import PanopticMap, build_panoptic_map
 from collavo.segmenters import UNFAMILIAR, Segmenter, open_segmenter
+from collavo.web import fetch, is_url
 from schemas.categories import COCO_PANOPTIC, CategorySet
 from schemas.crayon_row import IMAGE_TOKEN
 
@@ -97,7 +102,8 @@ class CollavoProcessor(ProcessorMixin):
         """Turn images and texts with `<image>` into the model's inputs.
 
         Args:
-            images: PIL images, arrays, paths or URLs; one, a list, or a list of lists.
+            images: PIL images, paths or URLs, which are opened as in training, or arrays of RGB; one, a list, or a
+                list of lists.
             text: one text or several, complete prompts such as `apply_chat_template` makes.
             crayon: the maps of the images in their order, of their heights and widths; "segment" to have them made
                 here; "none", the default, for maps in which nothing is known.
@@ -109,10 +115,10 @@ class CollavoProcessor(ProcessorMixin):
             segmenter knows no pictures like these, and which classes the model has no query for.
 
         Raises:
-            ValueError: if images, maps and image tokens do not match, or there is no segmenter.
+            ValueError: if images, maps and image tokens do not match, there is no segmenter, or an image is damaged.
         """
         if images is not None:
-            images = self.image_processor.fetch_images(images)
+            images = self._fetched(images)
         texts = [text] if isinstance(text, str) else text or []
         bos, nested = self.tokenizer.bos_token, kwargs.get("text_kwargs") or {}
         if texts and bos and "add_special_tokens" not in nested and all(each.startswith(bos) for each in texts):
@@ -154,7 +160,7 @@ class CollavoProcessor(ProcessorMixin):
         sources = given if given and several else [given] if given else [_image_sources(chat) for chat in chats]
         if not kwargs.get("tokenize") or not any(sources):
             return super().apply_chat_template(chats if several else chats[0], *args, **kwargs)
-        images = self.image_processor.fetch_images(sources)
+        images = self._fetched(sources)
         maps = self._maps([image for group in images for image in group], crayon)
         remaining = iter(maps)
         for chat, group in zip(chats, images, strict=True):
@@ -205,6 +211,19 @@ class CollavoProcessor(ProcessorMixin):
         """Count rows and columns of images as processed, whose size a caller may have changed."""
         height, width = image_inputs["pixel_values"][0].shape[-2:]
         return height // self.patch_size, width // self.patch_size
+
+    def _fetched(self, images: Any) -> Any:
+        """Open images, in lists or alone, and give those of Pillow the pixels that training sees."""
+        if isinstance(images, list | tuple):
+            return [self._fetched(image) for image in images]
+        if isinstance(images, str) and (is_url(images) or os.path.isfile(images)):
+            try:
+                data = fetch(images) if is_url(images) else Path(images).read_bytes()
+                return Image.fromarray(decode_rgb(data, HARD_MAX_PIXELS))
+            except Rejected as error:
+                raise ValueError(f"{images}: {error}") from error
+        fetched: Any = self.image_processor.fetch_images(images)
+        return Image.fromarray(rgb_pixels(fetched)) if isinstance(fetched, Image.Image) else fetched
 
     def _maps(self, images: Sequence[Any], crayon: Crayon | None) -> list[PanopticMap]:
         """Get the map of each image from where the caller says."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from collavo.images import decode_rgb
+from collavo.images import decode_rgb, rgb_pixels
 from collavo.model.processing import CollavoProcessor
 from collavo.model.prompt import Kind
 from collavo.panoptic.maps import PanopticMap
@@ -64,7 +64,7 @@ class CrayonCollator:
 
 
 def _pixels(image: Any) -> np.ndarray:
-    return np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else decode_rgb(image["bytes"])
+    return rgb_pixels(image) if isinstance(image, Image.Image) else decode_rgb(image["bytes"])
 
 
 def _opened(image: Any) -> Image.Image:
