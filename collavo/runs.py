@@ -27,14 +27,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoProcessor
 
-from collavo.device import move_to_device
+from collavo.device import memory_named, move_to_device
 from collavo.embedded import SCENES, TINY, find_embedded
 from collavo.errors import UserError, first_line
 from collavo.folders import let_others_read, writing
 from collavo.hub import find_checkpoint
 from collavo.import_base.assemble import NEW, assemble_from_llava
 from collavo.model import CollavoForConditionalGeneration
-from collavo.model.adapters import quantize_language_model, round_to_nf4, without_peft_warnings
+from collavo.model.adapters import WITH_MEMORY, quantize_language_model, round_to_nf4, without_peft_warnings
 from collavo.model.configuration import CollavoConfig
 from collavo.model.processing import CollavoProcessor
 from collavo.model.query_init import adopt_categories
@@ -294,11 +294,13 @@ def _load_weights(file: Path, module: nn.Module, written_by: str) -> None:
     module.load_state_dict(weights)
 
 
+@memory_named(WITH_MEMORY)
 def load_adapters(model: CollavoForConditionalGeneration, folders: dict[str, Path]) -> PeftModel:
     """Put saved adapters on a model, in the order of `folders`, all of them active and none of them trainable.
 
     Raises:
-        UserError: if a file lacks weights that the model needs, or has some that the model does not know.
+        UserError: if a file lacks weights that the model needs, has some that the model does not know, or they do not
+            fit the device.
     """
     adapted: PeftModel | None = None
     for name, folder in folders.items():

@@ -138,6 +138,20 @@ def test_nf4_answers_are_the_same_every_time_and_for_any_batch_size(run):
 
 
 @pytest.mark.parametrize(
+    ("part", "quantize"),
+    [("bitsandbytes.nn.Linear4bit.to", True), ("bitsandbytes.functional.quantize_4bit", "dequantized"),
+        ("peft.tuners.lora.LoraLayer.update_layer", False)],
+)  # fmt: skip
+def test_a_gpu_that_is_full_while_a_model_loads_is_one_line(run, monkeypatch, part, quantize):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore of it.")
+
+    monkeypatch.setattr(part, full)
+    with pytest.raises(UserError, match=r"^the GPU has no memory left \(.* 2\.00 GiB\.\); what helps: a GPU that"):
+        load_run(run, CPU, torch.float32, quantize)
+
+
+@pytest.mark.parametrize(
     "trained, listed", [("dialogues", ("dialogue",)), ("all", ("crayon", "dialogue")), ("none", ())]
 )
 def test_a_run_tells_which_prompts_it_was_trained_to_see_the_objects_in(tmp_path, trained, listed):

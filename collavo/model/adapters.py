@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from collavo.device import memory_named
 from collavo.errors import UserError
 from collavo.model import CollavoForConditionalGeneration
 
@@ -24,6 +25,11 @@ LINEAR_LAYERS = re.compile(r"model\.language_model\.layers\.\d+\.(?:self_attn\.[
 """Full names of the layers that are quantised and adapted."""
 
 
+WITH_MEMORY = "a GPU that nothing else uses, or the device cpu"
+"""What helps where a model does not fit while it is loaded."""
+
+
+@memory_named(WITH_MEMORY)
 def quantize_language_model(
     model: CollavoForConditionalGeneration, compute_dtype: torch.dtype, device: torch.device
 ) -> None:
@@ -35,6 +41,9 @@ def quantize_language_model(
     Args:
         compute_dtype: of the matrix products.
         device: of the quantised layers; the rest of the model is not moved.
+
+    Raises:
+        UserError: if the layers do not fit the device.
     """
     import bitsandbytes as bnb  # takes seconds, and not every model is quantised
 
@@ -53,9 +62,14 @@ def quantize_language_model(
     setattr(model, "is_loaded_in_4bit", True)  # noqa: B010  # what peft asks before it adapts 4-bit layers
 
 
+@memory_named(WITH_MEMORY)
 @torch.no_grad()
 def round_to_nf4(model: CollavoForConditionalGeneration, device: torch.device) -> None:
-    """Give the language model's linear layers the values that NF4 would give them, as ordinary weights, in place."""
+    """Give the language model's linear layers the values that NF4 would give them, as ordinary weights, in place.
+
+    Raises:
+        UserError: as `quantize_language_model`.
+    """
     from bitsandbytes import functional as nf4
 
     for name in linear_layer_names(model):
