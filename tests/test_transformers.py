@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import encoded
 from PIL import Image
 from serving import data_url, served, user
@@ -141,6 +142,20 @@ def test_the_default_configuration_agrees_with_itself() -> None:
     config = CollavoConfig()
     assert config.grid_hw == (35, 35) and config.image_seq_length == 35 * 35
     assert CollavoConfig(vision_config={"model_type": "clip_vision_model"}).image_seq_length == 7 * 7
+
+
+@pytest.mark.parametrize("changes", [*SIGNALS, {"class_tokens": [[5 + i] for i in range(133)]}])
+def test_weights_may_wait_on_a_disk_or_in_the_memory_of_the_cpu(changes: dict[str, Any], tmp_path: Path) -> None:
+    model, batch = tiny_model(tiny_config(**changes)), inputs()
+    model.save_pretrained(tmp_path / "model")
+    places = {"device_map": {"model": "disk", "lm_head": "cpu"}, "offload_folder": str(tmp_path / "offloaded")}
+    on_disk = AutoModelForImageTextToText.from_pretrained(tmp_path / "model", **places)
+    offloaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    cpu_offload(offloaded, torch.device("cpu"))
+    with torch.no_grad():
+        wanted = model(**batch).logits
+        for found in (on_disk, offloaded):
+            assert found.model.crayon_prompt.linear_1.weight.is_meta and torch.equal(found(**batch).logits, wanted)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from collavo.model.crayon_prompt import ClosedLinear
+from collavo.model.crayon_prompt import ClosedLinear, suited
 
 CRAYON_SIGNAL = "crayon_signal"
 """The keyword under which the signal travels to the attention modules."""
@@ -98,8 +98,8 @@ class LayerBranches(nn.Module):
         # The layers of a model may be spread over several GPUs, the branches with them. Of the two layers, bitsandbytes
         # makes bytes of the first.
         weight = branch[1].weight
-        addition: torch.Tensor = branch(states.flatten(0, 1)[positions.to(states.device)].to(weight))
-        return addition + self.crayon[name](cells.to(weight)) if name in self.crayon else addition
+        addition: torch.Tensor = branch(suited(states.flatten(0, 1)[positions.to(states.device)], weight))
+        return addition + self.crayon[name](suited(cells, weight)) if name in self.crayon else addition
 
     def _join(self, linear: nn.Module, name: str, addition: torch.Tensor | None = None) -> None:
         """Hook a linear layer: add the branch called `name`, or an addition computed before, to its next output."""

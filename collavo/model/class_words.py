@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import embedding, normalize
+from torch import nn
+from torch.nn.functional import normalize
 
 from schemas.categories import CategorySet
 
@@ -24,19 +25,20 @@ def word_tokens(tokenizer: Any, words: Iterable[str]) -> list[list[int]]:
     return [tokenizer(word, add_special_tokens=False)["input_ids"] for word in words]
 
 
-def name_vectors(tokens: Sequence[Sequence[int]], embeddings: torch.Tensor) -> torch.Tensor:
+def name_vectors(tokens: Sequence[Sequence[int]], embeddings: nn.Embedding) -> torch.Tensor:
     """Compute the vectors of some names.
 
     Args:
         tokens: those of each name.
-        embeddings: float [vocabulary, hidden], of the language model.
+        embeddings: those of the language model.
 
     Returns:
         float [names + 1, hidden]; the first is zero, which stands for unknown.
     """
-    device = embeddings.device
+    # Called as a module, since accelerate may keep its weights on a disk, and brings them for the call.
+    device = torch.device("cpu") if embeddings.weight.is_meta else embeddings.weight.device
     flat = torch.tensor([token for name in tokens for token in name], dtype=torch.int64, device=device)
-    owners = torch.tensor([i for i, name in enumerate(tokens, start=1) for _ in name], dtype=torch.int64, device=device)
-    found = embedding(flat, embeddings).float()
-    sums = found.new_zeros(len(tokens) + 1, found.shape[1]).index_add(0, owners, found)
+    found: torch.Tensor = embeddings(flat).float()
+    owners = torch.tensor([i for i, name in enumerate(tokens, start=1) for _ in name], dtype=torch.int64)
+    sums = found.new_zeros(len(tokens) + 1, found.shape[1]).index_add(0, owners.to(found.device), found)
     return normalize(sums, dim=-1) * found.shape[1] ** 0.5

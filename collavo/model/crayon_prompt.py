@@ -40,6 +40,14 @@ class UnitLinear(nn.Linear):
         init.zeros_(self.bias)
 
 
+def suited(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Give what enters a layer the type of the layer's weight, and its device.
+
+    A weight that accelerate keeps on a disk or a CPU has no device until the layer is called; then its hook moves both.
+    """
+    return states.to(weight.dtype) if weight.is_meta else states.to(weight)
+
+
 class CrayonPrompt(nn.Module):
     """Learnable queries, summed for each cell, then passed through an MLP of two layers.
 
@@ -78,7 +86,8 @@ class CrayonPrompt(nn.Module):
         given = ((self.semantic_queries, semantic_ids), (self.numbering_queries, numbering_ids))
         queries = [embedding(ids) for embedding, ids in given if embedding is not None]
         if self.semantic_map is not None and names is not None:
-            queries.append(nn.functional.embedding(semantic_ids, self.semantic_map(names.to(self.semantic_map.weight))))
+            computed = self.semantic_map(suited(names, self.semantic_map.weight))
+            queries.append(nn.functional.embedding(semantic_ids.to(computed.device), computed))
         summed: Any = sum(queries)
         return self.linear_2(self.act(self.linear_1(summed.flatten(1, 2))))
 

@@ -110,7 +110,7 @@ class CollavoModel(LlavaModel):
         unknown = torch.zeros(len(pixel_values), *self.config.grid_hw, dtype=torch.int64, device=pixel_values.device)
         inputs = [unknown if ids is None else ids for ids in (semantic_ids, numbering_ids)]
         if self.config.class_tokens is not None:
-            inputs.append(name_vectors(self.config.class_tokens, self.language_model.embed_tokens.weight))
+            inputs.append(name_vectors(self.config.class_tokens, self.language_model.embed_tokens))
         cells = self.crayon_prompt(*inputs)
         if features.pooler_output[0].shape[0] == cells.shape[1] + 1:
             # With vision_feature_select_strategy="full", CLIP's class token comes first. It belongs to no cell.

@@ -40,7 +40,7 @@ class ClassWords:
             unknown; and the weights of the norm, float [hidden].
         """
         language_model: Any = model.model.language_model
-        embeddings = language_model.embed_tokens.weight
+        embeddings = language_model.embed_tokens
         weight = language_model.layers[0].input_layernorm.weight
         names, numbers = (name_vectors(tokens, embeddings).to(weight.device) for tokens in (self._names, self._numbers))
         return names, numbers, weight
