@@ -150,19 +150,23 @@ def load_run_in_place(
 
     Args:
         dtype: None or "auto" for that of the training.
-        device_map: a device, or `{"": device}`; "auto" and its like for the first GPU, or the CPU where there is none.
+        device_map: a device, or a dictionary that names one alone; "auto" and its like for the first GPU, or the CPU
+            where there is none.
         quantize: as in `load_run`.
         more: what transformers hands on, such as the configuration, of which a run needs nothing.
 
     Raises:
         UserError: as `load_run`, and for a keyword that would change the model.
     """
+    whole = "collavo.export_model --as merged makes a whole model of it, which takes"
     if refused := [name for name in _OF_WHOLE_MODELS if more.get(name) is not None]:
-        raise UserError(
-            f"{run}: a run is loaded as it was trained, without {refused[0]}; collavo.export_model --as merged makes a "
-            "whole model of it, which takes one"
-        )
-    device = device_map.get("") if isinstance(device_map, dict) else device_map
+        raise UserError(f"{run}: a run is loaded as it was trained, without {refused[0]}; {whole} one")
+    device = device_map
+    if isinstance(device_map, dict):
+        devices = {f"cuda:{place}" if isinstance(place, int) else str(place) for place in device_map.values()}
+        if len(devices) > 1:
+            raise UserError(f"{run}: a run is loaded onto one device, not {', '.join(sorted(devices))}; {whole} more")
+        device = next(iter(devices), None)
     if device is None:
         device = "cpu"
     if device in ("auto", "balanced", "balanced_low_0", "sequential"):

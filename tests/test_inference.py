@@ -180,11 +180,14 @@ def test_a_device_map_of_transformers_names_a_gpu_and_other_keywords_are_refused
     asked = []
     loaded = load_run(run, CPU, torch.float32)
     monkeypatch.setattr(runs, "load_run", lambda _, device, *__: (asked.append(device), loaded)[1])
-    for device_map in ({"": 0}, 1, {"": "cpu"}, None):
+    several_names = {"model": 1, "lm_head": "cuda:1"}
+    for device_map in ({"": 0}, 1, {"": "cpu"}, None, several_names):
         CollavoForConditionalGeneration.from_pretrained(run, device_map=device_map, dtype="float32")
-    assert asked == [torch.device("cuda", 0), torch.device("cuda", 1), CPU, CPU]
+    assert asked == [torch.device("cuda", 0), torch.device("cuda", 1), CPU, CPU, torch.device("cuda", 1)]
     with pytest.raises(UserError, match=r"without quantization_config; collavo\.export_model --as merged"):
         CollavoForConditionalGeneration.from_pretrained(run, quantization_config={"load_in_8bit": True})
+    with pytest.raises(UserError, match=r"onto one device, not cuda:0, cuda:1; collavo\.export_model --as merged"):
+        CollavoForConditionalGeneration.from_pretrained(run, device_map={"model": 0, "lm_head": 1})
 
 
 def test_a_whole_model_of_the_hub_is_asked_as_its_training_asked_it(run, tmp_path, monkeypatch):
