@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoProcessor
+from transformers.utils import is_flash_attn_2_available
 
 from collavo.device import memory_named, move_to_device
 from collavo.embedded import SCENES, TINY, find_embedded
@@ -104,8 +105,10 @@ def load_run(
         raise UserError(
             f"{run}: its training has not ended, for there is no {missing[0]}; collavo.train --resume goes on with it"
         )
-    # A CPU has no flash attention. SDPA computes the same.
-    attention = args["attention"] if device.type == "cuda" else "sdpa"
+    # A CPU has no flash attention, and another GPU's machine perhaps not its package. SDPA computes the same.
+    attention: str = args["attention"]
+    if device.type != "cuda" or (attention == "flash_attention_2" and not is_flash_attn_2_available()):
+        attention = "sdpa"
     config = CollavoConfig.from_pretrained(run)
     words = config.class_tokens is not None
     try:
@@ -165,7 +168,7 @@ def load_run_in_place(
     if isinstance(device_map, dict):
         devices = {f"cuda:{place}" if isinstance(place, int) else str(place) for place in device_map.values()}
         if len(devices) > 1:
-            raise UserError(f"{run}: a run is loaded onto one device, not {', '.join(sorted(devices))}; {whole} more")
+            raise UserError(f"{run}: a run goes onto one device, not {', '.join(sorted(devices))}; {whole} several")
         device = next(iter(devices), None)
     if device is None:
         device = "cpu"

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from tiny_model import OWN_CLASSES, scene_rows
 from tiny_run import save_tiny_run
+from transformers.utils import is_flash_attn_2_available
 
 from collavo import runs
 from collavo.errors import UserError
@@ -163,6 +164,14 @@ def test_a_whole_model_is_loaded_like_a_run(run):
     answerer = load_answerer(base, CPU)
     request = REQUESTS[0]
     assert answerer.answer(PICTURES[:1], [request]) == [alone(answerer, request)]
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn is installed")
+def test_a_run_trained_with_flash_attention_is_asked_without_its_package(tmp_path, monkeypatch):
+    run = save_tiny_run(tmp_path / "run", attention="flash_attention_2")
+    monkeypatch.setattr(runs, "move_to_device", lambda *_: None)  # there may be no GPU
+    model, _ = load_run(run, torch.device("cuda"), torch.float32)
+    assert model.config.text_config._attn_implementation == "sdpa"
 
 
 def test_a_run_with_adapters_adopts_other_classes_query_by_query(run):
