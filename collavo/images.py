@@ -28,17 +28,6 @@ HARD_MAX_PIXELS = 2 * int(Image.MAX_IMAGE_PIXELS or 0)
 # TGA, which begins like anything, and ICO, which decodes to another size than it states. The MPO of phones is a JPEG.
 _FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 
-# Not `ImageOps.exif_transpose`: it rewrites the EXIF, and fails on damaged tags that have nothing to do with turning.
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 _OTHER_FORMATS: tuple[tuple[bytes, str], ...] = (
     (rb"%PDF", "a PDF; convert its pages to images"),
     (rb"....ftyp(heic|heix|hevc|heim|heis|mif1|msf1)", "HEIC; convert it to JPEG or PNG"),
@@ -103,8 +92,8 @@ def rgb_pixels(image: Image.Image) -> np.ndarray:
         ValueError: for pixels from 0 to 1.
     """
     _load(image)
-    turn = _TURNS.get(_orientation(image))
-    return np.asarray(_to_rgb(image if turn is None else image.transpose(turn)))
+    # Not `ImageOps.exif_transpose`: it fails on damaged tags that have nothing to do with turning.
+    return turn_upright(np.asarray(_to_rgb(image)), _orientation(image))
 
 
 def format_and_turned(data: bytes) -> tuple[str, bool]:

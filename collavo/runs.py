@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -34,6 +34,7 @@ from collavo.errors import UserError, first_line
 from collavo.folders import let_others_read, writing
 from collavo.hub import find_checkpoint
 from collavo.import_base.assemble import NEW, assemble_from_llava
+from collavo.import_base.published import one_line_errors
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.adapters import WITH_MEMORY, quantize_language_model, round_to_nf4, without_peft_warnings
 from collavo.model.configuration import CollavoConfig
@@ -196,12 +197,8 @@ def base_config(base: str) -> Any:
         UserError: if it cannot be reached or read.
     """
     embedded = find_embedded(base)
-    try:
+    with one_line_errors(base):
         return AutoConfig.from_pretrained(embedded.folder if embedded else find_checkpoint(base))
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{base}: {first_line(error)}") from error
 
 
 def load_base(
@@ -229,7 +226,7 @@ def load_base(
     switches: dict[str, Any] = {f"{kind}_queries": queries in ("both", kind) for kind in ("semantic", "numbering")}
     if words is not None:
         switches["class_tokens"] = [] if words else None  # filled below, when the tokenizer is there
-    try:
+    with one_line_errors(base):
         folder = embedded.folder if embedded else find_checkpoint(base)
         architecture = AutoConfig.from_pretrained(folder).model_type
         if architecture == "llava":
@@ -243,12 +240,6 @@ def load_base(
             adopt_categories(model, processor, categories or own)
         model.name_or_path = base  # which adapters record; the folder may be one of this machine only
         return model, processor
-    except UserError:
-        raise
-    except SafetensorError as error:
-        raise UserError(f"{base}: damaged weights ({first_line(error)})") from error
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
-        raise UserError(f"{base}: {first_line(error)}") from error
 
 
 def _load_whole(folder: Path, **options: Any) -> tuple[CollavoForConditionalGeneration, CollavoProcessor]:
@@ -309,25 +300,16 @@ def load_adapters(model: CollavoForConditionalGeneration, folders: dict[str, Pat
         UserError: if a file lacks weights that the model needs, has some that the model does not know, or they do not
             fit the device.
     """
-    adapted: PeftModel | None = None
+    (first, folder), *_ = folders.items()
+    with without_peft_warnings():
+        adapted = PeftModel(model, LoraConfig.from_pretrained(str(folder)), adapter_name=first)
     for name, folder in folders.items():
-        config = LoraConfig.from_pretrained(str(folder))
-        if adapted is None:
-            with without_peft_warnings():
-                adapted = PeftModel(model, config, adapter_name=name)
-        else:
-            adapted.add_adapter(name, config)
-        weights = load_file(folder / "adapter_model.safetensors")
-        result: Any = set_peft_model_state_dict(adapted, weights, adapter_name=name)
-        # peft lists the base's own weights, and those of other adapters, as missing too.
-        missing = [key for key in result.missing_keys if f".{name}." in key]
-        if missing or result.unexpected_keys:
-            wrong = (missing or result.unexpected_keys)[0]
+        result = adapted.load_adapter(str(folder), name, torch_device="cpu")
+        if wrong := [*result.missing_keys, *result.unexpected_keys]:
             raise UserError(
-                f"{folder}: {len(missing)} weights missing and {len(result.unexpected_keys)} unknown, such as {wrong}; "
-                "the adapter was trained on another base or under another version of transformers"
+                f"{folder}: {len(result.missing_keys)} weights missing and {len(result.unexpected_keys)} unknown, such "
+                f"as {wrong[0]}; the adapter was trained on another base or under another version of transformers"
             )
-    assert adapted is not None
     tuner: Any = adapted.base_model
     tuner.set_adapter(list(folders))
     adapted.requires_grad_(False)

@@ -526,7 +526,7 @@ def test_a_wrong_command_line_is_one_line_and_status_2(
     ("spoil", "said"),
     [
         (lambda file, tensors: save_file(tensors, file, {"format": "pt"}), "1 weights are missing or unknown, such as"),
-        (lambda file, tensors: file.write_bytes(file.read_bytes()[:5000]), "damaged weights"),
+        (lambda file, tensors: file.write_bytes(file.read_bytes()[:5000]), "damaged or unsafe weights"),
     ],
 )
 def test_a_base_that_is_not_whole_is_refused(

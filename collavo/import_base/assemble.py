@@ -91,7 +91,7 @@ def assemble_from_llava(
     Raises:
         UserError: if the checkpoint cannot be used.
     """
-    with one_line_errors("llava", llava):
+    with one_line_errors(f"llava {llava}"):
         folder = find_checkpoint(llava)
         entries = read_config(folder)
         _check_type(entries.get("model_type"), ("llava", "llava_llama"))
@@ -140,11 +140,11 @@ def assemble_from_parts(
     Raises:
         UserError: if one of the checkpoints cannot be used.
     """
-    with one_line_errors("vision", vision):
+    with one_line_errors(f"vision {vision}"):
         folder = find_checkpoint(vision)
         vision_config, vision_weights, entries = _read_vision_encoder(folder)
         image_options = _image_options(folder)
-    with one_line_errors("language", language):
+    with one_line_errors(f"language {language}"):
         folder = find_checkpoint(language)
         text_config, text_weights, tokenizer = _read_language_model(folder)
         ingredients = Ingredients(
@@ -300,7 +300,7 @@ def _read_original_llava(folder: Path, entries: dict[str, Any], vision: str | Pa
             raise ValueError(f"{name} {found!r} in config.json is not supported; {known!r}, of LLaVA-1.5, is")
     weights = read_weights(folder)
     source = vision or entries["mm_vision_tower"]
-    with one_line_errors("vision", source):
+    with one_line_errors(f"vision {source}"):
         vision_folder = find_checkpoint(source)
         vision_config, vision_weights, _ = _read_vision_encoder(vision_folder)
         _check_type(vision_config.model_type, CLIP)

@@ -26,17 +26,17 @@ _BUFFERS = ("position_ids", "rotary_emb.inv_freq")
 
 
 @contextmanager
-def one_line_errors(argument: str, source: str | Path) -> Iterator[None]:
-    """Turn errors about a checkpoint into a UserError that begins with the argument that named it."""
+def one_line_errors(named: str) -> Iterator[None]:
+    """Turn errors about a checkpoint into a UserError that begins with what names it."""
     try:
         yield
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError) as error:
         problem = f"no entry {error} in config.json" if isinstance(error, KeyError) else first_line(error)
-        raise UserError(f"{argument} {source}: {problem}") from error
+        raise UserError(f"{named}: {problem}") from error
     except (SafetensorError, pickle.UnpicklingError) as error:
-        raise UserError(f"{argument} {source}: damaged or unsafe weights: {first_line(error)}") from error
+        raise UserError(f"{named}: damaged or unsafe weights: {first_line(error)}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def load_release(release: str | Path, **options: Any) -> tuple[CollavoForConditi
     Raises:
         UserError: if the checkpoint cannot be used.
     """
-    with one_line_errors("release", release):
+    with one_line_errors(f"release {release}"):
         folder = find_checkpoint(release)
         text_config = llama_config(read_config(folder))
         weights = read_weights(folder)
