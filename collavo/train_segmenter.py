@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from collavo.cli import REQUIRED, flag, naming, on_disk, output_folder, parse, run
 from collavo.embedded import SCENES
 from collavo.errors import UserError
-from collavo.segmenters import load_segmenter
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -115,7 +114,7 @@ def _train(
     from collavo.folders import writing
     from collavo.progress import Progress
     from collavo.segmenter_training.finetuning import Learner, Steps, network_for, take_steps
-    from collavo.segmenter_training.judging import judge, table
+    from collavo.segmenter_training.judging import judge, open_for, table
     from collavo.segmenter_training.saving import choose_preset, save_network, write_card
     from collavo.segmenters.universal import open_network
     from collavo.training.record import footer_sha256
@@ -157,7 +156,7 @@ def _train(
         with writing(output):
             save_network(staging, model, base, training.categories)
             choose_preset(staging, training, flags.device)
-            segmenter = load_segmenter("transformers", checkpoint=str(staging), device=flags.device, batch_size=1)
+            segmenter = open_for(str(staging), validation.categories, flags.device)
             judged = judge(segmenter, validation, flags.max_images, training)
             write_card(staging, output.name, flags.segmenter_checkpoint, base, judged, options, files)
             shutil.rmtree(staging / "checkpoints")

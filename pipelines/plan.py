@@ -120,7 +120,7 @@ def make_plan(flags: Flags, rest: Sequence[str], share_gpu: bool) -> Plan:
         flags = flags._replace(sources=replace(flags.sources, from_crayon=(*flags.sources.from_crayon, *rows)))
     notes: list[str] = []
     sets = _Sets(flags, notes)
-    sources = _scene_sources(scenes) if scenes else _named_sources(flags.sources, sets, notes)
+    sources = _scene_sources(scenes, flags, sets) if scenes else _named_sources(flags.sources, sets, notes)
     if not flags.output.embed_images:  # by a hash, since the data are to hold no path of this machine
         below = sha256(sources.root.encode()).hexdigest()
         publication = publication._replace(configuration={**publication.configuration, IMAGES_BELOW: below})
@@ -224,8 +224,9 @@ def _scene_folder(publication: Publication) -> str:
     return f"{publication.output.rstrip('/')}_scenes"
 
 
-def _scene_sources(folder: str) -> Sources:
-    labels = {category.category_id: category.label for category in COCO_PANOPTIC}
+def _scene_sources(folder: str, flags: Flags, sets: "_Sets") -> Sources:
+    target = sets.target if flags.segmentation.segmenter == "annotations" else COCO_PANOPTIC
+    labels = labels_by_id(COCO_PANOPTIC, target, sets.renamed)
     root = canonical(join(folder, "x")).removesuffix("/x")
     json_uri, images, masks = (join(root, name) for name in ("panoptic.json", "images", "panoptic"))
     return Sources(
@@ -265,7 +266,7 @@ class _Sets:
 
     def add(self, found: CategorySet) -> None:
         """Take note of a set that the rows are to have."""
-        self._found.append(joined(found))
+        self._found.append(found)
         self._looked_for.append(found)
 
     def would_take(self, found: CategorySet) -> bool:
@@ -273,7 +274,7 @@ class _Sets:
         if self.stated or self.renamed or not self._found:
             return True
         try:
-            common_set([*self._found, joined(found)])
+            common_set(self._joined([*self._found, found]))
         except UserError:
             return False
         return True
@@ -305,6 +306,10 @@ class _Sets:
             askable &= {position_of[label] for label in labels if label in position_of}
         return askable if len(askable) < len(position_of) else None
 
+    def _joined(self, sets: Sequence[CategorySet]) -> list[CategorySet]:
+        """Let sets join the built-in one, unless finished rows say which set it is."""
+        return [*sets] if self._finished else [joined(found) for found in sets]
+
     @property
     def target(self) -> CategorySet:
         """The set that the rows have.
@@ -315,9 +320,9 @@ class _Sets:
         if self.stated:
             target = self.stated
         elif self.renamed and self._found:
-            target = self._found[0]
+            target = self._joined(self._found)[0]
         else:
-            target = common_set(self._found) if self._found else COCO_PANOPTIC
+            target = common_set(self._joined(self._found)) if self._found else COCO_PANOPTIC
         if self._finished and [(c.name, c.is_thing) for c in self._finished] != [(c.name, c.is_thing) for c in target]:
             raise UserError(
                 f"the finished rows have the classes of {self._finished.name}, which are not those of {target.name}; "

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from builds import build, tiny_mask2former
-from conftest import CAR, GRASS, PERSON, SKY
+from conftest import CAR, GRASS, PERSON, SKY, needs_scenes_model
 from PIL import Image
 from safetensors.torch import load_file
 from universal import FAMILIES, save_checkpoint
 
 import collavo.train_segmenter
+from collavo.categories import joined
 from collavo.dataset import category_set, find_files, read_rows
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
 from collavo.panoptic.quality import PanopticQuality
@@ -199,7 +200,7 @@ def test_a_stopped_training_goes_on_and_its_folder_is_a_checkpoint(
     assert command(*words, "--output_dir", tmp_path / "parts") == 2
     assert "is there already; name another, or --overwrite it" in capsys.readouterr().err
     trained = tmp_path / "parts"
-    assert checkpoint_categories("transformers", str(trained)) == category_set(find_files([str(rows)]))
+    assert joined(checkpoint_categories("transformers", str(trained))) == category_set(find_files([str(rows)]))
     segmenter = load_segmenter("transformers", checkpoint=str(trained), device="cpu")
     assert segmenter.facts["input_size_hw"] == [64, 64]
     card = (trained / "README.md").read_text()
@@ -211,11 +212,30 @@ def test_a_stopped_training_goes_on_and_its_folder_is_a_checkpoint(
 
 def test_the_classes_of_a_folder_are_those_of_its_rows(base: Path, tmp_path: Path) -> None:
     network = open_network(str(base))
-    save_network(tmp_path, network_for(network.model, network.categories, OWN), network, OWN)
-    own = checkpoint_categories("transformers", str(tmp_path))
-    assert own is COCO_PANOPTIC  # which has all three, by their names
-    segmenter = load_segmenter("transformers", checkpoint=str(tmp_path), device="cpu", categories=OWN)
+    trained = tmp_path / "trained"
+    save_network(trained, network_for(network.model, network.categories, OWN), network, OWN)
+    assert [c.name for c in checkpoint_categories("transformers", str(trained))] == [c.name for c in OWN]
+    segmenter = load_segmenter("transformers", checkpoint=str(trained), device="cpu", categories=OWN)
     assert segmenter.categories is OWN
+
+    (tmp_path / "own.json").write_text(json.dumps(OWN.as_records()))
+    for number in range(2):
+        Image.new("RGB", (64, 64), (90 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    words = ["--segmenter", "transformers", "--segmenter_checkpoint", trained]
+    built = build(tmp_path / "out", "--images", tmp_path / "0.png", "--categories", tmp_path / "own.json", *words)
+    assert category_set(built.files) == CategorySet(category_set(built.files).name, OWN.categories)
+    extended = build(tmp_path / "out", "--images", tmp_path / "1.png", *words, "--extend")
+    assert len(extended.rows) == 2 and category_set(extended.files) == category_set(built.files)
+
+
+@needs_scenes_model
+def test_a_set_whose_names_are_all_cocos_is_judged_as_it_is_numbered(tmp_path: Path) -> None:
+    (tmp_path / "reversed.json").write_text(json.dumps(COCO_PANOPTIC.as_records()[::-1]))
+    rows = build(tmp_path / "rows", "--scenes", 8, "--segmenter", "annotations", "--validation_ratio", 0.25,
+                 "--categories", tmp_path / "reversed.json").folder  # fmt: skip
+    words = ["--data", rows, "--output_dir", tmp_path / "trained", "--steps", 1, "--batch_size", 1, "--device", "cpu"]
+    assert command(*words, "--learning_rate", 1e-7) == 0  # so that it stays as good as it is
+    assert json.loads((tmp_path / "trained" / "figures.json").read_text())["panoptic_quality"] > 0.3
 
 
 @pytest.mark.parametrize(

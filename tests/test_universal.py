@@ -20,6 +20,7 @@ from transformers.models.maskformer.image_processing_pil_maskformer import MaskF
 from transformers.models.oneformer.image_processing_pil_oneformer import OneFormerImageProcessorPil
 from universal import FAMILIES, save_checkpoint
 
+from collavo.categories import joined
 from collavo.errors import UserError
 from collavo.images import decode_rgb
 from collavo.panoptic.maps import PanopticMap
@@ -200,7 +201,7 @@ def test_a_network_of_fixed_positions_refuses_other_sizes(checkpoints):
 
 
 def test_a_network_whose_numbers_have_gaps_has_the_classes_that_it_names(checkpoints, tmp_path):
-    assert checkpoint_categories("transformers", str(checkpoints["detr"])) is COCO_PANOPTIC
+    assert joined(checkpoint_categories("transformers", str(checkpoints["detr"]))) is COCO_PANOPTIC
     save_checkpoint("detr", tmp_path, {0: "N/A", 1: "car", 2: "LABEL_2", 3: "sky-other-merged", 4: "unicorn"})
     with pytest.raises(UserError, match="names 3 classes"):
         checkpoint_categories("transformers", str(tmp_path))

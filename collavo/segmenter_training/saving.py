@@ -59,7 +59,7 @@ def save_network(folder: Path, model: Any, base: Network, categories: CategorySe
 
 def choose_preset(folder: Path, rows: SegmentedRows, device: str) -> str:
     """Choose the thresholds with which a saved network does best on some rows, and note them in its configuration."""
-    segmenter = UniversalSegmenter(str(folder), device=device, batch_size=1)
+    segmenter = UniversalSegmenter(str(folder), device=device, batch_size=1, categories=rows.categories)
     step = max(len(rows.places) // _CHOSEN_ON, 1)
     some = SegmentedRows(rows.places[::step][:_CHOSEN_ON], rows.categories, rows.image_root, rows.left_out)
     qualities = {}

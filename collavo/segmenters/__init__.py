@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from collavo.categories import categories_of_checkpoint, joined
+from collavo.categories import categories_of_checkpoint
 from collavo.embedded import SCENES, TINY
 from collavo.errors import UserError, first_line
 from collavo.panoptic.maps import PanopticMap, build_panoptic_map
@@ -82,7 +82,7 @@ def load_segmenter(name: str, **options: Any) -> Segmenter:
 
 
 def checkpoint_categories(name: str, checkpoint: str | None, known_set: CategorySet | None = None) -> CategorySet:
-    """Return the set of classes that a segmenter's checkpoint has, read from its configuration without loading it.
+    """Return the set of classes that a segmenter's checkpoint names, read from its configuration without loading it.
 
     Args:
         name: one of `SEGMENTERS`.
@@ -100,7 +100,7 @@ def checkpoint_categories(name: str, checkpoint: str | None, known_set: Category
         folder = find_checkpoint(checkpoint, weights=())
     except OSError:
         return COCO_PANOPTIC  # loading it says what is wrong
-    return joined(categories_of_checkpoint(folder, checkpoint, known_set))
+    return categories_of_checkpoint(folder, checkpoint, known_set)
 
 
 def check_checkpoint(name: str, checkpoint: str | None) -> None:
