@@ -5,6 +5,8 @@ from pathlib import Path
 
 import hotcoco.panoptic
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from builds import build, tiny_mask2former
@@ -16,10 +18,11 @@ from universal import FAMILIES, save_checkpoint
 import collavo.train_segmenter
 from collavo.categories import joined
 from collavo.dataset import category_set, find_files, read_rows
+from collavo.errors import UserError
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
 from collavo.panoptic.quality import PanopticQuality
 from collavo.segmenter_training import finetuning
-from collavo.segmenter_training.finetuning import Learner, example_of, framing_at, network_for
+from collavo.segmenter_training.finetuning import Learner, SegmentedRows, example_of, framing_at, network_for
 from collavo.segmenter_training.saving import save_network
 from collavo.segmenters import checkpoint_categories, load_segmenter
 from collavo.segmenters.framing import Framing
@@ -159,6 +162,24 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     splits = [row.split for row in read_rows(data.files)]
     assert 0 < splits.count("validation") < 8
     return data.folder
+
+
+def test_a_damaged_row_is_counted_once_and_does_not_end_a_training(rows: Path, tmp_path: Path) -> None:
+    table = pq.read_table(find_files([str(rows)])[0])
+    damaged = [{**image, "bytes": image["bytes"][:40]} for image in table["image"].to_pylist()]
+    few = table.slice(0, 3)
+    for number, bad in enumerate((1, 3)):
+        column = pa.array([*damaged[:bad], *few["image"].to_pylist()[bad:]], table.schema.field("image").type)
+        place = table.schema.get_field_index("image")
+        pq.write_table(few.set_column(place, "image", column), tmp_path / f"{number}.parquet")
+    one_bad, all_bad = (
+        SegmentedRows.of_split([str(tmp_path / f"{number}.parquet")], "train", COCO_PANOPTIC, None) for number in (0, 1)
+    )
+    batches = one_bad.batches(1, 0, lambda step: Framing((64, 64), None), 0)
+    assert len([next(batches) for _ in range(20)]) == 20  # ten epochs
+    assert one_bad.left_out.counts.total() == 1 and len(one_bad.left_out.lines()) == 1
+    with pytest.raises(UserError, match=r"^no row can be used: 3 "):
+        next(all_bad.batches(1, 0, lambda step: Framing((64, 64), None), 0))
 
 
 @pytest.fixture(scope="module")

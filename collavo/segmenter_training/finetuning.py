@@ -79,13 +79,21 @@ class SegmentedRows:
 
     Args:
         places: of the rows, in the order of the files.
-        left_out: where rows are counted that turn out to be damaged.
+        damaged: rows that turn out to be of no use, and why; each once, however often it is read.
     """
 
     places: Sequence[Place]
     categories: CategorySet
     image_root: Path | None
-    left_out: LeftOut = field(default_factory=LeftOut)
+    damaged: dict[Place, Rejected] = field(default_factory=dict)
+
+    @property
+    def left_out(self) -> LeftOut:
+        """Count the damaged rows by reason."""
+        left_out = LeftOut()
+        for place, error in self.damaged.items():
+            left_out.add(error.reason, f"row {place.row} of {place.file}", str(error))
+        return left_out
 
     @classmethod
     def of_split(
@@ -119,7 +127,7 @@ class SegmentedRows:
                 row = checked_row(at_hand[group][place.row], self.categories, with_instructions=False)
                 yield image_and_map(row, self.image_root, self.categories)
             except Rejected as error:
-                self.left_out.add(error.reason, f"row {place.row} of {place.file}", str(error))
+                self.damaged[place] = error
 
     def shuffled(self, seed: int, epoch: int) -> list[Place]:
         """Return the places of an epoch: row groups in random order, the rows of a few of them mixed."""
@@ -149,7 +157,7 @@ class SegmentedRows:
                 chosen = [pair for _, pair in zip(range(batch_size), rows, strict=False)]
                 if examples := [one for pair in chosen if (one := example_of(*pair, framing, rng)).labels.numel()]:
                     yield examples
-            if self.left_out.counts.total() >= len(self.places):
+            if len(self.damaged) == len(self.places):
                 raise UserError(f"no row can be used: {'; '.join(self.left_out.lines())}")
             epoch, skipped = epoch + 1, 0
 

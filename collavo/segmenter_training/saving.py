@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def choose_preset(folder: Path, rows: SegmentedRows, device: str) -> str:
     """Choose the thresholds with which a saved network does best on some rows, and note them in its configuration."""
     segmenter = UniversalSegmenter(str(folder), device=device, batch_size=1, categories=rows.categories)
     step = max(len(rows.places) // _CHOSEN_ON, 1)
-    some = SegmentedRows(rows.places[::step][:_CHOSEN_ON], rows.categories, rows.image_root, rows.left_out)
+    some = replace(rows, places=rows.places[::step][:_CHOSEN_ON])
     qualities = {}
     for name in ("default", "scenes"):
         segmenter.thresholds = THRESHOLD_PRESETS[name]
