@@ -69,6 +69,7 @@ def _command(flags: Flags) -> None:
     from rich.console import Console
 
     from collavo.dataset import category_set, check_repeats, find_files
+    from collavo.device import memory_named
     from collavo.segmenter_training.finetuning import SegmentedRows
     from collavo.segmenter_training.judging import judge, open_for, table
 
@@ -93,7 +94,7 @@ def _command(flags: Flags) -> None:
     if flags.evaluate_only:
         with naming("segmenter_checkpoint"):
             segmenter = open_for(flags.segmenter_checkpoint, categories, flags.device)
-        with naming("data"):
+        with memory_named("--device cpu", "judging"), naming("data"):
             judged = judge(segmenter, validation, flags.max_images, training if training.places else None)
         console.print("\n".join(table(judged)), soft_wrap=True)
     else:
@@ -153,7 +154,7 @@ def _train(
                 learned_from,
                 lambda step, loss: progress.update(bar, step, note=f"loss {loss:.2f}"),
             )
-        with writing(output):
+        with writing(output), memory_named("the same command with --device cpu, which judges only", "judging"):
             save_network(staging, model, base, training.categories)
             choose_preset(staging, training, flags.device)
             segmenter = open_for(str(staging), validation.categories, flags.device)

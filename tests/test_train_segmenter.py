@@ -1,6 +1,7 @@
 """A segmenter for one's own classes: what it learns from, that it goes on after a stop, how it is judged and used."""
 
 import json
+import shutil
 from pathlib import Path
 
 import hotcoco.panoptic
@@ -12,7 +13,7 @@ import torch
 from builds import build, tiny_mask2former
 from conftest import CAR, GRASS, PERSON, SKY, needs_scenes_model
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from universal import FAMILIES, save_checkpoint
 
 import collavo.train_segmenter
@@ -26,7 +27,7 @@ from collavo.segmenter_training.finetuning import Learner, SegmentedRows, exampl
 from collavo.segmenter_training.saving import save_network
 from collavo.segmenters import checkpoint_categories, load_segmenter
 from collavo.segmenters.framing import Framing
-from collavo.segmenters.universal import open_network
+from collavo.segmenters.universal import UniversalSegmenter, open_network
 from schemas.categories import COCO_PANOPTIC, CategorySet
 
 OWN = CategorySet.from_records(
@@ -229,6 +230,26 @@ def test_a_stopped_training_goes_on_and_its_folder_is_a_checkpoint(
     assert json.loads((trained / "figures.json").read_text())["training"]["steps"] == 2
     assert command("--data", rows, "--segmenter_checkpoint", trained, "--evaluate_only", "--max_images", 1) == 0
     assert "mean of 1 pictures" in capsys.readouterr().out
+
+
+def test_a_picture_that_cannot_be_segmented_costs_its_own_quality_only(
+    rows: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = shutil.copytree(base, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    weights["class_predictor.bias"].fill_(float("inf"))
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    words = ["--data", rows, "--segmenter_checkpoint", broken, "--evaluate_only", "--device", "cpu"]
+    assert command(*words, "--max_images", 1) == 0
+    out = capsys.readouterr().out
+    assert "| mean of 1 pictures | 0.0 |" in out and "left out: 1 non_finite_logits (row " in out
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(UniversalSegmenter, "segment", full)
+    assert command(*words) == 1
+    assert "--data" not in (err := capsys.readouterr().err) and "judging: the GPU has no memory left" in err
 
 
 def test_the_classes_of_a_folder_are_those_of_its_rows(base: Path, tmp_path: Path) -> None:

@@ -113,8 +113,8 @@ class SegmentedRows:
                             places.append(Place(file, group, number))
         return cls(places, categories, image_root)
 
-    def read(self, places: Sequence[Place]) -> Iterator[tuple[np.ndarray, PanopticMap]]:
-        """Yield picture and map of some rows, those of a row group one after another; damaged ones are left out."""
+    def read(self, places: Sequence[Place]) -> Iterator[tuple[Place, np.ndarray, PanopticMap]]:
+        """Yield place, picture and map of some rows, those of a row group one after another, but no damaged ones."""
         at_hand: dict[tuple[str, int], list[dict[str, Any] | Rejected]] = {}
         for place in places:
             group = place.file, place.group
@@ -125,7 +125,7 @@ class SegmentedRows:
                     at_hand[group] = list(read_records(parquet, group=place.group))
             try:
                 row = checked_row(at_hand[group][place.row], self.categories, with_instructions=False)
-                yield image_and_map(row, self.image_root, self.categories)
+                yield place, *image_and_map(row, self.image_root, self.categories)
             except Rejected as error:
                 self.damaged[place] = error
 
@@ -154,8 +154,9 @@ class SegmentedRows:
             for step in range(skipped, per_epoch):
                 rng = np.random.default_rng((seed, epoch, step))
                 framing = framing_at(epoch * per_epoch + step)
-                chosen = [pair for _, pair in zip(range(batch_size), rows, strict=False)]
-                if examples := [one for pair in chosen if (one := example_of(*pair, framing, rng)).labels.numel()]:
+                chosen = [row for _, row in zip(range(batch_size), rows, strict=False)]
+                examples = [example_of(image, panoptic, framing, rng) for _, image, panoptic in chosen]
+                if examples := [example for example in examples if example.labels.numel()]:
                     yield examples
             if len(self.damaged) == len(self.places):
                 raise UserError(f"no row can be used: {'; '.join(self.left_out.lines())}")

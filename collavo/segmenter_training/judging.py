@@ -9,11 +9,11 @@ from PIL import Image
 
 from collavo.categories import categories_of_checkpoint
 from collavo.embedded import find_embedded
-from collavo.errors import UserError
+from collavo.errors import Rejected, UserError
 from collavo.hub import find_checkpoint
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
 from collavo.panoptic.quality import ClassQuality, PanopticQuality
-from collavo.segmenter_training.finetuning import SegmentedRows
+from collavo.segmenter_training.finetuning import Place, SegmentedRows
 from collavo.segmenters import Segmenter, load_segmenter
 from schemas.categories import CategorySet
 
@@ -39,7 +39,7 @@ class Judged(NamedTuple):
 def judge(
     segmenter: Segmenter, rows: SegmentedRows, most: int | None = None, guessing: SegmentedRows | None = None
 ) -> Judged:
-    """Segment rows one by one and compare.
+    """Segment rows one by one and compare; where a picture cannot be segmented, nothing is found in it.
 
     Args:
         segmenter: of the rows' own set.
@@ -49,8 +49,12 @@ def judge(
     quality, blind = PanopticQuality(rows.categories), PanopticQuality(rows.categories)
     guess = _most_frequent(islice(guessing.read(guessing.places), _GUESSED_FROM), rows.categories) if guessing else None
     images = 0
-    for image, truth in rows.read(rows.places[:most]):
-        (found,) = segmenter.segment([image])
+    for place, image, truth in rows.read(rows.places[:most]):
+        try:
+            (found,) = segmenter.segment([image])
+        except Rejected as error:
+            rows.damaged[place] = error
+            found = build_panoptic_map(np.zeros(image.shape[:2], np.int32), (), rows.categories)
         quality.add(truth, found)
         images += 1
         if guess is not None:
@@ -98,11 +102,11 @@ def table(judged: Judged) -> list[str]:
     return lines
 
 
-def _most_frequent(rows: Iterable[tuple[np.ndarray, PanopticMap]], categories: CategorySet) -> np.ndarray:
+def _most_frequent(rows: Iterable[tuple[Place, np.ndarray, PanopticMap]], categories: CategorySet) -> np.ndarray:
     """Return the semantic index that most maps have at each place, int [height, width]."""
     counts = np.zeros((categories.semantic_indices, *_GRID_HW), np.int64)
     places = np.indices(_GRID_HW)
-    for _, panoptic in rows:
+    for *_, panoptic in rows:
         indices = np.array([0, *(segment.label + 1 for segment in panoptic.segments)])
         counts[indices[_resized(panoptic.index_map, _GRID_HW)], places[0], places[1]] += 1
     return counts[1:].argmax(0) + 1
