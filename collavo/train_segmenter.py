@@ -7,6 +7,7 @@ Not here: examples, losses and steps, in collavo/segmenter_training; how maps co
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,8 @@ The folder that it writes is a checkpoint like others: --segmenter_checkpoint
 of the build and of chat takes it."""
 
 _EPILOG = """\
-A stopped training goes on where it was if the same command is repeated.
+A stopped training goes on where it was if the same command is repeated,
+without --overwrite.
 
 examples:
   collavo train-segmenter --data road/data/*.parquet --output_dir road/segmenter
@@ -112,18 +114,20 @@ def _train(
     import torch
 
     from collavo.device import memory_named, move_to_device, resolve_device
-    from collavo.folders import writing
+    from collavo.folders import staging_of, writing
     from collavo.progress import Progress
     from collavo.segmenter_training.finetuning import Learner, Steps, network_for, take_steps
     from collavo.segmenter_training.judging import judge, open_for, table
     from collavo.segmenter_training.saving import choose_preset, save_network, write_card
     from collavo.segmenters.universal import open_network
+    from collavo.training import checkpoint
     from collavo.training.record import footer_sha256
 
     with naming("device"):
         device = resolve_device(flags.device)
     output = Path(flags.output_dir)
-    if output.is_dir() and any(output.iterdir()) and not flags.overwrite:
+    begun = checkpoint.list_checkpoints(staging_of(output))  # to replace what is there, as was said then
+    if output.is_dir() and any(output.iterdir()) and not (flags.overwrite or begun):
         raise UserError(f"--output_dir {output} is there already; name another, or --overwrite it")
     with naming("segmenter_checkpoint"):
         base = open_network(flags.segmenter_checkpoint, known_set=training.categories)
@@ -143,9 +147,9 @@ def _train(
     with output_folder(output, "output_dir", kept="checkpoints") as staging:
         if flags.overwrite:
             shutil.rmtree(staging / "checkpoints", ignore_errors=True)
-        with Progress(console) as progress, naming("data"), memory_named("a smaller --batch_size"):
+        with Progress(console) as progress, memory_named("a smaller --batch_size"):
             bar = progress.add("Training", flags.steps)
-            take_steps(
+            done = take_steps(
                 learner,
                 training,
                 base.framing,
@@ -153,8 +157,12 @@ def _train(
                 staging,
                 learned_from,
                 lambda step, loss: progress.update(bar, step, note=f"loss {loss:.2f}"),
+                partial(naming, "data"),
             )
-        with writing(output), memory_named("the same command with --device cpu, which judges only", "judging"):
+        again = f"the same command{' without --overwrite' * flags.overwrite}"
+        if done < flags.steps:
+            raise UserError(f"stopped after {done} of {flags.steps} steps; {again} goes on from there", 130)
+        with writing(output), memory_named(f"{again}, on --device cpu, which judges only", "judging"):
             save_network(staging, model, base, training.categories)
             choose_preset(staging, training, flags.device)
             segmenter = open_for(str(staging), validation.categories, flags.device)

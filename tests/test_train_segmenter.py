@@ -1,8 +1,10 @@
 """A segmenter for one's own classes: what it learns from, that it goes on after a stop, how it is judged and used."""
 
 import json
-import shutil
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import hotcoco.panoptic
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from builds import build, tiny_mask2former
 from conftest import CAR, GRASS, PERSON, SKY, needs_scenes_model
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from universal import FAMILIES, save_checkpoint
 
 import collavo.train_segmenter
@@ -165,7 +167,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return data.folder
 
 
-def test_a_damaged_row_is_counted_once_and_does_not_end_a_training(rows: Path, tmp_path: Path) -> None:
+def test_a_damaged_row_is_counted_once_and_does_not_end_a_training(
+    rows: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     table = pq.read_table(find_files([str(rows)])[0])
     damaged = [{**image, "bytes": image["bytes"][:40]} for image in table["image"].to_pylist()]
     few = table.slice(0, 3)
@@ -181,6 +185,10 @@ def test_a_damaged_row_is_counted_once_and_does_not_end_a_training(rows: Path, t
     assert one_bad.left_out.counts.total() == 1 and len(one_bad.left_out.lines()) == 1
     with pytest.raises(UserError, match=r"^no row can be used: 3 "):
         next(all_bad.batches(1, 0, lambda step: Framing((64, 64), None), 0))
+
+    words = ["--data", tmp_path / "1.parquet", *rows.glob("validation-*"), "--segmenter_checkpoint", base]
+    assert command(*words, "--device", "cpu", "--output_dir", tmp_path / "trained") == 2
+    assert ": error: --data: no row can be used: 3 " in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -232,14 +240,35 @@ def test_a_stopped_training_goes_on_and_its_folder_is_a_checkpoint(
     assert "mean of 1 pictures" in capsys.readouterr().out
 
 
+def test_a_stopped_training_that_replaces_a_folder_goes_on(
+    rows: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", rows, "--segmenter_checkpoint", base, "--steps", 2, "--batch_size", 2, "--checkpoint_steps", 1]
+    words += ["--device", "cpu", "--output_dir", tmp_path / "out"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("of an earlier training")
+    plain, taken = finetuning._gradients, []
+
+    def stopped(*arguments: Any) -> float:
+        os.kill(os.getpid(), signal.SIGTERM)
+        taken.append(1)
+        return plain(*arguments)
+
+    monkeypatch.setattr(finetuning, "_gradients", stopped)
+    assert command(*words, "--overwrite") == 130
+    said = "stopped after 1 of 2 steps; the same command without --overwrite goes on from there"
+    assert capsys.readouterr().err == f"collavo train-segmenter: error: {said}\n"
+    assert command(*words) == 0 and len(taken) == 2  # the signal of the last step comes too late to stop anything
+    assert (tmp_path / "out" / "model.safetensors").exists() and not (tmp_path / "out" / "old.txt").exists()
+
+
 def test_a_picture_that_cannot_be_segmented_costs_its_own_quality_only(
     rows: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    broken = shutil.copytree(base, tmp_path / "broken")
-    weights = load_file(broken / "model.safetensors")
-    weights["class_predictor.bias"].fill_(float("inf"))
-    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    words = ["--data", rows, "--segmenter_checkpoint", broken, "--evaluate_only", "--device", "cpu"]
+    model = open_network(str(base)).model
+    model.class_predictor.bias.data.fill_(float("inf"))
+    model.save_pretrained(tmp_path / "broken")
+    words = ["--data", rows, "--segmenter_checkpoint", tmp_path / "broken", "--evaluate_only", "--device", "cpu"]
     assert command(*words, "--max_images", 1) == 0
     out = capsys.readouterr().out
     assert "| mean of 1 pictures | 0.0 |" in out and "left out: 1 non_finite_logits (row " in out

@@ -12,6 +12,7 @@ whose mask lies mostly on unknown pixels does not learn that it is nothing, for 
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -327,16 +328,20 @@ def take_steps(
     run: Path,
     learned_from: Mapping[str, Any],
     report: Callable[[int, float], None],
-) -> None:
+    reading: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> int:
     """Train all weights, from the last checkpoint below `run` where it holds one.
 
     Args:
         learned_from: as of `collavo.training.checkpoint.save_checkpoint`.
         report: is told of each step and its loss.
+        reading: makes the context in which rows are read, for what an error there should say.
+
+    Returns:
+        how many steps are done: all of them, or fewer after a signal, when a checkpoint is written.
 
     Raises:
-        UserError: for a checkpoint of other data or arguments, for losses that are no numbers, and with exit status 130
-            after a signal, when a checkpoint is written.
+        UserError: for a checkpoint of other data or arguments, and for losses that are no numbers.
     """
     parameters = dict(learner.model.named_parameters())
     state = {**parameters, **dict(learner.model.named_buffers())}
@@ -363,7 +368,9 @@ def take_steps(
                 group["lr"] = rate
             # The same step draws the same points for its losses, whether or not the run was stopped before it.
             torch.manual_seed(options.seed * 1_000_003 + done)
-            loss = _gradients(learner, next(batches), framing)
+            with reading():
+                examples = next(batches)
+            loss = _gradients(learner, examples, framing)
             norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             if not torch.isfinite(norm):
                 raise UserError(f"step {done}: the loss is {loss:g}; a lower learning rate may help", 1)
@@ -374,8 +381,7 @@ def take_steps(
             if done % options.checkpoint_steps == 0 or done == options.steps or signals:
                 position = checkpoint.Position("segmenter", done, done, rows.left_out)
                 checkpoint.save_checkpoint(run, position, state, optimizer, learned_from, keep=1)
-    if done < options.steps:
-        raise UserError(f"stopped after {done} of {options.steps} steps; the same command goes on from there", 130)
+    return done
 
 
 def _gradients(learner: Learner, examples: Sequence[Example], framing: Framing) -> float:
