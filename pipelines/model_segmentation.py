@@ -1,8 +1,8 @@
 """Panoptic models under Beam's RunInference.
 
 The handler loads one segmenter per worker process (or `model_copies` per machine, shared) when the first image needs
-it, and batches by count and by pixels at once. A batch that does not fit the GPU's memory is halved and tried again;
-one that fails otherwise is taken apart, so that a bad image is rejected alone.
+it, and batches by count and by pixels at once. A batch that fails is taken apart, so that a bad image is rejected
+alone. Where the GPU has no memory for any image, none is at fault, and the job stops.
 """
 
 import json
@@ -49,20 +49,34 @@ class BatchSegmenter:
         try:
             return list(segmenter.segment(images))
         except Exception as error:
-            if type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error):
+            if _kind(error) == "AcceleratorError" or "CUDA error" in str(error):
                 # From then on, CUDA refuses this process everything. No picture is at fault, so none is left out.
                 line = f"{first_line(error)}: the GPU can no longer be used; --resume goes on with what was segmented"
                 raise UserError(line, exit_status=1) from error
-            if len(images) == 1:
-                if isinstance(error, Rejected):
-                    return [error]
-                return [Rejected("segmenter_failed", f"{type(error).__name__}: {error}")]
-            # By name, for this module loads no torch.
-            out_of_memory = type(error).__name__ == "OutOfMemoryError"
+            kind, said = _kind(error), str(error)
+            failure = error.with_traceback(None) if isinstance(error, Rejected) else None
         # Outside the handler, whose traceback keeps the failed attempt's tensors alive.
-        size = -(-len(images) // 2) if out_of_memory else 1
-        parts = (images[i : i + size] for i in range(0, len(images), size))
-        return [outcome for part in parts for outcome in self._outcomes(segmenter, part)]
+        if len(images) > 1:
+            return [outcome for image in images for outcome in self._outcomes(segmenter, [image])]
+        if kind == "OutOfMemoryError":  # by name, for this module loads no torch
+            self._check_memory(segmenter)
+        return [failure or Rejected("segmenter_failed", f"{kind}: {said}")]
+
+    def _check_memory(self, segmenter: Segmenter) -> None:
+        """Make sure that a tiny image fits where another one did not.
+
+        Raises:
+            UserError: with exit status 1, if it does not: a network's input has one size, whatever the image's.
+        """
+        try:
+            segmenter.segment([np.zeros((8, 8, 3), dtype=np.uint8)])
+        except Exception as error:
+            if _kind(error) == "OutOfMemoryError":
+                line = (
+                    f"the GPU has no memory left ({first_line(error)}); --resume with a smaller --batch_size, or once "
+                    "nothing else runs on it, goes on with what was segmented"
+                )
+                raise UserError(line, exit_status=1) from error
 
 
 class SegmenterHandler(ModelHandler[LoadedImage, Segmented, BatchSegmenter]):
@@ -112,6 +126,10 @@ class SegmenterHandler(ModelHandler[LoadedImage, Segmented, BatchSegmenter]):
     def get_metrics_namespace(self) -> str:
         """Name the metrics of this step."""
         return "crayon_segmentation"
+
+
+def _kind(error: BaseException) -> str:
+    return type(error).__name__
 
 
 def _batch_weight(batch_size: int, max_batch_pixels: int, image: LoadedImage) -> int:

@@ -69,10 +69,11 @@ def test_every_image_of_a_batch_gets_its_map_and_the_segmenters_facts():
     assert all(outcome.image.seconds["segment"] > 0 for outcome in outcomes)
 
 
-def test_a_batch_that_exhausts_the_memory_is_halved_until_it_fits():
-    outcomes = run(SegmenterHandler(partial(Painter, capacity=8 * 3), 8, 1 << 40), [loaded(str(i)) for i in range(8)])
-    assert all(isinstance(outcome, SegmentedImage) for outcome in outcomes)
-    assert [len(batch) for batch in Painter.batches] == [8, 4, 2, 2, 4, 2, 2]
+def test_a_gpu_without_memory_for_any_image_ends_the_job_and_costs_no_picture():
+    """As where each batch is filled up to one size, so that one image needs what eight do."""
+    with pytest.raises(UserError, match=r"^the GPU has no memory left \(CUDA out of memory\); --resume with a smaller"):
+        run(SegmenterHandler(partial(Painter, capacity=0), 8, 1 << 40), [loaded(str(i)) for i in range(8)])
+    assert [len(batch) for batch in Painter.batches] == [8, 1, 1]
 
 
 def test_an_image_too_large_by_itself_is_rejected_alone():
