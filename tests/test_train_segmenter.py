@@ -140,6 +140,18 @@ def test_every_family_learns_by_its_own_losses(family: str, tmp_path: Path) -> N
     )  # a OneFormer's text encoder rests
 
 
+@pytest.mark.parametrize("size", [{"height": 100, "width": 100}, {"shortest_edge": 60, "longest_edge": 100}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_trained_network_is_shown_pictures_as_in_its_training(
+    family: str, size: dict[str, int], tmp_path: Path
+) -> None:
+    folder = save_checkpoint(family, tmp_path / "base")
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": size, "image_mean": [0.5, 0.4, 0.3]}))
+    base = open_network(str(folder))
+    save_network(tmp_path / "trained", network_for(base.model, base.categories, OWN), base, OWN)
+    assert open_network(str(tmp_path / "trained")).framing == base.framing
+
+
 def test_a_class_that_both_know_keeps_what_the_base_knows_of_it(tmp_path: Path) -> None:
     base = open_network(str(save_checkpoint("mask2former", tmp_path)))
     state, known = network_for(base.model, base.categories, OWN).state_dict(), base.model.state_dict()

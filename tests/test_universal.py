@@ -178,6 +178,10 @@ def test_padding_is_no_part_of_a_map(checkpoints, images, monkeypatch):
         ({"model_type": "mask2former"}, {"size": {"height": 512, "width": 512}}, Framing((512, 512), None, 32)),
         ({"model_type": "mask2former"}, {"size": {"height": 500, "width": 500}}, Framing((512, 512), None, 32)),
         ({"model_type": "detr"}, {"size": {"height": 500, "width": 500}}, Framing((500, 500), None, 1)),
+        ({"model_type": "detr", "input_size_hw": [500, 500]}, None, Framing((500, 500), None, 1)),
+        ({"model_type": "detr"}, {"size": {"max_height": 480, "max_width": 480}}, Framing(None, (480, 480), 1)),
+        ({"model_type": "detr", "input_size_hw": [64, 96]}, {"do_resize": False}, Framing((64, 96), None, 1)),
+        ({"model_type": "maskformer"}, {"image_mean": [0.5] * 3}, Framing(None, (800, 1333), 32, (0.5,) * 3)),
         ({"model_type": "mask2former", "input_size_hw": [64, 96]}, None, Framing((64, 96), None, 32)),
         ({"model_type": "maskformer"}, {"size": 640, "max_size": 2560, "size_divisibility": 32},
             Framing(None, (640, 2560), 32)),
@@ -192,6 +196,22 @@ def test_the_way_of_a_checkpoint(model, processor, framing, tmp_path):
     if processor:
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     assert framing_of(SimpleNamespace(**model), tmp_path) == framing
+
+
+@pytest.mark.parametrize(
+    ("processor", "line"),
+    [
+        ({"size": {"longest_edge": 800}}, r"size is {'longest_edge': 800}, which says no shape; use height and width"),
+        ({"size": {"max_height": 480, "max_width": 640}}, r"which says no shape"),
+        ({"size": {"shortest_edge": 800}, "do_resize": False}, r"says do_resize false, so pictures were prepared"),
+        ({"do_resize": False, "do_rescale": False, "do_normalize": False}, r"; say how in preprocessor_config\.json"),
+        ({"size": {"height": 64, "width": 64}, "do_rescale": False}, r"says do_rescale false"),
+    ],
+)
+def test_a_processor_that_does_not_say_what_a_network_sees_is_refused(processor, line, tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    with pytest.raises(UserError, match=line):
+        framing_of(SimpleNamespace(model_type="detr"), tmp_path)
 
 
 def test_a_network_of_fixed_positions_refuses_other_sizes(checkpoints):

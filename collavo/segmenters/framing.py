@@ -102,9 +102,19 @@ def framing_of(config: Any, folder: Path, input_size: int | tuple[int, int] | No
         input_size: the user's: side of a square, or (height, width), to squeeze pictures into.
 
     Raises:
-        UserError: for an input size that the network cannot take.
+        UserError: for an input size that the network cannot take, and for a processor that does not say how pictures
+            are prepared.
     """
     processor = _processor_config(folder)
+    given = _pair(input_size)
+    size_hw = given or _pair(getattr(config, "input_size_hw", None))
+    no_size = size_hw is None and not config.model_type.startswith("eomt") and processor.get("do_resize") is False
+    if no_size or processor.get("do_rescale") is False:
+        raise UserError(
+            f"{folder}: the image processor says {'do_resize' if no_size else 'do_rescale'} false, so pictures were "
+            "prepared elsewhere in training; say how in preprocessor_config.json, with do_resize and size, do_rescale, "
+            "do_normalize, image_mean and image_std"
+        )
     mean, std = (
         tuple(float(value) for value in processor.get(key) or default) if processor.get("do_normalize", True) else plain
         for key, default, plain in (
@@ -112,24 +122,29 @@ def framing_of(config: Any, folder: Path, input_size: int | tuple[int, int] | No
             ("image_std", IMAGENET_STD, (1.0, 1.0, 1.0)),
         )
     )
-    size_hw = _pair(input_size)
     if config.model_type.startswith("eomt"):  # the number of its cells is fixed, and pictures are padded to fill it
         own = _pair(config.image_size)
         assert own is not None
-        if size_hw not in (None, own):
-            raise UserError(f"input size {_text(size_hw)}: this network sees {_text(own)} pixels and no other size")
+        if given not in (None, own):
+            raise UserError(f"input size {_text(given)}: this network sees {_text(own)} pixels and no other size")
         return Framing(own, (min(own), max(own)), mean=mean, std=std)
-    size_hw = size_hw or _pair(getattr(config, "input_size_hw", None))
     divisor = processor.get("size_divisor", processor.get("size_divisibility"))
     if divisor is None:
         divisor = SIZE_DIVISOR if config.model_type in ("mask2former", "maskformer") else 1
     divisor, edges = divisor or 1, None
+    unit = SIZE_DIVISOR if given else divisor  # a network takes the size that it was trained at
     if size_hw is None:
-        size_hw, edges = _sizes_of_processor(processor, config.model_type)
+        try:
+            size_hw, edges = _sizes_of_processor(processor, config.model_type)
+        except KeyError as error:
+            raise UserError(
+                f"{folder}: the image processor's size is {processor['size']}, which says no shape; use height and "
+                "width, or shortest_edge and longest_edge"
+            ) from error
         if size_hw is not None:  # as transformers' processor does
             size_hw = (-(-size_hw[0] // divisor) * divisor, -(-size_hw[1] // divisor) * divisor)
-    elif min(size_hw) < SIZE_DIVISOR or any(side % SIZE_DIVISOR for side in size_hw):
-        raise UserError(f"input size {_text(size_hw)}: both sides must be multiples of {SIZE_DIVISOR}, such as 768")
+    elif min(size_hw) < unit or any(side % unit for side in size_hw):
+        raise UserError(f"input size {_text(size_hw)}: both sides must be multiples of {unit}, such as 768")
     return Framing(size_hw, edges, divisor, mean, std)
 
 
@@ -144,6 +159,8 @@ def _sizes_of_processor(
         return None, _PUBLISHED_EDGES
     if "height" in size:
         return (size["height"], size["width"]), None
+    if "max_height" in size and size["max_height"] == size.get("max_width"):  # whatever the shortest side becomes
+        return None, (size["max_height"], size["max_height"])
     return None, (size["shortest_edge"], size.get("longest_edge"))
 
 
@@ -152,8 +169,7 @@ def _processor_config(folder: Path) -> dict[str, Any]:
     for name in ("preprocessor_config.json", "processor_config.json"):
         if (folder / name).is_file():
             content = json.loads((folder / name).read_text(encoding="utf-8"))
-            if found := content.get("image_processor", content if "size" in content else None):
-                return dict(found)
+            return dict(content.get("image_processor", content))
     return {}
 
 
