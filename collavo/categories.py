@@ -10,6 +10,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -23,7 +24,8 @@ from collavo.sources.image_paths import is_utf8
 from schemas.categories import COCO_PANOPTIC, LEFT_OUT, CategorySet, name_key, without_suffixes
 
 CATEGORIES_FILE = "categories.json"
-"""In a segmenter's folder: the set it was trained on, as COCO's `categories` with a name."""
+"""In a segmenter's folder: the set it was trained on, as a list like COCO's `categories`, or an object of it and a
+`name`."""
 
 _TAIL_BYTES = 4 << 20
 """Where the `categories` of COCO's files stand; reading 300 MB for them would take half a minute."""
@@ -138,18 +140,34 @@ def categories_of_checkpoint(folder: Path, name: str, known_set: CategorySet | N
 
     Args:
         folder: with `config.json`, and `categories.json` where the checkpoint says itself which classes are things.
-        known_set: where it has all of these classes, it says which of them are things.
+        known_set: as of `categories_of_labels`.
 
     Raises:
         UserError: for a set of which nobody here knows which classes are things.
     """
-    if (file := folder / CATEGORIES_FILE).is_file():
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return CategorySet.from_records(content["name"], content["categories"])
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if not (id2label := config.get("id2label")):
+    id2label = {int(label): each for label, each in (config.get("id2label") or {}).items()}
+    if (file := folder / CATEGORIES_FILE).is_file():
+        return _stated_categories(f"{name}/{CATEGORIES_FILE}", file.read_bytes(), id2label)
+    if not id2label:
         raise UserError(f"{name}: a {config.get('model_type')} model whose config.json names no classes ('id2label')")
-    return categories_of_labels({int(label): each for label, each in id2label.items()}, name, known_set)
+    return categories_of_labels(id2label, name, known_set)
+
+
+def _stated_categories(path: str, data: bytes, id2label: Mapping[int, str]) -> CategorySet:
+    """Read a checkpoint's own file; ids in it may be a data set's, so where all names are the network's, these count.
+
+    Raises:
+        UserError: where it is no set.
+    """
+    stated = categories_of_file(path, data)
+    number_of = {name_key(label): number for number, label in id2label.items()}
+    categories = stated.categories
+    if stated.by_key.keys() <= number_of.keys():
+        categories = tuple(replace(each, category_id=number_of[key]) for key, each in stated.by_key.items())
+    content = json.loads(data.decode("utf-8-sig"))
+    set_name = content.get("name") if isinstance(content, dict) else None
+    return CategorySet(set_name if isinstance(set_name, str) else stated.name, categories)
 
 
 def categories_of_labels(id2label: Mapping[int, str], name: str, known_set: CategorySet | None = None) -> CategorySet:
@@ -158,7 +176,8 @@ def categories_of_labels(id2label: Mapping[int, str], name: str, known_set: Cate
     DETR's 250 numbers are COCO's own, with gaps: what is called N/A, or by its number alone, is no class.
 
     Args:
-        known_set: where it has all of these classes, it says which of them are things.
+        known_set: the set that the network is used with. It says which of the classes are things where it has all of
+            them, or where no published set has; a class that it lacks then counts as one.
 
     Raises:
         UserError: for a set of which nobody here knows which classes are things.
@@ -173,10 +192,12 @@ def categories_of_labels(id2label: Mapping[int, str], name: str, known_set: Cate
         things = {key for key in keys if known[0].by_key[key].is_thing}
     elif len(stuff) == count_of_stuff:
         things = keys - stuff
+    elif known_set:
+        things = {key for key in keys if key not in known_set.by_key or known_set.by_key[key].is_thing}
     else:
         raise UserError(
             f"{name}: the checkpoint names {len(names)} classes ({', '.join(names[:3])}, ...) and does not say "
-            "which of them are things; --categories FILE says so"
+            f"which of them are things; --categories FILE of a build or {CATEGORIES_FILE} beside its weights says so"
         )
     records = [{"id": n, "name": id2label[n], "isthing": name_key(id2label[n]) in things} for n in numbers]
     return read_categories(records, name)

@@ -10,6 +10,7 @@ from layouts import ADE20K, ADE20K_LABELS, CITYSCAPES, CITYSCAPES_LABELS
 
 from collavo.categories import (
     categories_of_annotations,
+    categories_of_checkpoint,
     categories_of_file,
     categories_of_labels,
     common_set,
@@ -163,6 +164,30 @@ def test_a_checkpoint_of_unknown_kinds_is_refused() -> None:
     for labels in ({0: "cat", 1: "unicorn"}, {i: f"LABEL_{i}" for i in range(150)}):
         with pytest.raises(UserError, match="which of them are things; --categories"):
             categories_of_labels(labels, "some/checkpoint")
+
+
+def test_a_checkpoint_states_its_set_in_any_form_that_is_documented(tmp_path: Path) -> None:
+    labels = {0: "bus", 1: "Sky", 2: "pedestrian", 3: "traffic sign"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mask2former", "id2label": labels}))
+    for content, name in (
+        (ROAD, "here/categories.json"),
+        ({"categories": ROAD}, "here/categories.json"),
+        ({"categories": ROAD, "name": "road"}, "road"),
+    ):
+        (tmp_path / "categories.json").write_text(json.dumps(content))
+        found = categories_of_checkpoint(tmp_path, "is/here")
+        assert found.name == name and [c.is_thing for c in found] == [False, True, True, True]
+        assert {labels[c.category_id].lower() == c.name for c in found} == {True}  # the network's numbers, not ROAD's
+    for broken in ("[", '{"classes": []}', '[{"name": "sky"}]'):
+        (tmp_path / "categories.json").write_text(broken)
+        with pytest.raises(UserError, match=r"^is/here/categories\.json: [^\n]+$"):
+            categories_of_checkpoint(tmp_path, "is/here")
+
+
+def test_a_set_says_the_kinds_of_a_checkpoint_that_is_used_with_it() -> None:
+    labels = {0: "pedestrian", 1: "sky", 2: "unicorn"}
+    found = categories_of_labels(labels, "some/checkpoint", read_categories(ROAD, "road"))
+    assert [c.is_thing for c in found] == [True, False, True]
 
 
 def test_sources_share_a_set_or_are_refused() -> None:

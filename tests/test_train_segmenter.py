@@ -26,11 +26,12 @@ from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
 from collavo.panoptic.quality import PanopticQuality
 from collavo.segmenter_training import finetuning
 from collavo.segmenter_training.finetuning import Learner, SegmentedRows, example_of, framing_at, network_for
+from collavo.segmenter_training.judging import open_for
 from collavo.segmenter_training.saving import save_network
 from collavo.segmenters import checkpoint_categories, load_segmenter
 from collavo.segmenters.framing import Framing
 from collavo.segmenters.universal import UniversalSegmenter, open_network
-from schemas.categories import COCO_PANOPTIC, CategorySet
+from schemas.categories import COCO_PANOPTIC, LEFT_OUT, CategorySet
 
 OWN = CategorySet.from_records(
     "own",
@@ -309,6 +310,24 @@ def test_the_classes_of_a_folder_are_those_of_its_rows(base: Path, tmp_path: Pat
     assert category_set(built.files) == CategorySet(category_set(built.files).name, OWN.categories)
     extended = build(tmp_path / "out", "--images", tmp_path / "1.png", *words, "--extend")
     assert len(extended.rows) == 2 and category_set(extended.files) == category_set(built.files)
+
+
+def test_any_network_can_be_judged_and_trained_whatever_its_kinds(
+    rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = "person|rider|car|truck|bus|train|motorcycle|bicycle"  # Cityscapes' for instances, of no known set
+    network = tiny_mask2former(tmp_path / "network", dict(enumerate(names.split("|"))))
+    config = json.loads((network / "config.json").read_text())
+    (network / "config.json").write_text(json.dumps({**config, "input_size_hw": [64, 64], "train_num_points": 64}))
+    words = ["--data", rows, "--segmenter_checkpoint", network, "--device", "cpu", "--max_images", 1]
+    assert command(*words, "--evaluate_only") == 0
+    words += ["--steps", 1, "--batch_size", 2, "--output_dir", tmp_path / "trained"]
+    assert command(*words) == 0
+    assert open_for(str(network), COCO_PANOPTIC, "cpu")._labels[[0, 2]].tolist() == [PERSON, CAR]
+    kinds = [{"id": 10 * n, "name": name, "isthing": int(name != "car")} for n, name in enumerate(names.split("|"))]
+    (network / "categories.json").write_text(json.dumps(kinds))
+    labels = open_for(str(network), COCO_PANOPTIC, "cpu")._labels
+    assert labels[[0, 1, 2]].tolist() == [PERSON, LEFT_OUT, LEFT_OUT]  # its car is stuff, so all cars would be one
 
 
 @needs_scenes_model

@@ -64,10 +64,11 @@ def judge(
 
 
 def open_for(checkpoint: str, categories: CategorySet, device: str) -> Segmenter:
-    """Load a network to judge on rows of a set; what it calls by a name that the set lacks is unknown.
+    """Load a network to judge on rows of a set; unknown is what it calls by a name that the set lacks, and what is
+    stuff to it and a thing in the set, for all of it in a picture would count as one.
 
     Raises:
-        UserError: as `load_segmenter`, and where no name is in both.
+        UserError: as `load_segmenter`, and where nothing is left.
     """
     embedded = find_embedded(checkpoint)
     try:
@@ -75,10 +76,15 @@ def open_for(checkpoint: str, categories: CategorySet, device: str) -> Segmenter
         own = categories_of_checkpoint(folder, checkpoint, categories)
     except OSError:
         own = categories  # loading it says what is wrong
-    foreign = {category.name: "" for key, category in own.by_key.items() if key not in categories.by_key}
+    foreign = {
+        category.name: ""
+        for key, category in own.by_key.items()
+        if key not in categories.by_key or (categories.by_key[key].is_thing and not category.is_thing)
+    }
     if len(foreign) == len(own):
+        named = ", ".join(list(foreign)[:3])
         raise UserError(
-            f"{checkpoint}: none of its {len(own)} classes ({', '.join(list(foreign)[:3])}, ...) is one of the rows'"
+            f"{checkpoint}: none of its {len(own)} classes ({named}, ...) is one of the rows' and of its kind"
         )
     return load_segmenter(
         "transformers", checkpoint=checkpoint, device=device, categories=categories, category_map=foreign, batch_size=1

@@ -87,7 +87,7 @@ def checkpoint_categories(name: str, checkpoint: str | None, known_set: Category
     Args:
         name: one of `SEGMENTERS`.
         checkpoint: None for the segmenter's default.
-        known_set: where it has all classes of the checkpoint, it says which of them are things.
+        known_set: as of `collavo.categories.categories_of_labels`.
 
     Raises:
         UserError: if nobody here knows which of its classes are things.
