@@ -141,12 +141,19 @@ def test_every_family_learns_by_its_own_losses(family: str, tmp_path: Path) -> N
     )  # a OneFormer's text encoder rests
 
 
-@pytest.mark.parametrize("size", [{"height": 100, "width": 100}, {"shortest_edge": 60, "longest_edge": 100}])
+@pytest.mark.parametrize(
+    "size",
+    [{"height": 100, "width": 100}, {"height": 384, "width": 384}, {"shortest_edge": 60, "longest_edge": 100}],
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_trained_network_is_shown_pictures_as_in_its_training(
     family: str, size: dict[str, int], tmp_path: Path
 ) -> None:
-    folder = save_checkpoint(family, tmp_path / "base")
+    ade = {label: f"class {label}" for label in range(150)}  # a Mask2Former of so many is shown larger pictures
+    folder = save_checkpoint(family, tmp_path / "base", ade)
+    (folder / "categories.json").write_text(
+        json.dumps([{"id": label, "name": name, "isthing": 1} for label, name in ade.items()])
+    )
     (folder / "preprocessor_config.json").write_text(json.dumps({"size": size, "image_mean": [0.5, 0.4, 0.3]}))
     base = open_network(str(folder))
     save_network(tmp_path / "trained", network_for(base.model, base.categories, OWN), base, OWN)

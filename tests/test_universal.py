@@ -175,6 +175,13 @@ def test_padding_is_no_part_of_a_map(checkpoints, images, monkeypatch):
     [
         ({"model_type": "mask2former"}, None, Framing(None, (800, 1333), 32)),
         ({"model_type": "mask2former"}, {"size": {"height": 384, "width": 384}}, Framing(None, (800, 1333), 32)),
+        ({"model_type": "mask2former", "num_labels": 150}, {"size": {"height": 384, "width": 384}},
+            Framing(None, (640, 2560), 32)),
+        ({"model_type": "mask2former", "num_labels": 19}, None, Framing(None, (1024, 2048), 32)),
+        ({"model_type": "mask2former", "num_labels": 65}, {"size": {"height": 384, "width": 384}},
+            Framing(None, (2048, 2048), 32)),
+        ({"model_type": "mask2former", "num_labels": 19}, {"size": {"height": 512, "width": 512}},
+            Framing((512, 512), None, 32)),
         ({"model_type": "mask2former"}, {"size": {"height": 512, "width": 512}}, Framing((512, 512), None, 32)),
         ({"model_type": "mask2former"}, {"size": {"height": 500, "width": 500}}, Framing((512, 512), None, 32)),
         ({"model_type": "detr"}, {"size": {"height": 500, "width": 500}}, Framing((500, 500), None, 1)),

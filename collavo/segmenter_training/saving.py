@@ -37,6 +37,8 @@ def save_network(folder: Path, model: Any, base: Network, categories: CategorySe
     """
     if base.framing.edges is None and base.framing.size_hw:
         model.config.input_size_hw = list(base.framing.size_hw)
+    elif base.framing.edges and base.framing.size_hw is None:  # which may have followed from the base's classes
+        model.config.input_edges = list(base.framing.edges)
     with without_loading_report():
         model.save_pretrained(folder)
     for pattern in _TOLD:

@@ -29,6 +29,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _PUBLISHED_EDGES = (800, 1333)
 """Shortest side and bound of the longest at which all families but EoMT were measured on COCO."""
 
+_MASK2FORMERS_EDGES = {150: (640, 2560), 19: (1024, 2048), 65: (2048, 2048)}
+"""The same of the published Mask2Formers of ADE20K, Cityscapes and Mapillary Vistas, by the number of their classes, as
+their authors' configurations for panoptic segmentation have it."""
+
 _PLACEHOLDER = {"height": 384, "width": 384}
 """The size in the processors of the published Mask2Formers. They were neither trained nor measured at it."""
 
@@ -133,9 +137,11 @@ def framing_of(config: Any, folder: Path, input_size: int | tuple[int, int] | No
         divisor = SIZE_DIVISOR if config.model_type in ("mask2former", "maskformer") else 1
     divisor, edges = divisor or 1, None
     unit = SIZE_DIVISOR if given else divisor  # a network takes the size that it was trained at
-    if size_hw is None:
+    if size_hw is None and (trained_at := getattr(config, "input_edges", None)):
+        edges = (trained_at[0], trained_at[1])
+    elif size_hw is None:
         try:
-            size_hw, edges = _sizes_of_processor(processor, config.model_type)
+            size_hw, edges = _sizes_of_processor(processor, config)
         except KeyError as error:
             raise UserError(
                 f"{folder}: the image processor's size is {processor['size']}, which says no shape; use height and "
@@ -149,13 +155,15 @@ def framing_of(config: Any, folder: Path, input_size: int | tuple[int, int] | No
 
 
 def _sizes_of_processor(
-    processor: dict[str, Any], model_type: str
+    processor: dict[str, Any], config: Any
 ) -> tuple[tuple[int, int] | None, tuple[int, int | None] | None]:
     """Return the `size_hw` and the `edges` of a framing, as the processor's `size` says them."""
     size = processor.get("size")
     if isinstance(size, int):  # as in files of transformers before 4.27
         return None, (size, processor.get("max_size", _PUBLISHED_EDGES[1]))
-    if not size or (size == _PLACEHOLDER and model_type == "mask2former"):
+    if config.model_type == "mask2former" and (not size or size == _PLACEHOLDER):
+        return None, _MASK2FORMERS_EDGES.get(getattr(config, "num_labels", 0), _PUBLISHED_EDGES)
+    if not size:
         return None, _PUBLISHED_EDGES
     if "height" in size:
         return (size["height"], size["width"]), None
