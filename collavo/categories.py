@@ -151,7 +151,11 @@ def categories_of_checkpoint(folder: Path, name: str, known_set: CategorySet | N
         return _stated_categories(f"{name}/{CATEGORIES_FILE}", file.read_bytes(), id2label)
     if not id2label:
         raise UserError(f"{name}: a {config.get('model_type')} model whose config.json names no classes ('id2label')")
-    return categories_of_labels(id2label, name, known_set)
+    # The published MaskFormers of these two data sets are semantic, and their names do not say it.
+    is_semantic = "semantic" in name.rstrip("/").rpartition("/")[2].lower() or (
+        config.get("model_type") == "maskformer" and len(id2label) in (19, 150)
+    )
+    return categories_of_labels(id2label, name, known_set, is_semantic)
 
 
 def _stated_categories(path: str, data: bytes, id2label: Mapping[int, str]) -> CategorySet:
@@ -170,7 +174,9 @@ def _stated_categories(path: str, data: bytes, id2label: Mapping[int, str]) -> C
     return CategorySet(set_name if isinstance(set_name, str) else stated.name, categories)
 
 
-def categories_of_labels(id2label: Mapping[int, str], name: str, known_set: CategorySet | None = None) -> CategorySet:
+def categories_of_labels(
+    id2label: Mapping[int, str], name: str, known_set: CategorySet | None = None, is_semantic: bool = False
+) -> CategorySet:
     """Make the set that a checkpoint names in its `id2label`, in the checkpoint's order.
 
     DETR's 250 numbers are COCO's own, with gaps: what is called N/A, or by its number alone, is no class.
@@ -178,6 +184,7 @@ def categories_of_labels(id2label: Mapping[int, str], name: str, known_set: Cate
     Args:
         known_set: the set that the network is used with. It says which of the classes are things where it has all of
             them, or where no published set has; a class that it lacks then counts as one.
+        is_semantic: whether the network gives one mask a class, so that none of them is a thing that can be counted.
 
     Raises:
         UserError: for a set of which nobody here knows which classes are things.
@@ -188,7 +195,9 @@ def categories_of_labels(id2label: Mapping[int, str], name: str, known_set: Cate
     known = [categories for categories in (known_set, COCO_PANOPTIC) if categories and keys <= categories.by_key.keys()]
     listed, count_of_stuff = _STUFF.get(len(names), ("", -1))
     stuff = keys & set(listed.split("|"))
-    if known:
+    if is_semantic:
+        things = set()
+    elif known:
         things = {key for key in keys if known[0].by_key[key].is_thing}
     elif len(stuff) == count_of_stuff:
         things = keys - stuff

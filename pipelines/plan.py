@@ -595,6 +595,11 @@ def _model(flags: SegmentationFlags, sources: Sources, sets: _Sets) -> ModelConf
             )
             return None
         sets.add(found)
+        if not found.things:
+            sets.notes.append(
+                f"{options.get('checkpoint')}: all of its {len(found)} classes are stuff, as of a network for semantic "
+                "segmentation, which gives one mask a class; nothing is counted"
+            )
     options |= {"categories": sets.target, "category_map": sets.renamed}
     return ModelConfig(
         load=partial(_load_segmenter, name, **options),

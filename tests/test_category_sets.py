@@ -190,6 +190,31 @@ def test_a_set_says_the_kinds_of_a_checkpoint_that_is_used_with_it() -> None:
     assert [c.is_thing for c in found] == [True, False, True]
 
 
+@pytest.mark.parametrize(
+    ("name", "family", "labels", "are_stuff"),
+    [
+        ("facebook/mask2former-swin-large-cityscapes-semantic", "mask2former", CITYSCAPES_LABELS, True),
+        ("facebook/mask2former-swin-large-cityscapes-panoptic", "mask2former", CITYSCAPES_LABELS, False),
+        ("tue-mps/ade20k_semantic_eomt_large_512", "eomt", ADE20K_LABELS, True),
+        ("semantic/ade20k_panoptic_eomt_large_640", "eomt", ADE20K_LABELS, False),
+        ("facebook/maskformer-swin-large-ade", "maskformer", ADE20K_LABELS, True),
+        ("facebook/maskformer-swin-large-coco", "maskformer", {c.label: c.name for c in COCO_PANOPTIC}, False),
+    ],
+)
+def test_a_semantic_network_has_nothing_to_count(
+    name: str, family: str, labels: dict[int, str], are_stuff: bool, tmp_path: Path
+) -> None:
+    """It gives one mask a class: every street would have one car."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "id2label": labels}))
+    found = categories_of_checkpoint(tmp_path, name)
+    assert bool(found.things) is not are_stuff and len(found) == len(labels)
+    counted = read_categories([{"id": 1, "name": "person", "isthing": 1}], "mine")
+    stated = categories_of_checkpoint(tmp_path, name, counted)
+    if are_stuff:
+        with pytest.raises(UserError, match=r"'person': stuff there and a thing in mine"):
+            labels_by_id(stated, counted, {c.name: "" for c in stated if c.name != "person"})
+
+
 def test_sources_share_a_set_or_are_refused() -> None:
     road, some = read_categories(ROAD, "train.json"), read_categories(ROAD[:2], "val.json")
     assert common_set([some, road]) is road

@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from builds import PICTURE, CocoFolder, DataSet, build, planned, status_of, tiny_mask2former
 from conftest import needs_tiny_base
 from foreign import check_rows, rows_of
 from layouts import ADE20K, ADE20K_LABELS, CITYSCAPES, CITYSCAPES_LABELS, Layout, ade20k, cityscapes
+from PIL import Image
 
 import collavo.chat
 import collavo.evaluate
@@ -149,3 +151,18 @@ def test_rows_of_real_road_photographs_are_right(tmp_path: Path) -> None:
     rows = rows_of(data.files)
     assert check_rows(rows, layout.json["train"], layout.masks["train"], "train", names) == 567
     assert check_rows(rows, layout.json["val"], layout.masks["val"], "validation", names) == 101
+
+
+def test_rows_of_a_semantic_network_count_nothing(tmp_path: Path) -> None:
+    network = tiny_mask2former(tmp_path / "mask2former-cityscapes-semantic", CITYSCAPES_LABELS)
+    config = json.loads((network / "config.json").read_text())
+    (network / "config.json").write_text(json.dumps({**config, "input_size_hw": [64, 64]}))
+    rng = np.random.default_rng(2)
+    Image.fromarray(rng.integers(0, 255, (64, 96, 3), dtype=np.uint8)).save(tmp_path / "street.png")
+    words = ["--images", tmp_path / "street.png", "--segmenter", "transformers", "--segmenter_checkpoint", network]
+    notes = planned(*words, "--output", tmp_path / "out").notes
+    assert any("all of its 19 classes are stuff" in note for note in notes)
+    data = build(tmp_path / "out", *words)
+    assert not any(category["isthing"] for category in data.manifest["categories"]["categories"])
+    (row,) = data.rows.values()
+    assert {instruction.task for instruction in row.instructions}.isdisjoint({"counting", "class_to_binary"})
