@@ -123,10 +123,6 @@ class SegmenterHandler(ModelHandler[LoadedImage, Segmented, BatchSegmenter]):
         """Count the bytes of the pixels, for Beam's metrics."""
         return sum(_rgb(image).nbytes for image in batch)
 
-    def get_metrics_namespace(self) -> str:
-        """Name the metrics of this step."""
-        return "crayon_segmentation"
-
 
 def _kind(error: BaseException) -> str:
     return type(error).__name__

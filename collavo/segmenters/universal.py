@@ -21,7 +21,6 @@ Weights are read from safetensors only; no code of a checkpoint is run. Weights 
 when they are read, which changes none of their values.
 """
 
-import logging
 import os
 import threading
 import warnings
@@ -227,20 +226,11 @@ def _keep_group_norms_unsplit(model: nn.Module) -> None:
 
 @contextmanager
 def without_backbone_warnings() -> Iterator[None]:
-    """Silence two warnings of transformers about networks unlike the authors': that the backbone is no Swin, and that
-    heads of 24 channels are slow in the authors' CUDA code, which is not used."""
-
-    def is_news(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("Backbone resnet is not a supported model")
-
-    log = logging.getLogger("transformers.models.mask2former.configuration_mask2former")
-    log.addFilter(is_news)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"You'd better set embed_dim \(d_model\)", UserWarning)
-            yield
-    finally:
-        log.removeFilter(is_news)
+    """Silence a warning of transformers about networks unlike the authors': that heads of 24 channels are slow in their
+    CUDA code, which is not used."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"You'd better set embed_dim \(d_model\)", UserWarning)
+        yield
 
 
 class Network(NamedTuple):
