@@ -63,7 +63,7 @@ class Bucket:
             return found.bytes().to_bytes() if found.meta["size"] <= most_bytes else None
 
     def get_file_info(self, path: str | FileSelector) -> Any:
-        """Look up a file, or list those below a folder."""
+        """Look up a file, or list those below a folder, without the empty objects by which consoles mark folders."""
         if isinstance(path, str):
             try:
                 return FileInfo(path, FileType.File, size=self.size(path))
@@ -75,7 +75,18 @@ class Bucket:
                 found = obstore.list(self._store, prefix or None).collect()
             else:
                 found = obstore.list_with_delimiter(self._store, prefix or None)["objects"]
-        return [FileInfo(each["path"], FileType.File, size=each["size"]) for each in found]
+        # The client leaves out the slash at the end of a marker's name.
+        folders = {path.base_dir}
+        for each in found:
+            folder = each["path"].rpartition("/")[0]
+            while folder and folder not in folders:
+                folders.add(folder)
+                folder = folder.rpartition("/")[0]
+        return [
+            FileInfo(each["path"], FileType.File, size=each["size"])
+            for each in found
+            if each["size"] or each["path"] not in folders
+        ]
 
     def size(self, path: str) -> int:
         """Ask for the bytes of a file."""

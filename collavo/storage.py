@@ -413,7 +413,8 @@ def _list_remote(pattern: str) -> list[str]:
             is_file = files.get_file_info(base + rest).type == FileType.File
             return [pattern] if is_file else _list_remote(f"{pattern}/")  # a folder, as on a disk without a slash
         spelled_out = _spelled_out(rest)
-        above, deep = fixed.rpartition("/")[0], "/" in spelled_out[len(fixed) :]
+        above, wild = fixed.rpartition("/")[0], spelled_out[len(fixed) :]
+        deep = "/" in wild or "**" in wild
         matches = _glob_matcher(spelled_out)
     found = files.get_file_info(FileSelector((base + above).rstrip("/"), recursive=deep, allow_not_found=True))
     names = (info.path[len(base) :] for info in found if info.type == FileType.File)

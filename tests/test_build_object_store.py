@@ -85,6 +85,16 @@ def test_a_store_gets_the_files_that_a_disk_gets_and_they_are_replaced_when_aske
     assert [file.read_bytes() for file in again.files] == [store.objects("out/")[files[-1]]]
 
 
+@pytest.mark.parametrize("pattern", ["", "/", "/**", "/**/*"])
+def test_folders_that_a_console_marks_are_no_files(store, pattern):
+    for name in ("", "cats/"):
+        store.put(f"marked/{name}", b"")
+    for name in ("a.jpg", "cats/big/b.jpg", "cats/empty.jpg"):
+        store.put(f"marked/{name}", b"" if "empty" in name else b"jpeg")
+    found = storage.list_files(f"s3://bucket/marked{pattern}")
+    assert found == [f"s3://bucket/marked/{name}" for name in ("a.jpg", "cats/big/b.jpg", "cats/empty.jpg")]
+
+
 def test_two_workers_ask_a_store_twenty_times_beside_its_pictures(store, tmp_path):
     write_scenes(tmp_path, 24, size_wh=(64, 48))
     for file in filter(Path.is_file, tmp_path.rglob("*")):

@@ -213,6 +213,7 @@ def store() -> str:
         ("photos/*.jpg", ["[1].jpg", "b.jpg"]),
         ("photos/**/*.jpg", ["[1].jpg", "b.jpg", "sub/c.jpg", "sub/deep/d.jpg", "sub/e#%41 ?.jpg"]),
         ("photos/**.jpg", ["[1].jpg", "b.jpg", "sub/c.jpg", "sub/deep/d.jpg", "sub/e#%41 ?.jpg"]),
+        ("photos/sub/**", ["sub/c.jpg", "sub/deep/d.jpg", "sub/e#%41 ?.jpg"]),
         ("*/sub/*.jpg", ["sub/c.jpg", "sub/e#%41 ?.jpg"]),
         ("photos/?.png", ["a.png"]),
         ("photos/[1].jpg", ["[1].jpg"]),
