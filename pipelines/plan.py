@@ -17,12 +17,13 @@ from pathlib import Path
 from posixpath import basename, join
 from typing import Any, BinaryIO
 
+import pyarrow.parquet as pq
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
 
 import collavo
 from collavo.categories import categories_of_annotations, categories_of_file, common_set, joined, labels_by_id
 from collavo.cli import naming
-from collavo.dataset import category_set, opened_parquet, stated_facts
+from collavo.dataset import category_set, opened_parquet, read_records, stated_facts
 from collavo.dataset import notes as file_notes
 from collavo.embedded import SCENES, find_embedded
 from collavo.errors import Rejected, UserError
@@ -286,14 +287,27 @@ class _Sets:
             self.notes.append(f"--category_map: no source has {', '.join(map(repr, unused))}")
 
     def add_finished(self, found: CategorySet, files: Sequence[str]) -> None:
-        """Take note of the set of finished rows, which have to keep it: they name classes by their place in it."""
+        """Take note of the set of finished rows, which have to keep it: they name classes by their place in it.
+
+        Rows that another tool has rewritten no longer state what was looked for; what a folder of them shows was.
+        """
         self._finished = found
         self._found.insert(0, found)
+        shown: dict[str, set[int]] = {}
         for uri in files:
             with open_random(uri) as file, opened_parquet(file, uri) as parquet:
-                names = stated_facts(parquet.metadata.metadata, uri).get("askable")
+                facts = stated_facts(parquet.metadata.metadata, uri)
+                if not facts:
+                    shown.setdefault(posixpath.dirname(uri), set()).update(_labels_shown(parquet))
+            names = facts.get("askable")
             if isinstance(names, list):
                 self._looked_for.append(CategorySet(found.name, tuple(c for c in found if c.name in names)))
+        for folder, labels in shown.items():
+            self._looked_for.append(CategorySet(found.name, tuple(c for c in found if c.label in labels)))
+            self.notes.append(
+                f"{folder or '.'}: another tool has rewritten rows, and dropped which classes were looked for; only "
+                "those that their segments show are asked for where they are absent"
+            )
 
     def askable(self) -> frozenset[int] | None:
         """Return the things, as positions among those of the target, that every source looks for; None for all.
@@ -329,6 +343,12 @@ class _Sets:
                 "build the others apart, or say with --category_map which of the first is which"
             )
         return target
+
+
+def _labels_shown(parquet: pq.ParquetFile) -> set[int]:
+    """Read which classes the segments of a file show."""
+    records = read_records(parquet, columns=["segments"])
+    return {s["label"] for record in records if isinstance(record, dict) for s in record["segments"] or () if s}
 
 
 def _read_map(path: str) -> dict[str, str]:

@@ -2,12 +2,14 @@
 
 import io
 import json
+import re
 import tracemalloc
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from builds import DataSet, build
 from conftest import encoded as image_bytes
@@ -245,6 +247,23 @@ def test_what_no_file_looks_for_is_not_called_absent(tmp_path: Path) -> None:
         assert row.segments[0].label == COCO_PANOPTIC.by_key["person"].label
         absent = [i.question for i in row.instructions if i.polarity == "absent"]
         assert absent and all("dog" in question for question in absent)
+
+
+def test_rows_that_lost_their_metadata_call_absent_what_other_rows_of_their_folder_show(tmp_path, capsys) -> None:
+    two = [{"id": 1, "name": "person"}, {"id": 3, "name": "dog"}]
+    (tmp_path / "rewritten").mkdir()
+    for name, number in (("person", 1), ("dog", 3)):
+        corner = [annotation(10, 1, segmentation=rectangle(0, 0, 5, 5 + number), category_id=number)]
+        (file,) = build_instances(tmp_path / name, two, corner, "--mask_frame", "stored", orientation=number).files
+        bare = pq.read_table(file).replace_schema_metadata(None)  # as pandas leaves a file
+        pq.write_table(bare, tmp_path / "rewritten" / f"{name}.parquet")
+    data = build(tmp_path / "again", "--from_crayon", tmp_path / "rewritten", "--max_instructions", 90)
+    assert f"{tmp_path / 'rewritten'}: another tool has rewritten rows" in capsys.readouterr().out
+    assert len(data.rows) == len(two)
+    for row in data.rows.values():
+        other = "person|people" if row.segments[0].category == "dog" else "dog"
+        absent = [i.question for i in row.instructions if i.polarity == "absent"]
+        assert absent and all(re.search(other, question) for question in absent)
 
 
 def test_classes_of_ones_own_are_things_in_an_instance_file(tmp_path: Path) -> None:
