@@ -27,6 +27,7 @@ from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, PyFile
 
 from collavo.errors import Rejected, StoreFault, StoreOutage, UserError, first_line
 from collavo.remote_file import RemoteFile, RemoteWriter
+from collavo.web import WAITS, fetch, is_url
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -122,9 +123,16 @@ def read_bytes(uri: str) -> bytes:
     """Read all bytes of a file.
 
     Raises:
-        Rejected: `missing_file`, `not_a_file`, `unreadable_file`, or `oversized_file` above `MAX_FILE_BYTES`;
+        Rejected: `missing_file`, `not_a_file`, `unreadable_file`, or `oversized_file` above `MAX_FILE_BYTES`; of an
+            http(s) URL `unreachable_url`, also where its server does not answer: a list has URLs of many servers, and
+            one of them is no reason to stop;
             StoreOutage: where a store does not answer, as after its client has tried for a while.
     """
+    if is_url(uri):
+        try:
+            return fetch(uri, MAX_FILE_BYTES, WAITS)
+        except Rejected as error:
+            raise Rejected(error.reason, f"{uri}: {error}") from error
     try:
         if is_local(uri) and not stat.S_ISREG(os.stat(local_path(uri)).st_mode):
             raise Rejected("not_a_file", uri)  # opening a named pipe would wait for ever

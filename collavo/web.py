@@ -1,8 +1,11 @@
 """Fetch an image that a user names by an http(s) URL: bounded in bytes and in time."""
 
 import time
+from collections.abc import Sequence
 from http.client import HTTPException
 from urllib import request
+from urllib.error import HTTPError
+from urllib.parse import quote
 
 from collavo import __version__
 from collavo.errors import Rejected
@@ -13,32 +16,57 @@ MAX_BYTES = 32 * 2**20
 FETCH_SECONDS = 30
 """How long an image may take to come, and its server to say anything."""
 
+WAITS = (1, 2, 4)
+"""Seconds to wait before each further try, for who can wait."""
+
 
 def is_url(source: str) -> bool:
     """Tell an http(s) URL from the path of a file."""
     return source.lower().startswith(("http://", "https://"))
 
 
-def fetch(url: str) -> bytes:
+def fetch(url: str, most_bytes: int | None = None, waits: Sequence[float] = ()) -> bytes:
     """Fetch the bytes behind an http(s) URL; a redirect leads to another one only.
 
+    Args:
+        most_bytes: bound on them, `MAX_BYTES` if not given.
+        waits: seconds before each further try where the server is busy, as it says itself by a status of 429 or 5xx.
+
     Raises:
-        Rejected: `unreachable_url` or `oversized_image`.
+        Rejected: `missing_file`, `unreachable_url` or `oversized_file`.
     """
+    most_bytes = most_bytes or MAX_BYTES
+    for wait in (*waits, None):
+        try:
+            data = _fetch(url, most_bytes)
+            break
+        except HTTPError as error:
+            busy = error.code == 429 or error.code >= 500
+            if busy and wait is not None:
+                time.sleep(wait)
+                continue
+            tries = f", {len(waits) + 1} times" if busy and waits else ""
+            reason = "missing_file" if error.code in (404, 410) else "unreachable_url"
+            raise Rejected(reason, f"cannot be fetched: {error.code} {error.reason}{tries}") from error
+        except (OSError, ValueError, HTTPException) as error:
+            raise Rejected("unreachable_url", f"cannot be fetched: {getattr(error, 'reason', error)}") from error
+    if len(data) > most_bytes:
+        raise Rejected("oversized_file", f"more than {most_bytes} bytes")
+    return data
+
+
+def _fetch(url: str, most_bytes: int) -> bytes:
+    """Fetch in one try; where there are more bytes, the first ones and some more."""
     data, end = bytearray(), time.monotonic() + FETCH_SECONDS
     opener = request.OpenerDirector()  # `urlopen` follows URLs of files and FTP servers as well
     opener.addheaders = [("User-Agent", f"collavo/{__version__}")]
     for handler in (request.ProxyHandler, request.HTTPHandler, request.HTTPSHandler, request.HTTPRedirectHandler,
                     request.HTTPDefaultErrorHandler, request.HTTPErrorProcessor, request.UnknownHandler):  # fmt: skip
         opener.add_handler(handler())
-    try:
-        with opener.open(url, timeout=FETCH_SECONDS) as response:
-            while (chunk := response.read1(2**16)) and len(data) <= MAX_BYTES:
-                data += chunk
-                if time.monotonic() > end:
-                    raise TimeoutError(f"it takes more than {FETCH_SECONDS} seconds")
-    except (OSError, ValueError, HTTPException) as error:
-        raise Rejected("unreachable_url", f"cannot be fetched: {getattr(error, 'reason', error)}") from error
-    if len(data) > MAX_BYTES:
-        raise Rejected("oversized_image", f"more than {MAX_BYTES} bytes")
+    # As browsers do: lists hold URLs with spaces and letters that HTTP does not take.
+    with opener.open(quote(url, safe="%/:?#[]@!$&'()*+,;=~"), timeout=FETCH_SECONDS) as response:
+        while (chunk := response.read1(2**16)) and len(data) <= most_bytes:
+            data += chunk
+            if time.monotonic() > end:
+                raise TimeoutError(f"it takes more than {FETCH_SECONDS} seconds")
     return bytes(data)

@@ -22,6 +22,7 @@ from collavo.panoptic.maps import IdRuns, PanopticMap, SegmentInfo, build_panopt
 from collavo.sources.coco_panoptic import segment_infos
 from collavo.sources.image_paths import other_extensions, without_extension
 from collavo.storage import exists, read_bytes
+from collavo.web import is_url
 from pipelines.job import CrayonJob
 from pipelines.records import Draft, ImageTask, LoadedImage, Mention, Reject, Segmented, SegmentedImage
 from pipelines.sources import finished_pictures
@@ -190,7 +191,7 @@ def _existing_files(task: ImageTask) -> list[tuple[ImageTask, str]]:
     of the same name but for the extension."""
     uris = task.uris
     if len(uris) > 1:
-        uris = [uri for uri in uris if exists(uri)]
+        uris = [uri for uri in uris if is_url(uri) or exists(uri)]
     if len(uris) < 2:
         return [(task, uris[0] if uris else task.uris[0])]
     of_file = {
@@ -226,8 +227,8 @@ def _decode_image(
 
 
 def _first_existing(uri: str) -> tuple[str, bytes]:
-    """Read a file, or one of the same name with another extension of images."""
-    for candidate in (uri, *other_extensions(uri)):
+    """Read a file, or one of the same name with another extension of images; of URLs, just this one."""
+    for candidate in (uri, *(() if is_url(uri) else other_extensions(uri))):
         try:
             return candidate, read_bytes(candidate)
         except Rejected as error:

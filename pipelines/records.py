@@ -37,6 +37,7 @@ REJECT_REASONS = {
         "unreadable_file": "the storage refuses to read the file",
         "not_a_file": "the path names a folder, a pipe or a device",
         "oversized_file": "the file is larger than any image may be",
+        "unreachable_url": "the server of an http(s) URL refuses it, does not answer or stays busy",
     },
     "decode": {
         "not_an_image": "the file is in no image format that is read here",
@@ -49,6 +50,7 @@ REJECT_REASONS = {
         "unreadable_file": "the storage refuses to read the mask",
         "not_a_file": "the mask's path names a folder, a pipe or a device",
         "oversized_file": "the mask's file is larger than any mask may be",
+        "unreachable_url": "the server of the mask's URL refuses it or does not answer",
         "broken_mask": "the mask is no readable PNG",
         "mask_size_mismatch": "mask and image differ in size",
         "ambiguous_orientation": "EXIF turns the image; its mask fits as stored and as turned; `--mask_frame` decides",

@@ -1,18 +1,21 @@
 """A folder of odd and broken files: each ends in a row or in a reject with a reason."""
 
+import http.server
 import io
 import json
 import os
 import random
 import tarfile
+import threading
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from builds import DataSet, build, tiny_mask2former
+from builds import PICTURE, DataSet, build, tiny_mask2former
 from PIL import Image
 
 from collavo.images import decode_rgb
@@ -233,3 +236,42 @@ def test_a_coco_file_may_name_files_by_their_whole_paths_and_a_reject_names_the_
     assert list(built.rows) == ["scene-000002.jpg"]
     by_stage = {reject["stage"]: reject["detail"] for reject in built.rejects}
     assert by_stage["decode"].startswith(f"{image}: ") and by_stage["segment"].startswith(f"{mask}: ")
+
+
+def test_urls_that_are_refused_are_told_from_missing_ones_and_busy_servers_are_asked_again(tmp_path, monkeypatch):
+    asked: Counter[str] = Counter()
+    of_path = {"/gone.jpg": 404, "/private.jpg": 403, "/slow.jpg": 429, "/down.png": 503}
+
+    class Web(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked[self.path] += 1
+            busy_at_first = self.path == "/busy%20at%20first.jpg" and asked[self.path] < 3
+            self.send_response(503 if busy_at_first else of_path.get(self.path, 200))
+            self.end_headers()
+            self.wfile.write(PICTURE + self.path.encode())
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setattr("collavo.storage.WAITS", (0, 0, 0))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web) as server:
+        threading.Thread(target=server.serve_forever).start()
+        site = f"http://127.0.0.1:{server.server_port}"
+        names = [*of_path, "/there.jpg", "/down.jpg", "/busy at first.jpg", "/a?id=1", "/a?id=2"]
+        (tmp_path / "list.txt").write_text(
+            "\n".join([*(f"{site}{name}" for name in names), "http://127.0.0.1:1/x.jpg"])
+        )
+        try:
+            data = build(tmp_path / "out", "--images", tmp_path / "list.txt", "--segmenter", "none")
+        finally:
+            server.shutdown()
+    host = site.removeprefix("http://")
+    assert sorted(data.rows) == sorted(f"{host}{n}" for n in names if n not in of_path)
+    reasons = {reject["id"].removeprefix(site): (reject["reason"], reject["detail"]) for reject in data.rejects}
+    assert {name: reason for name, (reason, _) in reasons.items()} == {
+        "/gone.jpg": "missing_file",
+        **dict.fromkeys(("/private.jpg", "/slow.jpg", "/down.png", "http://127.0.0.1:1/x.jpg"), "unreachable_url"),
+    }
+    assert "429 Too Many Requests, 4 times" in reasons["/slow.jpg"][1]
+    once = ("/gone.jpg", "/private.jpg", "/there.jpg", "/down.jpg", "/a?id=1", "/a?id=2")
+    assert asked == {**dict.fromkeys(once, 1), "/busy%20at%20first.jpg": 3, "/slow.jpg": 4, "/down.png": 4}

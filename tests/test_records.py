@@ -8,7 +8,7 @@ from pipelines.records import REJECT_REASONS
 
 ROOT = Path(__file__).parents[1]
 NOT_IN_A_BUILD = (
-    *("collavo/model", "collavo/export_data.py", "collavo/inference.py", "collavo/server.py", "collavo/web.py"),
+    *("collavo/model", "collavo/export_data.py", "collavo/inference.py", "collavo/server.py"),
     *("collavo/question_file.py", "collavo/training", "collavo/panoptic/index_png.py"),
 )
 
