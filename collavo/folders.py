@@ -26,6 +26,9 @@ DISK_FAULTS = {
 }  # fmt: skip
 """What the disk or its permissions refuse; no command can do anything about them."""
 
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+"""Of file systems without locks, as Lustre is where it is mounted without `flock`, or NFS without a lock daemon."""
+
 LOST_AND_FOUND = "lost+found"
 """At the root of a mounted disk; it belongs to the file system."""
 
@@ -41,7 +44,7 @@ def whole_folder(folder: Path, inside: bool = False, kept: str = "") -> Iterator
     """Make a staging folder to write in, which takes the place of `folder` if the block ends well, or else vanishes.
 
     What lies in `folder` then is gone; the caller makes sure that it may be. Two commands cannot write to one folder
-    at the same time: the staging folder is locked.
+    at the same time: the staging folder is locked, where the file system has locks.
 
     Args:
         inside: whether staging has to lie in `folder`, as where others who write in it see nothing else.
@@ -199,7 +202,8 @@ def _is_fixed(folder: Path) -> bool:
 
 
 def _make_and_lock(staging: Path) -> int:
-    """Lock a folder, which is made where it is missing, and return the handle that holds the lock.
+    """Lock a folder, which is made where it is missing, and return the handle that holds the lock. Where the file
+    system has no locks, nothing keeps another command out.
 
     Raises:
         BlockingIOError: if another process holds it.
@@ -209,9 +213,10 @@ def _make_and_lock(staging: Path) -> int:
         handle = os.open(staging, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(handle)
-            raise
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(handle)
+                raise
         # Its last holder may have renamed or removed it between the two calls; then this is no longer that folder.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(staging)):

@@ -1,5 +1,6 @@
 """A folder appears whole or not at all, wherever it lies and whenever the command that writes it is killed."""
 
+import errno
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -103,6 +104,17 @@ def test_two_commands_do_not_write_to_one_folder(old):
             pass
         write_new(staging)
     assert content(old) == NEW
+
+
+@pytest.mark.parametrize("fault", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_written_to(old, monkeypatch, fault):
+    def refuse(*_: object) -> None:
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(folders.fcntl, "flock", refuse)
+    with whole_folder(old) as staging:
+        write_new(staging)
+    assert content(old) == NEW and {path.name for path in old.parent.iterdir()} == {"out"}
 
 
 def test_a_link_stays_a_link_and_the_folder_keeps_its_mode(tmp_path):
