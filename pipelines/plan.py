@@ -56,9 +56,11 @@ from pipelines.sources import (
     LlavaSource,
     RecordSource,
     Sources,
+    folder_of,
     is_absolute,
     is_list,
     listed_paths,
+    path_in,
     visible_files,
 )
 from schemas.categories import COCO_PANOPTIC, CategorySet, name_key
@@ -473,7 +475,7 @@ def _common_root(roots: Sequence[str], images: Sequence[ImagesSource], notes: li
     for source in images:
         with naming("images"):
             paths = _list_for_root(source, notes)
-        folders += {posixpath.dirname(canonical(path)) for path in paths}
+        folders += {posixpath.dirname(path) for path in paths}
     return _shared_folder(folders)
 
 
@@ -494,9 +496,10 @@ def _list_for_root(source: ImagesSource, notes: list[str]) -> list[str]:
         files = "hidden file is" if hidden == 1 else "hidden files are"
         notes.append(f"{source.pattern}: {hidden:,} {files} left out")
     if not is_list(source.pattern):
-        return paths
-    relative = any(not is_absolute(path) for path in paths)
-    return [*([join(source.image_root, "x")] if relative else []), *(path for path in paths if is_absolute(path))]
+        below = folder_of(source.pattern)
+        return [path_in(below, path) for path in paths]
+    named = {path if is_absolute(path) else join(source.image_root, "x") for path in paths}
+    return [canonical(path) for path in named]
 
 
 def _files_named(flag: str, pattern: str, is_wanted: Callable[[str], bool], kind: str) -> list[str]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
-from posixpath import basename, join
+from posixpath import basename, dirname, join
 from typing import BinaryIO, Final, Literal, NamedTuple, TypeVar
 
 from apache_beam.pvalue import TaggedOutput
@@ -22,7 +22,18 @@ from collavo.sources.dialogues import DialogueEntry, stream_dialogues
 from collavo.sources.image_paths import checked_relative, image_names, is_hidden, is_utf8
 from collavo.sources.json_files import open_json
 from collavo.sources.records import stream_records
-from collavo.storage import FAULTS, canonical, exists, fixed_part, is_nowhere, list_files, open_random, open_read
+from collavo.storage import (
+    FAULTS,
+    canonical,
+    exists,
+    fixed_part,
+    is_folder,
+    is_local,
+    is_nowhere,
+    list_files,
+    open_random,
+    open_read,
+)
 from pipelines.records import UNSEEN, Draft, Input, Mention, Reject
 from schemas.categories import CategorySet
 
@@ -240,8 +251,8 @@ class _ImageFolder:
         self._folder = folder
         self._by_name: dict[str, str] | None = None
 
-    def uri_of(self, entry_id: str, file_name: str) -> str:
-        """Return the file of an image; the one that is named, where none is found.
+    def path_of(self, entry_id: str, file_name: str) -> str:
+        """Return the path of an image; the one that is named, where none is found.
 
         Raises:
             Rejected: for a path that leads out of the folder.
@@ -251,7 +262,7 @@ class _ImageFolder:
         if self._by_name is None:
             self._by_name = {} if exists(named) else self._listed()
         found = (self._by_name.get(name) for name in image_names(entry_id, relative))
-        return canonical(next(filter(None, found), named))
+        return next(filter(None, found), named)
 
     def _listed(self) -> dict[str, str]:
         paths: dict[str, str] = {}
@@ -266,11 +277,11 @@ def _coco_mention(source: CocoSource, images: _ImageFolder, root: str, image: An
         mask_uri = join(source.masks_root, _inside(image.entry_id, image.annotation.mask_name, source.masks_root))
     if source.name == "coco_instances":
         instances = f"[{json.dumps(image.size_wh)},{image.instances or '[]'}]"
-    uri = images.uri_of(image.entry_id, image.file_name)
+    path = images.path_of(image.entry_id, image.file_name)
     return Mention(
         Input(source.name, image.entry_id),
-        path_below(root, uri),
-        uri,
+        path_below(root, path_in(source.images_root, path)),
+        canonical(path),
         image.license_id,
         image.annotation,
         mask_uri,
@@ -283,18 +294,21 @@ def _dialogue_mention(source: LlavaSource, root: str, number: int, entry: Dialog
     named = Input(source.name, entry.dialogue.id)
     if entry.image is None:
         return Mention(named, f"{source.short_path}#{number}", "", dialogue=entry.dialogue, split=source.split)
-    uri = canonical(join(source.image_root, _inside(entry.dialogue.id, entry.image, source.image_root)))
-    return Mention(named, path_below(root, uri), uri, dialogue=entry.dialogue, split=source.split)
+    path = join(source.image_root, _inside(entry.dialogue.id, entry.image, source.image_root))
+    short = path_below(root, path_in(source.image_root, path))
+    return Mention(named, short, canonical(path), dialogue=entry.dialogue, split=source.split)
 
 
 def _file_mention(source: ImagesSource, root: str, path: str) -> Mention:
     """Make a mention of a file below `root`, or of a line of a list file."""
     if not is_utf8(path) or "\0" in path:
         raise Rejected("bad_path", "the file's name is not UTF-8 text", path)
-    if is_list(source.pattern) and not is_absolute(path):
-        path = join(source.image_root, _inside(path, path))
-    uri = canonical(path)
-    return Mention(Input("folder", path), path_below(root, uri), uri, split=source.split)
+    below = folder_of(source.pattern)
+    if is_list(source.pattern):
+        below = "" if is_absolute(path) else source.image_root
+        path = path if is_absolute(path) else join(source.image_root, _inside(path, path))
+    short = path_below(root, path_in(below, path) if below else canonical(path))
+    return Mention(Input("folder", path), short, canonical(path), split=source.split)
 
 
 def _inside(entry_id: str, path: str, folder: str = "") -> str:
@@ -306,6 +320,20 @@ def _inside(entry_id: str, path: str, folder: str = "") -> str:
         return checked_relative(path)
     except Rejected as error:
         raise Rejected(error.reason, str(error), entry_id) from error
+
+
+def path_in(folder: str, path: str) -> str:
+    """Return the path of a file of a folder, links resolved: all of them, or, where one leads out of the folder, those
+    to the folder alone. A row names a file by what is below."""
+    top, uri = canonical(join(folder, "x")).removesuffix("x"), canonical(path)
+    if uri.startswith(top) or not is_local(path):
+        return uri
+    return top + path.removeprefix(folder.rstrip("/")).lstrip("/")
+
+
+def folder_of(pattern: str) -> str:
+    """Return the folder below which the files of a glob or folder lie."""
+    return pattern if is_folder(pattern) else dirname(fixed_part(pattern)) or "."
 
 
 def path_below(root: str, uri: str) -> str:

@@ -238,6 +238,28 @@ def test_a_coco_file_may_name_files_by_their_whole_paths_and_a_reject_names_the_
     assert by_stage["decode"].startswith(f"{image}: ") and by_stage["segment"].startswith(f"{mask}: ")
 
 
+def test_a_link_out_of_a_folder_puts_no_path_of_the_machine_into_rows(tmp_path):
+    root, elsewhere = tmp_path / "data", tmp_path / "nfs" / "coco"
+    for folder, name in ((elsewhere / "train2017", "a.jpg"), (root / "vg", "b.jpg")):
+        folder.mkdir(parents=True)
+        (folder / name).write_bytes(PICTURE + name.encode())
+    (root / "coco").symlink_to(elsewhere)
+    (root / "vg_linked").symlink_to(root / "vg")  # within the folder, a picture has one path
+    names = ["coco/train2017/a.jpg", "vg_linked/b.jpg"]
+    turns = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "A person."}]
+    (tmp_path / "llava.json").write_text(json.dumps([{"id": n, "image": n, "conversations": turns} for n in names]))
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    for number, flags in enumerate((
+        ("--llava_json", tmp_path / "llava.json", "--image_root", root),
+        ("--images", tmp_path / "list.txt", "--image_root", root),
+        ("--images", root),
+        ("--images", root / "**/*.jpg", "--llava_json", tmp_path / "llava.json", "--image_root", root),
+    )):  # fmt: skip
+        data = build(tmp_path / str(number), *flags, "--segmenter", "none", "--image_storage", "reference")
+        assert sorted(row.image_path for row in data.rows.values()) == ["coco/train2017/a.jpg", "vg/b.jpg"], flags
+        assert sorted(data.rows) == ["coco/train2017/a.jpg", "vg/b.jpg"]
+
+
 def test_urls_that_are_refused_are_told_from_missing_ones_and_busy_servers_are_asked_again(tmp_path, monkeypatch):
     asked: Counter[str] = Counter()
     of_path = {"/gone.jpg": 404, "/private.jpg": 403, "/slow.jpg": 429, "/down.png": 503}
