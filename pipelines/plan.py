@@ -60,6 +60,7 @@ from pipelines.sources import (
     is_absolute,
     is_list,
     listed_paths,
+    open_records,
     path_in,
     visible_files,
 )
@@ -534,7 +535,7 @@ def _count_records(sources: Sequence[RecordSource]) -> int:
 @contextmanager
 def _opened_records(uri: str) -> Iterator[BinaryIO]:
     try:
-        with naming("dataset"), open_random(uri) as file:
+        with naming("dataset"), open_records(uri) as file:
             yield file
     except FAULTS as error:
         raise UserError(f"--dataset {fault_line(uri, error)}") from error

@@ -21,7 +21,7 @@ from collavo.sources.coco_panoptic import AnnotatedImage, stream_annotated_image
 from collavo.sources.dialogues import DialogueEntry, stream_dialogues
 from collavo.sources.image_paths import checked_relative, image_names, is_hidden, is_utf8
 from collavo.sources.json_files import open_json
-from collavo.sources.records import stream_records
+from collavo.sources.records import is_tar, stream_records
 from collavo.storage import (
     FAULTS,
     canonical,
@@ -147,7 +147,7 @@ def read_images(source: ImagesSource, root: str) -> Iterator[Mention | RejectOut
 def read_records(source: RecordSource, most: int | None) -> Iterator[tuple[Mention, bytes] | RejectOutput]:
     """Stream a data set that holds its images, or no more than the first ones, into mentions with the images' bytes,
     which are empty for a dialogue about none."""
-    with _naming("dataset", source.uri), open_random(source.uri) as file:
+    with _naming("dataset", source.uri), open_records(source.uri) as file:
         for record in islice(stream_records(file, source.uri, source.image_column), most):
             if isinstance(record, Rejected):
                 yield _rejected("dataset", source.uri, record)
@@ -155,6 +155,11 @@ def read_records(source: RecordSource, most: int | None) -> Iterator[tuple[Menti
                 uri = record.path if record.data else ""
                 named = Input("dataset", record.path)
                 yield Mention(named, record.path, uri, dialogue=record.dialogue, split=source.split), record.data or b""
+
+
+def open_records(uri: str) -> BinaryIO:
+    """Open a Parquet file or tar shard; on a store, a tar is read ahead, as its reader asks for 10 kB at a time."""
+    return open_read(uri) if is_tar(uri) else open_random(uri)
 
 
 @lru_cache(maxsize=1)

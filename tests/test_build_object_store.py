@@ -1,6 +1,7 @@
 """The build with nothing on a local disk: sources and output in an S3 store."""
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +94,19 @@ def test_folders_that_a_console_marks_are_no_files(store, pattern):
         store.put(f"marked/{name}", b"" if "empty" in name else b"jpeg")
     found = storage.list_files(f"s3://bucket/marked{pattern}")
     assert found == [f"s3://bucket/marked/{name}" for name in ("a.jpg", "cats/big/b.jpg", "cats/empty.jpg")]
+
+
+def test_a_tar_in_a_store_is_read_in_large_pieces(store, tmp_path):
+    (tmp_path / "shard").mkdir()
+    for number in range(4):
+        Image.effect_noise((200, 200), 60 + number).save(tmp_path / "shard" / f"{number}.png")
+    shutil.make_archive(str(tmp_path / "0"), "tar", tmp_path / "shard")
+    store.put("tars/0.tar", (tmp_path / "0.tar").read_bytes())
+    store.requests.clear()
+    flags = ["--dataset", "s3://bucket/tars/", "--segmenter", "none", "--direct_num_workers", 1]
+    assert len(build(tmp_path / "out", *flags).rows) == 4
+    # Once for what its columns are, once for its pictures.
+    assert sum("GET /bucket/tars/0.tar" in line for line in store.requests) <= 4
 
 
 def test_two_workers_ask_a_store_twenty_times_beside_its_pictures(store, tmp_path):

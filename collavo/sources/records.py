@@ -47,7 +47,12 @@ class ImageRecord(NamedTuple):
 
 def is_record_file(name: str) -> bool:
     """Tell whether a file of a folder or glob is one of a data set, by its name."""
-    return name.lower().endswith((".parquet", *_TAR))
+    return name.lower().endswith(".parquet") or is_tar(name)
+
+
+def is_tar(name: str) -> bool:
+    """Tell a tar shard, which is read from its start to its end, from a Parquet file, by its name."""
+    return name.lower().endswith(_TAR)
 
 
 def stream_records(file: BinaryIO, name: str, image_column: str | None = None) -> Iterator[ImageRecord | Rejected]:
@@ -64,7 +69,7 @@ def stream_records(file: BinaryIO, name: str, image_column: str | None = None) -
     """
     stem = posixpath.basename(name)
     with _damage_named(name):
-        if name.lower().endswith(_TAR):
+        if is_tar(name):
             for key, members in _members_by_key(file):
                 if isinstance(members, Rejected):
                     yield Rejected(members.reason, str(members), f"{stem}/{key}")
@@ -76,7 +81,7 @@ def stream_records(file: BinaryIO, name: str, image_column: str | None = None) -
 
 def count_records(file: BinaryIO, name: str) -> int:
     """Count records: of a Parquet file exactly, of a tar shard by its size and its first ones."""
-    if not name.lower().endswith(_TAR):
+    if not is_tar(name):
         return cast(int, pq.ParquetFile(file).metadata.num_rows)
     size = file.seek(0, io.SEEK_END)
     file.seek(0)
@@ -91,7 +96,7 @@ def ignored_columns(file: BinaryIO, name: str, image_column: str | None = None) 
         UserError: as `stream_records` does.
     """
     with _damage_named(name):
-        if not name.lower().endswith(_TAR):
+        if not is_tar(name):
             schema = pq.read_schema(file)
             used = {_image_column(schema, name, image_column), *_COLUMNS_BESIDE}
             return [column for column in schema.names if column not in used]
