@@ -55,6 +55,7 @@ from pipelines.shards import Shard, WrittenShard, write_shard
 from pipelines.sources import (
     REJECT_TAG,
     RejectOutput,
+    divide_records,
     read_coco,
     read_crayon_rows,
     read_llava,
@@ -113,8 +114,10 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
     if job.sources.records:
         read = (
             pipeline
-            | "RecordFiles" >> beam.Create(job.sources.records)
-            | "ReadRecords" >> beam.FlatMap(read_records, job.records_per_file).with_outputs(REJECT_TAG, main="records")
+            | "RecordFiles" >> beam.Create(job.record_parts)
+            | "DivideRecords" >> beam.FlatMap(divide_records)
+            | "SpreadRecords" >> beam.Reshuffle()
+            | "ReadRecords" >> beam.FlatMap(read_records).with_outputs(REJECT_TAG, main="records")
         )
         segmented = read.records | "SegmentRecords" >> _on_accelerator(ReadAndSegment(_load_record, job), job)
         inputs.append(read.records | "OneInputPerRecord" >> beam.Map(lambda record: ("dataset", 1)))

@@ -9,7 +9,7 @@ from collavo.instructions.phrasebook import Phrasebook
 from collavo.instructions.write import InstructionOptions
 from collavo.segmenters import Segmenter
 from pipelines.options import OutputFlags
-from pipelines.sources import Sources
+from pipelines.sources import RecordPart, Sources
 from schemas.categories import CategorySet
 
 SEGMENTED, WORK = ".segmented", ".work-"
@@ -89,10 +89,13 @@ class CrayonJob:
     """Images that the data sets hold, where a trial needs to know."""
 
     @property
-    def records_per_file(self) -> int | None:
-        """How many records a trial reads from each file of a data set; None for all."""
-        most = self.output.max_images
-        return -(-most // max(1, len(self.sources.records))) if most else None
+    def record_parts(self) -> list[RecordPart]:
+        """All files of data sets, or, for a trial, those whose first records make up its number."""
+        files, most = self.sources.records, self.output.max_images
+        if not most:
+            return [RecordPart(file) for file in files]
+        each, more = divmod(most, max(1, len(files)))
+        return [RecordPart(file, most=each + (place < more)) for place, file in enumerate(files[:most])]
 
     @property
     def work(self) -> str:

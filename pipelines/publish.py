@@ -97,8 +97,8 @@ def publish(
     manifest = _manifest(publication, counts, inputs, categories, dict(zip(names, written, strict=True)))
     if most := publication.configuration.get("max_images"):
         manifest["trial"] = {
-            "images": min(listed_count, most) + min(record_count, most),
-            "of": listed_count + record_count,
+            "images": min(listed_count, most) + inputs.get("dataset", 0),
+            "of": listed_count + max(record_count, inputs.get("dataset", 0)),  # of a tar, it is estimated
         }
     samples = [
         sample._replace(place=f"{name}, row {sample.place}")

@@ -21,7 +21,7 @@ from collavo.sources.coco_panoptic import AnnotatedImage, stream_annotated_image
 from collavo.sources.dialogues import DialogueEntry, stream_dialogues
 from collavo.sources.image_paths import checked_relative, image_names, is_hidden, is_utf8
 from collavo.sources.json_files import open_json
-from collavo.sources.records import is_tar, stream_records
+from collavo.sources.records import is_tar, parquet_parts, stream_records
 from collavo.storage import (
     FAULTS,
     canonical,
@@ -94,6 +94,15 @@ class RecordSource(NamedTuple):
     split: str = ""
 
 
+class RecordPart(NamedTuple):
+    """What is read at once of such a file: some row groups of a Parquet file, None for all; of a trial, `most` records
+    at the beginning."""
+
+    source: RecordSource
+    groups: tuple[int, ...] | None = None
+    most: int | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Sources:
     """All that a job reads, in any combination.
@@ -144,11 +153,22 @@ def read_images(source: ImagesSource, root: str) -> Iterator[Mention | RejectOut
         yield _mention_or_reject("folder", source.pattern, path, lambda path: _file_mention(source, root, path))
 
 
-def read_records(source: RecordSource, most: int | None) -> Iterator[tuple[Mention, bytes] | RejectOutput]:
-    """Stream a data set that holds its images, or no more than the first ones, into mentions with the images' bytes,
-    which are empty for a dialogue about none."""
+def divide_records(part: RecordPart) -> Iterator[RecordPart]:
+    """Divide a Parquet file by its row groups, so that several workers read it; a tar shard and a trial stay whole."""
+    uri = part.source.uri
+    if part.most or is_tar(uri):
+        yield part
+        return
+    with _naming("dataset", uri), open_records(uri) as file:
+        yield from (part._replace(groups=groups) for groups in parquet_parts(file, uri))
+
+
+def read_records(part: RecordPart) -> Iterator[tuple[Mention, bytes] | RejectOutput]:
+    """Stream a data set that holds its images into mentions with the images' bytes, which are empty for a dialogue
+    about none."""
+    source = part.source
     with _naming("dataset", source.uri), open_records(source.uri) as file:
-        for record in islice(stream_records(file, source.uri, source.image_column), most):
+        for record in islice(stream_records(file, source.uri, source.image_column, part.groups), part.most):
             if isinstance(record, Rejected):
                 yield _rejected("dataset", source.uri, record)
             else:

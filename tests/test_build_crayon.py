@@ -14,7 +14,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from builds import IDS, PICTURE, REPOSITORY, CocoFolder, DataSet, build, scene_sources, status_of, tiny_mask2former
+from builds import (
+    IDS,
+    PICTURE,
+    REPOSITORY,
+    CocoFolder,
+    DataSet,
+    build,
+    planned,
+    scene_sources,
+    status_of,
+    tiny_mask2former,
+)
 from conftest import coco_png, encoded, needs_scenes_model
 from PIL import Image
 
@@ -22,6 +33,8 @@ from collavo.dataset import CrayonFileWriter
 from collavo.images import decode_rgb
 from collavo.panoptic.index_png import decode_index_map
 from collavo.scenes import write_scenes
+from collavo.sources import records
+from pipelines.sources import divide_records
 from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import CRAYON_SCHEMA, TASKS, file_facts
 
@@ -504,6 +517,17 @@ def test_a_data_set_keeps_its_split_and_its_rows_of_text(by_tiny_model, tmp_path
     assert picture.split == text.split == "validation"
     assert picture.conversations[0].turns == text.conversations[0].turns == (("human", "Hi"), ("gpt", "Hello"))
     check_sums(data)
+
+
+def test_a_data_set_makes_the_same_rows_however_its_row_groups_are_divided(by_tiny_model, tmp_path, monkeypatch):
+    rows = [{"image": numbered(i)} for i in range(6)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "d.parquet", row_group_size=2)
+    flags = [*by_tiny_model, "--dataset", tmp_path / "d.parquet"]
+    whole = build(tmp_path / "whole", *flags)
+    monkeypatch.setattr(records, "_BYTES_PER_PART", 1)
+    (part,) = planned(*flags, "--output", tmp_path / "divided").job.record_parts
+    assert [each.groups for each in divide_records(part)] == [(0,), (1,), (2,)]
+    assert build(tmp_path / "divided", *flags).hashes == whole.hashes and len(whole.rows) == 6
 
 
 def test_images_of_a_data_set_that_no_model_sees_are_rejected(by_tiny_model, tmp_path):

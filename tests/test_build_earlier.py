@@ -215,6 +215,18 @@ def test_a_trial_reads_the_head_of_a_data_set(tmp_path, network):
         assert count_records(file, data.files[0].name) == 4
 
 
+@pytest.mark.parametrize("most, read", [(2, 2), (4, 4), (99, 6)])
+def test_a_trial_of_many_files_reads_no_more_than_asked_and_says_how_many(tmp_path, capfd, most, read):
+    (tmp_path / "shards").mkdir()
+    for number in range(3):
+        rows = [{"image": PICTURE + bytes([number, row])} for row in range(2)]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "shards" / f"{number}.parquet")
+    flags = ["--dataset", tmp_path / "shards", "--segmenter", "none", "--max_images", most]
+    trial = build(tmp_path / "out", *flags)
+    assert len(trial.rows) == read and trial.manifest["trial"] == {"images": read, "of": 6}
+    assert f"A trial of {read / 6:.2%} of 6 images" in " ".join(capfd.readouterr().out.split())
+
+
 def test_a_picture_whose_finished_row_is_damaged_is_rejected_and_not_made_a_row_without_it(network, tmp_path):
     folder = pictures(tmp_path / "p", range(3))
     data = build(tmp_path / "out", "--images", folder, *network, "--validation_ratio", 0)

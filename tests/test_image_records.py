@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from collavo.errors import Rejected, UserError
-from collavo.sources.records import ImageRecord, ignored_columns, stream_records
+from collavo.sources import records
+from collavo.sources.records import ImageRecord, ignored_columns, parquet_parts, stream_records
 
 TURNS = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "A person."}]
 
@@ -42,6 +43,18 @@ def test_a_parquet_column_of_images_in_any_shape(tmp_path: Path, image: Any) -> 
         assert first.dialogue.turns == (("human", "Who?"), ("gpt", "A person."))
         assert second == ImageRecord("data.parquet/000001", b"jpeg", None)
         assert ignored_columns(stream, "data.parquet") == ["caption"]
+
+
+def test_the_row_groups_of_a_file_are_read_apart_as_they_are_together(tmp_path: Path, monkeypatch) -> None:
+    pq.write_table(pa.table({"image": [b"a", b"b", b"c", b"d", b"e"]}), tmp_path / "d.parquet", row_group_size=2)
+    with (tmp_path / "d.parquet").open("rb") as stream:
+        assert list(parquet_parts(stream, "d.parquet")) == [(0, 1, 2)]  # small ones together
+        monkeypatch.setattr(records, "_BYTES_PER_PART", 1)
+        parts = list(parquet_parts(stream, "d.parquet"))
+        apart = [record for groups in parts for record in stream_records(stream, "d.parquet", None, groups)]
+        assert len(parts) == 3 and apart == list(stream_records(stream, "d.parquet"))
+    with pytest.raises(UserError, match=r"^x\.parquet: cannot be read"):
+        list(parquet_parts(io.BytesIO(b"nothing of the kind"), "x.parquet"))
 
 
 def test_rows_that_cannot_be_used_are_rejects(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import io
 import posixpath
 import tarfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, BinaryIO, NamedTuple, Self, cast
@@ -30,6 +30,10 @@ _COLUMNS_BESIDE = ("id", "system", *DIALOGUE_COLUMNS)
 """What is read of a record besides its image."""
 
 _ROWS_IN_MEMORY = 50
+
+_BYTES_PER_PART = 32 << 20
+"""Of a Parquet file, what one worker reads at once, if its row groups are no larger."""
+
 _GZIP, _TAR = b"\x1f\x8b", (".tar", ".tar.gz", ".tgz")
 
 
@@ -55,7 +59,23 @@ def is_tar(name: str) -> bool:
     return name.lower().endswith(_TAR)
 
 
-def stream_records(file: BinaryIO, name: str, image_column: str | None = None) -> Iterator[ImageRecord | Rejected]:
+def parquet_parts(file: BinaryIO, name: str) -> Iterator[tuple[int, ...]]:
+    """Divide the row groups of a Parquet file into parts of some size: each is opened again, with its footer."""
+    with _damage_named(name):
+        metadata = pq.ParquetFile(file).metadata
+        groups: list[int] = []
+        size = 0
+        for group in range(metadata.num_row_groups):
+            groups.append(group)
+            size += metadata.row_group(group).total_byte_size
+            if size >= _BYTES_PER_PART or group == metadata.num_row_groups - 1:
+                yield tuple(groups)
+                groups, size = [], 0
+
+
+def stream_records(
+    file: BinaryIO, name: str, image_column: str | None = None, groups: Sequence[int] | None = None
+) -> Iterator[ImageRecord | Rejected]:
     """Yield all images of a Parquet file or tar shard, in order; an unusable one comes as the error that says why.
 
     Args:
@@ -63,6 +83,7 @@ def stream_records(file: BinaryIO, name: str, image_column: str | None = None) -
         name: its path, for messages and for the paths of its records.
         image_column: the column with the images. None for Parquet's `image`, or else its only column of images; in a
             tar, for the only image of a record, or the only one whose column is a mere extension.
+        groups: of a Parquet file, the row groups that are read, neighbours; None for all.
 
     Raises:
         UserError: where the file is neither, is damaged, or has no images.
@@ -76,7 +97,7 @@ def stream_records(file: BinaryIO, name: str, image_column: str | None = None) -
                 else:
                     yield _tar_record(stem, key, members, image_column)
         else:
-            yield from _parquet_records(file, name, stem, image_column)
+            yield from _parquet_records(file, name, stem, image_column, groups)
 
 
 def count_records(file: BinaryIO, name: str) -> int:
@@ -138,15 +159,17 @@ def _holds_bytes(type_: pa.DataType) -> bool:
     return any(is_kind(type_) for is_kind in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view))
 
 
-def _parquet_records(file: BinaryIO, name: str, stem: str, asked: str | None) -> Iterator[ImageRecord | Rejected]:
+def _parquet_records(
+    file: BinaryIO, name: str, stem: str, asked: str | None, groups: Sequence[int] | None
+) -> Iterator[ImageRecord | Rejected]:
     parquet = pq.ParquetFile(file)
     names = parquet.schema_arrow.names
     image_column = _image_column(parquet.schema_arrow, name, asked)
     columns = [column for column in (image_column, *_COLUMNS_BESIDE) if column in names]
     if repeated := [column for column in columns if names.count(column) > 1]:
         raise UserError(f"{name}: has several columns {repeated[0]!r}")
-    row = 0
-    for batch in parquet.iter_batches(batch_size=_ROWS_IN_MEMORY, columns=columns):
+    row = sum(parquet.metadata.row_group(group).num_rows for group in range(groups[0] if groups else 0))
+    for batch in parquet.iter_batches(_ROWS_IN_MEMORY, row_groups=groups, columns=columns):
         for record in batch.to_pylist():
             yield _record(f"{stem}/{row:06d}", record[image_column], record)
             row += 1
