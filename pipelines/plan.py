@@ -33,13 +33,14 @@ from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.segmenters import NoSegmenter, Segmenter, checkpoint_categories, load_segmenter
 from collavo.sources import parsed_json
 from collavo.sources.json_files import open_json
-from collavo.sources.records import NoImageColumn, count_records, ignored_columns, is_record_file
+from collavo.sources.records import NoImageColumn, count_records, ignored_columns, is_record_file, is_tar
 from collavo.storage import (
     FAULTS,
     MANIFEST,
     canonical,
     exists,
     fault_line,
+    fixed_part,
     is_local,
     open_random,
     open_read,
@@ -386,7 +387,7 @@ def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources
         raise UserError("--llava_json needs --image_root, the folder that its image paths start from")
     for name in ("coco_panoptic", "coco_instances", "coco_images", "coco_masks", "llava_json", "image_root", "dataset"):
         for uri in masks if name == "coco_masks" else _as_tuple(getattr(flags, name)):
-            if is_local(uri) and not exists(uri) and not (name == "dataset" and "*" in uri):
+            if is_local(uri) and not exists(uri) and not (name == "dataset" and fixed_part(uri) != uri):
                 if name == "coco_masks" and not flags.coco_masks:
                     raise UserError(
                         f"--coco_panoptic {flags.coco_panoptic[masks.index(uri)]}: its masks are looked for in {uri}, "
@@ -418,7 +419,7 @@ def _named_sources(flags: SourceFlags, sets: _Sets, notes: list[str]) -> Sources
     )
     image_splits = _parallel("images_split", flags.images_split, flags.images, notes)
     images = tuple(ImagesSource(pattern, root, s) for pattern, s in zip(flags.images, image_splits, strict=True))
-    shards = [_files_named("dataset", path, is_record_file, ".parquet or .tar") for path in flags.dataset]
+    shards = [_record_files(path, notes) for path in flags.dataset]
     dataset_splits = _parallel("dataset_split", flags.dataset_split, flags.dataset, notes, shards)
     for path, uris in zip(flags.dataset, shards, strict=True):
         notes += _columns_note(path, uris[0], flags.image_column)
@@ -512,6 +513,18 @@ def _files_named(flag: str, pattern: str, is_wanted: Callable[[str], bool], kind
     if not found:
         raise UserError(f"--{flag} {pattern}: names no {kind} file")
     return found
+
+
+def _record_files(path: str, notes: list[str]) -> list[str]:
+    """List the files of a data set, without the Parquet files that img2dataset puts beside its tars: their rows say
+    where each picture came from."""
+    found = _files_named("dataset", path, is_record_file, ".parquet or .tar")
+    tars = {re.sub(r"\.(tar|tar\.gz|tgz)$", "", uri, flags=re.IGNORECASE) for uri in found if is_tar(uri)}
+    kept = [uri for uri in found if is_tar(uri) or posixpath.splitext(uri)[0] not in tars]
+    if beside := len(found) - len(kept):
+        files = "a .parquet file is" if beside == 1 else f"{beside:,} .parquet files are"
+        notes.append(f"{path}: {files} left out, as a tar of the same name holds the pictures")
+    return kept
 
 
 def _columns_note(path: str, uri: str, image_column: str | None) -> list[str]:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from builds import PICTURE, DataSet, build, tiny_mask2former
@@ -218,6 +220,24 @@ def test_a_member_of_a_tar_whose_name_is_not_utf8_is_a_reject(tmp_path):
     data = build(tmp_path / "out", "--dataset", tmp_path, "--segmenter", "none")
     assert set(data.rows) == {"a.tar/a.png"}
     assert [(reject["id"], reject["reason"]) for reject in data.rejects] == [("a.tar/b\\xe9.png", "bad_path")]
+
+
+def test_a_folder_of_tars_is_read_as_img2dataset_leaves_it(tmp_path, capsys):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for number in range(3):
+        with tarfile.open(shards / f"0000{number}.tar", "w") as tar:
+            member = tarfile.TarInfo(f"{number}.jpg")
+            member.size = len(PICTURE) + 1
+            tar.addfile(member, io.BytesIO(PICTURE + bytes([number])))
+        listed = pa.table({"url": ["http://x/a.jpg"], "caption": ["a"], "status": ["success"]})
+        pq.write_table(listed, shards / f"0000{number}.parquet")
+        (shards / f"0000{number}_stats.json").write_text("{}")
+    names = [f"0000{number}.tar/{number}.jpg" for number in range(3)]
+    assert sorted(build(tmp_path / "out", "--dataset", shards, "--segmenter", "none").rows) == names
+    assert f"{shards}: 3 .parquet files are left out" in capsys.readouterr().out
+    some = build(tmp_path / "some", "--dataset", shards / "0000[01].tar", "--segmenter", "none")
+    assert sorted(some.rows) == names[:2]
 
 
 def test_a_coco_file_may_name_files_by_their_whole_paths_and_a_reject_names_the_file_at_fault(tmp_path):
