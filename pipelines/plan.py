@@ -563,6 +563,14 @@ def _job(flags: Flags, sources: Sources, sets: _Sets, publication: Publication) 
     phrasebook = _phrasebook(flags)
     options = flags.instructions.options
     model = _model(flags.segmentation, sources, sets)
+    if model and publication.configuration["runner"] != "DirectRunner":
+        for name in ("segmenter_checkpoint", "segmenter_config"):
+            path = flags.values[name]
+            if path and not find_embedded(path) and Path(path).exists():
+                sets.notes.append(
+                    f"--{name} {path}: every worker reads this from its own disk, at the same path; docs/runners.md "
+                    "says how to put it into their image"
+                )
     with naming("segmenter"):
         askable = sets.askable()
     return CrayonJob(
@@ -621,6 +629,11 @@ def _model(flags: SegmentationFlags, sources: Sources, sets: _Sets) -> ModelConf
         options["config"] = flags.segmenter_config
     options = {name: value for name, value in options.items() if value is not None}
     with naming("segmenter_checkpoint"):
+        if name == "transformers" and "://" in options.get("checkpoint", ""):
+            raise UserError(
+                f"{options['checkpoint']}: a network is read from a disk or the hub; copy it to a folder that every "
+                "worker has"
+            )
         found = checkpoint_categories(name, options.get("checkpoint"), sets.stated)
         # Dialogues are mostly about pictures that are annotated. A network that nobody named, and that has other
         # classes, is no reason to refuse them.

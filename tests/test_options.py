@@ -99,6 +99,10 @@ WRONG = [
         "--image_storage reference: what --dataset names holds its",
     ),
     ("--dataset pictures", "--dataset pictures: names no .parquet or .tar file"),
+    (
+        "--llava_json l.json --image_root p --segmenter_checkpoint s3://b/net",
+        "--segmenter_checkpoint: s3://b/net: a network is read from a disk or the hub; copy it to a folder",
+    ),
     ("--coco_panoptic p.json other.json --coco_images p p --coco_masks p p", "dragon"),
     (f"{COCO} --categories nowhere.json", "--categories: nowhere.json: there is no such file"),
     (f"{COCO} --category_map pictures", "--category_map: pictures: this is not a file"),

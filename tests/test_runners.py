@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from apache_beam.options.pipeline_options import DirectOptions, PipelineOptions, StandardOptions
-from builds import scene_sources, status_of
+from builds import planned, scene_sources, status_of, tiny_mask2former
 from conftest import cores
 
 from collavo.errors import UserError
@@ -220,3 +220,15 @@ def test_a_runner_that_is_not_there_is_said_in_one_line(tmp_path, capfd):
     assert status_of(*scene_sources(tmp_path / "scenes"), "--output", tmp_path / "out", *runner) == 1
     (line,) = capfd.readouterr().err.splitlines()
     assert "error: --runner PortableRunner: the runner cannot be reached; its log: " in line
+
+
+def test_a_network_of_ones_own_has_to_be_in_the_workers_image(tmp_path):
+    network = tiny_mask2former(tmp_path / "net")
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "a.jpg").touch()
+    flags = ["--images", tmp_path / "p", "--output", tmp_path / "out", "--device", "cpu"]
+    cluster = ["--runner", "PortableRunner", "--job_endpoint", "embed"]
+    (note,) = planned(*flags, "--segmenter_checkpoint", network, *cluster).notes
+    assert note.startswith(f"--segmenter_checkpoint {network}: every worker reads this from its own disk")
+    assert planned(*flags, "--segmenter_checkpoint", network).notes == ()
+    assert planned(*flags, "--segmenter_checkpoint", "scenes", *cluster).notes == ()
