@@ -261,26 +261,23 @@ def count_rows(files: Sequence[Path | str], split: str | None = None) -> int:
 
 
 @contextmanager
-def opened_parquet(
-    file: Path | str | BinaryIO, name: str = "", footer: pq.FileMetaData | None = None
-) -> Iterator[pq.ParquetFile]:
+def opened_parquet(file: Path | str, footer: pq.FileMetaData | None = None) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file; whatever damage Arrow finds in the block becomes one line.
 
     Args:
-        file: a path, a URI, or an open file.
-        name: what the line calls an open file.
+        file: a path or a URI.
         footer: the file's, where it was read before; it is not read again then.
 
     Raises:
         UserError: for a file that cannot be read.
     """
     try:
-        if isinstance(file, str | Path) and is_local(str(file)):
+        if is_local(str(file)):
             refuse_pipe(str(file))  # Arrow opens files of a disk itself, faster than through Python
-        source = open_random(file) if isinstance(file, str) and not is_local(file) else file
+        source = file if is_local(str(file)) else open_random(str(file))
         yield pq.ParquetFile(source, metadata=footer)
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:  # names of columns are decoded when asked for
-        raise UserError(f"{name or file}: cannot be read as Parquet ({first_line(error)})") from error
+        raise UserError(f"{file}: cannot be read as Parquet ({first_line(error)})") from error
 
 
 def read_records(

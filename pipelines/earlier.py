@@ -25,7 +25,6 @@ from collavo.storage import (
     delete,
     is_local,
     list_files,
-    open_random,
     open_read,
     open_write,
     size_of,
@@ -130,7 +129,7 @@ def check_extension(output: str, configuration: Mapping[str, Any], templates_sha
         names += [name for name in MAP_FLAGS if name not in ("categories", "category_map")]  # sets are compared as such
     difference = _difference(manifest["configuration"], configuration, names)
     uri = join(output, manifest["files"][0]["name"])
-    with open_random(uri) as file, opened_parquet(file, uri) as parquet:
+    with opened_parquet(uri) as parquet:
         facts = stated_facts(parquet.metadata.metadata, uri)  # which other tools leave out when they write a file again
     if not difference and facts.get("templates_sha256", templates_sha256) != templates_sha256:
         difference = "other --templates"

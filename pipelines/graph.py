@@ -25,10 +25,10 @@ from apache_beam.utils.windowed_value import WindowedValue
 from collavo.instructions.choose import ClassStatistics
 from collavo.storage import is_local
 from pipelines.image_steps import (
+    decode_image,
     draft_dialogue,
     draft_known,
     draft_row,
-    load_record,
     read_images,
     segment_by_annotation,
     split_of,
@@ -425,24 +425,19 @@ def _for_model(image: LoadedImage, job: CrayonJob) -> Draft | ToModel:
 
 def _load_record(
     record: tuple[Mention, bytes], job: CrayonJob
-) -> Iterator[LoadedImage | Draft | RejectOutput | ToModel]:
+) -> Iterator[LoadedImage | list[Reject] | Draft | ToModel]:
     """Decode an image of a data set that holds its images, for the model where there is one."""
     mention, image_bytes = record
     if not mention.uri:
         yield draft_dialogue(ImageTask((mention,)), job)
         return
-    outcome = load_record(mention, image_bytes, job.output.max_pixels)
-    if isinstance(outcome, LoadedImage):
-        yield _for_model(outcome, job) if job.model else outcome
-    else:
-        tick(job.work, SEGMENTED)
-        tick(job.work, REJECTED)
-        yield from map(reject_output, outcome)
+    outcome = decode_image(ImageTask((mention,)), mention.image_path, image_bytes, job.output.max_pixels, True, {})
+    yield _for_model(outcome, job) if isinstance(outcome, LoadedImage) and job.model else outcome
 
 
-def _segment_annotated(image: LoadedImage | Draft, job: CrayonJob) -> Segmented | Draft:
-    """Segment an image by its annotation; a draft, of a known picture or of a dialogue about none, passes."""
-    return image if isinstance(image, Draft) else segment_by_annotation(image, job)
+def _segment_annotated(image: LoadedImage | list[Reject] | Draft, job: CrayonJob) -> Segmented | Draft:
+    """Segment an image by its annotation; rejects, and a draft of a known picture or of a dialogue about none, pass."""
+    return segment_by_annotation(image, job) if isinstance(image, LoadedImage) else image
 
 
 def _rows_and_bytes(pack: Packed) -> list[tuple[str, tuple[int, int]]]:

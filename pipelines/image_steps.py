@@ -56,11 +56,6 @@ def read_images(task: ImageTask, max_pixels: int, with_rgb: bool) -> tuple[list[
     return loaded, rejects
 
 
-def load_record(mention: Mention, image_bytes: bytes, max_pixels: int) -> LoadedImage | list[Reject]:
-    """Decode an image of a data set that holds its images."""
-    return _decode_image(ImageTask((mention,)), mention.image_path, image_bytes, max_pixels, True, {})
-
-
 def segment_by_annotation(image: LoadedImage, job: CrayonJob) -> Segmented:
     """Make the panoptic map out of the image's COCO mask or instances, or reject the image."""
     annotated = image.task.annotated
@@ -208,12 +203,13 @@ def _read_image(task: ImageTask, uri: str, max_pixels: int, with_rgb: bool) -> L
     except Rejected as error:
         return task.rejects("read", error)
     path = without_extension(task.mentions[0].image_path) + found.removeprefix(without_extension(found))
-    return _decode_image(task, path, data, max_pixels, with_rgb, seconds)
+    return decode_image(task, path, data, max_pixels, with_rgb, seconds)
 
 
-def _decode_image(
+def decode_image(
     task: ImageTask, path: str, data: bytes, max_pixels: int, with_rgb: bool, seconds: dict[str, float]
 ) -> LoadedImage | list[Reject]:
+    """Decode an image for a model, or make sure that it decodes."""
     try:
         with _timed(seconds, "decode"):
             rgb = decode_rgb(data, max_pixels) if with_rgb else None

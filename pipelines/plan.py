@@ -7,15 +7,14 @@ import json
 import posixpath
 import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from hashlib import file_digest, sha256
 from pathlib import Path
 from posixpath import basename, join
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow.parquet as pq
 from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
@@ -32,18 +31,13 @@ from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, Phrasebook, load
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.segmenters import NoSegmenter, Segmenter, checkpoint_categories, load_segmenter
 from collavo.sources import parsed_json
-from collavo.sources.json_files import open_json
 from collavo.sources.records import NoImageColumn, count_records, ignored_columns, is_record_file, is_tar
 from collavo.storage import (
-    FAULTS,
     MANIFEST,
     canonical,
     exists,
-    fault_line,
     fixed_part,
     is_local,
-    open_random,
-    open_read,
     read_bytes,
 )
 from pipelines.earlier import IMAGES_BELOW, check_extension
@@ -62,7 +56,9 @@ from pipelines.sources import (
     is_list,
     listed_paths,
     open_records,
+    opened_json,
     path_in,
+    source_named,
     visible_files,
 )
 from schemas.categories import COCO_PANOPTIC, CategorySet, name_key
@@ -180,10 +176,8 @@ def _check_output(flags: Flags, paths: Sequence[tuple[str, str]]) -> list[str]:
     output = flags.output.output
     if is_local(output) and Path(output).exists() and not Path(output).is_dir():
         raise UserError(f"--output {output}: is a file; name a folder")
-    try:
+    with source_named("output", output):
         content = content_of(output)
-    except FAULTS as error:
-        raise UserError(f"--output {fault_line(output, error)}") from error
     present = [uri for uri in published_files(output, content) if basename(uri) != FAILED_REJECTS]
     if foreign := strangers(output, content):
         raise UserError(
@@ -259,11 +253,8 @@ class _Sets:
 
     def of_annotations(self, flag: str, uri: str) -> CategorySet:
         """Read the set of an annotation file; COCO panoptic's where the file states none."""
-        try:
-            with naming(flag), open_read(uri) as raw, open_json(raw, uri) as file:
-                found = categories_of_annotations(file, uri, are_things=flag == "coco_instances")
-        except FAULTS as error:
-            raise UserError(f"--{flag} {fault_line(uri, error)}") from error
+        with opened_json(flag, uri) as file:
+            found = categories_of_annotations(file, uri, are_things=flag == "coco_instances")
         if found is None:
             self.notes.append(f"{uri} has no 'categories'; its numbers are taken for {COCO_PANOPTIC.name}'s")
         self.add(found or COCO_PANOPTIC)
@@ -299,7 +290,7 @@ class _Sets:
         self._found.insert(0, found)
         shown: dict[str, set[int]] = {}
         for uri in files:
-            with open_random(uri) as file, opened_parquet(file, uri) as parquet:
+            with opened_parquet(uri) as parquet:
                 facts = stated_facts(parquet.metadata.metadata, uri)
                 if not facts:
                     shown.setdefault(posixpath.dirname(uri), set()).update(_labels_shown(parquet))
@@ -475,9 +466,7 @@ def _common_root(roots: Sequence[str], images: Sequence[ImagesSource], notes: li
     """Return the folder that all images lie in, from which their ids count: the same however the command was typed."""
     folders = [canonical(join(root, "x")).removesuffix("/x") for root in roots]
     for source in images:
-        with naming("images"):
-            paths = _list_for_root(source, notes)
-        folders += {posixpath.dirname(path) for path in paths}
+        folders += {posixpath.dirname(path) for path in _list_for_root(source, notes)}
     return _shared_folder(folders)
 
 
@@ -488,12 +477,8 @@ def _shared_folder(folders: Sequence[str]) -> str:
 
 
 def _list_for_root(source: ImagesSource, notes: list[str]) -> list[str]:
-    try:
+    with source_named("images", source.pattern):
         paths, hidden = listed_paths(source.pattern)
-    except UserError as error:
-        raise UserError(fault_line(source.pattern, error), error.exit_status) from error
-    except FAULTS as error:
-        raise UserError(fault_line(source.pattern, error)) from error
     if hidden:
         files = "hidden file is" if hidden == 1 else "hidden files are"
         notes.append(f"{source.pattern}: {hidden:,} {files} left out")
@@ -506,10 +491,8 @@ def _list_for_root(source: ImagesSource, notes: list[str]) -> list[str]:
 
 def _files_named(flag: str, pattern: str, is_wanted: Callable[[str], bool], kind: str) -> list[str]:
     """List the files of a kind that a glob or folder names."""
-    try:
+    with source_named(flag, pattern):
         found = [uri for uri in visible_files(pattern)[0] if is_wanted(uri)]
-    except FAULTS as error:
-        raise UserError(f"--{flag} {fault_line(pattern, error)}") from error
     if not found:
         raise UserError(f"--{flag} {pattern}: names no {kind} file")
     return found
@@ -529,7 +512,7 @@ def _record_files(path: str, notes: list[str]) -> list[str]:
 
 def _columns_note(path: str, uri: str, image_column: str | None) -> list[str]:
     """Name the columns of a data set that nothing is taken from; its first file stands for all."""
-    with _opened_records(uri) as file:
+    with source_named("dataset", uri), open_records(uri) as file:
         try:
             unused = ignored_columns(file, uri, image_column)
         except NoImageColumn as error:
@@ -540,18 +523,9 @@ def _columns_note(path: str, uri: str, image_column: str | None) -> list[str]:
 def _count_records(sources: Sequence[RecordSource]) -> int:
     total = 0
     for source in sources:
-        with _opened_records(source.uri) as file:
+        with source_named("dataset", source.uri), open_records(source.uri) as file:
             total += count_records(file, source.uri)
     return total
-
-
-@contextmanager
-def _opened_records(uri: str) -> Iterator[BinaryIO]:
-    try:
-        with naming("dataset"), open_records(uri) as file:
-            yield file
-    except FAULTS as error:
-        raise UserError(f"--dataset {fault_line(uri, error)}") from error
 
 
 def _job(flags: Flags, sources: Sources, sets: _Sets, publication: Publication) -> CrayonJob:

@@ -26,6 +26,7 @@ from collavo.storage import (
     FAULTS,
     canonical,
     exists,
+    fault_line,
     fixed_part,
     is_folder,
     is_local,
@@ -131,14 +132,14 @@ def read_coco(source: CocoSource, root: str) -> Iterator[Mention | RejectOutput]
     if source.name == "coco_instances":
         stream, flag = stream_image_instances, "coco_instances"
     make_mention = partial(_coco_mention, source, _ImageFolder(source.images_root), root)
-    with _opened_json(flag, source.json_uri) as file:
+    with opened_json(flag, source.json_uri) as file:
         for entry in stream(file, source.json_uri, source.labels):
             yield _mention_or_reject(source.name, source.json_uri, entry, make_mention)
 
 
 def read_llava(source: LlavaSource, root: str) -> Iterator[Mention | RejectOutput]:
     """Stream a file of dialogues into mentions."""
-    with _opened_json("llava_json", source.json_uri) as file:
+    with opened_json("llava_json", source.json_uri) as file:
         for number, entry in enumerate(stream_dialogues(file, source.json_uri)):
             yield _mention_or_reject(
                 source.name, source.json_uri, entry, partial(_dialogue_mention, source, root, number)
@@ -147,7 +148,7 @@ def read_llava(source: LlavaSource, root: str) -> Iterator[Mention | RejectOutpu
 
 def read_images(source: ImagesSource, root: str) -> Iterator[Mention | RejectOutput]:
     """Turn a glob, folder or list file into mentions of images."""
-    with _naming("images", source.pattern):
+    with source_named("images", source.pattern):
         paths, _ = listed_paths(source.pattern)
     for path in paths:
         yield _mention_or_reject("folder", source.pattern, path, lambda path: _file_mention(source, root, path))
@@ -159,7 +160,7 @@ def divide_records(part: RecordPart) -> Iterator[RecordPart]:
     if part.most or is_tar(uri):
         yield part
         return
-    with _naming("dataset", uri), open_records(uri) as file:
+    with source_named("dataset", uri), open_records(uri) as file:
         yield from (part._replace(groups=groups) for groups in parquet_parts(file, uri))
 
 
@@ -167,7 +168,7 @@ def read_records(part: RecordPart) -> Iterator[tuple[Mention, bytes] | RejectOut
     """Stream a data set that holds its images into mentions with the images' bytes, which are empty for a dialogue
     about none."""
     source = part.source
-    with _naming("dataset", source.uri), open_records(source.uri) as file:
+    with source_named("dataset", source.uri), open_records(source.uri) as file:
         for record in islice(stream_records(file, source.uri, source.image_column, part.groups), part.most):
             if isinstance(record, Rejected):
                 yield _rejected("dataset", source.uri, record)
@@ -188,7 +189,7 @@ def finished_pictures(crayon_files: tuple[str, ...]) -> frozenset[bytes]:
     it, none."""
     found: set[bytes] = set()
     for uri in crayon_files:
-        with open_random(uri) as file, opened_parquet(file, uri) as parquet:
+        with opened_parquet(uri) as parquet:
             seen = stated_facts(parquet.metadata.metadata, uri).get("segmenters") != [UNSEEN]
             if seen and "image_sha256" in parquet.schema_arrow.names:
                 digests = (digest_of(record) for record in read_crayon_records(parquet, columns=["image_sha256"]))
@@ -202,7 +203,7 @@ def read_crayon_rows(uri: str, categories: CategorySet, keep_image_bytes: bool) 
     Args:
         categories: their set, which is the job's.
     """
-    with _naming("from_crayon", uri), open_random(uri) as file, opened_parquet(file, uri) as parquet:
+    with source_named("from_crayon", uri), opened_parquet(uri) as parquet:
         check_schema(parquet.schema_arrow, uri)
         facts = stated_facts(parquet.metadata.metadata, uri)
         segmenters, unfamiliar = tuple(facts.get("segmenters", ())), frozenset(facts.get("unfamiliar", ()))
@@ -223,20 +224,20 @@ def read_crayon_rows(uri: str, categories: CategorySet, keep_image_bytes: bool) 
 
 
 @contextmanager
-def _opened_json(flag: str, uri: str) -> Iterator[BinaryIO]:
-    with _naming(flag, uri), open_read(uri) as raw, open_json(raw, uri) as file:
+def opened_json(flag: str, uri: str) -> Iterator[BinaryIO]:
+    with source_named(flag, uri), open_read(uri) as raw, open_json(raw, uri) as file:
         yield file
 
 
 @contextmanager
-def _naming(flag: str, uri: str) -> Iterator[None]:
+def source_named(flag: str, uri: str) -> Iterator[None]:
     """Say which flag named a source that cannot be read."""
     try:
         yield
     except StoreOutage:
         raise
     except (UserError, *FAULTS) as error:
-        raise UserError(f"--{flag} {uri}: {str(error).removeprefix(f'{uri}: ')}") from error
+        raise UserError(f"--{flag} {fault_line(uri, error)}") from error
 
 
 def _mention_or_reject(

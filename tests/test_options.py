@@ -199,7 +199,7 @@ def test_a_data_set_keeps_its_own_split_and_a_line_says_where_none_is_named(work
 
 def test_a_data_set_without_a_column_that_can_be_meant_names_the_flag(workspace):
     pq.write_table(pa.table({"left": [b"jpeg"], "right": [b"jpeg"]}), "d.parquet")
-    with pytest.raises(UserError, match=r"--dataset: d.parquet: has no column 'image', .*; --image_column names the"):
+    with pytest.raises(UserError, match=r"--dataset d.parquet: has no column 'image', .*; --image_column names the"):
         planned("--dataset", "d.parquet")
 
 
