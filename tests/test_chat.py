@@ -195,7 +195,7 @@ def test_an_image_comes_from_a_url_within_bounds(world, web, capsys):
     assert main([*flags, f"{web}/scene.jpg"]) == 0
     assert answer(world[0], [("human", QUESTION)], BLANK, "") in said(capsys)
     for path, complaint in (
-        ("/nothing", "cannot be fetched: File not found"),
+        ("/nothing", "cannot be fetched: 404 File not found"),
         ("/endless", "more than 33554432 bytes"),
         ("/home", "cannot be fetched: "),
         ("/silent", "cannot be fetched: timed out"),
