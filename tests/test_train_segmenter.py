@@ -16,6 +16,7 @@ from builds import build, tiny_mask2former
 from conftest import CAR, GRASS, PERSON, SKY, needs_scenes_model
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_model import write_crayon_file
 from universal import FAMILIES, save_checkpoint
 
 import collavo.train_segmenter
@@ -222,8 +223,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_stopped_training_goes_on_and_its_folder_is_a_checkpoint(
     rows: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--data", rows, "--segmenter_checkpoint", base, "--steps", 2, "--batch_size", 2, "--checkpoint_steps", 1]
-    words += ["--device", "cpu"]
+    scenes = list(read_rows(find_files([str(rows)])))
+    for name, part in (("a", scenes[:4]), ("b", scenes[4:])):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        write_crayon_file(tmp_path / "data" / name / "rows.parquet", part)
+    words = ["--data", tmp_path / "data" / "*" / "*.parquet", "--segmenter_checkpoint", base, "--device", "cpu"]
+    words += ["--steps", 2, "--batch_size", 2, "--checkpoint_steps", 1]
     assert command(*words, "--output_dir", tmp_path / "whole") == 0
     out = capsys.readouterr().out
     assert "| class | PQ | true | found | wrong | blind guess |" in out and "mean of" in out
@@ -242,6 +247,7 @@ def test_a_stopped_training_goes_on_and_its_folder_is_a_checkpoint(
     monkeypatch.setattr(finetuning, "_gradients", plain)
     assert command(*words, "--seed", 1, "--output_dir", tmp_path / "parts") == 2
     assert "--seed was 0, is 1" in capsys.readouterr().err
+    (tmp_path / "data" / "a").rename(tmp_path / "data" / "z")  # its rows keep their place
     assert command(*words, "--output_dir", tmp_path / "parts") == 0
     whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)

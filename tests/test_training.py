@@ -119,6 +119,26 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_happened(
         assert torch.equal(tensor, expected[name]), name
 
 
+def test_data_that_moved_are_resumed_in_the_order_of_the_first_start_however_their_names_sort_now(
+    world: Path, tmp_path: Path
+) -> None:
+    rows, places = scene_rows(8), {name: tmp_path / name for name in ("a/mine", "b/coco", "coco", "mine")}
+    for name, folder in places.items():
+        folder.mkdir(parents=True)
+        write_crayon_file(folder / "rows.parquet", rows[:4] if name.endswith("mine") else rows[4:])
+
+    def trained(run: str, steps: int, *data: str) -> list[tuple[int, str, float]]:
+        flags = ("--phase", "cpt", "--cpt_learning_rate", "0", "--final_learning_rate", "0", "--max_steps", str(steps))
+        where = ("--data", *(str(places[name]) for name in data))
+        assert train.main(command(world, tmp_path / run, *flags, *where, "--resume")) == 0
+        return losses(tmp_path / run)
+
+    whole = trained("whole", 3, "a/mine", "b/coco")
+    trained("moved", 1, "a/mine", "b/coco")
+    trained("moved", 2, "coco", "mine")
+    assert trained("moved", 3, "mine", "coco") == whole
+
+
 def test_signals_save_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(
     world: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

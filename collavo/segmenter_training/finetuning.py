@@ -326,7 +326,7 @@ def take_steps(
     framing: Framing,
     options: Steps,
     run: Path,
-    learned_from: Mapping[str, Any],
+    learned_from: dict[str, Any],
     report: Callable[[int, float], None],
     reading: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> int:
@@ -353,6 +353,8 @@ def take_steps(
     done = 0
     if checkpoints := checkpoint.list_checkpoints(run):
         done = checkpoint.read_position(checkpoints[-1], learned_from).total_steps
+        files = [file for file, _ in learned_from["data"]]  # moved, their names may sort otherwise
+        rows = replace(rows, places=sorted(rows.places, key=lambda place: files.index(place.file)))
         checkpoint.load_weights(checkpoints[-1], state)
         checkpoint.load_optimizer(checkpoints[-1], state, optimizer)
     learner.train()

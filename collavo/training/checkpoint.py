@@ -91,8 +91,8 @@ def phase_of(checkpoint: Path) -> str:
     return phase
 
 
-def read_position(checkpoint: Path, learned_from: Mapping[str, Any]) -> Position:
-    """Read where a checkpoint stands.
+def read_position(checkpoint: Path, learned_from: dict[str, Any]) -> Position:
+    """Read where a checkpoint stands, and put the data files of `learned_from` into the order that they had in it.
 
     Raises:
         UserError: if it was made from other data or with other arguments, which it names, or is damaged.
@@ -106,6 +106,7 @@ def read_position(checkpoint: Path, learned_from: Mapping[str, Any]) -> Position
         raise UserError(
             f"{checkpoint}: {'; '.join(differing)}; go on with what the run began with, or train into another folder"
         )
+    learned_from["data"] = record.files_as_before(before, learned_from)
     return position
 
 

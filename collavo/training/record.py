@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -46,6 +46,17 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     found += [f"{file} has changed" for file in changed]
     found += [f"{file} was among the data" for file in gone if file not in changed]
     return found + [f"{file} was not among the data" for file in new if file not in changed]
+
+
+def files_as_before(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[list[str]]:
+    """Return the data files of a run, with their checksums, in the order that the same files had before they moved.
+
+    Rows are numbered in that order, and the plan of the batches follows from their numbers.
+    """
+    alike: defaultdict[str, list[list[str]]] = defaultdict(list)
+    for entry in now["data"]:
+        alike[entry[1]].append(entry)
+    return [alike[checksum].pop(0) for _, checksum in before["data"]]
 
 
 def _said(value: Any) -> str:

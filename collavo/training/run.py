@@ -84,6 +84,7 @@ class TrainingRun:
         if self.start:
             with naming("resume"):  # before a large base is loaded
                 self.done = checkpoint.read_position(self.start, self.learned_from)
+            self.files = [file for file, _ in self.learned_from["data"]]  # moved, their names may sort otherwise
         self.dtype = compute_dtype(arguments.precision, self.accelerator.device)
         self.adapters = list(dict.fromkeys(ADAPTER_OF[arguments.adapters].values()))
         self._check_base()
