@@ -201,6 +201,20 @@ def test_two_processes_take_the_steps_of_one_also_after_they_were_killed(world: 
     assert_alike(world / "killed_again", finished)
 
 
+def test_ranks_that_find_different_checkpoints_refuse_to_begin(world: Path, finished: Path, tmp_path: Path) -> None:
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+    shutil.copytree(finished, tmp_path / "0" / "run")
+    flags = " ".join([*command(world, Path("run")), "--max_steps", "4", "--epochs", "3", "--resume"])
+    own_folder = f'cd "{tmp_path}/$RANK" && exec "{sys.executable}" -m collavo.train {flags}'
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no-python", "sh", "-c", own_folder]
+    root = {"PYTHONPATH": os.pathsep.join([str(Path(train.__file__).parents[1]), *sys.path])}
+    done = subprocess.run([sys.executable, "-m", *launch], env=os.environ | root, capture_output=True, text=True)
+    assert done.returncode
+    said = "--output_dir run: rank 0 finds step-000006 of cit there, and rank 1 no checkpoint; name a folder that all"
+    assert said in done.stderr
+
+
 @pytest.mark.slow
 def test_four_processes_take_the_steps_of_one_also_where_two_go_on_after_they_were_killed(
     world: Path, finished: Path

@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from rich.console import Console
 from rich.text import Text
 
@@ -85,6 +85,7 @@ class TrainingRun:
             with naming("resume"):  # before a large base is loaded
                 self.done = checkpoint.read_position(self.start, self.learned_from)
             self.files = [file for file, _ in self.learned_from["data"]]  # moved, their names may sort otherwise
+        self._check_ranks_agree()
         self.dtype = compute_dtype(arguments.precision, self.accelerator.device)
         self.adapters = list(dict.fromkeys(ADAPTER_OF[arguments.adapters].values()))
         self._check_base()
@@ -360,6 +361,20 @@ class TrainingRun:
                 "anew"
             )
         return begun
+
+    def _check_ranks_agree(self) -> None:
+        """Refuse a folder in which ranks find different checkpoints, as where each machine has one of its own.
+
+        Raises:
+            UserError: naming two ranks, and what they find.
+        """
+        start = f"{self.start.name} of {self.done.phase}" if self.start else "no checkpoint"
+        places = gather_object([start])
+        if others := [rank for rank, place in enumerate(places) if place != places[0]]:
+            raise UserError(
+                f"--output_dir {self.folder}: rank 0 finds {places[0]} there, and rank {others[0]} "
+                f"{places[others[0]]}; name a folder that all machines share, and wait until all of them see the same"
+            )
 
     def _prepare_folder(self) -> None:
         """Remove what this run replaces. By now, all is loaded and checked, so that a mistake costs no run.
