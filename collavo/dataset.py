@@ -4,8 +4,10 @@ Files are written so that readers like them: row groups of about 100 rows, so th
 image bytes stored as they are, since they are compressed already, and zstd for the rest; a page index.
 """
 
+import errno
 import hashlib
 import math
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -399,7 +401,7 @@ def image_bytes(path: str, data: bytes | None, image_root: Path | None) -> bytes
         image_root: the folder that such paths start from.
 
     Raises:
-        UserError: where the row refers to its image and no root is given.
+        UserError: where the row refers to its image and no root is given, or the root's disk does not answer.
         Rejected: `missing_file`, `unreadable_file`, `path_escapes_root` or `bad_path`.
     """
     if data is not None:
@@ -412,9 +414,19 @@ def image_bytes(path: str, data: bytes | None, image_root: Path | None) -> bytes
     try:
         return file.read_bytes()
     except FileNotFoundError as error:
+        if not image_root.is_dir() or not any(os.scandir(image_root)):  # as an unmounted disk leaves it
+            raise UserError(f"{image_root}: there is no file; is the disk of the images mounted?", 1) from error
         raise Rejected("missing_file", str(file)) from error
     except OSError as error:
+        if error.errno not in _FAULTS_OF_ONE_FILE:
+            raise UserError(f"{file}: {error.strerror}", 1) from error
         raise Rejected("unreadable_file", f"{file}: {error.strerror}") from error
+
+
+_FAULTS_OF_ONE_FILE = (
+    errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ,
+)  # fmt: skip
+"""A name or a permission. All else tells of a disk, on which the other files cannot be read either."""
 
 
 def decoded_image(path: str, data: bytes | None, image_root: Path | None) -> np.ndarray:

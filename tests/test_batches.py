@@ -1,5 +1,6 @@
 """From Parquet rows to tensors."""
 
+import errno
 import os
 import signal
 from collections import Counter
@@ -22,7 +23,15 @@ from collavo.model.prompt import KINDS, LISTED
 from collavo.panoptic.grid import crayon_grid
 from collavo.panoptic.index_png import decode_index_map
 from collavo.training.batch_plan import PlanOptions, Sample, plan_epoch
-from collavo.training.batches import ExampleDataset, MicroBatch, RowReader, build_loader, pack_prompts, prompts_of
+from collavo.training.batches import (
+    ExampleDataset,
+    MicroBatch,
+    RowReader,
+    Skipped,
+    build_loader,
+    pack_prompts,
+    prompts_of,
+)
 from collavo.training.lengths import NO_LIST, TOO_LONG, LengthLimit, object_list
 from collavo.training.row_index import RowGroup, build_row_indexes
 from schemas.categories import COCO_PANOPTIC
@@ -242,6 +251,37 @@ def test_rows_that_refer_to_their_image_need_its_root(tmp_path: Path) -> None:
     (tmp_path / referring[0].image_path).write_bytes(embedded[0].image_bytes or b"")
     found = dataset(tmp_path, referring, image_root=tmp_path).example(sample)
     assert torch.equal(found.pixel_values, dataset(tmp_path, embedded).example(sample).pixel_values)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_is_gone_ends_the_run_and_costs_no_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    def refused() -> UserError:
+        loader = build_loader(examples, [[Sample("crayon", 0, (0,))]], workers, pin_memory=False)
+        with pytest.raises(UserError) as refusal:
+            next(loader)
+        assert refusal.value.exit_status == 1
+        return refusal.value
+
+    (root := tmp_path / "pictures").mkdir()
+    examples = dataset(tmp_path, scene_rows(1, embed=False), image_root=root)
+    assert str(refused()) == f"{root}: there is no file; is the disk of the images mounted?"
+    root.rmdir()
+    assert str(refused()) == f"{root}: there is no file; is the disk of the images mounted?"
+    stale = OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", lambda _: (_ for _ in ()).throw(stale))
+        assert str(refused()) == f"{root / 'scene-000.jpg'}: {os.strerror(errno.ESTALE)}"
+    (tmp_path / "rows.parquet").unlink()
+    examples = ExampleDataset(examples.index, PROCESSOR, root)
+    assert str(refused()).startswith(f"{tmp_path / 'rows.parquet'}: cannot be read as Parquet (")
+
+
+def test_a_name_too_long_for_a_file_costs_its_sample(tmp_path: Path) -> None:
+    row = replace(scene_rows(1, embed=False)[0], image_path="x" * 300)
+    skipped = dataset(tmp_path, [row], image_root=tmp_path)[Sample("crayon", 0, (0,))]
+    assert isinstance(skipped, Skipped) and skipped.reason == "unreadable_file"
 
 
 @pytest.mark.parametrize("workers", [0, 1])

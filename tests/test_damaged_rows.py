@@ -197,6 +197,17 @@ def test_a_damaged_map_is_a_skipped_sample(tmp_path: Path) -> None:
     assert not isinstance(results[1], Skipped)
 
 
+def test_a_damaged_row_group_costs_its_samples_alone(tmp_path: Path) -> None:
+    path = save(tmp_path / "rows.parquet", records())
+    index = build_row_indexes([str(path)], LengthLimit(PROCESSOR, 9999, "none", 99))["train"]
+    place = pq.read_metadata(path).row_group(0).column(2).data_page_offset  # of the first picture
+    data = bytearray(path.read_bytes())
+    data[place : place + 60] = bytes(60)
+    path.write_bytes(data)
+    result = ExampleDataset(index, PROCESSOR)[Sample("crayon", 0, (0,))]
+    assert isinstance(result, Skipped) and result.reason == "unreadable_rows"
+
+
 def test_rows_of_two_sets_of_classes_that_another_tool_joined_are_not_mistaken_for_each_other(tmp_path: Path) -> None:
     scenes = write_crayon_file(tmp_path / "scenes.parquet", scene_rows(2))
     own = write_crayon_file(tmp_path / "own.parquet", own_rows(2), OWN_CLASSES)

@@ -7,10 +7,15 @@ from pathlib import Path
 import datasets
 import pytest
 from stores import Store, s3_store
-from tiny_model import save_tiny_base, scene_rows, write_crayon_file
+from tiny_model import save_tiny_base, scene_rows, tiny_processor, write_crayon_file
 
 from collavo import chat, evaluate, export_data, storage, train
 from collavo.dataset import find_files
+from collavo.errors import UserError
+from collavo.training.batch_plan import Sample
+from collavo.training.batches import Example, ExampleDataset
+from collavo.training.lengths import LengthLimit
+from collavo.training.row_index import build_row_indexes
 
 TRAINING = (
     "--device cpu --precision fp32 --batch_size 2 --lora_rank 4 --max_length 350 --max_steps 1 --workers 0 "
@@ -57,6 +62,20 @@ def test_training_evaluation_chat_and_export_take_rows_from_a_store(
         found[data] = losses, results, files, capsys.readouterr().out
     on_disk, in_store = found.values()
     assert in_store == on_disk
+
+
+def test_a_store_that_does_not_answer_ends_a_training_and_costs_no_sample(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("collavo.object_store._MOST_RETRIES", 1)
+    storage._file_system.cache_clear()
+    files = find_files(["s3://bucket/rows/"])
+    index = build_row_indexes(files, LengthLimit(tiny_processor(), 9999, "none", 8))["train"]
+    examples, sample = ExampleDataset(index, tiny_processor()), Sample("crayon", 0, (0,))
+    with store.dying_after("^$"):
+        outage = examples[sample]
+    assert isinstance(outage, UserError) and outage.exit_status == 1 and str(outage).startswith(files[0])
+    assert isinstance(examples[sample], Example)
 
 
 def test_a_folder_of_a_store_is_named_with_its_slash_or_without(store: Store) -> None:

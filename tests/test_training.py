@@ -841,6 +841,19 @@ def test_samples_that_fail_are_skipped_and_named_up_to_a_ratio_and_again_after_a
     assert f"{skipped['missing_file']} missing_file" in (run / "README.md").read_text()
 
 
+def test_a_step_none_of_whose_pictures_is_there_ends_the_run_before_a_checkpoint_passes_over_it(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows, run = [replace(row, image_path=f"unmounted/{row.image_path}") for row in scene_rows(8, embed=False)], "run"
+    data = write_crayon_file(tmp_path / "rows.parquet", rows)
+    flags = command(world, tmp_path / run, "--data", str(data), "--image_root", str(tmp_path), "--phase", "cpt")
+    flags += ["--batch_size", "20", "--checkpoint_steps", "1", "--instructions_per_sequence", "1"]
+    assert train.main([*flags, "--max_steps", "2", "--max_skipped_ratio", "0.5"]) == 1  # which one step is
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"error: step 1: none of its pictures can be read, {tmp_path}/unmounted/scene-" in said
+    assert not list(tmp_path.glob("run/checkpoints/*"))
+
+
 def test_the_learning_rate_is_a_cosine_between_its_ends() -> None:
     rates = [learning_rate_at(step, 11, 1e-4, 1e-6) for step in range(11)]
     assert rates[0] == 1e-4

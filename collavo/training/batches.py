@@ -127,7 +127,7 @@ class RowReader:
 
         Raises:
             Rejected: `unreadable_rows` if its row group is damaged where the index did not look, in pictures and maps.
-            UserError: if its file is not the one that was indexed.
+            UserError: if its file is not the one that was indexed, or its disk or store refuses.
         """
         number = bisect_right(self._first_rows, row) - 1
         if number not in self._tables:
@@ -139,6 +139,8 @@ class RowReader:
                         self._tables[number] = parquet.read_row_group(group.group, columns=self._columns)
                         self._footers[group.file] = footer
             except UserError as error:
+                if not _is_damage(error.__cause__):  # the same sample may be read tomorrow
+                    raise UserError(str(error), 1) from error
                 detail = f"row group {group.group} of {error}"
                 raise Rejected("unreadable_rows", detail, f"row {row}") from error
             if not same:
@@ -149,6 +151,12 @@ class RowReader:
                 self._footers.popitem(last=False)
         self._tables.move_to_end(number)
         return self._tables[number].slice(row - self._first_rows[number], 1).to_pylist()[0]
+
+
+def _is_damage(error: BaseException | None) -> bool:
+    """Tell what Arrow finds wrong in a file's bytes from what a disk or a store refuses."""
+    is_arrow_s_own = type(error) is OSError and error.errno is None
+    return is_arrow_s_own or isinstance(error, pa.ArrowException | UnicodeDecodeError)
 
 
 def _is_indexed(group: RowGroup, footer: pq.FileMetaData) -> bool:

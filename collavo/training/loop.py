@@ -33,6 +33,9 @@ from collavo.training.batches import ExampleDataset, MicroBatch, Skipped, build_
 from collavo.training.phases import Phase
 from collavo.training.stages import StagedModel
 
+_NO_CHANCE = 1e-6
+"""Less likely than this, that all files of a step are missing is no matter of single files."""
+
 
 @dataclass(slots=True)
 class StepResult:
@@ -127,8 +130,8 @@ class Trainer:
             most_skipped: samples that the whole run may skip.
 
         Raises:
-            UserError: for a loss that is not finite, a batch without a supervised token, a GPU without memory, or more
-                skipped samples than allowed.
+            UserError: for a loss that is not finite, a batch without a supervised token, a GPU without memory, more
+                skipped samples than allowed, or files that cannot be read any more.
         """
         arguments, accelerator, device = self._arguments, self._accelerator, self._accelerator.device
         on_gpu = device.type == "cuda"
@@ -167,7 +170,7 @@ class Trainer:
             said = torch.tensor([[self.signals[-1] if self.signals else 0, len(skipped)]], device=device)
             self.stopped_by, most = accelerator.gather(said).max(0).values.tolist()
             if most:
-                self._count_skipped(skipped, most_skipped)
+                self._count_skipped(number, len(batch.samples), skipped, most_skipped)
             seconds = time.perf_counter() - start
             result = StepResult(
                 step=number,
@@ -203,14 +206,27 @@ class Trainer:
         for parameter in self._staged.learning.values():
             parameter.grad = None
 
-    def _count_skipped(self, skipped: list[Skipped], most: int) -> None:
-        """Count the samples that could not be prepared on this rank, and all others'; they come to the same sum.
+    def _count_skipped(self, step: int, size: int, skipped: list[Skipped], most: int) -> None:
+        """Count the samples of a step that could not be prepared on this rank, and all others'; they come to the same
+        sum.
+
+        Args:
+            size: of the step, in samples over all ranks.
 
         Raises:
-            UserError: if there are more of them than `most`.
+            UserError: if there are more of them than `most`, or no picture of the step could be read.
         """
         if self._accelerator.num_processes > 1:
             skipped = gather_object(skipped)
+        # So many files in a row are no chance: their folder is gone, or the permission to read it. A resumed run would
+        # not come back to samples that are passed over here.
+        unread = [sample for sample in skipped if sample.reason in ("missing_file", "unreadable_file")]
+        if len(unread) == size and self._arguments.max_skipped_ratio**size < _NO_CHANCE:
+            raise UserError(
+                f"step {step}: none of its pictures can be read, {unread[0].detail} first; is their disk mounted? "
+                "--resume goes on from the last checkpoint",
+                1,
+            )
         for sample in skipped:
             self.skipped.add(sample.reason, sample.image_id, sample.detail)
         if (count := self.skipped.counts.total()) > most:
