@@ -36,6 +36,7 @@ from collavo.training.batches import MicroBatch, collate
 from collavo.training.display import RunDisplay
 from collavo.training.loop import Trainer, learning_rate_at
 from schemas.categories import COCO_PANOPTIC, Category, CategorySet
+from schemas.crayon_row import CrayonRow, Dialogue
 
 COMMON = (
     "--device cpu --precision fp32 --batch_size 4 --micro_batch_size 2 --lora_rank 4 --max_length 350 --max_steps 3 "
@@ -213,6 +214,22 @@ def test_ranks_that_find_different_checkpoints_refuse_to_begin(world: Path, fini
     assert done.returncode
     said = "--output_dir run: rank 0 finds step-000006 of cit there, and rank 1 no checkpoint; name a folder that all"
     assert said in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_leave_queries_alone_where_no_batch_of_dialogues_has_a_picture(
+    world: Path, tmp_path: Path
+) -> None:
+    said = (("human", "Who are you?"), ("gpt", "A model."))
+    alone = CrayonRow("", None, None, None, None, None, ("llava",), None, "train", None)
+    talks = [replace(alone, image_id=f"{n}", conversations=(Dialogue(f"{n}", said),)) for n in range(16)]
+    rows = [*(replace(row, conversations=()) for row in scene_rows(8)), *talks]
+    data = write_crayon_file(tmp_path / "rows.parquet", rows)
+    flags = ("--data", str(data), "--phase", "all", "--max_steps", "6")
+    assert torchrun(2, *command(world, tmp_path / "two", *flags)).wait() == 0
+    assert train.main(command(world, tmp_path / "one", *flags)) == 0
+    assert [stage for _, stage, _ in losses(tmp_path / "one")].count("vl_cit") > 1
+    assert_alike(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow
@@ -470,6 +487,28 @@ class Nobody:
 
     def reduce(self, tensor: torch.Tensor, how: str) -> torch.Tensor:
         return tensor
+
+
+def test_a_weight_without_a_gradient_on_any_rank_is_not_moved_by_its_momentum() -> None:
+    class Alike(Nobody):
+        """One of two ranks that have computed the same."""
+
+        num_processes = 2
+
+        def reduce(self, tensor: torch.Tensor, how: str) -> torch.Tensor:
+            return 2 * tensor
+
+    adapter, queries = (torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2))
+    optimizer = torch.optim.AdamW([adapter, queries], lr=0.1)
+    trainer = Trainer(None, Alike(), None, torch.float32)  # type: ignore[arg-type]
+    for with_picture in (True, False):
+        before = queries.detach().clone()
+        (adapter.sum() + (queries.sum() if with_picture else 0)).backward()
+        trainer._sum_gradients([adapter, queries])
+        assert adapter.grad is not None and (adapter.grad == 2).all()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert torch.equal(queries, before) != with_picture
 
 
 def test_a_batch_without_a_supervised_token_stops_the_run_in_one_line() -> None:

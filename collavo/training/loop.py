@@ -337,17 +337,22 @@ class Trainer:
         """Add up the gradients of all ranks.
 
         The sum is right as it is, without a division by the number of ranks, because each rank has divided its losses
-        by the tokens of all. All gradients travel in one tensor: one message instead of hundreds.
+        by the tokens of all. All gradients travel in one tensor, with a count of the ranks that have each of them: one
+        message instead of hundreds. A weight without a gradient on any rank keeps none, as on one GPU.
         """
         if self._accelerator.num_processes == 1:
             return
+        found = torch.tensor([parameter.grad is not None for parameter in learning], device=learning[0].device)
         for parameter in learning:
             if parameter.grad is None:  # this rank saw no picture, another one may have
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in learning if parameter.grad is not None]
-        summed = self._accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "sum")
-        for gradient, part in zip(gradients, summed.split([g.numel() for g in gradients]), strict=True):
+        together = torch.cat([*(gradient.flatten() for gradient in gradients), found.to(gradients[0].dtype)])
+        summed = self._accelerator.reduce(together, "sum")
+        *parts, ranks = summed.split([*(gradient.numel() for gradient in gradients), len(learning)])
+        for parameter, gradient, part, has in zip(learning, gradients, parts, ranks.tolist(), strict=True):
             gradient.copy_(part.view_as(gradient))
+            parameter.grad = gradient if has else None
 
 
 def _pieces_at_once(staged: StagedModel, device: torch.device, micro_batch_size: int) -> int:
