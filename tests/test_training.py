@@ -323,6 +323,20 @@ def test_the_phases_can_be_run_one_after_the_other(world: Path, finished: Path, 
     assert [step for step, _, _ in losses(run)] == [1, 2]
 
 
+def test_a_phase_whose_command_says_resume_from_the_first_goes_on_from_the_one_before(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for run, more in ((tmp_path / "plain", ()), (tmp_path / "resumed", ("--resume",))):
+        for phase, steps in (("cpt", "1"), ("cit", "2")):
+            flags = ("--phase", phase, "--max_steps", steps, "--checkpoint_steps", "1", *more)
+            assert train.main(command(world, run, *flags)) == 0
+    assert "resumed holds no checkpoint of cit; training begins anew" in " ".join(capsys.readouterr().out.split())
+    assert [step for step, _, _ in losses(tmp_path / "resumed")] == [1, 2, 3]
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "plain")
+    assert train.main(command(world, tmp_path / "resumed", "--phase", "cpt", "--resume")) == 2  # a step back
+    assert "--phase was cit, is cpt" in capsys.readouterr().err
+
+
 def test_a_phase_that_was_stopped_is_begun_anew_only_when_asked_and_then_alone(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

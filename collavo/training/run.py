@@ -76,10 +76,10 @@ class TrainingRun:
             with naming("output_dir"):
                 check_embedded_base(self.folder, read_train_args(self.folder))
         self.learned_from = record.learned_from(arguments, self.files)
-        checkpoints = checkpoint.list_checkpoints(self.folder) if arguments.resume else []
-        self.start = checkpoints[-1] if checkpoints else None
-        if arguments.resume and not checkpoints:
-            console.print(f"--resume: {self.folder} holds no checkpoint; training begins anew", soft_wrap=True)
+        self.start = self._last_checkpoint() if arguments.resume else None
+        if arguments.resume and not self.start:
+            lacking = "checkpoint" if arguments.phase == "all" else f"checkpoint of {arguments.phase}"
+            console.print(f"--resume: {self.folder} holds no {lacking}; training begins anew", soft_wrap=True)
         self.done = checkpoint.Position("", 0, 0)
         if self.start:
             with naming("resume"):  # before a large base is loaded
@@ -299,7 +299,7 @@ class TrainingRun:
         """Return the steps of earlier phases in the same folder, which this run continues."""
         if self.replaces:
             return 0
-        earlier = {"cpt": ("align",), "cit": ("align", "cpt")}.get(self.arguments.phase, ())
+        earlier = _EARLIER[self.arguments.phase]
         return max((line["step"] for line in read_metrics(self.folder) if line["phase"] in earlier), default=0)
 
     def _facts(self, phases: Sequence[Phase]) -> dict[str, str]:
@@ -344,6 +344,17 @@ class TrainingRun:
             make_folder(folder)
         return replaces
 
+    def _last_checkpoint(self) -> Path | None:
+        """Find the checkpoint to resume from; none where the last one is of a phase that this one continues.
+
+        Raises:
+            UserError: if the last one is damaged.
+        """
+        checkpoints = checkpoint.list_checkpoints(self.folder)
+        with naming("resume"):
+            is_earlier = bool(checkpoints) and checkpoint.phase_of(checkpoints[-1]) in _EARLIER[self.arguments.phase]
+        return checkpoints[-1] if checkpoints and not is_earlier else None
+
     def _begun(self) -> list[Path]:
         """List the checkpoints of an earlier attempt at the phase, which this one begins anew.
 
@@ -387,6 +398,9 @@ class TrainingRun:
             with naming("output_dir"), writing(self.folder):
                 remove([*self.folder.iterdir()] if self.replaces else self.begun)  # the folder itself may be a link
 
+
+_EARLIER: dict[str, tuple[str, ...]] = {"all": (), "align": (), "cpt": ("align",), "cit": ("align", "cpt")}
+"""The phases whose results each `--phase` takes over from its folder."""
 
 _LONGEST_WAIT = timedelta(hours=2)
 """How long ranks wait for one that indexes the data or writes a checkpoint; ten minutes is the default on GPUs."""
