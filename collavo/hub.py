@@ -18,7 +18,7 @@ from collavo.errors import first_line
 
 SAFETENSORS, PICKLED = "model*.safetensors", "pytorch_model*.bin"
 
-_DESCRIPTIONS = ("*.json", "*.txt", "*.jinja", "tokenizer.model")
+_DESCRIPTIONS = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "README.md")
 _STEP_SECONDS, _WHOLE_SECONDS = 2.0, 5.0
 """How long the hub may take to connect or to answer, and for all that, names to look up included."""
 

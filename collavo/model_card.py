@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData, metadata_load
 
 from collavo.embedded import find_embedded
 from collavo.folders import write_whole
+from collavo.hub import find_checkpoint
 from collavo.model.configuration import CollavoConfig
 from collavo.runs import CARD, base_source, read_metrics, read_train_args, steps_taken
 
@@ -48,7 +49,7 @@ def write_model_card(
     name = name or folder.resolve().name
     source = base_source(run)
     embedded = find_embedded(source)
-    args, about_base = read_train_args(run), licence_of(embedded.folder if embedded else Path(source))
+    args, about_base = read_train_args(run), licence_of_checkpoint(str(embedded.folder) if embedded else source)
     steps = steps_taken(run)
     losses, (results, asked, how) = _losses(run), _results(run)
     data = _data_names(args.get("files", {}))
@@ -113,6 +114,35 @@ def card_head(licence: Mapping[str, Any], **more: Any) -> str:
     own_name = licence["license_name"] if licence["license"] == "other" else None
     metadata = ModelCardData(license=licence["license"], license_name=own_name, **more)
     return f"---\n{metadata.to_yaml()}\n---\n\n"
+
+
+def write_base_card(folder: Path, name: str, sources: Mapping[str, str]) -> None:
+    """Write the card of an imported base.
+
+    Args:
+        name: of the finished folder.
+        sources: the checkpoints that it is made of, folders or hub ids, by what each of them is.
+    """
+    licences = {source: licence_of_checkpoint(source) for source in sources.values()}
+    named = {source: Path(source).name if Path(source).is_dir() else source for source in licences}
+    first = next(iter(licences.values()))
+    together = " and ".join(dict.fromkeys(licence["license_name"] for licence in licences.values()))
+    licence = first if together == first["license_name"] else {"license": "other", "license_name": together}
+    hub = [source for source in licences if not Path(source).is_dir()]
+    head = card_head(licence, base_model=hub or None, pipeline_tag="image-text-to-text", tags=["collavo"])
+    rows = [f"| {part} | `{named[source]}` | {licences[source]['license_name']} |" for part, source in sources.items()]
+    text = "\n".join(
+        [f"# {name}", "", "A base for CoLLaVO.", "", "| made of | checkpoint | licence |", "|---|---|---|", *rows]
+    )
+    write_whole(folder / CARD, f"{head}{text}\n")
+
+
+def licence_of_checkpoint(source: str) -> dict[str, Any]:
+    """Read a licence and its name, as the card of a folder, or of a model of the hub on this machine, states them."""
+    try:
+        return licence_of(find_checkpoint(source, weights=()))
+    except OSError:
+        return licence_of(Path(source))
 
 
 def licence_of(folder: Path) -> dict[str, Any]:

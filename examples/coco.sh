@@ -29,8 +29,9 @@ fi
 
 # 2. Train. COCO has no dialogues, so the image adapter alone is trained; llava_7b.sh trains both. Needs a GPU; time was never
 #    measured, and memory only estimated (docs/training.md), hence the checkpointing.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300  # a stop waits for a step and its checkpoint; from torch 2.12, before it 30 s
 # shellcheck disable=SC2086  # TRAIN_FLAGS is several words
-torchrun --nproc_per_node "$GPUS" --shutdown_timeout 300 -m collavo.train --data "$OUT"/data/*.parquet \
+torchrun --nproc_per_node "$GPUS" -m collavo.train --data "$OUT"/data/*.parquet \
     --output_dir "$OUT/run" --resume $TRAIN_FLAGS
 
 # 3. Evaluate: 500 images of the validation split, whose truth are COCO's annotations.

@@ -38,8 +38,9 @@ if [ -z "$PRESET" ]; then
 fi
 
 # 3. Train both phases: one pass each, 32 sequences a step over all GPUs.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300  # a stop waits for a step and its checkpoint; from torch 2.12, before it 30 s
 # shellcheck disable=SC2086  # TRAIN_FLAGS is several words
-torchrun --nproc_per_node "$GPUS" --shutdown_timeout 300 -m collavo.train --data "$OUT"/data/*.parquet \
+torchrun --nproc_per_node "$GPUS" -m collavo.train --data "$OUT"/data/*.parquet \
     --preset "$PRESET" --output_dir "$OUT/run" --resume $TRAIN_FLAGS
 
 # 4. Evaluate with and without the object list in the prompt, then public benchmarks by lmms-eval.

@@ -233,6 +233,30 @@ def test_a_fine_tunes_added_tokens_and_ends_come_with_a_sentencepiece_file(
         assert tokenizer("two<|im_end|>", add_special_tokens=False).input_ids == [*model.encode("two"), len(model)]
 
 
+def test_markers_of_a_sentencepiece_file_are_single_tokens(tmp_path: Path) -> None:
+    """Control pieces, as [INST] in Mistral's, and pieces that a chat model has renamed."""
+    (tmp_path / "corpus.txt").write_text("one two three four five six seven\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "corpus.txt"),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="bpe",
+        vocab_size=300,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        control_symbols=["[INST]"],
+        user_defined_symbols=["[UNUSED_TOKEN_0]"],
+    )
+    unused = sentencepiece.SentencePieceProcessor(str(tmp_path / "tokenizer.model")).piece_to_id("[UNUSED_TOKEN_0]")
+    entries = {"added_tokens_decoder": {str(unused): {"content": "<|im_end|>", "special": True}}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(entries))
+    tokenizer = read_tokenizer(tmp_path)
+    for marker in ("[INST]", "<|im_end|>"):
+        (id_,) = tokenizer(marker, add_special_tokens=False).input_ids
+        assert tokenizer.convert_ids_to_tokens(id_) == marker
+        assert tokenizer.decode([id_], skip_special_tokens=True) == ""
+
+
 def test_control_tokens_in_a_text_bring_no_spaces(vicuna: tuple[Path, sentencepiece.SentencePieceProcessor]) -> None:
     tokenizer = read_tokenizer(vicuna[0])
     tokenizer.add_tokens(["<image>"], special_tokens=True)

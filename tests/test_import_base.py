@@ -30,6 +30,7 @@ from collavo.import_base.__main__ import main
 from collavo.import_base.assemble import assemble_from_llava, assemble_from_parts
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.processing import CollavoProcessor
+from collavo.model_card import licence_of, licence_of_checkpoint
 
 IMAGE_SIZE, GRID = 56, 4
 TEXT = {
@@ -318,6 +319,31 @@ def test_a_language_model_converses_as_its_own_template_says(
         (tmp_path / "model" / "chat_template.jinja").write_text(template)
     model, processor = assemble_from_parts(clip, tmp_path / "model", image_size=IMAGE_SIZE)
     assert processor.chat_format == model.config.chat_format == chat_format
+
+
+def test_the_command_writes_a_card_with_the_licences_and_says_where_prompts_have_no_format_of_their_own(
+    clip: Path, llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part, folder, licence in (("vision", clip, "mit"), ("language", llama, "llama2")):
+        shutil.copytree(folder, tmp_path / part)
+        (tmp_path / part / "README.md").write_text(f"---\nlicense: {licence}\n---\n")
+    output = tmp_path / "base"
+    flags = ["--vision", str(tmp_path / "vision"), "--language", str(tmp_path / "language"), "--output", str(output)]
+    assert main([*flags, "--image_size", "84"]) == 0
+    assert "prompts: in the format paper" in capsys.readouterr().out
+    card = (output / "README.md").read_text()
+    assert "| language model | `language` | llama2 |" in card and str(tmp_path) not in card
+    assert licence_of(output) == {"license": "other", "license_name": "mit and llama2"}
+    assert licence_of_checkpoint(str(output))["license_name"] == "mit and llama2"
+
+
+def test_a_llava_of_version_1_6_is_refused_before_its_weights_are_read(llava: Path, tmp_path: Path) -> None:
+    folder = save_original_llava(llava, tmp_path)
+    entries = json.loads((folder / "config.json").read_text()) | {"mm_patch_merge_type": "spatial_unpad"}
+    (folder / "config.json").write_text(json.dumps(entries))
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"mm_patch_merge_type 'spatial_unpad' .* of LLaVA-1\.5, is$"):
+        assemble_from_llava(folder)
 
 
 def test_the_command_writes_a_whole_model(llava: Path, tmp_path: Path) -> None:

@@ -79,6 +79,13 @@ def test_a_refusal_names_the_file_the_place_and_what_would_work(tmp_path, conten
     assert all(word in message for word in found), message
 
 
+def test_a_task_that_stands_twice_is_refused_for_its_first_phrasings_would_be_lost(tmp_path):
+    one = json.dumps([BINARY])
+    (tmp_path / "twice.json").write_text(f'{{"class_to_binary": {one}, "class_to_binary": {one}}}')
+    with pytest.raises(UserError, match=r"twice\.json: .*'class_to_binary' stands there twice"):
+        load_phrasebook(tmp_path / "twice.json")
+
+
 def test_a_missing_file_is_refused_by_name(tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.json"):
         load_phrasebook(tmp_path / "nowhere.json")

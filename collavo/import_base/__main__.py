@@ -75,6 +75,7 @@ def _import(flags: Flags) -> None:
 
     from collavo.import_base.assemble import assemble_from_llava, assemble_from_parts
     from collavo.import_base.release import load_release
+    from collavo.model_card import write_base_card
 
     torch.manual_seed(0)  # for new weights
     options = {"image_size": flags.image_size, "chat_format": flags.chat_format, "dtype": getattr(torch, flags.dtype)}
@@ -90,6 +91,14 @@ def _import(flags: Flags) -> None:
             raise UserError(f"--{error}") from error
         model.save_pretrained(folder, max_shard_size="5GB")
         processor.save_pretrained(folder)
+        names = {"llava": "LLaVA", "release": "CoLLaVO", "vision": "vision encoder", "language": "language model"}
+        sources = {title: getattr(flags, name) for name, title in names.items() if getattr(flags, name)}
+        write_base_card(folder, flags.output.resolve().name, sources)
+    if processor.chat_format == "paper" and not (flags.chat_format or flags.release):
+        print(
+            "prompts: in the format paper, for the language model has no chat template known here; --chat_format names "
+            "another"
+        )
     print(f"{flags.output}: {sum(p.numel() for p in model.parameters()) / 1e9:.2f} billion parameters")
 
 

@@ -49,6 +49,7 @@ _ORIGINAL_LLAVA = {
     "mm_projector_type": "mlp2x_gelu",
     "mm_vision_select_feature": "patch",
     "mm_use_im_start_end": False,
+    "mm_patch_merge_type": "flat",  # LLaVA-1.6's is another
 }
 """What the configuration of LLaVA-1.5 says, in its authors' layout, of what is built in."""
 

@@ -76,11 +76,14 @@ def read_tokenizer(folder: Path) -> Any:
     """
     try:
         # Vicuna, hence LLaVA, and others with Llama's first tokenizer learned with a space put before each part between
-        # control tokens, which transformers calls legacy. Other tokenizers know no such thing.
+        # control tokens, which transformers calls legacy. Other tokenizers know no such thing. Mistral's own package,
+        # where it is installed, would be asked instead if it were not refused.
         if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
             tokenizer: Any = llama_tokenizer(folder)  # transformers needs a sentencepiece that fits protobuf for it
         else:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, legacy=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, legacy=True, mistral_format=False
+            )
         if hasattr(tokenizer, "legacy"):
             tokenizer.init_kwargs["legacy"] = True  # so that it is saved
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:

@@ -69,17 +69,28 @@ def internlm_tokenizer(folder: Path, chat_names: bool = True) -> PreTrainedToken
 
 
 def llama_tokenizer(folder: Path) -> LlamaTokenizer:
-    """Make the tokenizer of a Llama, 1 or 2, or a Vicuna, that has no tokenizer.json; the legacy one, as transformers
-    calls it.
+    """Make the tokenizer of a Llama, 1 or 2, a Vicuna, or another of their kind, that has no tokenizer.json; the legacy
+    one, as transformers calls it.
 
     Raises:
         FileNotFoundError, ValueError: as `internlm_tokenizer`.
     """
     pieces = _read_pieces(folder / "tokenizer.model", "Llama", space_before=True)
+    added = _added_tokens(folder)
+    pieces = [
+        (added.get(position, text), score, _CONTROL if position in added else kind)
+        for position, (text, score, kind) in enumerate(pieces)
+    ]
     vocabulary = {text: position for position, (text, _, _) in enumerate(pieces)}
     tokenizer = LlamaTokenizer(vocab=vocabulary, merges=_merges(pieces), legacy=True, add_bos_token=True)
-    added = {position: text for position, (text, _, kind) in enumerate(pieces) if kind == _USER_DEFINED}
-    added |= {position: text for position, text in _added_tokens(folder).items() if position >= len(pieces)}
+    # Of control tokens beside those that all have, as [INST] in Mistral's, a text would else be spelled.
+    known = set(tokenizer.all_special_tokens)
+    added |= {
+        position: text
+        for position, (text, _, kind) in enumerate(pieces)
+        if kind in (_CONTROL, _USER_DEFINED) and text not in known
+    }
+    added = {position: text for position, text in added.items() if text not in known}
     for position, text in sorted(added.items()):
         if position > len(tokenizer):
             raise ValueError(

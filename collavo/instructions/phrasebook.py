@@ -6,6 +6,7 @@ braces, such as `{plural}`; `PLACEHOLDERS` lists those of each task. The default
 module."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def load_phrasebook(path: Path = DEFAULT_PHRASEBOOK) -> Phrasebook:
     """
     try:
         data = path.read_bytes()
-        tasks = parsed_json(data)
+        tasks = parsed_json(data, _without_repeats)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(tasks, dict) or not tasks or set(tasks) - set(TASKS):
@@ -65,6 +66,13 @@ def load_phrasebook(path: Path = DEFAULT_PHRASEBOOK) -> Phrasebook:
         raise UserError(f"{path}: holds {found}, but expected an object whose keys are among {', '.join(TASKS)}")
     phrasings = {task: _checked_phrasings(path, task, entries) for task, entries in tasks.items()}
     return Phrasebook(phrasings, hashlib.sha256(data).hexdigest())
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make the object, in which a name that stands twice would hide what stood under it first."""
+    if repeated := [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]:
+        raise ValueError(f"{repeated[0]!r} stands there twice")
+    return dict(pairs)
 
 
 def _checked_phrasings(path: Path, task: str, entries: Any) -> tuple[Phrasing, ...]:

@@ -1,7 +1,7 @@
 """Read the sources of images: COCO panoptic files, LLaVA files, and the paths that they name."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -12,14 +12,17 @@ def fault_in_json(error: Exception) -> str:
     return f"{type(error).__name__}: {text.partition(chr(10))[0]}"
 
 
-def parsed_json(text: str | bytes) -> Any:
+def parsed_json(text: str | bytes, make_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
     """Parse JSON.
+
+    Args:
+        make_object: makes an object of its pairs; a dict if not given.
 
     Raises:
         ValueError: if it is no JSON, or is nested more deeply than Python's stack is.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=make_object)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
