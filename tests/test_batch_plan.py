@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 
 from collavo.dataset import LeftOut
 from collavo.model.prompt import KINDS, Kind
-from collavo.training.batch_plan import Batch, PlanOptions, Sample, plan_epoch, rows_in_use
+from collavo.training.batch_plan import Batch, PlanOptions, Sample, evaluation_samples, plan_epoch, rows_in_use
 from collavo.training.batches import RowReader, micro_batches
 from collavo.training.lengths import NO_LIST
 from collavo.training.row_index import RowGroup, RowIndex, Texts
 
 
-def index(instructions: list[int], dialogues: list[int], group_rows: int = 3) -> RowIndex:
+def index(instructions: list[int], dialogues: list[int], group_rows: int = 3, group_bytes: int = 0) -> RowIndex:
     """Rows with so many instructions and dialogues each, every text ten tokens long."""
     groups = [
-        RowGroup(Path("a.parquet"), i, first, min(group_rows, len(instructions) - first), 0)
+        RowGroup(Path("a.parquet"), i, first, min(group_rows, len(instructions) - first), group_bytes)
         for i, first in enumerate(range(0, len(instructions), group_rows))
     ]
     texts = {}
@@ -105,9 +105,9 @@ def test_ranks_share_every_batch_and_see_the_same_kind_at_the_same_step() -> Non
 
 
 @pytest.mark.parametrize("ranks", [1, 8])
-@pytest.mark.parametrize(("group_rows", "groups"), [(60, 200), (1000, 16)])
+@pytest.mark.parametrize(("group_rows", "groups", "group_bytes"), [(60, 200, 0), (1000, 16, 0), (7, 400, 32 << 20)])
 def test_ranks_together_read_each_row_group_once_but_for_a_few_in_the_end(
-    monkeypatch: pytest.MonkeyPatch, ranks: int, group_rows: int, groups: int
+    monkeypatch: pytest.MonkeyPatch, ranks: int, group_rows: int, groups: int, group_bytes: int
 ) -> None:
     class File:
         metadata = None
@@ -117,19 +117,32 @@ def test_ranks_together_read_each_row_group_once_but_for_a_few_in_the_end(
             return pa.table({"row": range(rows.row_groups[group].rows)})
 
     varied, count = np.random.default_rng(0), groups * group_rows
-    rows = index(varied.integers(0, 9, count).tolist(), varied.integers(0, 3, count).tolist(), group_rows)
+    rows = index(varied.integers(0, 9, count).tolist(), varied.integers(0, 3, count).tolist(), group_rows, group_bytes)
+    kept = rows_in_use(rows.row_groups, ranks)
+    assert kept * group_bytes / group_rows <= (3 << 30) / ranks + 2 * group_bytes  # of memory, of each rank
     reads: list[int] = []
     monkeypatch.setattr("collavo.training.batches.opened_parquet", lambda _, footer: nullcontext(File()))
     monkeypatch.setattr("collavo.training.batches._is_indexed", lambda *_: True)
     plan = plan_epoch(rows, KINDS, options(batch_size=32), epoch=0)
     for rank in range(ranks):
-        reader, last = RowReader(rows.row_groups, rows_in_use(rows.row_groups)), -1
+        reader, last = RowReader(rows.row_groups, kept), -1
         for batch in plan:
             for sample in (sample for piece in micro_batches(batch, 4, rank, ranks) for sample in piece):
                 if sample.row // group_rows != last:  # a row of the group read last costs nothing
                     reader.read(sample.row)
                 last = sample.row // group_rows
-    assert len(reads) <= groups + (1.5 * ranks if ranks > 1 else 0)
+    assert len(reads) <= groups + (2 * ranks if ranks > 1 else 0)
+
+
+def test_a_loss_is_measured_all_over_the_rows() -> None:
+    """Not on the rows of one data set, which stand side by side."""
+    rows = index([3] * 400, [1, 0] * 200, group_rows=20)
+    for seed in range(3):
+        chosen = evaluation_samples(rows, KINDS, options(seed=seed), 40)
+        for kind in KINDS:
+            in_groups = Counter(sample.row // 20 for sample in chosen if sample.kind == kind)
+            assert in_groups == dict.fromkeys(range(20), 2)
+    assert len(evaluation_samples(rows, KINDS, options(), 10**6)) == 400 + 200
 
 
 def test_micro_batches_of_a_rank_hold_its_samples_by_length() -> None:

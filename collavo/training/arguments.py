@@ -92,7 +92,7 @@ class TrainArguments:
 
     log_steps: int = flag(1, "steps between lines in metrics.jsonl", least=1, group="logs and checkpoints")
     eval_steps: int | None = flag(None, "steps between evaluations (default: once a phase)", kind=int, least=1)
-    eval_batches: int = flag(16, "micro-batches of each kind in an evaluation", least=1)
+    max_eval_samples: int = flag(32, "sequences of each kind in an evaluation", least=1)
     checkpoint_steps: int = flag(500, "steps between checkpoints", least=1)
     keep_checkpoints: int = flag(2, "checkpoints to keep", least=1)
     report_to: tuple[str, ...] = flag(

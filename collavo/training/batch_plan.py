@@ -22,7 +22,7 @@ batch without asking the others.
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from typing import NamedTuple
 
@@ -36,6 +36,9 @@ ROWS_PER_WINDOW = 1000
 
 MOST_LANES = 8
 """As many ranks read each row group once; of more ranks, several read the same one."""
+
+_BYTES_PER_WINDOW = 1 << 30
+"""Where pictures are large, a window has fewer rows, of about so many bytes."""
 
 MOST_ROWS = 8 * ROWS_PER_WINDOW
 """Rows of a window at most, of whole row groups; other tools write large ones. A row group of more is a window."""
@@ -89,7 +92,7 @@ def plan_epoch(index: RowIndex, kinds: Sequence[Kind], options: PlanOptions, epo
     windows = [[list(_samples_of(group, index, kinds, options, rng)) for group in window] for window in rows]
     counts = Counter(sample.kind for window in windows for group in window for sample in group)
     kept = _kept_shares(counts, options.crayon_share)
-    lanes = _Lanes(math.gcd(options.batch_size, MOST_LANES), options.batch_size, counts)
+    lanes = _Lanes(lanes_of(options.batch_size), options.batch_size, counts)
     batches: list[Batch] = []
     for number, window in enumerate(windows):
         # Draws a number even where all are kept, so that a share changes the selection and not the order.
@@ -102,6 +105,23 @@ def plan_epoch(index: RowIndex, kinds: Sequence[Kind], options: PlanOptions, epo
         # Both kinds are spread over the window.
         batches += [ready[number] for number in rng.permutation(len(ready))]
     return batches
+
+
+def evaluation_samples(index: RowIndex, kinds: Sequence[Kind], options: PlanOptions, most: int) -> list[Sample]:
+    """Choose samples to measure a loss with: of each kind `most` at most, at even distances over all rows, so that each
+    data set has its share."""
+    plan = plan_epoch(index, kinds, replace(options, batch_size=1), epoch=0)
+    chosen: list[Sample] = []
+    for kind in kinds:
+        samples = sorted((batch.samples[0] for batch in plan if batch.kind == kind), key=lambda sample: sample.row)
+        taken = min(most, len(samples))
+        chosen += [samples[number * len(samples) // taken] for number in range(taken)]
+    return chosen
+
+
+def lanes_of(batch_size: int) -> int:
+    """Return the number of lanes, of which each gives a batch as many samples as any other."""
+    return math.gcd(batch_size, MOST_LANES)
 
 
 class _Lanes:
@@ -171,29 +191,36 @@ class _Lanes:
 def _windows(groups: Sequence[RowGroup], rng: np.random.Generator) -> Iterator[list[range]]:
     """Yield the rows of some row groups at a time, in random order."""
     window: list[range] = []
+    size = 0
     for place in rng.permutation(len(groups)):
         group = groups[place]
         window.append(range(group.first_row, group.first_row + group.rows))
+        size += group.bytes
         rows, number = sum(map(len, window)), len(window)
         # Of a multiple of the lanes, each gets whole row groups. Where these are large, a window has fewer: with four
         # of them, four ranks still read each of them once.
-        if (number % MOST_LANES == 0 and rows >= 0.8 * ROWS_PER_WINDOW) or (
-            number in (1, 2, 4) and 2 * rows > MOST_ROWS
-        ):
+        is_full = rows >= 0.8 * ROWS_PER_WINDOW or size >= _BYTES_PER_WINDOW
+        if (number % MOST_LANES == 0 and is_full) or (number in (1, 2, 4) and 2 * rows > MOST_ROWS):
             yield window
-            window = []
+            window, size = [], 0
     if window:
         yield window
 
 
-def rows_in_use(groups: Sequence[RowGroup]) -> int:
+def rows_in_use(groups: Sequence[RowGroup], ranks: int = 1) -> int:
     """Return how many rows a reader has to keep in memory to read each row group once, about.
 
-    A waiting sample is used within the next window, and windows differ in size; so those of three suffice.
+    A waiting sample is used within the next window, and windows differ in size; so those of three suffice,
+    and two row groups more.
+
+    Args:
+        ranks: that share the lanes, so that each reads as many of them as any other, and no other's.
     """
     largest = max((group.rows for group in groups), default=0)
-    window = max(ROWS_PER_WINDOW, min(MOST_LANES * largest, MOST_ROWS))
-    return max(3 * window, 2 * largest)
+    bytes_per_row = sum(group.bytes for group in groups) // max(1, sum(group.rows for group in groups))
+    usual = min(ROWS_PER_WINDOW, _BYTES_PER_WINDOW // max(1, bytes_per_row))
+    window = max(usual, min(MOST_LANES * largest, MOST_ROWS))
+    return 3 * window // ranks + 2 * largest
 
 
 def _samples_of(

@@ -173,6 +173,7 @@ class ExampleDataset(Dataset[Example | Skipped | UserError]):
     Args:
         image_root: the folder that image paths in the rows start from.
         categories: the set of the rows' classes.
+        ranks: as of `collavo.training.batch_plan.rows_in_use`.
     """
 
     def __init__(
@@ -181,9 +182,10 @@ class ExampleDataset(Dataset[Example | Skipped | UserError]):
         processor: CollavoProcessor,
         image_root: Path | None = None,
         categories: CategorySet = COCO_PANOPTIC,
+        ranks: int = 1,
     ) -> None:
         self.index = index
-        self._reader = RowReader(index.row_groups, kept := rows_in_use(index.row_groups))
+        self._reader = RowReader(index.row_groups, kept := rows_in_use(index.row_groups, ranks))
         self._text_reader = RowReader(index.row_groups, kept, _TEXT_COLUMNS)
         self._processor = processor
         self._image_root = image_root

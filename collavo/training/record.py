@@ -21,7 +21,7 @@ from collavo.training.arguments import TrainArguments
 _FREE_ARGUMENTS = (
     "epochs", "max_steps", "cpt_max_steps",
     "data", "image_root", "resume", "overwrite", "output_dir", "micro_batch_size", "device", "gradient_checkpointing",
-    "attention", "workers", "max_skipped_ratio", "log_steps", "eval_steps", "eval_batches", "checkpoint_steps",
+    "attention", "workers", "max_skipped_ratio", "log_steps", "eval_steps", "max_eval_samples", "checkpoint_steps",
     "keep_checkpoints", "report_to",
 )  # fmt: skip
 

@@ -1,8 +1,9 @@
 """A training run, from its arguments to its run directory."""
 
+import math
 import signal
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,7 +39,7 @@ from collavo.runs import (
 )
 from collavo.training import checkpoint, record
 from collavo.training.arguments import TrainArguments
-from collavo.training.batch_plan import PlanOptions, Sample, plan_epoch
+from collavo.training.batch_plan import PlanOptions, Sample, evaluation_samples, lanes_of
 from collavo.training.batches import ExampleDataset
 from collavo.training.display import RunDisplay, memory_table
 from collavo.training.lengths import LengthLimit
@@ -247,12 +248,11 @@ class TrainingRun:
         trainer.run(phase, self.train_set, optimizer, first_step, most_skipped, after_step)
 
     def _evaluate(self, trainer: Trainer, phase: Phase) -> dict[Kind, float]:
-        """Validation losses, on the same samples every time; of no kind of which there are none."""
-        options = replace(self.plan_options, batch_size=1)
-        plan = plan_epoch(self.validation_set.index, tuple(phase.stages), options, epoch=0)
-        most = self.arguments.eval_batches * self.arguments.micro_batch_size
-        of_kinds = [[batch.samples[0] for batch in plan if batch.kind == kind] for kind in phase.stages]
-        return trainer.evaluate([s for samples in of_kinds for s in samples[:most]], self.validation_set)
+        """Validation losses, on the same samples every time, from all over the rows; of no kind of which there are
+        none."""
+        index, most = self.validation_set.index, self.arguments.max_eval_samples
+        chosen = evaluation_samples(index, tuple(phase.stages), self.plan_options, most)
+        return trainer.evaluate(chosen, self.validation_set)
 
     def _save_checkpoint(
         self, position: checkpoint.Position, optimizer: torch.optim.Optimizer, learning: Sequence[str]
@@ -282,8 +282,10 @@ class TrainingRun:
         if indexes["train"].has_null_images and arguments.image_root is None:
             raise UserError("--data: rows refer to their images; --image_root must name the folder of the images")
         image_root = Path(arguments.image_root) if arguments.image_root else None
+        # A lane belongs to one rank where ranks divide the lanes.
+        ranks = math.gcd(self.accelerator.num_processes, lanes_of(arguments.batch_size))
         return {
-            split: ExampleDataset(index, self.processor, image_root, self.categories)
+            split: ExampleDataset(index, self.processor, image_root, self.categories, ranks)
             for split, index in indexes.items()
         }
 
