@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from collavo.dataset import LeftOut
 from collavo.model.prompt import KINDS, Kind
+from collavo.training.arguments import TrainArguments
 from collavo.training.batch_plan import Batch, PlanOptions, Sample, evaluation_samples, plan_epoch, rows_in_use
 from collavo.training.batches import RowReader, micro_batches
 from collavo.training.lengths import NO_LIST
+from collavo.training.record import learned_from
 from collavo.training.row_index import RowGroup, RowIndex, Texts
 
 
@@ -164,3 +166,13 @@ def test_lanes_have_equal_shares_of_all_batches_but_the_last() -> None:
             groups[batch.kind][place // 2].add(sample.row // 100)
     for of_lanes in groups.values():
         assert sum(map(len, of_lanes)) == len(set.union(*of_lanes))
+
+
+def test_a_resumed_run_may_change_nothing_that_it_learns_from() -> None:
+    assert set(learned_from(TrainArguments(data=("a.parquet",)), [])["arguments"]) == {
+        "preset", "phase", "projector", "adapters", "queries", "semantic_queries", "query_start", "tasks",
+        "object_list", "seed", "batch_size", "align_batch_size", "crayon_share", "instructions_per_sequence",
+        "max_length", "lora_rank",
+        "lora_alpha", "quantize", "precision", "align_learning_rate", "cpt_learning_rate", "cit_learning_rate",
+        "final_learning_rate", "max_grad_norm",
+    }  # fmt: skip

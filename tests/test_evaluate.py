@@ -243,6 +243,17 @@ def test_every_default_phrasing_shows_the_class_it_asks_for():
                 assert question.category == by_id[instruction.segment_ids[0]].category
 
 
+def test_a_right_class_with_a_wrong_number_and_the_size_of_an_error_are_told_apart():
+    def answered(task: str, truth: str, answer: str) -> Answered:
+        return judged(Question("a", task, (("human", "?"),), truth, "dog", "present"), answer, JUDGE)
+
+    boxes = [answered("box_to_class", "(#1 dog)", said) for said in ("(#1 dog)", "(#2 dog)", "(#1 cat)", "(#2 dog)")]
+    counts = [answered("counting", "3", said) for said in ("3", "5", "2", "many")]
+    figures = summarise([*boxes, *counts])
+    assert (figures["box_to_class"]["correct"], figures["box_to_class"]["correct_with_number"]) == (0.75, 0.25)
+    assert figures["counting"]["mean_absolute_error"] == 1.0
+
+
 def test_binary_figures_follow_their_definitions():
     answers = [
         *[binary("dog", "yes", "Yes.")] * 6,  # hits

@@ -13,7 +13,7 @@ from collavo import runs
 from collavo.errors import UserError
 from collavo.evaluation.judge import Judge
 from collavo.evaluation.questions import EVALUATED_TASKS, questions_of
-from collavo.inference import Answerer, Picture, Request, load_answerer, picture_of_row
+from collavo.inference import Answerer, Picture, Request, Sampling, load_answerer, picture_of_row
 from collavo.model import CollavoForConditionalGeneration
 from collavo.model.query_init import adopt_categories
 from collavo.runs import load_run
@@ -129,6 +129,10 @@ def test_an_object_list_keeps_the_largest_objects_that_fit_as_in_training(answer
     assert answerer.request(0, picture, turns, True, 32) == Request(0, turns, picture.objects, 32)
     with pytest.raises(UserError, match=r"the question has [\d,]+ tokens"):
         answerer.request(0, picture, [("human", "word " * answerer.context)], True, 32)
+
+
+def test_sampling_draws_among_all_tokens_that_sum_up_to_top_p():
+    assert Sampling(0.7, 0.9).options == {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0}
 
 
 def test_nf4_answers_are_the_same_every_time_and_for_any_batch_size(run):

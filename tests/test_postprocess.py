@@ -124,6 +124,10 @@ def test_paper_preset_settles_rounding_ties_as_transformers_does(sure, size_hw, 
     assert np.array_equal(segment_ids(ours), ids)
 
 
+def test_the_default_thresholds_are_those_that_docs_and_peers_state():
+    assert MaskThresholds(min_class_score=0.8, mask_probability=0.5, overlap=0.8, min_area=16) == DEFAULT
+
+
 def test_paper_preset_makes_large_maps_in_bands(monkeypatch):
     """Where all masks at the picture's size are gigabytes, in parts; a probability may differ in its last bit there."""
     class_logits, mask_logits = random_logits(3, sure=12, queries=15, mask_hw=(25, 37))
