@@ -235,7 +235,8 @@ class _Conversations(Session):
 
     def about_row(self) -> Conversation:
         """Start a conversation about the row that the flags name, with the row's own map."""
-        from collavo.dataset import LeftOut, category_set, find_files, read_rows
+        from collavo.dataset import category_set, find_files, read_rows
+        from collavo.errors import LeftOut
         from collavo.inference import picture_of_row
 
         flags = self.flags
@@ -256,7 +257,8 @@ class _Conversations(Session):
 
 def _answer_file(flags: Flags) -> None:
     """Answer the questions of a file that have no answer yet."""
-    from collavo.dataset import LeftOut, decoded_image
+    from collavo.dataset import decoded_image
+    from collavo.errors import LeftOut
     from collavo.progress import Progress
     from collavo.question_file import QuestionAnswerer, count_answers, read_questions
 

@@ -1,22 +1,15 @@
-"""Crayon data on disk: which files make up a data set, its rows, a row's picture, and the Parquet files they lie in.
-
-Files are written so that readers like them: row groups of about 100 rows, so that shuffled reading costs little;
-image bytes stored as they are, since they are compressed already, and zstd for the rest; a page index.
-"""
+"""Crayon data on disk: which files make up a data set, its rows, and a row's picture."""
 
 import errno
-import hashlib
-import math
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from posixpath import basename, dirname, join
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,10 +17,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from collavo.categories import read_categories
-from collavo.errors import Rejected, UserError, first_line
+from collavo.errors import LeftOut, Rejected, UserError, first_line
 from collavo.images import decode_rgb
 from collavo.panoptic.index_png import panoptic_map_of
 from collavo.panoptic.maps import PanopticMap
+from collavo.row_checks import check_record, check_schema, digest_of, schema_version
 from collavo.sources.image_paths import checked_relative
 from collavo.storage import (
     FAULTS,
@@ -42,38 +36,11 @@ from collavo.storage import (
     open_random,
     refuse_pipe,
 )
-from schemas.categories import COCO_PANOPTIC, MAX_NUMBERING, CategorySet
-from schemas.crayon_row import (
-    CRAYON_SCHEMA,
-    METADATA_PREFIX,
-    SCHEMA_VERSION,
-    SPLITS,
-    CrayonRow,
-    file_facts,
-    metadata_of,
-)
-
-ROWS_PER_GROUP = 100
-BYTES_PER_GROUP = 32 << 20
-"""A row group ends at whichever of the two comes first."""
-
-_LEAST_ROWS_PER_GROUP, _GROUPS = 8, 64
-"""A small data set has row groups of fewer rows, but not below the first, so that there are as many as the second: with
-few, several ranks of a training read many of them twice (`collavo.training.batch_plan`)."""
+from schemas.categories import COCO_PANOPTIC, CategorySet
+from schemas.crayon_row import CrayonRow, file_facts
 
 _ROWS_IN_MEMORY = 50
 _SHARD_NAME = re.compile(r"(crayon|train|validation)-\d{5}-of-(\d{5})\.parquet")
-
-_DICTIONARY_COLUMNS = (
-    "sources.list.element",
-    "split",
-    "segments.list.element.category",
-    "instructions.list.element.task",
-    "instructions.list.element.label",
-    "instructions.list.element.polarity",
-    "instructions.list.element.template_id",
-    "conversations.list.element.turns.list.element.from",
-)
 
 
 def find_files(paths: Sequence[str]) -> list[str]:
@@ -151,36 +118,6 @@ def check_repeats(files: Sequence[str]) -> None:
             f"{len(crossing)} pictures of {one} are in {other} too{splits} and would count twice; merge the data sets "
             f"with build_crayon.py --from_crayon {one} {other}"
         )
-
-
-@dataclass(slots=True)
-class LeftOut:
-    """What could not be used of some data: counted by reason, the first of each reason named."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    named: dict[str, list[str]] = field(default_factory=dict)
-
-    def add(self, reason: str, name: str, detail: str = "") -> None:
-        """Count one, and name it if it is among the first."""
-        self.counts[reason] += 1
-        if len(known := self.named.setdefault(reason, [])) < _NAMED_PER_REASON:
-            known.append(f"{name}: {detail}" if detail else name)
-
-    def merge(self, other: "LeftOut") -> None:
-        """Count what another one has counted, after what this one has."""
-        self.counts.update(other.counts)
-        for reason, named in other.named.items():
-            self.named[reason] = [*self.named.get(reason, ()), *named][:_NAMED_PER_REASON]
-
-    def lines(self) -> list[str]:
-        """Say how much was left out, a line for each reason."""
-        return [
-            f"{count:,} {reason} ({'; '.join(self.named[reason])}{'; ...' * (count > _NAMED_PER_REASON)})"
-            for reason, count in sorted(self.counts.items())
-        ]
-
-
-_NAMED_PER_REASON = 3
 
 
 def read_rows(
@@ -304,95 +241,6 @@ def _record_or_error(batch: pa.RecordBatch, number: int) -> dict[str, Any] | Rej
         return Rejected("bad_value", f"text that is not UTF-8 ({error.reason})", str(number))
 
 
-_NULLABLE = frozenset({
-    "image_sha256", "image", "image.bytes", "image.path", "width", "height", "other_paths", "license_id",
-    "panoptic_map", "panoptic_map.bytes", "panoptic_map.path", "segments.score", "instructions.label",
-    "instructions.polarity",
-})  # fmt: skip
-"""Columns and fields that a row may leave empty."""
-
-
-def check_record(record: Mapping[str, Any], categories: CategorySet) -> None:
-    """Make sure that a row, as plain values, has what all who read it rely on; columns that it lacks are not missed.
-
-    Pictures and maps are checked where they are decoded.
-
-    Args:
-        categories: the set of the data set.
-
-    Raises:
-        Rejected: `missing_value` or `bad_value`, with the row's id.
-    """
-    name = record.get("image_id") or "without an id"
-    for column in CRAYON_SCHEMA:
-        if column.name in record and (empty := _empty_value(record[column.name], column.name, column.type)):
-            raise Rejected("missing_value", f"{empty} is null", name)
-    for fault in _faults(record, categories):
-        raise Rejected("bad_value", fault, name)
-
-
-def _empty_value(value: Any, path: str, type_: pa.DataType) -> str | None:
-    """Find the first null where none may be, by its path."""
-    if value is None:
-        return None if path in _NULLABLE else path
-    if pa.types.is_list(type_):
-        return next(filter(None, (_empty_value(element, path, type_.value_type) for element in value)), None)
-    if pa.types.is_struct(type_):
-        return next(filter(None, (_empty_value(value[f.name], f"{path}.{f.name}", f.type) for f in type_)), None)
-    return None
-
-
-def _faults(record: Mapping[str, Any], categories: CategorySet) -> Iterator[str]:
-    """Find values that no row can have."""
-    if record.get("image_id") == "":
-        yield "image_id is empty"
-    if (split := record.get("split", "train")) not in SPLITS:
-        yield f"split is {split!r}"
-    if not math.isfinite(record.get("license_id") or 0):
-        yield "license_id is no number"
-    if (digest := record.get("image_sha256")) is not None and digest_of(record) is None:
-        yield f"image_sha256 is {digest!r}"
-    if "panoptic_map" in record and "image" in record:
-        image = record["image"] or {}
-        has_image = image.get("bytes") is not None or image.get("path") is not None
-        if has_image != ((record["panoptic_map"] or {}).get("bytes") is not None):
-            yield "of image and panoptic_map, one is missing"
-        if has_image and image.get("path") is None:
-            yield "image.path is null"
-    sides = [record.get(side) for side in ("width", "height")]
-    has_no_frame = (
-        sides == [None, None] and not record.get("segments") and not (record.get("panoptic_map") or {}).get("bytes")
-    )
-    if {"width", "height"} <= record.keys() and not (has_no_frame or all(map(_is_side, sides))):
-        yield f"width and height are {sides[0]} and {sides[1]}"
-    ids = set()
-    for segment in record.get("segments", ()):
-        ids.add(segment["id"])
-        box = segment["box_xyxy"]
-        if len(box) != 4 or not all(map(math.isfinite, box)):
-            yield f"box_xyxy is {list(box)}"
-        label = segment["label"]
-        if not (0 <= label < len(categories) and 0 <= segment["numbering"] <= MAX_NUMBERING):
-            yield f"a segment has label {label} and numbering {segment['numbering']}"
-        elif segment["category"] != (name := categories[label].display_name):  # of a data set joined by another tool
-            yield f"label {label} is {name!r} here, and a segment calls it {segment['category']!r}"
-    if "segments" in record:
-        for instruction in record.get("instructions", ()):
-            meant = instruction["segment_ids"]
-            if not ids.issuperset(meant) or (instruction["task"] == "box_to_class" and not meant):
-                yield f"an instruction rests on segments {list(meant)}, which are not in the row"
-
-
-def _is_side(value: Any) -> bool:
-    return value is not None and math.isfinite(value) and value >= 1
-
-
-def digest_of(record: Mapping[str, Any] | Rejected) -> bytes | None:
-    """Return the SHA-256 of a row's picture; None where it has none, or none that can be read."""
-    text = None if isinstance(record, Rejected) else record["image_sha256"]
-    return bytes.fromhex(text) if text is not None and re.fullmatch(r"[0-9a-f]{64}", text) else None
-
-
 def image_bytes(path: str, data: bytes | None, image_root: Path | None) -> bytes:
     """Read the encoded image of a row.
 
@@ -458,70 +306,6 @@ def image_and_map(
     return image, panoptic_map_of(row.panoptic_png, row.segments, categories, size_wh)
 
 
-def schema_version(schema: pa.Schema) -> int:
-    """Return the version of the crayon row that a file has; where its metadata are gone, its columns tell."""
-    stated = (schema.metadata or {}).get(f"{METADATA_PREFIX}schema_version".encode())
-    if stated is not None and stated.isdigit():
-        return int(stated)
-    return 1 if "image_sha256" not in schema.names else SCHEMA_VERSION
-
-
-def check_schema(schema: pa.Schema, path: str) -> None:
-    """Refuse a file that does not hold crayon rows of this version or of version 1.
-
-    Raises:
-        UserError: in one line, naming `path`, what was found and what was expected.
-    """
-    version = schema_version(schema)
-    if version > SCHEMA_VERSION:
-        raise UserError(f"{path}: crayon schema version {version}, but this code reads version {SCHEMA_VERSION}")
-    expected = [column for column in CRAYON_SCHEMA if version > 1 or column.name not in _NEW_IN_VERSION_2]
-    missing = [column.name for column in expected if column.name not in schema.names]
-    if missing:
-        found = ", ".join(schema.names[:6])
-        raise UserError(
-            f"{path}: not crayon data, for it has no column {', '.join(map(repr, missing[:4]))}; "
-            f"its columns are {found}; build data with pipelines/build_crayon.py"
-        )
-    for column in expected:
-        if schema.names.count(column.name) > 1:
-            raise UserError(f"{path}: has several columns {column.name!r}; crayon data has one")
-        found = schema.field(column.name).type
-        is_float = column.name in _NULLABLE_NUMBERS and pa.types.is_floating(found)
-        if not (is_float or _holds(found, column.type)):
-            raise UserError(f"{path}: column {column.name!r} is {found}, but crayon data has {column.type}")
-
-
-_NEW_IN_VERSION_2 = ("image_sha256", "other_paths")
-
-_NULLABLE_NUMBERS = ("license_id", "width", "height")
-"""pandas makes floats of whole numbers some of which are null; `CrayonRow.from_record` turns them back."""
-
-
-def _holds(found: pa.DataType, expected: pa.DataType) -> bool:
-    """Tell whether values of one type are values of another to Python: wider integers, large strings, fields in another
-    order, and columns without any value."""
-    types = pa.types
-    if types.is_null(found):
-        return True
-    if types.is_dictionary(found):
-        return _holds(found.value_type, expected)
-    if types.is_struct(expected):
-        names = [field.name for field in found] if types.is_struct(found) else []
-        return all(f.name in names and _holds(found.field(f.name).type, f.type) for f in expected)
-    if types.is_list(expected):
-        is_list = types.is_list(found) or types.is_large_list(found) or types.is_fixed_size_list(found)
-        return is_list and _holds(found.value_type, expected.value_type)
-    kinds = (
-        (types.is_integer,),
-        (types.is_floating, types.is_integer),
-        (types.is_boolean,),
-        (types.is_string, types.is_large_string, types.is_string_view),
-        (types.is_binary, types.is_large_binary, types.is_binary_view),
-    )
-    return any(kind[0](expected) and any(is_kind(found) for is_kind in kind) for kind in kinds)
-
-
 def _schema_of(file: Path | str) -> pa.Schema:
     with opened_parquet(file) as parquet:
         return parquet.schema_arrow
@@ -579,116 +363,6 @@ def _category_set_in(parquet: pq.ParquetFile, file: str) -> CategorySet:
 
 _MOST_CLASSES = 100_000
 """More of them come from a damaged label."""
-
-
-class RowGroupWriter:
-    """Writes records to a new Parquet file, a row group whenever enough of them have come.
-
-    Args:
-        file: open for writing.
-        raw: columns, by their Parquet path, that are compressed already and stored as they are.
-        rows_per_group: rows of a row group at most.
-        options: further ones of `pyarrow.parquet.ParquetWriter`.
-    """
-
-    def __init__(
-        self, file: Any, schema: pa.Schema, raw: Sequence[str], rows_per_group: int = ROWS_PER_GROUP, **options: Any
-    ) -> None:
-        empty = pa.BufferOutputStream()
-        pq.write_table(schema.empty_table(), empty)
-        leaves = pq.read_metadata(pa.BufferReader(empty.getvalue())).schema
-        columns = [leaves.column(number).path for number in range(len(leaves))]
-        compression = {column: "none" if column in raw else "zstd" for column in columns}
-        self._schema = schema
-        self._writer = pq.ParquetWriter(file, schema, compression=compression, write_page_index=True, **options)
-        self._records: list[dict[str, Any]] = []
-        self._bytes = 0
-        self._rows_per_group = rows_per_group
-        self.rows = 0
-
-    def write(self, record: dict[str, Any], size: int) -> None:
-        """Add a record that takes about `size` bytes; the file grows when its row group is full."""
-        self._records.append(record)
-        self._bytes += size
-        self.rows += 1
-        if len(self._records) >= self._rows_per_group or self._bytes >= BYTES_PER_GROUP:
-            self._flush()
-
-    def close(self, metadata: Mapping[bytes, bytes] | None = None) -> None:
-        """Write what is left, and metadata that only all records together could tell."""
-        self._flush()
-        if metadata:
-            self._writer.add_key_value_metadata(metadata)
-        self._writer.close()
-
-    def _flush(self) -> None:
-        if self._records:
-            self._writer.write_batch(pa.RecordBatch.from_pylist(self._records, schema=self._schema))
-        self._records, self._bytes = [], 0
-
-
-class CrayonFileWriter:
-    """Writes crayon rows to a new file; `close` makes it whole and tells its size and SHA-256.
-
-    Args:
-        file: open for writing.
-        facts: of the build, for the file's metadata.
-        categories: the set of the rows' classes, for the metadata too.
-        expected_rows: of all files of its split, about; None for many.
-    """
-
-    def __init__(
-        self,
-        file: BinaryIO,
-        facts: Mapping[str, Any],
-        categories: CategorySet = COCO_PANOPTIC,
-        expected_rows: int | None = None,
-    ) -> None:
-        stated = {"name": categories.name, "categories": categories.as_records()}
-        metadata = {**CRAYON_SCHEMA.metadata, **metadata_of({**facts, "categories": stated})}
-        schema = CRAYON_SCHEMA.with_metadata(metadata)
-        self._file = _HashingFile(file)
-        rows = ROWS_PER_GROUP
-        if expected_rows is not None:
-            rows = min(max(expected_rows // _GROUPS, _LEAST_ROWS_PER_GROUP), ROWS_PER_GROUP)
-        dictionaries = list(_DICTIONARY_COLUMNS)
-        self._writer = RowGroupWriter(self._file, schema, ["image.bytes"], rows, use_dictionary=dictionaries)
-
-    def write(self, row: CrayonRow) -> None:
-        self._writer.write(row.as_record(), len(row.image_bytes or b"") + len(row.panoptic_png or b""))
-
-    def close(self, late_facts: Mapping[str, Any]) -> tuple[int, str]:
-        """Finish the file, adding facts that only its rows could tell; its size in bytes and its SHA-256."""
-        self._writer.close(metadata_of(late_facts))
-        self._file.close()
-        return self._file.size, self._file.sha256
-
-
-class _HashingFile:
-    """A file that hashes and counts what is written to it."""
-
-    closed = False  # asked for by pyarrow
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._sha256 = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: bytes) -> int:
-        self._sha256.update(data)
-        self.size += len(data)
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-        self.closed = True
-
-    @property
-    def sha256(self) -> str:
-        return self._sha256.hexdigest()
 
 
 def _files_of(path: str) -> list[str]:

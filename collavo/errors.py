@@ -1,9 +1,13 @@
-"""The errors that are part of the interface: one for the user, one about a single input, two of a store.
+"""The errors that are part of the interface: one for the user, one about a single input, two of a store; and the tally
+of what was left out for the second.
 
 Everything else that is raised is a fault of the program and keeps its traceback. `collavo.cli.run` turns a `UserError`
 and what a store or a disk refuses into one line on the terminal; the build turns a `Rejected` into a line of
 `rejects.jsonl`.
 """
+
+from collections import Counter
+from dataclasses import dataclass, field
 
 
 class UserError(ValueError):
@@ -35,6 +39,36 @@ class Rejected(ValueError):
 
     def __str__(self) -> str:
         return str(self.args[1])
+
+
+_NAMED_PER_REASON = 3
+
+
+@dataclass(slots=True)
+class LeftOut:
+    """What could not be used of some data: counted by reason, the first of each reason named."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    named: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, reason: str, name: str, detail: str = "") -> None:
+        """Count one, and name it if it is among the first."""
+        self.counts[reason] += 1
+        if len(known := self.named.setdefault(reason, [])) < _NAMED_PER_REASON:
+            known.append(f"{name}: {detail}" if detail else name)
+
+    def merge(self, other: "LeftOut") -> None:
+        """Count what another one has counted, after what this one has."""
+        self.counts.update(other.counts)
+        for reason, named in other.named.items():
+            self.named[reason] = [*self.named.get(reason, ()), *named][:_NAMED_PER_REASON]
+
+    def lines(self) -> list[str]:
+        """Say how much was left out, a line for each reason."""
+        return [
+            f"{count:,} {reason} ({'; '.join(self.named[reason])}{'; ...' * (count > _NAMED_PER_REASON)})"
+            for reason, count in sorted(self.counts.items())
+        ]
 
 
 class StoreFault(OSError):

@@ -85,8 +85,9 @@ def _evaluate(flags: Flags) -> None:
 
     from rich.console import Console
 
-    from collavo.dataset import LeftOut, category_set, count_rows, find_files, read_rows
+    from collavo.dataset import category_set, count_rows, find_files, read_rows
     from collavo.device import device_name, join_ranks, limit_threads, memory_named
+    from collavo.errors import LeftOut
     from collavo.evaluation.asking import ask_questions, kind_of, unknown_classes
     from collavo.evaluation.judge import Judge
     from collavo.evaluation.report import REPORT, save_report, terminal_report

@@ -15,8 +15,8 @@ from pathlib import Path
 import collavo
 from collavo.cli import REQUIRED, flag, naming, output_folder, parse, run
 from collavo.data_card import CARD, front_matter
-from collavo.dataset import LeftOut, count_rows, find_files, image_bytes, read_rows
-from collavo.errors import Rejected, UserError
+from collavo.dataset import count_rows, find_files, image_bytes, read_rows
+from collavo.errors import LeftOut, Rejected, UserError
 from collavo.export_formats import (
     DATA_FILES,
     FORMATS,

@@ -32,8 +32,8 @@ from typing import Any, NamedTuple
 import jsonlines
 import pyarrow as pa
 
-from collavo.dataset import BYTES_PER_GROUP, RowGroupWriter
 from collavo.errors import Rejected
+from collavo.parquet_writer import BYTES_PER_GROUP, RowGroupWriter
 from collavo.sources.image_paths import checked_relative
 from schemas.crayon_row import IMAGE_TOKEN, SPLITS, CrayonRow
 

@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from collavo.dataset import LeftOut
-from collavo.errors import Rejected, UserError
+from collavo.errors import LeftOut, Rejected, UserError
 from collavo.inference import Answerer, Picture, Request
 from collavo.panoptic.maps import PanopticMap
 from collavo.sources import parsed_json

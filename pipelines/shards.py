@@ -10,9 +10,9 @@ from itertools import groupby
 from posixpath import join
 from typing import NamedTuple
 
-from collavo.dataset import CrayonFileWriter
 from collavo.instructions.choose import ClassStatistics
 from collavo.instructions.write import write_instructions
+from collavo.parquet_writer import CrayonFileWriter
 from collavo.storage import open_write
 from pipelines.accounts import Counts
 from pipelines.image_steps import merge_drafts

@@ -13,9 +13,10 @@ from typing import BinaryIO, Final, Literal, NamedTuple, TypeVar
 
 from apache_beam.pvalue import TaggedOutput
 
-from collavo.dataset import check_schema, checked_row, digest_of, opened_parquet, stated_facts
+from collavo.dataset import checked_row, opened_parquet, stated_facts
 from collavo.dataset import read_records as read_crayon_records
 from collavo.errors import Rejected, StoreOutage, UserError
+from collavo.row_checks import check_schema, digest_of
 from collavo.sources.coco_instances import stream_image_instances
 from collavo.sources.coco_panoptic import AnnotatedImage, stream_annotated_images
 from collavo.sources.dialogues import DialogueEntry, stream_dialogues

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collavo.dataset import LeftOut
+from collavo.errors import LeftOut
 from collavo.model.prompt import KINDS, Kind
 from collavo.training.arguments import TrainArguments
 from collavo.training.batch_plan import Batch, PlanOptions, Sample, evaluation_samples, plan_epoch, rows_in_use

@@ -29,9 +29,9 @@ from builds import (
 from conftest import coco_png, encoded, needs_scenes_model
 from PIL import Image
 
-from collavo.dataset import CrayonFileWriter
 from collavo.images import decode_rgb
 from collavo.panoptic.index_png import decode_index_map
+from collavo.parquet_writer import CrayonFileWriter
 from collavo.scenes import write_scenes
 from collavo.sources import records
 from pipelines.sources import divide_records

@@ -8,8 +8,8 @@ from conftest import crayon_row, segment
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collavo.dataset import check_schema
 from collavo.errors import UserError
+from collavo.row_checks import check_schema
 from schemas.crayon_row import (
     CRAYON_SCHEMA,
     SPLITS,

@@ -13,8 +13,8 @@ import pytest
 from tiny_model import OWN_CLASSES, own_rows, scene_rows, tiny_processor, write_crayon_file
 
 from collavo import export_data
-from collavo.dataset import LeftOut, category_set, check_repeats, count_rows, find_files, read_rows
-from collavo.errors import Rejected, UserError
+from collavo.dataset import category_set, check_repeats, count_rows, find_files, read_rows
+from collavo.errors import LeftOut, Rejected, UserError
 from collavo.evaluation.judge import Judge
 from collavo.evaluation.questions import EVALUATED_TASKS, questions_of
 from collavo.inference import picture_of_row

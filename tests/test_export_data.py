@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageDraw
 
-from collavo.dataset import CrayonFileWriter
 from collavo.export_data import main
 from collavo.export_formats import DATA_FILES, FORMATS, IMAGE_TOKEN, fault_of, with_image_token
 from collavo.instructions.choose import ClassStatistics
@@ -23,6 +22,7 @@ from collavo.instructions.phrasebook import load_phrasebook
 from collavo.instructions.write import InstructionOptions, write_instructions
 from collavo.panoptic.index_png import encode_index_map
 from collavo.panoptic.maps import SegmentInfo, build_panoptic_map
+from collavo.parquet_writer import CrayonFileWriter
 from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import SPLITS, TASKS, CrayonRow, Dialogue
 

@@ -16,8 +16,8 @@ from apache_beam.transforms.environments import DockerEnvironment
 from builds import PICTURE, REPOSITORY, CocoFolder, planned
 from conftest import state_and_timers
 
-from collavo.dataset import CrayonFileWriter
 from collavo.instructions.choose import ClassStatistics
+from collavo.parquet_writer import CrayonFileWriter
 from collavo.sources.coco_panoptic import Annotation
 from pipelines.graph import CombineStatistics, _in_even_packs, _merge, build_graph, count_shards
 from pipelines.job import CrayonJob

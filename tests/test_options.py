@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from builds import planned, status_of
 
-from collavo.dataset import CrayonFileWriter
 from collavo.errors import UserError
+from collavo.parquet_writer import CrayonFileWriter
 from pipelines.options import build_parser
 from pipelines.records import Mention
 from pipelines.sources import read_images

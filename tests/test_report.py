@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from collavo.dataset import CrayonFileWriter
 from collavo.images import decode_rgb
 from collavo.panoptic.index_png import encode_index_map
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
+from collavo.parquet_writer import CrayonFileWriter
 from pipelines.accounts import Counts
 from pipelines.records import Draft, Reject
 from pipelines.report import histogram, quantile, samples_of_shard, write_report

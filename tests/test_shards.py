@@ -5,8 +5,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import crayon_row, segment
 
-from collavo import dataset
-from collavo.dataset import CrayonFileWriter, check_schema
+from collavo import parquet_writer
+from collavo.parquet_writer import CrayonFileWriter
+from collavo.row_checks import check_schema
 from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import CRAYON_SCHEMA, CrayonRow, Dialogue, Instruction, file_facts
 
@@ -54,7 +55,7 @@ def test_a_small_data_set_has_smaller_groups(tmp_path, expected_rows, rows_per_g
 
 
 def test_a_group_of_large_images_ends_by_its_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(dataset, "BYTES_PER_GROUP", 10_000)
+    monkeypatch.setattr(parquet_writer, "BYTES_PER_GROUP", 10_000)
     write(tmp_path / "shard.parquet", [*rows(7, image_bytes=4000), *rows(2, image_bytes=50_000)], {}, {})
     assert group_sizes(tmp_path / "shard.parquet") == [3, 3, 2, 1]
 

@@ -14,7 +14,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from collavo.categories import read_categories
-from collavo.dataset import CrayonFileWriter
 from collavo.instructions.choose import ClassStatistics
 from collavo.instructions.phrasebook import load_phrasebook
 from collavo.instructions.write import InstructionOptions, present_things, write_instructions
@@ -22,6 +21,7 @@ from collavo.model import CollavoConfig, CollavoForConditionalGeneration
 from collavo.model.processing import CollavoProcessor, build_processor
 from collavo.panoptic.index_png import encode_index_map
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
+from collavo.parquet_writer import CrayonFileWriter
 from collavo.scenes import draw_scene
 from schemas.categories import COCO_PANOPTIC, CategorySet
 from schemas.crayon_row import CrayonRow, Dialogue

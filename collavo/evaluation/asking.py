@@ -3,8 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from collavo.dataset import LeftOut
-from collavo.errors import Rejected, UserError
+from collavo.errors import LeftOut, Rejected, UserError
 from collavo.evaluation.judge import Judge
 from collavo.evaluation.questions import DIALOGUE, Question, questions_of
 from collavo.evaluation.scores import Answered, judged

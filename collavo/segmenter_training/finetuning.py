@@ -24,8 +24,8 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForUniversalSegmentation
 
-from collavo.dataset import LeftOut, checked_row, image_and_map, opened_parquet, read_records
-from collavo.errors import Rejected, UserError
+from collavo.dataset import checked_row, image_and_map, opened_parquet, read_records
+from collavo.errors import LeftOut, Rejected, UserError
 from collavo.panoptic.maps import PanopticMap
 from collavo.segmenters.framing import SIZE_DIVISOR, Framing
 from collavo.segmenters.universal import without_backbone_warnings

@@ -21,13 +21,14 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
-from collavo.dataset import check_record, decoded_image, opened_parquet
+from collavo.dataset import decoded_image, opened_parquet
 from collavo.errors import Rejected, UserError
 from collavo.model.packing import PADDING, SHARED, packed_positions
 from collavo.model.processing import CollavoProcessor
 from collavo.model.prompt import Kind, RenderedPrompt
 from collavo.panoptic.index_png import panoptic_map_of
 from collavo.panoptic.maps import PanopticMap, build_panoptic_map
+from collavo.row_checks import check_record
 from collavo.storage import is_local
 from collavo.training.batch_plan import Batch, Sample, rows_in_use
 from collavo.training.lengths import object_list, turns_of

@@ -21,8 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from collavo.dataset import LeftOut
-from collavo.errors import UserError, first_line
+from collavo.errors import LeftOut, UserError, first_line
 from collavo.folders import whole_folder, writing
 from collavo.training import record
 

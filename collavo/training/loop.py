@@ -23,9 +23,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from collavo.dataset import LeftOut
 from collavo.device import memory_named
-from collavo.errors import UserError
+from collavo.errors import LeftOut, UserError
 from collavo.model.prompt import Kind
 from collavo.training.arguments import TrainArguments
 from collavo.training.batch_plan import Batch, Sample

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from collavo.dataset import LeftOut, check_record, opened_parquet, read_records
-from collavo.errors import Rejected
+from collavo.dataset import opened_parquet, read_records
+from collavo.errors import LeftOut, Rejected
 from collavo.model.prompt import KINDS, Kind
+from collavo.row_checks import check_record
 from collavo.training.lengths import NO_LIST, LengthLimit
 from schemas.categories import COCO_PANOPTIC, CategorySet
 from schemas.crayon_row import SPLITS, TASKS
