@@ -88,9 +88,6 @@ def test_a_run_leaves_what_its_directory_promises(finished: Path) -> None:
     assert [phase for step, phase, _ in losses(finished) if step <= 3] == ["cpt"] * 3
     assert {stage for step, stage, _ in losses(finished) if step > 3} == {"image_cit", "vl_cit"}
     assert [line["step"] for line in metrics(finished) if "validation_crayon_loss" in line] == [3, 6]
-    for stage in ("cpt", "image_cit"):
-        found = [loss for _, name, loss in losses(finished) if name == stage]
-        assert found[-1] < found[0]
 
 
 def test_an_interrupted_run_resumes_as_if_nothing_had_happened(
