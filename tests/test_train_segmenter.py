@@ -26,7 +26,15 @@ from collavo.errors import UserError
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
 from collavo.panoptic.quality import PanopticQuality
 from collavo.segmenter_training import finetuning
-from collavo.segmenter_training.finetuning import Learner, SegmentedRows, example_of, framing_at, network_for
+from collavo.segmenter_training.finetuning import (
+    Learner,
+    SegmentedRows,
+    Steps,
+    example_of,
+    framing_at,
+    network_for,
+    take_steps,
+)
 from collavo.segmenter_training.judging import open_for
 from collavo.segmenter_training.saving import save_network
 from collavo.segmenters import checkpoint_categories, load_segmenter
@@ -218,6 +226,23 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "input_size_hw": [64, 64], "train_num_points": 64}))
     return folder
+
+
+def test_a_training_learns_with_all_weights(
+    rows: Path, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = open_network(str(base))
+    model = network_for(network.model, network.categories, COCO_PANOPTIC)
+    before = {name: tensor.clone() for name, tensor in model.named_parameters()}
+    training = SegmentedRows.of_split(find_files([str(rows)]), "train", COCO_PANOPTIC, None)
+    losses: list[float] = []
+    options = Steps(steps=30, batch_size=2, learning_rate=1e-3, seed=0, checkpoint_steps=100)
+    learner = Learner(model, network.framing, network.task)
+    learned_from: dict[str, Any] = {"arguments": {}, "data": []}
+    take_steps(learner, training, network.framing, options, tmp_path, learned_from, lambda _, loss: losses.append(loss))
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    still = {name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])}
+    assert len(still) < 0.1 * len(before)
 
 
 def test_a_stopped_training_goes_on_and_its_folder_is_a_checkpoint(
