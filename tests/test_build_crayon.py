@@ -69,6 +69,9 @@ def check_sums(data: DataSet) -> None:
     assert all(value.strip() for reject in rejects for value in reject.values())
     assert [file["name"] for file in manifest["files"]] == [file.name for file in data.files]
     assert [file["bytes"] for file in manifest["files"]] == [file.stat().st_size for file in data.files]
+    assert [file["sha256"] for file in manifest["files"]] == [
+        hashlib.sha256(file.read_bytes()).hexdigest() for file in data.files
+    ]
 
 
 @needs_scenes_model
@@ -475,6 +478,34 @@ def test_a_sources_split_wins_and_a_picture_that_one_source_holds_out_is_in_no_o
     splits = {row.image_id.rpartition("/")[2]: row.split for row in data.rows.values()}
     assert splits == {f"t{i}.png": "train" for i in range(10)} | {f"v{i}.png": "validation" for i in range(10, 16)}
     check_sums(data)
+
+
+def test_dialogues_and_pictures_can_be_held_out_too(by_tiny_model, tmp_path):
+    for folder, first in (("talked", 0), ("seen", 4)):
+        (tmp_path / folder).mkdir()
+        for number in range(first, first + 4):
+            (tmp_path / folder / f"{number}.png").write_bytes(numbered(number))
+    says = [{"from": "human", "value": "<image>\nHi"}, {"from": "gpt", "value": "Hello"}]
+    entries = [{"id": str(n), "image": f"{n}.png", "conversations": says} for n in range(4)]
+    (tmp_path / "talk.json").write_text(json.dumps(entries))
+    talked = ["--llava_json", tmp_path / "talk.json", "--image_root", tmp_path / "talked"]
+    flags = [*by_tiny_model, *talked, "--images", tmp_path / "seen", "--validation_ratio", 0.5]
+    data = build(tmp_path / "out", *flags, "--llava_split", "validation", "--images_split", "train")
+    splits = {row.image_id.rpartition("/")[2]: row.split for row in data.rows.values()}
+    assert splits == {f"{n}.png": "validation" if n < 4 else "train" for n in range(8)}
+
+
+def test_an_image_has_no_more_questions_than_asked_and_no_listing_of_a_crowd(scenes, built, tmp_path):
+    sizes = sorted(len(row.segments) for row in built.rows.values())
+    most = sizes[len(sizes) // 2]
+    flags = ["--from_crayon", built.folder, "--tasks", "list_objects", "counting", "--max_listed_objects", most]
+    listing = build(tmp_path / "listing", *flags).rows.values()
+    assert {len(row.segments) for row in listing if "list_objects" in {i.task for i in row.instructions}} == {
+        size for size in sizes if size <= most
+    }
+    assert most < sizes[-1] and max(len(row.instructions) for row in listing) > 5
+    few = build(tmp_path / "few", *flags, "--max_instructions", 5).rows.values()
+    assert max(len(row.instructions) for row in few) == 5
 
 
 def test_a_class_that_the_map_leaves_out_is_unknown_in_a_picture_that_stays(tmp_path, capsys):

@@ -73,7 +73,7 @@ def test_too_many_rejects_fail_the_job_and_leave_the_old_data_which_fewer_replac
     after = listing(old.folder)
     rejects = [json.loads(reject) for reject in after.pop("failed-rejects.jsonl").splitlines()]
     assert [reject["reason"] for reject in rejects] == ["not_an_image"] * 3
-    assert str(old.folder / "failed-rejects.jsonl") in line
+    assert f"{old.folder / 'failed-rejects.jsonl'}; the first: {rejects[0]['detail']}" in line
     assert after == before
 
     allowed = ["--max_reject_ratio", 0.3, "--validation_ratio", 0]  # 3 of 10 is not more than 0.3
@@ -82,6 +82,14 @@ def test_too_many_rejects_fail_the_job_and_leave_the_old_data_which_fewer_replac
     assert sorted(listing(data.folder)) == [
         *("README.md", "manifest.json", "rejects.jsonl", "report.html", "train-00000-of-00001.parquet"),
     ]
+
+
+def test_an_input_that_is_in_no_row_and_no_reject_ends_the_build(old, scenes, monkeypatch):
+    before = listing(old.folder)
+    monkeypatch.setattr("pipelines.image_steps.ImageTask.inputs", property(lambda task: (task.mentions[0].input,)))
+    with pytest.raises(RuntimeError, match=r"read {'coco': 4, 'llava': 8}, accounted for {'coco': 4}"):
+        main([*map(str, scene_sources(scenes)), "--output", str(old.folder), "--overwrite", "--direct_num_workers=1"])
+    assert listing(old.folder) == before
 
 
 def test_a_job_without_a_single_row_fails(tmp_path, capfd):
