@@ -16,7 +16,7 @@ SECONDS_STEPS = ("read", "decode", "segment", "encode", "phrase", "write")
 """The steps whose seconds are counted, in the order in which an image passes them."""
 
 _LONGEST_ANSWER = 1000
-_NUMBERS = ("rows", "conversations", "unfamiliar", "merged")
+_NUMBERS = ("rows", "conversations", "unfamiliar", "merged", "things", "crowds")
 
 
 @dataclass(slots=True)
@@ -35,6 +35,10 @@ class Counts:
 
     merged: int = 0
     """Times that a picture came again, from another path or data set; it has one row."""
+
+    things: int = 0
+    crowds: int = 0
+    """Segments of things, and those of them that are regions of many."""
 
     instructions: Counter[str] = field(default_factory=Counter)
     """By task."""
@@ -65,6 +69,8 @@ class Counts:
         self.conversations += len(row.conversations)
         self.unfamiliar += draft.unfamiliar
         self.merged += merged
+        self.things += sum(segment.is_thing for segment in row.segments)
+        self.crowds += sum(segment.is_thing and segment.is_crowd for segment in row.segments)
         self.segments.update(segment.category for segment in row.segments)
         if row.has_image:
             self.objects_per_image[len(row.segments)] += 1

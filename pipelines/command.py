@@ -140,7 +140,7 @@ def _draw_scenes(folder: str, flags: SourceFlags, console: Console) -> None:
 
 
 def _print_summary(output: str, seconds: float, console: Console) -> None:
-    from pipelines.report import unfamiliar_line
+    from pipelines.report import cautions
 
     with open_read(join(output, MANIFEST)) as file:
         manifest = json.load(file)
@@ -157,7 +157,7 @@ def _print_summary(output: str, seconds: float, console: Console) -> None:
     table.add_row("rejects", f"{rejects:,}", _tally(manifest["rejects"]))
     table.add_row("seconds", f"{seconds:.1f}", _tally(manifest["seconds"]) + " (summed over workers)")
     console.print(table, highlight=False)
-    if line := unfamiliar_line(manifest):
+    for line in cautions(manifest):
         console.print(line, style="yellow", soft_wrap=True)
     if "trial" in manifest:
         console.print(_estimate(manifest, seconds), soft_wrap=True)

@@ -54,7 +54,7 @@ def write_report(output: str, manifest: Mapping[str, Any], samples: Sequence[Sam
     html = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         manifest=manifest,
         elapsed=_elapsed(manifest),
-        unfamiliar=unfamiliar_line(manifest),
+        cautions=cautions(manifest),
         samples=[samples[place] for place in evenly(len(samples), _SAMPLES)],
         answer_bins=_ANSWER_BINS,
         histogram=histogram,
@@ -70,13 +70,18 @@ def write_report(output: str, manifest: Mapping[str, Any], samples: Sequence[Sam
         file.write(html.encode(errors="backslashreplace"))
 
 
-def unfamiliar_line(manifest: Mapping[str, Any]) -> str:
-    """Say how many pictures the segmenter knows nothing like; empty for none."""
-    count = manifest["unfamiliar"]
-    pictures = "1 picture is" if count == 1 else f"{count:,} pictures are"
-    return (
-        f"{pictures} unlike all that the segmenter knows: much of what it names there will be wrong." if count else ""
-    )
+def cautions(manifest: Mapping[str, Any]) -> list[str]:
+    """Say what makes many of the rows doubtful, a line each."""
+    lines = []
+    if count := manifest["unfamiliar"]:
+        pictures = "1 picture is" if count == 1 else f"{count:,} pictures are"
+        lines.append(f"{pictures} unlike all that the segmenter knows: much of what it names there will be wrong.")
+    if (crowds := manifest["crowds"]) > manifest["things"] / 2:  # of COCO's, 1 in 80
+        lines.append(
+            f"{crowds:,} of {manifest['things']:,} objects are crowds (iscrowd: 1), whose classes are neither counted "
+            "nor located. CVAT marks each mask drawn by brush so; with iscrowd: 0 in the file, each is an object."
+        )
+    return lines
 
 
 def histogram(counts: Mapping[int, int], starts: Sequence[int] | None = None) -> Tally:

@@ -209,6 +209,20 @@ def test_cocos_own_instance_file_becomes_rows_of_the_built_in_set(tmp_path: Path
     assert " cars" in asked and " people" not in asked  # of whom there is a crowd
 
 
+def test_a_file_that_calls_most_objects_crowds_as_cvat_does_is_no_silent_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    brushed = {"size": [10, 20], "counts": [0, 30, 170]}
+    drawn = [annotation(10, 1, segmentation=rectangle(4, 0, 14, 10))]
+    for name, crowds, warns in (("few", 1, False), ("most", 2, True)):
+        masks = [annotation(20 + n, 1, segmentation=brushed, category_id=3, iscrowd=1) for n in range(crowds)]
+        masks[1:] = [{**mask, "segmentation": {"size": [10, 20], "counts": [170, 30]}} for mask in masks[1:]]
+        data = build_instances(tmp_path / name, COCO_THINGS, drawn + masks)
+        line = f"{crowds} of {crowds + 1} objects are crowds (iscrowd: 1), whose classes are neither counted"
+        assert (line in capsys.readouterr().out) == warns
+        assert (line in (data.folder / "report.html").read_text()) == warns
+
+
 def test_ids_that_no_row_can_hold_are_replaced_by_free_ones(tmp_path: Path) -> None:
     ids = [900100448263, 2, 0, "b", -7, None]  # a crowd of COCO's; Roboflow counts from 0
     annotations = [
