@@ -111,7 +111,9 @@ def read_categories(records: Any, name: str, are_things: bool = False) -> Catego
     return CategorySet.from_records("/".join(name.split("/")[-2:]), parsed)
 
 
-def categories_of_annotations(file: BinaryIO, name: str, are_things: bool = False) -> CategorySet | None:
+def categories_of_annotations(
+    file: BinaryIO, name: str, are_things: bool = False
+) -> tuple[CategorySet, frozenset[str]] | None:
     """Read the set that a COCO annotation file states in its `categories`, as the file has it; None where it states
     none.
 
@@ -119,6 +121,10 @@ def categories_of_annotations(file: BinaryIO, name: str, are_things: bool = Fals
         file: open and seekable, see `collavo.sources.json_files`.
         name: the file's path, for messages.
         are_things: see `read_categories`.
+
+    Returns:
+        the set, and the names of those of its classes that are the `supercategory` of others, as "vehicle" beside "car"
+        is: where none is marked, a picture may well show one.
 
     Raises:
         UserError: if the categories cannot be used.
@@ -132,7 +138,11 @@ def categories_of_annotations(file: BinaryIO, name: str, are_things: bool = Fals
             records = next(ijson.items(file, "categories", use_float=True), None)
         except ijson.JSONError as error:
             raise UserError(f"{name}: not JSON to its end ({str(error).splitlines()[0]})") from error
-    return read_categories(records, name, are_things) if records else None
+    if not records:
+        return None
+    found = read_categories(records, name, are_things)
+    above = {str(record.get("supercategory")) for record in records if record.get("supercategory") != record["name"]}
+    return found, frozenset(each.name for each in found if each.name in above)
 
 
 def categories_of_checkpoint(folder: Path, name: str, known_set: CategorySet | None = None) -> CategorySet:

@@ -35,11 +35,17 @@ class SourceCategories:
     def of_annotations(self, flag: str, uri: str) -> CategorySet:
         """Read the set of an annotation file; COCO panoptic's where the file states none."""
         with opened_json(flag, uri) as file:
-            found = categories_of_annotations(file, uri, are_things=flag == "coco_instances")
-        if found is None:
+            stated = categories_of_annotations(file, uri, are_things=flag == "coco_instances")
+        if stated is None:
             self.notes.append(f"{uri} has no 'categories'; its numbers are taken for {COCO_PANOPTIC.name}'s")
-        self.add(found or COCO_PANOPTIC)
-        return found or COCO_PANOPTIC
+        found, groups = stated or (COCO_PANOPTIC, frozenset())
+        if groups:
+            self.notes.append(
+                f"{uri}: {', '.join(sorted(groups))}: the 'supercategory' of other classes, so never called absent"
+            )
+        self._found.append(found)
+        self._looked_for.append(CategorySet(found.name, tuple(each for each in found if each.name not in groups)))
+        return found
 
     def add(self, found: CategorySet) -> None:
         """Take note of a set that the rows are to have."""
@@ -58,7 +64,7 @@ class SourceCategories:
 
     def note_unused(self) -> None:
         """Tell of names in the map that no source has: a slip in one leaves a class as it is."""
-        known = {key for found in self._looked_for for key in found.by_key}
+        known = {key for found in self._found for key in found.by_key}
         if unused := [name for name in self.renamed or () if name_key(name) not in known]:
             self.notes.append(f"--category_map: no source has {', '.join(map(repr, unused))}")
 

@@ -248,6 +248,20 @@ def test_a_polygon_that_encloses_nothing_leaves_the_others() -> None:
     assert segment.box_xyxy == (2, 1, 5, 4)
 
 
+def test_a_class_that_others_belong_to_is_not_called_absent_beside_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Roboflow adds one for each project, of which nothing is annotated."""
+    tree = [("fasteners", "none"), ("bolt", "fasteners"), ("nut", "fasteners"), ("washer", "washer")]
+    categories = [{"id": n, "name": name, "supercategory": above} for n, (name, above) in enumerate(tree)]
+    data = build_instances(tmp_path, categories, [annotation(10, 1, segmentation=rectangle(0, 0, 5, 5))])
+    assert "fasteners: the 'supercategory' of other classes" in capsys.readouterr().out
+    (row,) = data.rows.values()
+    assert [s.category for s in row.segments] == ["bolt"]
+    asked = " ".join(i.question for i in row.instructions if i.polarity == "absent")
+    assert "nut" in asked and "washer" in asked and "fastener" not in asked
+
+
 def test_what_no_file_looks_for_is_not_called_absent(tmp_path: Path) -> None:
     two = [{"id": 1, "name": "Person"}, {"id": 3, "name": "dog"}]
     annotations = [annotation(10, 1, segmentation=rectangle(0, 0, 5, 5))]

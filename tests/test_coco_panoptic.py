@@ -71,6 +71,10 @@ def test_entries_that_make_no_row_come_as_errors_beside_the_others(images, annot
         ("not json", "to its end"),
         ("[]", "no 'images'"),
         ('{"images": []}', "no 'images'"),
+        (
+            '{"images": [{"id": 1, "coco_url": "x/1.jpg"}]}',
+            "an image needs 'id' and 'file_name', found {'id': 1, 'coco_url'",
+        ),
         (json.dumps({"images": IMAGES, "annotations": ANNOTATIONS})[:-20], "premature EOF"),  # truncated in the second
         (json.dumps({"images": IMAGES})[:-20], "premature EOF"),
         (json.dumps({"images": ["a.jpg"]}), "AttributeError"),

@@ -88,9 +88,10 @@ def listed_images(file: BinaryIO, name: str) -> Generator[Rejected, None, dict[s
     beginning afterwards.
 
     Raises:
-        UserError: if it lists none.
+        UserError: if it lists none that can be used.
     """
     images: dict[str, AnnotatedImage] = {}
+    fault = "it lists no 'images'"
     for record in ijson.items(file, "images.item", use_float=True):
         if "neg_category_ids" in record:
             raise UserError(
@@ -99,7 +100,8 @@ def listed_images(file: BinaryIO, name: str) -> Generator[Rejected, None, dict[s
             )
         image_id, file_name = image_key(record.get("id")), record.get("file_name")
         if image_id is None or not isinstance(file_name, str):
-            yield Rejected("malformed_entry", f"an image needs 'id' and 'file_name', found {str(record)[:80]}")
+            fault = f"an image needs 'id' and 'file_name', found {str(record)[:80]}"
+            yield Rejected("malformed_entry", fault)
         elif image_id in images:
             yield Rejected("duplicate_id", f"'images' lists the id again, for {file_name}", image_id)
         else:
@@ -108,7 +110,7 @@ def listed_images(file: BinaryIO, name: str) -> Generator[Rejected, None, dict[s
             license_id = license_id if 0 <= (license_id or 0) <= MAX_ID else None
             images[image_id] = AnnotatedImage(image_id, file_name, license_id, size_wh)
     if not images:
-        raise UserError(f"{name}: it lists no 'images'")
+        raise UserError(f"{name}: {fault}")
     file.seek(0)
     return images
 
