@@ -51,6 +51,20 @@ def test_a_grey_pixel_is_an_id(dtype: type, ids: list[int]):
     assert decode_ids(encoded(Image.fromarray(np.array([ids], dtype))), (3, 1)).tolist() == [ids]
 
 
+def test_a_mask_of_one_bit_or_with_alpha_is_grey_too():
+    grey = Image.fromarray(np.array([[0, 7, 200]], np.uint8))
+    assert decode_ids(encoded(Image.fromarray(np.array([[False, True, True]]))), (3, 1)).tolist() == [[0, 1, 1]]
+    assert decode_ids(encoded(grey.convert("LA")), (3, 1)).tolist() == [[0, 7, 200]]
+
+
+@pytest.mark.parametrize(("listed", "ids"), [([1, 2], [[0, 1, 2]]), ([128, 32768], [[0, 128, 32768]]), ([5], None)])
+def test_a_palette_holds_colours_or_numbers_whichever_are_listed(listed: list[int], ids: list[list[int]] | None):
+    mask = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    mask.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])  # as VOC's masks
+    runs = decode_segment_runs(encoded(mask), (3, 1), listed)
+    assert np.repeat(runs.ids, runs.lengths).reshape(runs.size_hw).tolist() == (ids or [[0, 128, 32768]])
+
+
 def test_channels_in_the_order_of_opencv_are_found_out_by_the_ids_that_are_listed():
     rgb = np.asarray(Image.open(io.BytesIO(coco_png(np.array([[7, 300]], np.uint32)))))
     data = encoded(Image.fromarray(rgb[..., ::-1].copy()))

@@ -16,24 +16,26 @@ from collavo.errors import Rejected
 from collavo.images import fault_in_image
 from collavo.panoptic.maps import IdRuns, id_runs
 
-_GREY_MODES = ("L", "I;16", "I;16B", "I")
+_GREY_MODES = ("1", "L", "I;16", "I;16B", "I")
 
 
 def decode_segment_runs(data: bytes, size_wh: tuple[int, int], listed_ids: Collection[int] | None = None) -> IdRuns:
     """Read the segment ids out of a COCO panoptic PNG, as the runs of the map.
 
-    In grey masks of 8 or 16 bits, a pixel is the id itself.
+    In grey masks of 1, 8 or 16 bits, a pixel is the id itself. In one with a palette, its colour holds the id, as where
+    an RGB mask was made smaller; unless only the palette's numbers are ids that the annotation lists.
 
     Args:
         data: the file's bytes.
         size_wh: width and height that the mask must have, those of its image.
-        listed_ids: the ids that the annotation lists, by which channels in the wrong order are found out.
+        listed_ids: the ids that the annotation lists, by which palettes are understood, and channels in the wrong order
+            are found out.
 
     Raises:
         Rejected: `broken_mask` where it is not a PNG that decodes, `mask_size_mismatch` where its size is another,
             `unlisted_segment` where its channels are blue, green, red.
     """
-    pixels = _decode(data, size_wh)
+    pixels = _decode(data, size_wh, listed_ids)
     if pixels.ndim == 2:
         return id_runs(pixels)
     # By bytes, of which few differ from the pixel before: to put ids together for all pixels would take five times
@@ -63,7 +65,7 @@ def _check_channels(ids: np.ndarray, colors_rgb: np.ndarray, listed_ids: Collect
         raise Rejected("unlisted_segment", f"pixels carry id {found}, which no segment has; {detail}")
 
 
-def _decode(data: bytes, size_wh: tuple[int, int]) -> np.ndarray:
+def _decode(data: bytes, size_wh: tuple[int, int], listed_ids: Collection[int] | None) -> np.ndarray:
     """Decode the pixels: uint8 [height, width, 3], or integer [height, width] of a grey mask.
 
     kornia-rs takes a fifth of Pillow's time. It gets files of the kind that COCO's masks are, 8-bit RGB without
@@ -75,7 +77,17 @@ def _decode(data: bytes, size_wh: tuple[int, int]) -> np.ndarray:
     try:
         mask = Image.open(io.BytesIO(data), formats=("PNG",))
         if mask.size == size_wh:
-            return np.asarray(mask if mask.mode in _GREY_MODES else mask.convert("RGB"))
+            if mask.mode in _GREY_MODES:
+                return np.asarray(mask, dtype=np.uint8 if mask.mode == "1" else None)
+            if mask.mode == "LA":
+                return np.asarray(mask.getchannel("L"))
+            rgb = np.asarray(mask.convert("RGB"))
+            if mask.mode == "P" and listed_ids is not None:
+                listed = [0, *listed_ids]
+                colors = np.unique(rgb.reshape(-1, 3), axis=0) @ np.array([1, 1 << 8, 1 << 16])
+                if not np.isin(colors, listed).all() and np.isin(np.unique(mask), listed).all():
+                    return np.asarray(mask)
+            return rgb
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged data
         raise Rejected("broken_mask", f"not a readable PNG: {fault_in_image(data, error)}") from error
     found, expected = f"{mask.width} x {mask.height}", f"{size_wh[0]} x {size_wh[1]}"
