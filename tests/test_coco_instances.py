@@ -243,6 +243,11 @@ def test_instances_of_a_picture_of_another_size_are_refused(tmp_path: Path) -> N
         assert reject["reason"] == "mask_size_mismatch" and f"{stated_wh[0]} x {stated_wh[1]}" in reject["detail"]
 
 
+def test_a_polygon_need_not_be_in_a_list() -> None:
+    (segment,) = instances_map([instance(1, rectangle(2, 1, 5, 4)[0])], SIZE_WH).segments
+    assert segment.box_xyxy == (2, 1, 5, 4)
+
+
 def test_a_polygon_that_encloses_nothing_leaves_the_others() -> None:
     (segment,) = instances_map([instance(1, [*rectangle(2, 1, 5, 4), [7, 7], [8, 8, 9, 9]])], SIZE_WH).segments
     assert segment.box_xyxy == (2, 1, 5, 4)

@@ -85,7 +85,7 @@ def _decode(data: bytes, size_wh: tuple[int, int], listed_ids: Collection[int] |
             if mask.mode == "P" and listed_ids is not None:
                 listed = [0, *listed_ids]
                 colors = np.unique(rgb.reshape(-1, 3), axis=0) @ np.array([1, 1 << 8, 1 << 16])
-                if not np.isin(colors, listed).all() and np.isin(np.unique(mask), listed).all():
+                if not np.isin(colors, listed).all() and np.isin(np.unique(np.asarray(mask)), listed).all():
                     return np.asarray(mask)
             return rgb
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged data

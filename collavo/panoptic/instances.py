@@ -79,7 +79,8 @@ def _mask(instance: Instance, size_wh: tuple[int, int]) -> np.ndarray:
     segmentation = instance.segmentation
     try:
         if isinstance(segmentation, list):
-            return _filled(segmentation, size_wh)
+            # Converters write the one polygon of an instance without the list around it.
+            return _filled(segmentation if isinstance(segmentation[0], list) else [segmentation], size_wh)
         width, height = size_wh
         found = [int(side) for side in segmentation["size"]]
         if found != [height, width]:
