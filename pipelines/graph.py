@@ -425,7 +425,7 @@ def _for_model(image: LoadedImage, job: CrayonJob) -> Draft | ToModel:
 
 def _load_record(
     record: tuple[Mention, bytes], job: CrayonJob
-) -> Iterator[LoadedImage | list[Reject] | Draft | ToModel]:
+) -> Iterator[LoadedImage | list[Reject] | Draft | RejectOutput | ToModel]:
     """Decode an image of a data set that holds its images, for the model where there is one."""
     mention, image_bytes = record
     if not mention.uri:

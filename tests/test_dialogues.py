@@ -13,6 +13,7 @@ from schemas.crayon_row import Dialogue
 TURNS = [{"from": "human", "value": "<image>\nWho?"}, {"from": "gpt", "value": "A person."}]
 MESSAGES = [{"role": "user", "content": "<image>\nWho?"}, {"role": "assistant", "content": "A person."}]
 OTHER_NAMES = [{"from": "User", "value": "<image>\nWho?"}, {"from": "model", "value": "A person."}]
+PAIRS = [{"user": "<image>\nWho?", "assistant": "A person.", "source": "vqa"}]
 PARTS = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "\nWho?"}]}, MESSAGES[1]]
 # As Parquet has them: every key in every turn and part, null where there is none.
 NULLS = [
@@ -43,6 +44,8 @@ def stream(content: Any) -> list[DialogueEntry | Rejected]:
         [{"id": "q", "images": [{"path": "a.jpg"}], "conversations": TURNS}],
         [{"id": "q", "images": ["a.jpg"], "messages": MESSAGES}],
         [{"id": "q", "image": "a.jpg", "conversations": OTHER_NAMES}],
+        [{"id": "q", "image": "a.jpg", "texts": PAIRS}],
+        [{"id": "q", "image": "a.jpg", "texts": {name: [pair[name] for pair in PAIRS] for name in PAIRS[0]}}],
         [{"id": "q", "image": "a.jpg", "messages": PARTS}],
         [{"id": "q", "image": "a.jpg", "messages": NULLS}],
         [{"id": "q", "image": "a.jpg", "messages": NULL_PARTS}],
@@ -69,6 +72,29 @@ def test_a_damaged_line_leaves_the_others(place: int, damaged: str) -> None:
     assert isinstance(bad, Rejected)
     assert (bad.reason, bad.entry_id) == ("malformed_entry", f"line {place + 1}") and f"line {place + 1} is" in str(bad)
     assert [entry.dialogue.id for entry in good] == ["0", "1"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"instruction": "Who?", "output": "He."},
+        {"image": "a.jpg", "texts": ["A caption."]},
+        {"query": "?", "data": "x"},
+    ],
+)
+def test_entries_without_turns_are_rejects_that_name_what_they_have(entry: dict[str, Any]) -> None:
+    for content in ([entry], f"{json.dumps(entry)}\n{json.dumps(entry)}\n"):
+        for refused in stream(content):
+            assert isinstance(refused, Rejected) and refused.reason == "malformed_entry"
+            assert f"found only {', '.join(map(repr, entry))}" in str(refused)
+
+
+def test_an_answer_of_nothing_is_not_taught() -> None:
+    for said in ("", " \n"):
+        (refused,) = stream(
+            [{"id": "q", "image": "a.jpg", "conversations": [TURNS[0], {"from": "gpt", "value": said}]}]
+        )
+        assert isinstance(refused, Rejected) and "an answer without text" in str(refused)
 
 
 def test_a_list_below_a_key_may_have_its_entries_in_lines() -> None:
@@ -194,7 +220,6 @@ def test_an_entry_that_is_nested_too_deeply_leaves_the_others() -> None:
     "content, complaint",
     [
         ("[]", "no entries"),
-        ('{"images": []}', "no entries"),
         ("", "no entries"),
         ('[{"id": 1, "conversations": []}, {"id', "not JSON to its end, after 1 entries"),
         ("nonsense\n" * 3, "not JSON to its end, after 0 entries"),

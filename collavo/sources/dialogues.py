@@ -1,9 +1,10 @@
 """Dialogues about images, as the field stores them, read as a stream.
 
-    LLaVA, ShareGPT4V   a JSON list of `{id, image?, conversations: [{from: human|gpt, value}]}`
-    Cambrian            the same, one entry a line (JSONL)
-    ms-swift, TRL       `messages: [{role: user|assistant|system, content}]`, `images: [path]`
-    Parquet             any of them as JSON text, or as `{from: [...], value: [...]}`
+    LLaVA, ShareGPT4V       a JSON list of `{id, image?, conversations: [{from: human|gpt, value}]}`
+    Cambrian                the same, one entry a line (JSONL)
+    ms-swift, TRL           `messages: [{role: user|assistant|system, content}]`, `images: [path]`
+    Cauldron, FineVision    `texts: [{user, assistant}]`
+    Parquet                 any of them as JSON text, or as `{from: [...], value: [...]}`
 
 Turns are kept verbatim under LLaVA's names, `system`, `human` and `gpt`. A system turn stays where it stands, first;
 a `gpt` turn before the first question is dropped, as LLaVA's own trainer does. A dialogue whose turns do not alternate
@@ -37,8 +38,8 @@ _IMAGE_PARTS = ("image", "image_url", "input_image")
 _PLACE = re.compile(f"{IMAGE_TOKEN}|<img>[^<]+</img>")
 """Where an image stands in a text; the second as Qwen-VL's data have it, with its path."""
 
-_LISTS = ("item", "data.item", "annotations.item")
-"""Where the list of entries stands in a JSON file."""
+_LIST_KEYS = ("data", "annotations")
+"""Where the list of entries stands in a JSON file that is an object."""
 
 
 class DialogueEntry(NamedTuple):
@@ -76,9 +77,11 @@ def dialogue_of(fields: Mapping[str, Any], entry_id: str) -> Dialogue:
     Raises:
         Rejected: `malformed_entry` or `turns_do_not_alternate`.
     """
-    said = _listed_turns(fields)
+    said = listed_turns(fields)
     if not said:
-        raise Rejected("malformed_entry", "expected an object with turns in 'conversations' or 'messages'", entry_id)
+        found = f"found only {', '.join(map(repr, fields))}" if fields else "found none"
+        detail = f"expected an object with turns in 'conversations', 'messages' or 'texts', {found:.200}"
+        raise Rejected("malformed_entry", detail, entry_id)
     turns = _turns(said, entry_id)
     system = fields.get("system")  # beside the turns, where LLaMA-Factory has it
     if isinstance(system, str) and system.strip() and turns[0][0] != "system":
@@ -88,9 +91,16 @@ def dialogue_of(fields: Mapping[str, Any], entry_id: str) -> Dialogue:
     return Dialogue(entry_id, turns)
 
 
-def _listed_turns(fields: Mapping[str, Any]) -> list[Any]:
-    """Return the turns of an entry as it has them; none where they are no list."""
-    said = fields.get("conversations") or fields.get("messages")
+def listed_turns(fields: Mapping[str, Any]) -> list[Any]:
+    """Return the turns of an entry as it has them; none where they are no list, or texts that nobody says."""
+    said = _listed(fields.get("conversations") or fields.get("messages"))
+    pairs = [pair for pair in _listed(fields.get("texts")) if isinstance(pair, dict) and "assistant" in pair]
+    return said or [
+        {"from": speaker, "value": pair.get(speaker)} for pair in pairs for speaker in ("user", "assistant")
+    ]
+
+
+def _listed(said: Any) -> list[Any]:
     if isinstance(said, str):
         with suppress(ValueError):
             said = parsed_json(said)
@@ -112,7 +122,7 @@ def _records(file: BinaryIO, name: str) -> Iterator[Any]:
         return
     done = 0
     try:
-        for prefix in ("item",) if first == b"[" else _LISTS[1:]:
+        for prefix in ("item",) if first == b"[" else [f"{key}.item" for key in _LIST_KEYS]:
             file.seek(0)
             for record in ijson.items(file, prefix):
                 done += 1
@@ -124,7 +134,7 @@ def _records(file: BinaryIO, name: str) -> Iterator[Any]:
 
 
 def _is_json_lines(file: BinaryIO) -> bool:
-    """Tell whether one of the first two lines is an object of its own that has turns; the other one may be damaged.
+    """Tell whether one of the first two lines is an object of its own; the other one may be damaged.
 
     A file with one key `data` begins alike, and may have an entry in its second line; its first line ends open.
     """
@@ -133,7 +143,8 @@ def _is_json_lines(file: BinaryIO) -> bool:
     for line in lines:
         with suppress(ValueError):
             record = parsed_json(line)
-            if isinstance(record, dict) and ("conversations" in record or "messages" in record):
+            has_list = isinstance(record, dict) and any(isinstance(record.get(key), list) for key in _LIST_KEYS)
+            if isinstance(record, dict) and (not has_list or listed_turns(record)):
                 return True
         if line.endswith((b"{", b"[", b":", b",")):
             return False
@@ -193,7 +204,7 @@ def _path_in(image: Any) -> Any:
 def _images_in_parts(fields: dict[str, Any]) -> list[Any]:
     """Return the paths that parts of turns hold: `{"type": "image", "image": PATH}`, or OpenAI's `image_url`."""
     named: list[Any] = []
-    for turn in _listed_turns(fields):
+    for turn in listed_turns(fields):
         content = (turn.get("content") or turn.get("value")) if isinstance(turn, dict) else None
         for part in content if isinstance(content, list) else ():
             if isinstance(part, dict) and part.get("type") in _IMAGE_PARTS:
@@ -225,6 +236,8 @@ def _turn(turn: Any, entry_id: str) -> tuple[str, str]:
     if speaker is None or not isinstance(value, str):
         detail = f"expected turns with 'from' and 'value', or 'role' and 'content', found {str(turn)[:80]}"
         raise Rejected("malformed_entry", detail, entry_id)
+    if speaker == "gpt" and not value.strip():
+        raise Rejected("malformed_entry", "an answer without text, which a model would learn to give", entry_id)
     return speaker, value
 
 

@@ -2,8 +2,8 @@
 
 An image is a column `image` (bytes, or a struct of `bytes` and `path`) or a member such as `000001.jpg` of a tar. Up to
 its first dot, a member's name is its key, the rest its column; neighbours of the same key make a record.
-Dialogues are taken from `conversations` or `messages`, in any shape that `collavo.sources.dialogues` reads. All other
-columns and members are left alone.
+Dialogues are taken from `conversations`, `messages` or `texts`, in any shape that `collavo.sources.dialogues` reads.
+All other columns and members are left alone.
 """
 
 import gzip
@@ -21,11 +21,11 @@ import pyarrow.parquet as pq
 
 from collavo.errors import Rejected, UserError
 from collavo.sources import parsed_json
-from collavo.sources.dialogues import asks_about_image, dialogue_of
+from collavo.sources.dialogues import asks_about_image, dialogue_of, listed_turns
 from collavo.sources.image_paths import is_hidden, is_image_name, is_utf8, without_extension
 from schemas.crayon_row import IMAGE_TOKEN, Dialogue
 
-DIALOGUE_COLUMNS = ("conversations", "messages")
+DIALOGUE_COLUMNS = ("conversations", "messages", "texts")
 _COLUMNS_BESIDE = ("id", "system", *DIALOGUE_COLUMNS)
 """What is read of a record besides its image."""
 
@@ -252,7 +252,7 @@ def _record(path: str, image: Any, said: Mapping[str, Any]) -> ImageRecord | Rej
             return Rejected("several_images", f"the record holds {len(image)} images, a row holds one", path)
         image = image[0] if image else None
     data, named = (image.get("bytes"), image.get("path")) if isinstance(image, Mapping) else (image, None)
-    has_dialogue = any(said.get(column) for column in DIALOGUE_COLUMNS)
+    has_dialogue = bool(said.get("conversations") or said.get("messages") or listed_turns(said))
     if not (data and isinstance(data, bytes)) and (data is not None or named or not has_dialogue):
         found = f"only the path {named!r}" if named else f"only {data!r:.80}" if data else "nothing"
         remedy = "; store the bytes of the image file there, not base64 or its path" if named or data else ""
