@@ -214,6 +214,27 @@ def test_vicunas_prompts_have_the_tokens_that_llava_was_trained_with(
     assert re.findall(r">>\s*(.*?)<<", marked) == ["Red.</s>", "On the left.</s>"]
 
 
+@pytest.mark.parametrize("scheme", ["first", "never"])
+def test_a_tokenizer_file_says_itself_where_spaces_are_put(
+    scheme: str, vicuna: tuple[Path, sentencepiece.SentencePieceProcessor], tmp_path: Path
+) -> None:
+    """Of a Llama that was tuned with markers of its own: no space behind each of them, as Vicuna's file has it."""
+    entries = json.loads((vicuna[0] / "tokenizer.json").read_text())
+    entries["normalizer"] = None
+    space = {"type": "Metaspace", "replacement": "\N{LOWER ONE EIGHTH BLOCK}", "prepend_scheme": scheme, "split": False}
+    backend = Tokenizer.from_str(json.dumps({**entries, "pre_tokenizer": space}))
+    backend.add_special_tokens([AddedToken(t, normalized=False) for t in ("<|im_start|>", "<|im_end|>")])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    for name in ("tokenizer_config.json", "config.json"):
+        shutil.copy(vicuna[0] / name, tmp_path)
+    text = "<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\n"
+    read_tokenizer(tmp_path).save_pretrained(tmp_path / "saved")
+    for tokenizer in (read_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        found = render_conversation(tokenizer, CHAT_FORMATS["chatml"], [("human", "Where?")], 0).input_ids
+        assert found == [1, *backend.encode(text, add_special_tokens=False).ids]
+        assert tokenizer.decode(found) == f"<s>{text}"
+
+
 def test_a_fine_tunes_added_tokens_and_ends_come_with_a_sentencepiece_file(
     vicuna: tuple[Path, sentencepiece.SentencePieceProcessor], tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from collavo.errors import UserError, first_line
 from collavo.import_base.sentencepiece_tokenizers import llama_tokenizer
@@ -75,17 +75,16 @@ def read_tokenizer(folder: Path) -> Any:
         ValueError: if transformers cannot make a fast tokenizer of its files.
     """
     try:
-        # Vicuna, hence LLaVA, and others with Llama's first tokenizer learned with a space put before each part between
-        # control tokens, which transformers calls legacy. Other tokenizers know no such thing. Mistral's own package,
-        # where it is installed, would be asked instead if it were not refused.
-        if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
-            tokenizer: Any = llama_tokenizer(folder)  # transformers needs a sentencepiece that fits protobuf for it
-        else:
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=False, legacy=True, mistral_format=False
-            )
-        if hasattr(tokenizer, "legacy"):
+        # The file says which texts get a space put before them: of Vicuna, hence LLaVA, each part between control
+        # tokens, of others the beginning or none. A class that the checkpoint names would have rules of its own, and
+        # Mistral's own package, where it is installed, would be asked instead.
+        if (folder / "tokenizer.json").is_file():
+            tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
+        elif (folder / "tokenizer.model").is_file():
+            tokenizer = llama_tokenizer(folder)  # transformers needs a sentencepiece that fits protobuf for it
             tokenizer.init_kwargs["legacy"] = True  # so that it is saved
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, mistral_format=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise ValueError(f"no tokenizer that transformers can read: {first_line(error)}") from error
     if not tokenizer.is_fast:
