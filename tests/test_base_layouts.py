@@ -13,12 +13,13 @@ import sentencepiece
 import torch
 from internlm_reference import internlm2_shapes, random_weights
 from test_import_base import clip as clip_fixture
+from test_import_base import llama as llama_fixture
 from test_import_base import llava as llava_fixture
 from test_import_base import save_language_model, save_older_llava, save_original_llava
 from test_internlm import MARKERS, checkpoint, internlm2_config
 from tiny_model import scene_rows, write_crayon_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-from transformers import AutoTokenizer, SiglipVisionConfig, SiglipVisionModel, pipeline
+from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, SiglipVisionConfig, SiglipVisionModel, pipeline
 
 from collavo import evaluate, export_model, train
 from collavo.errors import UserError
@@ -28,7 +29,7 @@ from collavo.import_base.assemble import assemble_from_parts
 from collavo.import_base.published import read_tokenizer
 from collavo.model.prompt import CHAT_FORMATS, render_conversation, show_supervision
 
-clip, llava = clip_fixture, llava_fixture
+clip, llama, llava = clip_fixture, llama_fixture, llava_fixture
 
 VICUNA_TEXTS = [
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
@@ -119,6 +120,58 @@ def test_qwen3_is_asked_as_its_own_template_asks_without_thinking(siglip: Path, 
     messages = [{"role": "user", "content": "How many?"}]
     text = own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     assert ours == own(text, add_special_tokens=False).input_ids
+
+
+_TURNS = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+_ASKS = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+OWN_TEMPLATES = {
+    "plain": _TURNS + _ASKS,
+    # As Qwen 2, Qwen 2.5 and SmolLM2, each with a system text of its own.
+    "a system text": "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe helpful.<|im_end|>\n' }}"
+    "{% endif %}" + _TURNS + _ASKS,
+    # As Llama 2: the system text inside the first question, a space before the end, a beginning for each question.
+    "within the question": "{% set told = namespace(by='') %}{% for m in messages %}{% if m.role == 'system' %}"
+    "{% set told.by = '<<SYS>>\n' + m.content + '\n<</SYS>>\n\n' %}{% elif m.role == 'user' %}"
+    "{{ bos_token + '[INST] ' + told.by + m.content + ' [/INST]' }}{% set told.by = '' %}"
+    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}",
+    # As Mistral's first and Nemo, without spaces.
+    "no system text": "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
+    "{% elif m.role == 'assistant' %}{{ m.content + eos_token }}"
+    "{% else %}{{ raise_exception('no such role') }}{% endif %}{% endfor %}",
+    # As Zephyr.
+    "roles": "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("template", OWN_TEMPLATES)
+def test_prompts_have_the_tokens_of_a_language_models_own_template(
+    template: str, clip: Path, llama: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(llama, tmp_path / "language")
+    (tmp_path / "language" / "chat_template.jinja").write_text(OWN_TEMPLATES[template])
+    flags = ["--vision", str(clip), "--language", str(tmp_path / "language"), "--image_size", "56"]
+    assert import_base([*flags, "--output", str(tmp_path / "base")]) == 0
+    processor = AutoProcessor.from_pretrained(tmp_path / "base")
+    assert (processor.chat_format == "chatml") == (template == "plain")
+    own = AutoTokenizer.from_pretrained(tmp_path / "language")
+    turns = [("human", "How many?"), ("gpt", "3 dogs."), ("human", "Where?")]
+    told = [("system", "Be kind."), ("human", "How many?")]
+    for given in (turns[:1], turns, told) if template != "no system text" else (turns[:1], turns):
+        messages = [
+            {"role": {"human": "user", "gpt": "assistant"}.get(who, who), "content": text} for who, text in given
+        ]
+        text = own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = processor.render(given, has_image=False)
+        assert prompt.input_ids == own(text, add_special_tokens=False).input_ids
+        assert processor.apply_chat_template(messages, add_generation_prompt=True) == text
+    stop = own.convert_tokens_to_ids("<|im_end|>" if OWN_TEMPLATES[template].endswith(_ASKS) else "</s>")
+    ends = GenerationConfig.from_pretrained(tmp_path / "base").eos_token_id
+    supervised = [i for i in processor.render(turns).labels if i != -100]
+    assert supervised[-1] == stop and stop in ends and processor.tokenizer.decode(supervised).strip()[:7] == "3 dogs."
+    if template == "no system text":
+        assert own.decode(processor.render(told, has_image=False).input_ids) == "<s>[INST]Be kind.\n\nHow many?[/INST]"
 
 
 INTERNLM2_TEMPLATE = (

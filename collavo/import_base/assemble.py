@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,14 @@ from transformers import (
 
 from collavo.errors import UserError
 from collavo.hub import find_checkpoint
+from collavo.import_base.chat_templates import read_chat_format
 from collavo.import_base.internlm import llama_config, llama_weights
 from collavo.import_base.published import one_line_errors, read_chat_template, read_config, read_tokenizer, read_weights
 from collavo.import_base.sentencepiece_tokenizers import internlm_tokenizer
 from collavo.model.configuration import CollavoConfig
 from collavo.model.modeling import CollavoForConditionalGeneration
 from collavo.model.processing import CollavoProcessor, build_processor
-from collavo.model.prompt import CHAT_FORMATS, chat_format_of
+from collavo.model.prompt import CHAT_FORMATS, ChatFormat, chat_format_of
 from collavo.quiet import without_loading_report
 from schemas.crayon_row import IMAGE_TOKEN
 
@@ -75,8 +76,8 @@ class Ingredients:
     image_options: dict[str, Any] = field(default_factory=dict)
     """`image_mean`, `image_std` and `resample` of the image processor; CLIP's where they are missing."""
 
-    chat_template: str = ""
-    """The checkpoint's own; its chat format is read from it."""
+    chat_format: str | dict[str, str] = "paper"
+    """The checkpoint's own."""
 
 
 def assemble_from_llava(
@@ -114,14 +115,15 @@ def assemble_from_llava(
             "vision_feature_layer",
             "vision_feature_select_strategy",
         )
+        tokenizer = read_tokenizer(folder)
         ingredients = Ingredients(
             config.vision_config,
             config.text_config,
             {_llava_name(name): tensor for name, tensor in read_weights(folder).items()},
-            read_tokenizer(folder),
+            tokenizer,
             collavo_entries={name: getattr(config, name) for name in kept},
             image_options=_image_options(folder),
-            chat_template=read_chat_template(folder),
+            chat_format=_known_format(tokenizer, read_chat_template(folder)),
         )
         return build(ingredients, **options)
 
@@ -156,7 +158,7 @@ def assemble_from_parts(
             new=(*NEW, "model.multi_modal_projector."),
             collavo_entries={"projector_untrained": True, **entries},
             image_options=image_options,
-            chat_template=read_chat_template(folder),
+            chat_format=_own_format(tokenizer, read_chat_template(folder)),
         )
         return build(ingredients, **options)
 
@@ -164,7 +166,7 @@ def assemble_from_parts(
 def build(
     ingredients: Ingredients,
     image_size: int | None = None,
-    chat_format: str | None = None,
+    chat_format: str | dict[str, str] | None = None,
     dtype: torch.dtype = torch.bfloat16,
     attention: str = "sdpa",
     **entries: Any,
@@ -174,8 +176,8 @@ def build(
     Args:
         image_size: in pixels; position embeddings are interpolated to its grid. None for 490, the paper's, with CLIP,
             and for the vision encoder's own with SigLIP, less what is no whole patch.
-        chat_format: a key of `collavo.model.prompt.CHAT_FORMATS`; None for the checkpoint's own, or `paper` if that is
-            none of them.
+        chat_format: a key of `collavo.model.prompt.CHAT_FORMATS`; None for the checkpoint's own, or `paper` if it has
+            none.
         attention: transformers' attention implementation.
         entries: further entries of CollavoConfig, such as `crayon_width`.
 
@@ -184,7 +186,7 @@ def build(
         ValueError: if tensors are missing or do not fit.
     """
     weights = dict(ingredients.weights)
-    chat_format = chat_format or _own_chat_format(ingredients)
+    chat_format = chat_format or ingredients.chat_format
     config = CollavoConfig(
         vision_config=ingredients.vision_config,
         text_config=ingredients.text_config,
@@ -308,16 +310,18 @@ def _read_original_llava(folder: Path, entries: dict[str, Any], vision: str | Pa
     tuned = "model.vision_tower.vision_tower."  # where the vision encoder was trained, too
     vision_weights |= vision_tower_weights(weights, tuned)
     ours = {_original_llava_name(name): tensor for name, tensor in weights.items() if not name.startswith(tuned)}
+    tokenizer = read_tokenizer(folder)
     known = LlamaConfig().to_dict().keys() | {"rope_theta", "rope_scaling"}
     of_llama = {name: value for name, value in entries.items() if name in known}
     return Ingredients(
         vision_config,
         LlamaConfig.from_dict(of_llama | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}),
         vision_weights | ours,
-        read_tokenizer(folder),
+        tokenizer,
         collavo_entries={"vision_feature_layer": entries["mm_vision_select_layer"]},
         image_options=_image_options(vision_folder),
-        chat_template=read_chat_template(folder) or "ASSISTANT:",  # it has none, and was trained in Vicuna's format
+        # It has no template, and was trained in Vicuna's format.
+        chat_format=_known_format(tokenizer, read_chat_template(folder) or "ASSISTANT:"),
     )
 
 
@@ -365,23 +369,32 @@ def _image_options(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _own_chat_format(ingredients: Ingredients) -> str:
-    """Choose the checkpoint's own chat format, or `paper` if its tokenizer lacks the token that ends a turn."""
-    name = chat_format_of(ingredients.chat_template)
-    stop_ids = ingredients.tokenizer(CHAT_FORMATS[name].stop, add_special_tokens=False).input_ids
+def _own_format(tokenizer: Any, template: str) -> str | dict[str, str]:
+    """Read the chat format of a language model's template: its name if it is known here, else its fields."""
+    found = read_chat_format(tokenizer, template)
+    if found is None:
+        return _known_format(tokenizer, template)
+    return next((name for name, known in CHAT_FORMATS.items() if known == found), asdict(found))
+
+
+def _known_format(tokenizer: Any, template: str) -> str:
+    """Choose the chat format by a template's markers, as for a LLaVA, whose template lacks the system text of its
+    training; `paper` if the tokenizer lacks the token that ends a turn."""
+    name = chat_format_of(template)
+    stop_ids = tokenizer(CHAT_FORMATS[name].stop, add_special_tokens=False).input_ids
     return name if len(stop_ids) <= 1 else "paper"
 
 
-def _generation_config(tokenizer: Any, chat_format: str) -> GenerationConfig:
+def _generation_config(tokenizer: Any, chat_format: str | dict[str, str]) -> GenerationConfig:
     """Let answers end at the end-of-text token, or at the token that ends a turn in this chat format."""
-    if chat_format not in CHAT_FORMATS:
+    if isinstance(chat_format, str) and chat_format not in CHAT_FORMATS:
         raise UserError(f"chat_format {chat_format}: unknown; known are {', '.join(CHAT_FORMATS)}")
     if tokenizer.eos_token_id is None:
         raise ValueError("its tokenizer has no end-of-text token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     ends = [tokenizer.eos_token_id]
-    if stop := CHAT_FORMATS[chat_format].stop:
+    if stop := ChatFormat.of(chat_format).stop.strip():  # Llama 2's has a space before the token
         stop_ids = tokenizer(stop, add_special_tokens=False).input_ids
         if len(stop_ids) != 1:
             raise UserError(f"chat_format {chat_format}: the tokenizer has no token {stop}, which ends its turns")

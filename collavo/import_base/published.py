@@ -93,14 +93,17 @@ def read_tokenizer(folder: Path) -> Any:
 
 
 def read_chat_template(folder: Path) -> str:
-    """Read the chat template of a checkpoint, or all of its templates; empty if it has none."""
+    """Read the chat template of a checkpoint, its default one of several; empty if it has none."""
     if (folder / "chat_template.jinja").is_file():
         return (folder / "chat_template.jinja").read_text(encoding="utf-8")
     for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             entries = json.loads((folder / name).read_text(encoding="utf-8"))
             if template := entries.get("chat_template"):
-                return template if isinstance(template, str) else json.dumps(template)
+                if isinstance(template, str):
+                    return template
+                named: dict[str, str] = {each["name"]: each["template"] for each in template}
+                return named.get("default") or next(iter(named.values()))
     return ""
 
 

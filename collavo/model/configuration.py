@@ -60,8 +60,8 @@ class CollavoConfig(LlavaConfig):
     projector_untrained: bool = False
     """Whether the projector is new, so that alignment has to train it before anything else is trained."""
 
-    chat_format: str = "paper"
-    """The language model's chat format, one of `collavo.model.prompt.CHAT_FORMATS`."""
+    chat_format: str | dict[str, str] = "paper"
+    """The language model's chat format: one of `collavo.model.prompt.CHAT_FORMATS`, or the fields of a `ChatFormat`."""
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

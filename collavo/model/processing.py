@@ -20,7 +20,7 @@ from collavo.errors import Rejected
 from collavo.images import HARD_MAX_PIXELS, decode_rgb, rgb_pixels
 from collavo.instructions.text import format_objects_with_boxes
 from collavo.model.configuration import CollavoConfig
-from collavo.model.prompt import CHAT_FORMATS, RenderedPrompt, Turns, objects_sentence, render_conversation
+from collavo.model.prompt import ChatFormat, RenderedPrompt, Turns, objects_sentence, render_conversation
 from collavo.model.prompt import chat_template as jinja_template
 from collavo.panoptic.grid import crayon_grid
 from collavo.panoptic.maps import PanopticMap, build_panoptic_map
@@ -42,7 +42,7 @@ class CollavoProcessor(ProcessorMixin):
 
     Args:
         patch_size: of the vision encoder.
-        chat_format: one of `collavo.model.prompt.CHAT_FORMATS`.
+        chat_format: one of `collavo.model.prompt.CHAT_FORMATS`, or the fields of a `ChatFormat`.
         category_records: the set of classes that the model has queries for; None for COCO panoptic's.
         segmenter: what makes the maps of pictures that come without: a checkpoint of transformers for universal
             segmentation, `scenes` for the embedded one, `auto` for the paper's; None for nothing. Training leaves
@@ -56,7 +56,7 @@ class CollavoProcessor(ProcessorMixin):
         image_processor: Any = None,
         tokenizer: Any = None,
         patch_size: int = 14,
-        chat_format: str = "paper",
+        chat_format: str | dict[str, str] = "paper",
         category_records: list[dict[str, Any]] | None = None,
         segmenter: str | None = None,
         object_list: bool = True,
@@ -74,7 +74,7 @@ class CollavoProcessor(ProcessorMixin):
         # A prompt is continued at its right end, so a batch of them is padded on the left, whatever the base says.
         tokenizer.padding_side = "left"
         tokenizer.chat_control_tokens = list(tokenizer.get_added_vocab())  # text in messages, see `apply_chat_template`
-        template = chat_template or jinja_template(tokenizer, CHAT_FORMATS[chat_format])
+        template = chat_template or jinja_template(tokenizer, ChatFormat.of(chat_format))
         super().__init__(image_processor, tokenizer, chat_template=template, **kwargs)
 
     @cached_property
@@ -274,7 +274,7 @@ class CollavoProcessor(ProcessorMixin):
         """Render a conversation in this model's chat format; see `collavo.model.prompt.render_conversation`."""
         rows, columns = self.grid_hw
         return render_conversation(
-            self.tokenizer, CHAT_FORMATS[self.chat_format], turns, rows * columns * has_image, objects
+            self.tokenizer, ChatFormat.of(self.chat_format), turns, rows * columns * has_image, objects
         )
 
     def pixel_values(self, image: np.ndarray) -> torch.Tensor:

@@ -62,6 +62,11 @@ class ChatFormat:
     system_form: str = "{} "
     """How a conversation's own system text is written there."""
 
+    @classmethod
+    def of(cls, named: "str | Mapping[str, str]") -> "ChatFormat":
+        """Take the format of a name, one of `CHAT_FORMATS`, or of these fields."""
+        return CHAT_FORMATS[named] if isinstance(named, str) else cls(**named)
+
 
 _RELEASE_SYSTEM = "AI assistant should give helpful and detailed answers to user after fully understanding an image. "
 _VICUNA_SYSTEM = (
@@ -184,7 +189,7 @@ def chat_template(tokenizer: Any, chat_format: ChatFormat) -> str:
     is understood: its text, see `objects_sentence`, stands before the first question.
     """
     texts = {
-        "BOS": _bos(tokenizer),
+        "BOS": first_token(tokenizer),
         "IMAGE": IMAGE_TOKEN,
         "SYSTEM": chat_format.system,
         "SYSTEM_FORM": chat_format.system_form,
@@ -245,7 +250,7 @@ def _compose(
     tokenizer: Any, chat_format: ChatFormat, turns: Turns, objects: str | None, has_image: bool
 ) -> list[_Piece]:
     """Make the whole text, in pieces; an answer is supervised with its stop."""
-    pieces = [_Piece(_bos(tokenizer))]
+    pieces = [_Piece(first_token(tokenizer))]
     if turns and turns[0][0] == "system":
         before, after = chat_format.system_form.split("{}")
         pieces += [_Piece(before), _Piece(turns[0][1].strip(), is_data=True), _Piece(after)]
@@ -274,6 +279,6 @@ def _compose(
     return pieces
 
 
-def _bos(tokenizer: Any) -> str:
+def first_token(tokenizer: Any) -> str:
     """Return the token that the tokenizer itself puts in front of a text; empty if it puts none."""
     return tokenizer.bos_token if tokenizer("").input_ids == [tokenizer.bos_token_id] else ""
