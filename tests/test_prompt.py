@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import GRID, tiny_processor, tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from collavo.errors import Rejected
 from collavo.model.prompt import CHAT_FORMATS, render_conversation, show_supervision
@@ -29,6 +30,17 @@ def test_exactly_the_answers_and_their_stops_are_supervised(name: str) -> None:
     stop = chat.stop or "</s>"
     lead = chat.answer_lead
     assert supervised_text(name, TURNS) == f"{lead}Red.{stop}{lead}It is blue and white.{stop}"
+
+
+@pytest.mark.parametrize("ends", [("<s>", ""), ("<s>", "</s>"), ("", "</s>"), ("", "")])
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text_and_does_not_end_as_one(ends: tuple[str, str]) -> None:
+    """Some are saved with the end of each text that they were trained on, which a prompt has not."""
+    tokenizer, (first, last) = tiny_tokenizer(), ends
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        f"{first} $A {last}".split(), special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    prompt = render_conversation(tokenizer, CHAT_FORMATS["paper"], TURNS[:1], 1)
+    assert tokenizer.decode(prompt.input_ids) == f"{first}User: <image>\nWhat colour is the car? Assistant:"
 
 
 @pytest.mark.parametrize("name", CHAT_FORMATS)

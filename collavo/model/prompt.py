@@ -280,5 +280,5 @@ def _compose(
 
 
 def first_token(tokenizer: Any) -> str:
-    """Return the token that the tokenizer itself puts in front of a text; empty if it puts none."""
-    return tokenizer.bos_token if tokenizer("").input_ids == [tokenizer.bos_token_id] else ""
+    """Return the token that the tokenizer itself puts in front of a text, whatever it puts behind; empty for none."""
+    return tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else ""
