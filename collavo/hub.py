@@ -19,6 +19,14 @@ from collavo.errors import first_line
 SAFETENSORS, PICKLED = "model*.safetensors", "pytorch_model*.bin"
 
 _DESCRIPTIONS = ("*.json", "*.txt", "*.jinja", "tokenizer.model", "README.md")
+_OTHERS = {
+    "*.gguf": "it is in GGUF; name the checkpoint in safetensors of which that was made",
+    "adapter_config.json": "it is an adapter; merge it into its base with peft, and name the result",
+    "snapshots/*/config.json": "it is a model's place in the hub's cache; name the folder below its snapshots",
+}
+"""What people have in place of a checkpoint, by files in it, and what helps."""
+
+_POINTER = b"version https://git-lfs"
 _STEP_SECONDS, _WHOLE_SECONDS = 2.0, 5.0
 """How long the hub may take to connect or to answer, and for all that, names to look up included."""
 
@@ -32,14 +40,34 @@ def find_checkpoint(source: str | Path, weights: Sequence[str] = (SAFETENSORS, P
             only.
 
     Raises:
-        OSError: in one line, if it is neither, cannot be had from here, or has no config.json.
+        OSError: in one line, if it is neither, cannot be had from here, has no config.json, or was cloned without its
+            large files.
     """
     folder = Path(source)
+    if folder.is_file():
+        raise NotADirectoryError("a file; name the folder of a checkpoint in transformers' layout")
     if not folder.is_dir():
         folder = _download(str(source), weights)
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError("no config.json there; a checkpoint in transformers' layout has one")
+        hint = hint_of_others(folder) or "a checkpoint in transformers' layout has one"
+        raise FileNotFoundError(f"no config.json there; {hint}")
+    if weights:
+        read = next(filter(None, ([*folder.glob(pattern)] for pattern in weights)), [])
+        for file in filter(Path.is_file, (*read, folder / "tokenizer.json")):
+            refuse_pointer(file)
     return folder
+
+
+def hint_of_others(folder: Path) -> str:
+    """Say what a folder without the files of a checkpoint seems to be, and what helps; empty where it is unknown."""
+    return next((hint for pattern, hint in _OTHERS.items() if any(folder.glob(pattern))), "")
+
+
+def refuse_pointer(file: Path) -> None:
+    """Raise an OSError for what a clone has in place of a large file that Git LFS did not fetch."""
+    with file.open("rb") as opened:
+        if opened.read(len(_POINTER)) == _POINTER:
+            raise OSError(f"{file.name} is not there, only Git LFS's pointer to it; git lfs pull fetches it")
 
 
 def _download(model_id: str, weights: Sequence[str]) -> Path:

@@ -12,6 +12,7 @@ from tiny_model import save_tiny_base
 
 from collavo import hub
 from collavo.categories import joined
+from collavo.errors import UserError
 from collavo.hub import SAFETENSORS, find_checkpoint
 from collavo.runs import load_base
 from collavo.segmenters import checkpoint_categories, load_segmenter
@@ -78,3 +79,35 @@ def test_a_hub_that_keeps_silent_is_not_waited_for(unreachable, monkeypatch):
 def test_a_path_is_not_looked_up_on_the_hub(unreachable, path):
     with pytest.raises(FileNotFoundError, match=r"^there is no such folder$"):
         find_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "file, hint",
+    [
+        ("model-Q4_K_M.gguf", "in GGUF; name the checkpoint in safetensors"),
+        ("adapter_config.json", "an adapter; merge it into its base"),
+        ("snapshots/abc/config.json", "name the folder below its snapshots"),
+        ("notes.txt", "a checkpoint in transformers' layout has one"),
+    ],
+)
+def test_a_folder_that_is_no_checkpoint_is_refused_with_what_would_be_one(file, hint, tmp_path):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).touch()
+    with pytest.raises(OSError, match=f"^no config.json there; .*{hint}"):
+        find_checkpoint(tmp_path)
+    with pytest.raises(OSError, match=r"^a file; name the folder of a checkpoint"):
+        find_checkpoint(tmp_path / file)
+
+
+def test_a_clone_without_its_large_files_is_refused_by_name(tmp_path):
+    """As of a Git without Git LFS, or of one that was told to skip them."""
+    save_tiny_base(tmp_path)
+    whole = {name: (tmp_path / name).read_bytes() for name in ("model.safetensors", "tokenizer.json")}
+    for name, content in whole.items():
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+        with pytest.raises(UserError, match=f": {name} is not there, .*git lfs pull fetches it$"):
+            load_base(str(tmp_path), torch.float32)
+        (tmp_path / name).write_bytes(content)
+    for name in ("pytorch_model.bin", "tf_model.h5"):  # which are not read beside safetensors
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    assert find_checkpoint(tmp_path) == tmp_path

@@ -418,12 +418,18 @@ def places(clip: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory) ->
     for name in ("EMPTY", "FULL"):
         (folder / name).mkdir()
     (folder / "FULL" / "thesis.txt").write_text("years of work")
+    for name in ("ADAPTER", "TOKENLESS"):
+        save_language_model(folder / name, "llama")
+    (folder / "ADAPTER" / "model.safetensors").rename(folder / "ADAPTER" / "adapter_model.safetensors")
+    (folder / "ADAPTER" / "adapter_config.json").write_text("{}")
+    spoilt(folder / "TOKENLESS", quantization_config=None)  # as some configurations say of no quantisation
+    (folder / "TOKENLESS" / "tokenizer.json").unlink()
     spoilt(save_language_model(folder / "QUANTISED", "llama"), quantization_config={"load_in_4bit": True})
     (save_language_model(folder / "WEIGHTLESS", "llama") / "model.safetensors").unlink()
     spoilt(save_language_model(folder / "RESHAPED", "llama"), intermediate_size=64)
     CLIPVisionModel(VISION).save_pretrained(folder / "SHALLOW")
     spoilt(folder / "SHALLOW", num_hidden_layers=4)
-    faulty = ("EMPTY", "FULL", "QUANTISED", "WEIGHTLESS", "RESHAPED", "SHALLOW", "NOWHERE")
+    faulty = ("ADAPTER", "EMPTY", "FULL", "TOKENLESS", "QUANTISED", "WEIGHTLESS", "RESHAPED", "SHALLOW", "NOWHERE")
     return {"CLIP": clip, "LLAMA": llama} | {name: folder / name for name in faulty}
 
 
@@ -445,6 +451,8 @@ def places(clip: Path, llama: Path, tmp_path_factory: pytest.TempPathFactory) ->
         (["--vision", "CLIP", "--language", "a/b"], "--language a/b: neither a folder nor a whole model in the cache"),
         (["--vision", "CLIP", "--language", "QUANTISED"], "--language QUANTISED: its weights are quantised"),
         (["--vision", "CLIP", "--language", "WEIGHTLESS"], "--language WEIGHTLESS: no weights"),
+        (["--vision", "CLIP", "--language", "ADAPTER"], "--language ADAPTER: no weights: it is an adapter; merge it"),
+        (["--vision", "CLIP", "--language", "TOKENLESS"], "TOKENLESS: no tokenizer .*: neither tokenizer.json nor"),
         (
             ["--vision", "CLIP", "--language", "RESHAPED"],
             "--language RESHAPED: tensors of another shape: .* instead of",

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from collavo.errors import UserError, first_line
+from collavo.hub import hint_of_others
 from collavo.import_base.sentencepiece_tokenizers import llama_tokenizer
 
 _LOG = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"config.json is no JSON: {error}") from error
-    if "quantization_config" in config:
+    if config.get("quantization_config"):
         raise ValueError("its weights are quantised; name the unquantised checkpoint")
     return config
 
@@ -83,6 +84,8 @@ def read_tokenizer(folder: Path) -> Any:
         elif (folder / "tokenizer.model").is_file():
             tokenizer = llama_tokenizer(folder)  # transformers needs a sentencepiece that fits protobuf for it
             tokenizer.init_kwargs["legacy"] = True  # so that it is saved
+        elif not (folder / "vocab.json").is_file():
+            raise FileNotFoundError("neither tokenizer.json nor tokenizer.model, nor vocab.json with merges.txt there")
         else:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, mistral_format=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -121,4 +124,5 @@ def _weight_files(folder: Path) -> list[Path]:
         if suffix == "bin":
             _LOG.warning("%s has no safetensors; its pickled weights are read with weights_only=True", folder)
         return files
-    raise FileNotFoundError("no weights: neither model.safetensors nor pytorch_model.bin, nor an index of shards")
+    hint = hint_of_others(folder) or "neither model.safetensors nor pytorch_model.bin, nor an index of shards"
+    raise FileNotFoundError(f"no weights: {hint}")

@@ -14,6 +14,8 @@ from google.protobuf.message import DecodeError
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
+from collavo.hub import refuse_pointer
+
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _BPE = 2
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
@@ -143,6 +145,7 @@ def _read_pieces(file: Path, family: str, space_before: bool) -> list[tuple[str,
     """Read text, score and kind of every piece; the numbers are those of sentencepiece_model.proto."""
     if not file.is_file():
         raise FileNotFoundError(f"no tokenizer.model, from which {family}'s tokenizer is made")
+    refuse_pointer(file)
     # Not above: where a process has loaded sentencepiece's own description of the format, this one cannot be loaded.
     from transformers.utils.sentencepiece_model_pb2_new import ModelProto  # type: ignore[attr-defined]  # made at import
 
