@@ -1,5 +1,6 @@
 """Checkpoints of the hub: those in the cache are found without it, and one that is missing is refused soon."""
 
+import json
 import socket
 import time
 from pathlib import Path
@@ -9,11 +10,13 @@ import pytest
 import torch
 from builds import tiny_mask2former
 from tiny_model import save_tiny_base
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from collavo import hub
 from collavo.categories import joined
 from collavo.errors import UserError
 from collavo.hub import SAFETENSORS, find_checkpoint
+from collavo.import_base.assemble import assemble_from_llava, assemble_from_parts
 from collavo.runs import load_base
 from collavo.segmenters import checkpoint_categories, load_segmenter
 
@@ -50,6 +53,27 @@ def test_a_base_in_the_cache_needs_no_hub_and_keeps_its_name(unreachable):
     save_tiny_base(snapshot(unreachable, "org/base"))
     model, _ = load_base("org/base", torch.float32)
     assert model.name_or_path == "org/base"
+
+
+@pytest.mark.parametrize(
+    "entries, problem",
+    [
+        ({"model_type": "gemma2"}, "architecture 'gemma2' is not supported"),
+        ({"model_type": "llama", "quantization_config": {"bits": 4}}, "its weights are quantised"),
+    ],
+)
+def test_weights_that_cannot_be_used_are_not_downloaded(unreachable, entries, problem, tmp_path):
+    (snapshot(unreachable, "org/language") / "config.json").write_text(json.dumps(entries))
+    vision = CLIPVisionConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    CLIPVisionModel(vision).save_pretrained(tmp_path / "vision")
+    with pytest.raises(UserError, match=f"^language org/language: {problem}"):
+        assemble_from_parts(tmp_path / "vision", "org/language")
+    (snapshot(unreachable, "org/vision") / "config.json").write_text(json.dumps({"model_type": "dinov2"}))
+    with pytest.raises(UserError, match=r"^vision org/vision: architecture 'dinov2' is not supported"):
+        assemble_from_parts("org/vision", "org/language")
+    (snapshot(unreachable, "org/llava") / "config.json").write_text(json.dumps({"model_type": "llava_next"}))
+    with pytest.raises(UserError, match=r"^llava org/llava: architecture 'llava_next' is not supported"):
+        assemble_from_llava("org/llava")
 
 
 def test_a_checkpoint_out_of_reach_is_refused_at_once_in_one_line(unreachable, caplog):

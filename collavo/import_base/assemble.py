@@ -94,11 +94,11 @@ def assemble_from_llava(
         UserError: if the checkpoint cannot be used.
     """
     with one_line_errors(f"llava {llava}"):
-        folder = find_checkpoint(llava)
+        folder = find_checkpoint(llava, weights=())  # these are large, and fetched when all else is right
         entries = read_config(folder)
         _check_type(entries.get("model_type"), ("llava", "llava_llama"))
         if "text_config" not in entries:
-            return build(_read_original_llava(folder, entries, vision), **options)
+            return build(_read_original_llava(llava, folder, entries, vision), **options)
         if vision is not None:
             raise ValueError("it has a vision encoder of its own")
         config: Any = LlavaConfig.from_pretrained(folder)
@@ -115,11 +115,11 @@ def assemble_from_llava(
             "vision_feature_layer",
             "vision_feature_select_strategy",
         )
-        tokenizer = read_tokenizer(folder)
+        weights, tokenizer = read_weights(find_checkpoint(llava)), read_tokenizer(folder)
         ingredients = Ingredients(
             config.vision_config,
             config.text_config,
-            {_llava_name(name): tensor for name, tensor in read_weights(folder).items()},
+            {_llava_name(name): tensor for name, tensor in weights.items()},
             tokenizer,
             collavo_entries={name: getattr(config, name) for name in kept},
             image_options=_image_options(folder),
@@ -144,12 +144,9 @@ def assemble_from_parts(
         UserError: if one of the checkpoints cannot be used.
     """
     with one_line_errors(f"vision {vision}"):
-        folder = find_checkpoint(vision)
-        vision_config, vision_weights, entries = _read_vision_encoder(folder)
-        image_options = _image_options(folder)
+        vision_config, vision_weights, entries, image_options = _read_vision_encoder(vision)
     with one_line_errors(f"language {language}"):
-        folder = find_checkpoint(language)
-        text_config, text_weights, tokenizer = _read_language_model(folder)
+        text_config, text_weights, tokenizer, chat_format = _read_language_model(language)
         ingredients = Ingredients(
             vision_config,
             text_config,
@@ -158,7 +155,7 @@ def assemble_from_parts(
             new=(*NEW, "model.multi_modal_projector."),
             collavo_entries={"projector_untrained": True, **entries},
             image_options=image_options,
-            chat_format=_own_format(tokenizer, read_chat_template(folder)),
+            chat_format=chat_format,
         )
         return build(ingredients, **options)
 
@@ -279,33 +276,37 @@ def language_model_weights(weights: Mapping[str, torch.Tensor]) -> dict[str, tor
     return {re.sub(r"^model\.", "model.language_model.", name): tensor for name, tensor in weights.items()}
 
 
-def _read_vision_encoder(folder: Path) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any]]:
-    """Read a vision encoder: its configuration, its tensors, and the entries of CollavoConfig that it needs."""
+def _read_vision_encoder(source: str | Path) -> tuple[Any, dict[str, torch.Tensor], dict[str, Any], dict[str, Any]]:
+    """Read a vision encoder: its configuration, its tensors, the entries of CollavoConfig that it needs, and the
+    options of its image processor."""
+    folder = find_checkpoint(source, weights=())
     model_type = read_config(folder).get("model_type")
     if model_type in ("siglip2", "siglip2_vision_model"):
         raise ValueError("SigLIP 2 of any resolution (NaFlex) has no fixed grid; a SigLIP 2 of one resolution has")
     _check_type(model_type, VISION_ENCODERS)
-    weights = vision_tower_weights(read_weights(folder))
+    weights = vision_tower_weights(read_weights(find_checkpoint(source)))
     if model_type in CLIP:
         config: Any = CLIPVisionConfig.from_pretrained(folder)
         check_weights(CLIPVisionModel, config, weights, "model.vision_tower.")
-        return config, weights, {}
+        return config, weights, {}, _image_options(folder)
     config = SiglipVisionConfig.from_pretrained(folder)
     config.vision_use_head = False  # it pools all patches into one vector, for which nobody asks
     check_weights(SiglipVisionModel, config, weights, "model.vision_tower.")
-    return config, weights, {"vision_feature_select_strategy": "full", "vision_feature_layer": -2}
+    entries = {"vision_feature_select_strategy": "full", "vision_feature_layer": -2}
+    return config, weights, entries, _image_options(folder)
 
 
-def _read_original_llava(folder: Path, entries: dict[str, Any], vision: str | Path | None) -> Ingredients:
+def _read_original_llava(
+    llava: str | Path, folder: Path, entries: dict[str, Any], vision: str | Path | None
+) -> Ingredients:
     """Read a LLaVA-1.5 as its authors publish it: a Llama with a projector, and the name of its vision encoder."""
     for name, known in _ORIGINAL_LLAVA.items():
         if (found := entries.get(name, known)) != known:
             raise ValueError(f"{name} {found!r} in config.json is not supported; {known!r}, of LLaVA-1.5, is")
-    weights = read_weights(folder)
+    weights = read_weights(find_checkpoint(llava))
     source = vision or entries["mm_vision_tower"]
     with one_line_errors(f"vision {source}"):
-        vision_folder = find_checkpoint(source)
-        vision_config, vision_weights, _ = _read_vision_encoder(vision_folder)
+        vision_config, vision_weights, _, image_options = _read_vision_encoder(source)
         _check_type(vision_config.model_type, CLIP)
     tuned = "model.vision_tower.vision_tower."  # where the vision encoder was trained, too
     vision_weights |= vision_tower_weights(weights, tuned)
@@ -319,21 +320,26 @@ def _read_original_llava(folder: Path, entries: dict[str, Any], vision: str | Pa
         vision_weights | ours,
         tokenizer,
         collavo_entries={"vision_feature_layer": entries["mm_vision_select_layer"]},
-        image_options=_image_options(vision_folder),
+        image_options=image_options,
         # It has no template, and was trained in Vicuna's format.
         chat_format=_known_format(tokenizer, read_chat_template(folder) or "ASSISTANT:"),
     )
 
 
-def _read_language_model(folder: Path) -> tuple[Any, dict[str, torch.Tensor], Any]:
+def _read_language_model(source: str | Path) -> tuple[Any, dict[str, torch.Tensor], Any, str | dict[str, str]]:
+    """Read a language model: its configuration, its tensors, its tokenizer and its chat format."""
+    folder = find_checkpoint(source, weights=())
     entries = read_config(folder)
     _check_type(entries.get("model_type"), (*NATIVE_LANGUAGE_MODELS, *INTERNLM))
-    weights = read_weights(folder)
+    weights = read_weights(find_checkpoint(source))
     if entries["model_type"] in INTERNLM:
-        config = llama_config(entries)
-        return config, language_model_weights(llama_weights(weights, config)), internlm_tokenizer(folder)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    return config, language_model_weights(weights), read_tokenizer(folder)
+        config: Any = llama_config(entries)
+        weights, tokenizer = llama_weights(weights, config), internlm_tokenizer(folder)
+    else:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = read_tokenizer(folder)
+    chat_format = _own_format(tokenizer, read_chat_template(folder))
+    return config, language_model_weights(weights), tokenizer, chat_format
 
 
 def _llava_name(name: str) -> str:
