@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from tiny_model import OWN_CLASSES, scene_rows
+from tiny_model import OWN_CLASSES, scene_rows, tiny_config, tiny_model, tiny_processor
 from tiny_run import save_tiny_run
 from transformers.utils import is_flash_attn_2_available
 
@@ -129,6 +129,25 @@ def test_an_object_list_keeps_the_largest_objects_that_fit_as_in_training(answer
     assert answerer.request(0, picture, turns, True, 32) == Request(0, turns, picture.objects, 32)
     with pytest.raises(UserError, match=r"the question has [\d,]+ tokens"):
         answerer.request(0, picture, [("human", "word " * answerer.context)], True, 32)
+
+
+@pytest.mark.parametrize(
+    "text, context",
+    [
+        ({"model_type": "mistral", "sliding_window": 256}, 256),
+        ({"model_type": "mistral", "sliding_window": None}, 1024),
+        ({"model_type": "qwen2", "sliding_window": 256, "use_sliding_window": False}, 1024),
+    ],
+)
+def test_no_prompt_is_longer_than_a_sliding_window(text, context):
+    """Beside prompts of other lengths in its batch, such a prompt would be answered otherwise than alone."""
+    config = tiny_config(text)
+    answerer = Answerer(tiny_model(config), tiny_processor(config), ("dialogue",))
+    request = answerer.request(0, PICTURES[0], [("human", "Who?")], True, 32)
+    prompt = answerer.processor.render(request.turns, request.objects).input_ids
+    assert 32 < len(prompt) <= context - 32 and (request.objects == PICTURES[0].objects) == (context == 1024)
+    with pytest.raises(UserError, match=f"and the model takes {context}$"):
+        answerer.request(0, PICTURES[0], [("human", "word " * context)], True, 32)
 
 
 def test_sampling_draws_among_all_tokens_that_sum_up_to_top_p():
