@@ -41,7 +41,7 @@ TEXT = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 1024,
     "bos_token_id": 0,
     "eos_token_id": 1,
     "pad_token_id": None,
