@@ -57,12 +57,7 @@ def whole_folder(folder: Path, inside: bool = False, kept: str = "") -> Iterator
     folder = folder.resolve()
     _refuse_files(folder)
     staging = staging_of(folder, inside)
-    try:
-        lock = _make_and_lock(staging)
-    except BlockingIOError as error:
-        raise UserError(f"{folder}: another command is writing there; let it end, or name another folder") from error
-    except OSError as error:
-        raise _unwritable(folder, error) from error
+    lock = _lock_for(folder, staging)
     try:
         recover(folder)
         remove([entry for entry in staging.iterdir() if entry.name != kept])
@@ -76,6 +71,34 @@ def whole_folder(folder: Path, inside: bool = False, kept: str = "") -> Iterator
             remove([entry for entry in staging.iterdir() if entry.name != kept])
             staging.rmdir()
         os.close(lock)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other commands from writing in a folder that is made where it is missing, where the file system has locks.
+
+    Raises:
+        UserError: as `whole_folder`.
+    """
+    lock = _lock_for(folder, folder)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def _lock_for(folder: Path, place: Path) -> int:
+    """Lock a place for what is written to a folder, and return the handle that holds the lock.
+
+    Raises:
+        UserError: naming the folder.
+    """
+    try:
+        return _make_and_lock(place)
+    except BlockingIOError as error:
+        raise UserError(f"{folder}: another command is writing there; let it end, or name another folder") from error
+    except OSError as error:
+        raise _unwritable(folder, error) from error
 
 
 def let_others_read(folder: Path) -> None:

@@ -7,6 +7,7 @@ Not here: the flags, see collavo/training/arguments.py; the run itself, see coll
 
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 from collavo import cli
 from collavo.errors import UserError
@@ -33,7 +34,8 @@ def _train(argv: Sequence[str] | None) -> None:
     console = Console(quiet=os.environ.get("RANK", "0") != "0", highlight=False, markup=False)
     console.print(f"Preset {arguments.preset}: {arguments.about}; --preset names another, see --help.", soft_wrap=True)
     try:
-        TrainingRun(arguments, console).train()
+        with ExitStack() as held:
+            TrainingRun(arguments, console, held).train()
     except KeyboardInterrupt:
         raise UserError("interrupted; --resume continues from the last checkpoint", 130) from None
 

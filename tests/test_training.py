@@ -27,6 +27,7 @@ from tiny_model import OWN_CLASSES, own_rows, save_tiny_base, scene_rows, write_
 
 from collavo import evaluate, train
 from collavo.errors import UserError
+from collavo.folders import locked
 from collavo.model.query_init import adopt_categories
 from collavo.runs import load_base, load_run, save_run
 from collavo.training import checkpoint
@@ -639,6 +640,16 @@ def test_a_mistake_does_not_cost_the_run_that_was_to_be_replaced(
     before = sorted(tmp_path.rglob("*"))
     assert train.main(command(world, tmp_path / "run", "--overwrite", *mistake)) == 2
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_two_trainings_do_not_write_to_one_folder(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with locked(tmp_path / "run"):
+        assert train.main(command(world, tmp_path / "run")) == 2
+    said = capsys.readouterr().err
+    assert f"--output_dir: {tmp_path}/run: another command is writing there" in said
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_a_replaced_run_is_gone_whole(world: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import math
 import signal
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import timedelta
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ from collavo.cli import naming
 from collavo.dataset import category_set, check_repeats, find_files, notes
 from collavo.device import device_of_ranks
 from collavo.errors import UserError
-from collavo.folders import make_folder, remove, writing
+from collavo.folders import locked, make_folder, remove, writing
 from collavo.model.configuration import CollavoConfig
 from collavo.model.prompt import KINDS, Kind, show_supervision
 from collavo.model_card import write_model_card
@@ -55,12 +56,13 @@ class TrainingRun:
 
     Args:
         console: has to be quiet on all ranks but the first.
+        held: keeps the folder locked for this run.
 
     Raises:
         UserError: if data, base, device or output folder cannot be used; it names the flag.
     """
 
-    def __init__(self, arguments: TrainArguments, console: Console) -> None:
+    def __init__(self, arguments: TrainArguments, console: Console, held: ExitStack) -> None:
         self.arguments = arguments
         self.console = console
         self.folder = Path(arguments.output_dir)
@@ -71,6 +73,11 @@ class TrainingRun:
         for note in notes(self.files):
             console.print(note, highlight=False, soft_wrap=True)
         self.accelerator = _accelerator(arguments)
+        with naming("output_dir"), writing(self.folder):
+            make_folder(self.folder)
+            if self.accelerator.is_main_process:
+                # Started twice, or as tasks of a cluster without torchrun, each process would think itself the first.
+                held.enter_context(locked(self.folder))
         self.replaces = self._replaces()
         self.begun = self._begun()
         if (self.folder / TRAIN_ARGS).exists() and not self.replaces:
@@ -328,8 +335,7 @@ class TrainingRun:
         """Tell whether this run replaces one in its folder, so that two are never mixed there.
 
         Raises:
-            UserError: if the folder holds a run that is neither resumed, replaced nor continued, or cannot be written
-                to.
+            UserError: if the folder holds a run that is neither resumed, replaced nor continued.
         """
         folder, arguments = self.folder, self.arguments
         aligned, tuned, instructed = ((folder / name).exists() for name in (PROJECTOR, CRAYON, ADAPTERS))
@@ -342,8 +348,6 @@ class TrainingRun:
                 f"--phase cit goes on from a finished cpt, and --overwrite would replace what is in {folder}; use "
                 "--phase all, or another --output_dir with a copy of the cpt"
             )
-        with naming("output_dir"), writing(folder):
-            make_folder(folder)
         return replaces
 
     def _last_checkpoint(self) -> Path | None:
