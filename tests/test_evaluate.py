@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from conftest import crayon_row, segment
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,6 +27,7 @@ from collavo.instructions.choose import ClassStatistics
 from collavo.instructions.phrasebook import load_phrasebook
 from collavo.instructions.text import format_box
 from collavo.instructions.write import InstructionOptions, write_instructions
+from collavo.model import CollavoForConditionalGeneration
 from schemas.categories import COCO_PANOPTIC, MAX_NUMBERING
 from schemas.crayon_row import Dialogue, Instruction, Segment
 
@@ -317,6 +319,30 @@ def test_overlap_is_measured_where_there_is_something_and_absence_judged_where_t
     assert list(figures["classes"]) == ["dog"]
     assert figures["correct_absent"] == 0.5
     assert figures["correct"] == 0.5
+
+
+@pytest.mark.parametrize(("right", "correct"), [(0.51, True), (0.49, False)])
+def test_a_box_is_found_where_half_of_both_boxes_together_is_shared(right, correct):
+    truth = ((0.0, 0.0, 1.0, 1.0),)
+    question = Question("a", "class_to_box", (("human", "?"),), format_box(truth[0], (1, 1)), "dog", "present", truth)
+    figures = summarise([judged(question, f"[0.00, 0.00, {right}, 1.00]", JUDGE)])["class_to_box"]
+    assert figures["mean_iou"] == pytest.approx(right)
+    assert figures["correct"] == correct
+
+
+@pytest.mark.parametrize(("flags", "beams", "quantized"), [((), 1, False), (("--beams", "2", "--quantize"), 2, True)])
+def test_beams_and_nf4_are_used_as_asked(world, monkeypatch, flags, beams, quantized):
+    seen = set()
+
+    def noted(model, *args, **options):
+        in_nf4 = any(isinstance(module, Linear4bit) for module in model.modules())
+        seen.add((options["num_beams"], in_nf4))
+        return generate(model, *args, **options)
+
+    generate = CollavoForConditionalGeneration.generate
+    monkeypatch.setattr(CollavoForConditionalGeneration, "generate", noted)
+    evaluated(world, *flags, "--max_images", "1", "--tasks", "class_to_binary")
+    assert seen == {(beams, quantized)}
 
 
 SIDES = st.tuples(st.integers(0, 320), st.integers(0, 320)).filter(lambda pair: pair[0] != pair[1]).map(sorted)

@@ -286,3 +286,10 @@ def test_gpu_and_cpu_draw_the_same_map(preset):
     on_gpu = panoptic_from_logits(*(tensor.cuda() for tensor in logits), (480, 640), THRESHOLD_PRESETS[preset])
     assert [s.label for s in on_gpu.segments] == [s.label for s in on_cpu.segments]
     assert (on_gpu.index_map == on_cpu.index_map).mean() > 0.9999
+
+
+def test_stuff_that_several_queries_find_is_one_segment_with_the_best_of_their_scores() -> None:
+    logits = logits_of((SKY, 0.7, box(0, 0, 4, 8)), (PERSON, 0.8, box(6, 0, 2, 8)), (SKY, 0.9, box(4, 0, 2, 8)))
+    sky, person = sorted(panoptic_from_logits(*logits, (8, 8), LENIENT).segments, key=lambda s: -s.label)
+    assert (sky.label, sky.area, person.area) == (SKY, 48, 16)
+    assert (sky.score, person.score) == (pytest.approx(0.9, abs=1e-3), pytest.approx(0.8, abs=1e-3))

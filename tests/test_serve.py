@@ -1,5 +1,6 @@
 """OpenAI's own client gets from the server what it gets from OpenAI: answers, pieces, refusals."""
 
+import dataclasses
 import http.server
 import socket
 import subprocess
@@ -68,6 +69,17 @@ def test_a_conversation_gets_the_answer_that_it_gets_everywhere(world, ask):
         assert text_of(ask(*messages)) == said
         turns, messages = [*turns, ("gpt", said)], [*messages, {"role": "assistant", "content": said}]
     assert text_of(ask({"role": "user", "content": QUESTION})) != text_of(ask())
+
+
+def test_no_request_gets_a_longer_answer_than_the_server_gives(world, ask):
+    most = world[2].flags.max_new_tokens
+    world[2].flags = dataclasses.replace(world[2].flags, max_new_tokens=5)
+    try:
+        for wanted in (None, 3, 40):
+            found = ask(max_tokens=wanted)
+            assert found.usage.completion_tokens == min(wanted or 5, 5) and found.choices[0].finish_reason == "length"
+    finally:
+        world[2].flags = dataclasses.replace(world[2].flags, max_new_tokens=most)
 
 
 def test_the_server_names_its_model_and_counts_tokens(world, ask):
