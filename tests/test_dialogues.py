@@ -220,6 +220,7 @@ def test_an_entry_that_is_nested_too_deeply_leaves_the_others() -> None:
     "content, complaint",
     [
         ("[]", "no entries"),
+        ('{"images": []}', "no entries"),
         ("", "no entries"),
         ('[{"id": 1, "conversations": []}, {"id', "not JSON to its end, after 1 entries"),
         ("nonsense\n" * 3, "not JSON to its end, after 0 entries"),

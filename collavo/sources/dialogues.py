@@ -134,21 +134,22 @@ def _records(file: BinaryIO, name: str) -> Iterator[Any]:
 
 
 def _is_json_lines(file: BinaryIO) -> bool:
-    """Tell whether one of the first two lines is an object of its own; the other one may be damaged.
+    """Tell whether one of the first two lines is an entry, as which the other one may be damaged, or both are objects.
 
     A file with one key `data` begins alike, and may have an entry in its second line; its first line ends open.
     """
     file.seek(0)
-    lines = islice((line for line in map(bytes.strip, file) if line), 2)
-    for line in lines:
+    objects = 0
+    for line in islice((line for line in map(bytes.strip, file) if line), 2):
         with suppress(ValueError):
             record = parsed_json(line)
-            has_list = isinstance(record, dict) and any(isinstance(record.get(key), list) for key in _LIST_KEYS)
-            if isinstance(record, dict) and (not has_list or listed_turns(record)):
-                return True
+            if isinstance(record, dict):
+                if listed_turns(record):
+                    return True
+                objects += not any(isinstance(record.get(key), list) for key in _LIST_KEYS)
         if line.endswith((b"{", b"[", b":", b",")):
             return False
-    return False
+    return objects == 2
 
 
 def _lines(file: BinaryIO) -> Iterator[Any]:
