@@ -26,9 +26,6 @@ DISK_FAULTS = {
 }  # fmt: skip
 """What the disk or its permissions refuse; no command can do anything about them."""
 
-_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
-"""Of file systems without locks, as Lustre is where it is mounted without `flock`, or NFS without a lock daemon."""
-
 LOST_AND_FOUND = "lost+found"
 """At the root of a mounted disk; it belongs to the file system."""
 
@@ -236,10 +233,11 @@ def _make_and_lock(staging: Path) -> int:
         handle = os.open(staging, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                os.close(handle)
-                raise
+        except BlockingIOError:
+            os.close(handle)
+            raise
+        except OSError:  # as of Lustre where it is mounted without `flock`, or NFS without a lock daemon
+            pass
         # Its last holder may have renamed or removed it between the two calls; then this is no longer that folder.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(staging)):

@@ -106,7 +106,7 @@ def test_two_commands_do_not_write_to_one_folder(old):
     assert content(old) == NEW
 
 
-@pytest.mark.parametrize("fault", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+@pytest.mark.parametrize("fault", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF])
 def test_a_file_system_without_locks_is_written_to(old, monkeypatch, fault):
     def refuse(*_: object) -> None:
         raise OSError(fault, os.strerror(fault))
