@@ -2,6 +2,7 @@
 
 import posixpath
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from posixpath import basename, join
 
@@ -167,9 +168,13 @@ def _list_for_root(source: ImagesSource, notes: list[str]) -> list[str]:
 def _files_named(flag: str, pattern: str, is_wanted: Callable[[str], bool], kind: str) -> list[str]:
     """List the files of a kind that a glob or folder names."""
     with source_named(flag, pattern):
-        found = [uri for uri in visible_files(pattern)[0] if is_wanted(uri)]
+        listed = visible_files(pattern)[0]
+    found = [uri for uri in listed if is_wanted(uri)]
     if not found:
-        raise UserError(f"--{flag} {pattern}: names no {kind} file")
+        kinds = Counter(posixpath.splitext(uri)[1] or "without suffix" for uri in listed).most_common(3)
+        others = ", ".join(f"{count:,} {suffix}" for suffix, count in kinds)
+        remedy = "; these are of save_to_disk, to_parquet writes what is read here" if ".arrow" in dict(kinds) else ""
+        raise UserError(f"--{flag} {pattern}: names no {kind} file{f', but {others}' if others else ''}{remedy}")
     return found
 
 

@@ -182,6 +182,14 @@ def test_hidden_files_are_left_out_and_counted(workspace):
     assert [mention.image_path for mention in mentions if isinstance(mention, Mention)] == ["a.jpg"]
 
 
+def test_what_is_in_a_folder_without_a_data_set_is_said(workspace):
+    (workspace / "saved").mkdir()
+    for name in ("data-00000-of-00001.arrow", "state.json", "dataset_info.json"):
+        (workspace / "saved" / name).touch()
+    with pytest.raises(UserError, match=r"names no .parquet or .tar file, but 2 .json, 1 .arrow; .* to_parquet writes"):
+        planned("--dataset", "saved")
+
+
 def test_columns_of_a_data_set_that_nothing_is_taken_from_are_named(workspace):
     pq.write_table(pa.table({"image": [b"jpeg"], "caption": ["x"], "url": ["y"]}), "d.parquet")
     assert planned("--dataset", "d.parquet").notes == ("d.parquet: nothing is taken from the columns caption, url",)
