@@ -53,12 +53,12 @@ def write_model_card(
     steps = steps_taken(run)
     losses, (results, asked, how) = _losses(run), _results(run)
     data = _data_names(args.get("files", {}))
+    licences = ", ".join(args.get("data_licences", ()))
     classes = [category.display_name for category in CollavoConfig.from_pretrained(run).category_set]
-    licences = sorted({str(licence_of(Path(file).parent)["license_name"]) for file in args.get("files", {})})
     skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted((left_out or {}).items()) if count)
     rows = {
         "base": f"`{base}`, licence {about_base['license_name']}",
-        "data": f"{', '.join(data) or 'not recorded'}, licence {', '.join(licences) or 'not recorded'}",
+        "data": f"{', '.join(data) or 'not recorded'}, licence {licences or 'not recorded'}",
         "classes": f"{len(classes)}: {', '.join(classes[:_NAMED])}" + ", ..." * (len(classes) > _NAMED),
         "language model": f"{'NF4 in training' if args['quantize'] else args.get('dtype', 'float32')}, "
         f"LoRA rank {args.get('lora_rank', '?')}, adapters {', '.join(args['adapter_names']) or 'none'}",

@@ -29,6 +29,7 @@ from collavo import evaluate, train
 from collavo.errors import UserError
 from collavo.folders import locked
 from collavo.model.query_init import adopt_categories
+from collavo.model_card import write_model_card
 from collavo.runs import load_base, load_run, save_run
 from collavo.training import checkpoint
 from collavo.training import run as run_module
@@ -77,7 +78,9 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def finished(world: Path) -> Path:
     """An uninterrupted run."""
     run = world / "finished"
+    (world / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")  # of the data
     assert train.main(command(world, run)) == 0
+    (world / "README.md").unlink()
     return run
 
 
@@ -89,6 +92,14 @@ def test_a_run_leaves_what_its_directory_promises(finished: Path) -> None:
     assert [phase for step, phase, _ in losses(finished) if step <= 3] == ["cpt"] * 3
     assert {stage for step, stage, _ in losses(finished) if step > 3} == {"image_cit", "vl_cit"}
     assert [line["step"] for line in metrics(finished) if "validation_crayon_loss" in line] == [3, 6]
+
+
+def test_cards_state_the_licence_of_the_data_where_these_are_out_of_reach(finished: Path, tmp_path: Path) -> None:
+    write_model_card(tmp_path, finished, "merged", "base")
+    for folder in (finished, tmp_path):
+        assert "| data | world, licence cc-by-4.0 |" in (folder / "README.md").read_text().replace(
+            finished.parent.name, "world"
+        )
 
 
 def test_an_interrupted_run_resumes_as_if_nothing_had_happened(

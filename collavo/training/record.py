@@ -12,6 +12,7 @@ from typing import Any
 
 from collavo.embedded import find_embedded
 from collavo.folders import write_whole
+from collavo.model_card import licence_of
 from collavo.runs import TRAIN_ARGS
 from collavo.storage import open_random
 from collavo.training.arguments import TrainArguments
@@ -88,6 +89,8 @@ def write_train_args(
         "projector_trained": projector_trained,
         "dtype": dtype,
         "files": {file: footer_sha256(file) for file in files},
+        # An export is made elsewhere, or later, where paths of the data lead nowhere.
+        "data_licences": sorted({licence_of(Path(file).parent)["license_name"] for file in files}),
         "ranks": ranks,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "collavo")},
