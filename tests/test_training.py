@@ -801,7 +801,9 @@ def test_data_without_the_wanted_kind_are_refused(
     rows = [replace(row, instructions=()) for row in scene_rows(6)]
     data = write_crayon_file(tmp_path / "rows.parquet", rows)
     assert train.main([*command(world, tmp_path / "run"), "--data", str(data), "--phase", "cpt"]) == 2
-    assert "0 instructions of the split 'train' make no batch" in capsys.readouterr().err
+    error = capsys.readouterr().err.strip()
+    assert "0 instructions of the split 'train' make no batch" in error
+    assert error.endswith("; lower --batch_size, or build more data")
 
 
 def test_dialogues_alone_and_no_validation_rows_train(

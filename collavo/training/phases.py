@@ -126,6 +126,6 @@ def _plan(arguments: TrainArguments, index: RowIndex, kinds: tuple[Kind, ...], o
         packed = f" of up to {arguments.instructions_per_sequence} instructions each" if kind == "crayon" else ""
         raise UserError(
             f"--data: {len(index.texts[kind])} {texts} of the split 'train' make no batch of {options.batch_size} "
-            f"sequences{packed}; lower --{size}, build more data, or leave out the phase"
+            f"sequences{packed}; lower --{size}, or build more data"
         )
     return batches
