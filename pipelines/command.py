@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from posixpath import join
+from textwrap import wrap
 from typing import Any
 
 from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
 
 from collavo import cli
 from collavo.embedded import SCENES
@@ -32,6 +32,8 @@ from collavo.storage import (
 from pipelines.local_workers import LocalWorkers, cores, count_workers, gpus_for, runs_here
 from pipelines.options import PROGRAM, Flags, SegmentationFlags, SourceFlags, parse_flags
 from schemas.crayon_row import TASKS
+
+_NO_BREAK = "\N{NO-BREAK SPACE}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -144,19 +146,28 @@ def _print_summary(output: str, seconds: float, console: Console) -> None:
 
     with open_read(join(output, MANIFEST)) as file:
         manifest = json.load(file)
-    table = Table(show_header=False, box=None, pad_edge=False)
     inputs, rejects = sum(manifest["inputs"].values()), sum(manifest["rejects"].values())
-    table.add_row("inputs", f"{inputs:,}", _tally(manifest["inputs"]))
-    table.add_row("rows", f"{manifest['rows']:,}", _tally(manifest["rows_by_split"]))
+    rows = [
+        ("inputs", f"{inputs:,}", _tally(manifest["inputs"])),
+        ("rows", f"{manifest['rows']:,}", _tally(manifest["rows_by_split"])),
+    ]
     if manifest["merged"]:
-        table.add_row("repeats", f"{manifest['merged']:,}", "pictures or dialogues that came again, and share a row")
-    table.add_row("conversations", f"{manifest['conversations']:,}", "")
+        rows.append(("repeats", f"{manifest['merged']:,}", "pictures or dialogues that came again, and share a row"))
     instructions = manifest["instructions"]
     by_task = {task: instructions[task] for task in TASKS if task in instructions}
-    table.add_row("instructions", f"{sum(instructions.values()):,}", _tally(by_task))
-    table.add_row("rejects", f"{rejects:,}", _tally(manifest["rejects"]))
-    table.add_row("seconds", f"{seconds:.1f}", _tally(manifest["seconds"]) + " (summed over workers)")
-    console.print(table, highlight=False)
+    rows += [
+        ("conversations", f"{manifest['conversations']:,}", ""),
+        ("instructions", f"{sum(instructions.values()):,}", _tally(by_task)),
+        ("rejects", f"{rejects:,}", _tally(manifest["rejects"])),
+        ("seconds", f"{seconds:.1f}", _tally(manifest["seconds"]) + " (summed over workers)"),
+    ]
+    name_width, number_width = (max(len(row[column]) for row in rows) + 2 for column in (0, 1))
+    for name, number, text in rows:
+        # Rich would break a line between a name and its number.
+        for part in wrap(text, max(console.width - name_width - number_width, 20), break_on_hyphens=False) or [""]:
+            shown = f"{name:<{name_width}}{number:<{number_width}}{part.replace(_NO_BREAK, ' ')}".rstrip()
+            console.print(shown, highlight=False, soft_wrap=True)
+            name = number = ""
     for line in cautions(manifest):
         console.print(line, style="yellow", soft_wrap=True)
     if "trial" in manifest:
@@ -181,4 +192,4 @@ def _estimate(manifest: dict[str, Any], seconds: float) -> str:
 
 
 def _tally(counts: dict[str, float]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    return ", ".join(f"{name}{_NO_BREAK}{count:,}" for name, count in counts.items())

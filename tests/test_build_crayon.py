@@ -75,8 +75,9 @@ def check_sums(data: DataSet) -> None:
 
 
 @needs_scenes_model
-def test_one_command_draws_scenes_and_makes_a_data_set_of_them(tmp_path, capsys):
+def test_one_command_draws_scenes_and_makes_a_data_set_of_them(tmp_path, monkeypatch, capsys):
     """By default a network looks at the scenes."""
+    monkeypatch.setenv("COLUMNS", "50")
     data = build(tmp_path / "out", "--scenes", 5, "--scene_size", "96x72")
     check_sums(data)
     (facts,) = data.manifest["segmenters"]
@@ -94,6 +95,8 @@ def test_one_command_draws_scenes_and_makes_a_data_set_of_them(tmp_path, capsys)
     }
     shown = capsys.readouterr().out
     assert "report.html" in shown and "out/*.parquet" in shown
+    assert max(map(len, shown.partition("Data: ")[0].splitlines()[1:])) <= 50
+    assert all(f"{task} {count}" in shown for task, count in data.manifest["instructions"].items())
 
 
 def test_the_real_photograph_keeps_what_is_published_of_it(tmp_path, real):
