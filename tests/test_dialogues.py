@@ -174,6 +174,7 @@ def test_a_system_text_beside_the_turns_is_their_first() -> None:
         ([("system", "S"), ("gpt", "Hello!"), *SAID], [("system", "S"), *SAID]),
         ([("gpt", "A person."), ("human", "Who?")], None),
         ([("human", "Who?")], None),
+        ([("gpt", "A person.")], None),
         ([*SAID, ("human", "And?")], None),
         ([("human", "Who?"), ("human", "Who?"), ("gpt", "A person.")], None),
         ([("system", "S")], None),
@@ -185,6 +186,7 @@ def test_turns_alternate_or_the_entry_is_one_reject(
     (entry,) = stream([{"image": "a.jpg", "conversations": [{"from": s, "value": v} for s, v in said]}])
     if kept is None:
         assert isinstance(entry, Rejected) and (entry.reason, entry.entry_id) == ("turns_do_not_alternate", "#0")
+        assert str(entry).partition("found ")[2]
     else:
         assert isinstance(entry, DialogueEntry) and entry.dialogue.turns == tuple(kept)
 

@@ -221,7 +221,7 @@ def _turns(said: list[Any], entry_id: str) -> tuple[tuple[str, str], ...]:
         del turns[first]
     speakers = [speaker for speaker, _ in turns[first:]]
     if not speakers or speakers != ["human", "gpt"] * (len(speakers) // 2):
-        found = ", ".join(speaker for speaker, _ in turns[:6])
+        found = ", ".join(speaker for speaker, _ in turns[:6]) or "an answer alone"
         raise Rejected("turns_do_not_alternate", f"expected human and gpt in turn, found {found}", entry_id)
     return tuple(turns)
 
