@@ -63,8 +63,8 @@ class Flags:
     split: str = flag("validation", "rows to ask about", choices=SPLITS)
     tasks: tuple[str, ...] = flag(EVALUATED_TASKS, f"of {', '.join(EVALUATED_TASKS)} (default: all)", many=True,
         choices=EVALUATED_TASKS, metavar="TASK")  # fmt: skip
-    object_list: str = flag("trained", "prompts that begin with the recognised objects: as the model was trained, none "
-        "of them, all of them, or both", choices=_OBJECT_LISTS)  # fmt: skip
+    object_list: str = flag("trained", "prompts that begin with the recognised objects: as in training (trained), none "
+        "of them, all of them (with), or both, one after the other", choices=_OBJECT_LISTS)  # fmt: skip
     max_images: int | None = flag(None, "ask about the first N images of the split only", kind=int, least=1)
     output: Path | None = flag(None, "where the report goes (default: RUN/evaluation)", kind=Path, metavar="DIR")
     beams: int = flag(1, "beams of the search; 1 for greedy decoding, 3 are the paper's", least=1)

@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    flags = cli.parse(Flags, argv, prog="python -m collavo.scenes", description=_DESCRIPTION, epilog=_EPILOG)
+    usage = "python -m collavo.scenes --output DIR --count N [options]"
+    options = {"prog": "python -m collavo.scenes", "usage": usage, "description": _DESCRIPTION, "epilog": _EPILOG}
+    flags = cli.parse(Flags, argv, **options)
     from rich.console import Console
 
     from collavo.progress import Progress
