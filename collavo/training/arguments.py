@@ -117,7 +117,7 @@ class TrainArguments:
     @property
     def about(self) -> str:
         """A line about the preset."""
-        return PRESETS[self.preset].about if self.preset in PRESETS else "the base named by --preset"
+        return PRESETS[self.preset].about if self.preset in PRESETS else "a base of yours, with the paper's arguments"
 
 
 @dataclass(frozen=True, slots=True)

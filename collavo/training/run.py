@@ -315,7 +315,7 @@ class TrainingRun:
         """Say what is printed about a run before it starts."""
         index = self.train_set.index
         learning = {p.name: sum(w.numel() for w in self.staged.parameters_of(p.groups).values()) for p in phases}
-        texts = ", ".join(f"{len(texts)} {kind} texts" for kind, texts in index.texts.items())
+        texts = ", ".join(f"{len(texts):,} {kind} texts" for kind, texts in index.texts.items())
         alone = [stage.name for stage in phases[-1].stages.values()] if phases[-1].name == "cit" else []
         return {
             "classes": f"{len(self.categories)}, {self.categories.name}",
