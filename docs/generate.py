@@ -64,7 +64,7 @@ INSTRUCTION_MEANINGS = {
     "task": "`counting`, `class_to_box`, `box_to_class`, `list_objects`, `list_objects_with_boxes` or "
     "`class_to_binary`",
     "question": "boxes are fractions of width and height with two decimals",
-    "answer": "a full sentence",
+    "answer": "what a model is to say",
     "label": "the answer as an evaluation compares it: `3`, `yes`, `dog`; null for boxes and lists",
     "polarity": "`present` or `absent`, for the class asked about; null where no class is asked about",
     "segment_ids": "the segments that the answer rests on",
