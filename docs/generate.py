@@ -164,8 +164,11 @@ def flags(command: str) -> str:
             text, default = _without_default(action.help or "")
             value = f" {action.metavar}" if action.metavar else ""
             several = " ..." if action.nargs in ("+", "*") else ""
-            if action.choices and any(str(choice) not in text for choice in action.choices):
-                text += ": " + ", ".join(f"`{choice}`" for choice in action.choices)
+            if choices := [str(choice) for choice in action.choices or ()]:
+                plain, as_code = ", ".join(choices), ", ".join(f"`{choice}`" for choice in choices)
+                text = text.replace(plain, as_code)
+                if any(choice not in text for choice in choices):
+                    text += f": {as_code}"
             names = [name for name in action.option_strings if name.startswith("--")]
             named = "<br>".join(f"`{name}{value}{several}`" for name in names)
             rows.append((named, _text(text), _text(default)))
