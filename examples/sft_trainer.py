@@ -3,7 +3,7 @@
     python pipelines/build_crayon.py --scenes 60 --segmenter annotations --output out
     python examples/sft_trainer.py out       # needs pip install trl
 
-It takes a minute on two cores. `collavo.train` trains the paper's way; this is the shortest way with another trainer.
+Some minutes on two cores. `collavo.train` trains the paper's way; this is the shortest way with another trainer.
 """
 
 import sys
