@@ -65,6 +65,13 @@ _STUFF = {
     ),
 }
 
+NO_OBJECTS = frozenset(
+    "background|bg|void|unlabeled|unlabelled|ignore|ignored|ignore region|ignore regions|ignored region|"
+    "ignored regions|dont care|dontcare|don't care".split("|")
+)
+"""Names, by `name_key`, that tools give to what is no object: labelme's `_background_` and `__ignore__`, VisDrone's
+`ignored regions`, KITTI's `DontCare`."""
+
 _KINDS = {"1": True, "1.0": True, "true": True, "0": False, "0.0": False, "false": False}
 """Whether a class is a thing, by the text of its `isthing`; `bool` would take the text "0" for true."""
 

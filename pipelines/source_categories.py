@@ -5,7 +5,14 @@ from collections.abc import Sequence
 
 import pyarrow.parquet as pq
 
-from collavo.categories import categories_of_annotations, categories_of_file, common_set, joined, labels_by_id
+from collavo.categories import (
+    NO_OBJECTS,
+    categories_of_annotations,
+    categories_of_file,
+    common_set,
+    joined,
+    labels_by_id,
+)
 from collavo.cli import naming
 from collavo.dataset import opened_parquet, read_records, stated_facts
 from collavo.errors import Rejected, UserError
@@ -43,8 +50,16 @@ class SourceCategories:
             self.notes.append(
                 f"{uri}: {', '.join(sorted(groups))}: the 'supercategory' of other classes, so never called absent"
             )
+        # A name that the user's map settles needs no word.
+        settled = {name_key(name) for name in self.renamed or ()}
+        if odd := [each.name for each in found if name_key(each.name) in NO_OBJECTS - settled]:
+            self.notes.append(
+                f"{uri}: {', '.join(odd)}: no kind of object, so never called absent; --category_map with "
+                f'{{"{odd[0]}": ""}} leaves out what is marked as one'
+            )
         self._found.append(found)
-        self._looked_for.append(CategorySet(found.name, tuple(each for each in found if each.name not in groups)))
+        askable = tuple(each for each in found if each.name not in groups.union(odd))
+        self._looked_for.append(CategorySet(found.name, askable))
         return found
 
     def add(self, found: CategorySet) -> None:

@@ -267,6 +267,23 @@ def test_a_class_that_others_belong_to_is_not_called_absent_beside_them(
     assert "nut" in asked and "washer" in asked and "fastener" not in asked
 
 
+@pytest.mark.parametrize("name", ["_background_", "__ignore__", "Ignored Regions", "DontCare"])
+def test_a_name_for_no_object_is_not_called_absent(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """labelme's converter lists `_background_` first, and every picture of a single class would be asked about it."""
+    categories = [{"id": 0, "name": name}, {"id": 1, "name": "pothole"}]
+    marked = [annotation(10, 1, segmentation=rectangle(0, 0, 5, 5))]
+    (row,) = build_instances(tmp_path / "one", categories, marked).rows.values()
+    assert f"{name}: no kind of object, so never called absent" in capsys.readouterr().out
+    assert {i.polarity for i in row.instructions} == {None, "present"}
+    (tmp_path / "map.json").write_text(json.dumps({name: ""}))
+    marked.append(annotation(11, 1, segmentation=rectangle(8, 0, 12, 5), category_id=0))
+    flags = ["--category_map", tmp_path / "map.json"]
+    (row,) = build_instances(tmp_path / "two", categories, marked, *flags).rows.values()
+    assert [s.category for s in row.segments] == ["pothole"] and "no kind" not in capsys.readouterr().out
+
+
 def test_what_no_file_looks_for_is_not_called_absent(tmp_path: Path) -> None:
     two = [{"id": 1, "name": "Person"}, {"id": 3, "name": "dog"}]
     annotations = [annotation(10, 1, segmentation=rectangle(0, 0, 5, 5))]
