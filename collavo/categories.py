@@ -365,27 +365,36 @@ def _english(record: Mapping[str, Any]) -> dict[str, str]:
         name = record["display_name"]
         if name == "clothes":  # which is no plural of anything
             singular, plural = "piece of clothing", plural or "pieces of clothing"
-        elif name.split()[-1] in _PAIRS | _MASSES:
-            what = "pair" if name.split()[-1] in _PAIRS else "piece"
+        elif (last := name.lower().split()[-1]) in _PAIRS | _MASSES:
+            what = "pair" if last in _PAIRS else "piece"
             singular, plural = f"{what} of {name}", plural or f"{what}s of {name}"
         else:
-            one = engine.singular_noun(name)
+            # inflect knows words in small letters.
+            word = name.lower() if name.isupper() else name
+            one = engine.singular_noun(word)
             # inflect takes `bus` and `tennis` for plurals of `bu` and `tenni`.
-            is_plural = one and engine.plural_noun(one) == name and not name.endswith(("us", "is", "as", "ss", "lens"))
-            singular, plural = (one, plural or name) if is_plural else (name, plural)
+            is_plural = one and engine.plural_noun(one) == word and not word.endswith(("us", "is", "as", "ss", "lens"))
+            singular, plural = (one.upper() if name.isupper() else one, plural or name) if is_plural else (name, plural)
+    # inflect spells capitals out, which is right for short words: "an FBI agent", but "a STRAWBERRY".
+    spelt = singular if len(singular.split()[0]) < 5 else singular.lower()
     return {
         "singular": singular,
         "plural": plural or _plural_of(singular),
-        "article": engine.a(singular).partition(" ")[0],
+        "article": engine.a(spelt).partition(" ")[0],
     }
 
 
 def _plural_of(singular: str) -> str:
     if not any("LATIN" in unicodedata.name(letter, "") for letter in singular):
         return singular  # no rule of English holds
-    plural: str = _inflect().plural_noun(singular)
-    # SUVs and type 2s, where inflect writes SUVS and type 2S
-    return plural if singular[-1].islower() else singular + plural.removeprefix(singular).lower()
+    if singular[-1].islower():
+        return str(_inflect().plural_noun(singular))
+    # By its small letters: of capitals, inflect makes SUVS and BATTERYS, and of WOMAN `women`.
+    plural = str(_inflect().plural_noun(singular.lower()))
+    ending = plural.removeprefix(singular.lower()).lower()
+    if ending in ("", "s", "es"):
+        return singular + ending  # SUVs and type 2s
+    return plural.upper() if singular.isupper() else plural
 
 
 @cache

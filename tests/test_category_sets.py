@@ -89,6 +89,14 @@ def test_a_file_may_state_no_classes(categories: object) -> None:
         ("chest of drawers, chest", "chest of drawers", "chests of drawers", "a"),  # ADE20K's synonyms
         ("Delivery Van", "delivery van", "delivery vans", "a"),  # Objects365's capitals
         ("ox", "ox", "oxen", "an"),
+        ("LORRY", "LORRY", "LORRIES", "a"),  # capitals, which inflect takes for an abbreviation
+        ("WOMAN", "WOMAN", "WOMEN", "a"),
+        ("CHILD", "CHILD", "CHILDREN", "a"),
+        ("STRAWBERRY", "STRAWBERRY", "STRAWBERRIES", "a"),
+        ("TRAFFIC_SIGN", "TRAFFIC SIGN", "TRAFFIC SIGNs", "a"),
+        ("GLASSES", "pair of GLASSES", "pairs of GLASSES", "a"),
+        ("LEAVES", "LEAF", "LEAVES", "a"),
+        ("GAS", "GAS", "GASes", "a"),
         ("mouse (animal)", "mouse animal", "mouse animals", "a"),  # a parenthesis would end `(#1 name)`
     ],
 )
