@@ -19,23 +19,24 @@ def image_key(mention: Mention) -> bytes:
 
 def merge_mentions(mentions: Iterable[Mention]) -> tuple[ImageTask, list[Reject]]:
     """Make one image's task; reject the inputs that repeat another: a second annotation, the same dialogue or file."""
-    kept: list[Mention] = []
+    kept: dict[tuple[object, ...], Mention] = {}
     rejects = []
-    seen = set()
     for mention in sorted(mentions, key=_rank):
         content = _content(mention)
-        if content in seen:
-            rejects.append(
-                mention.reject("merge", "duplicate_entry", f"repeats what another entry says of {mention.uri}")
-            )
+        if (first := kept.get(content)) is None:
+            kept[content] = mention
+        elif (first.annotation, first.instances) == (mention.annotation, mention.instances):
+            detail = f"repeats what another entry says of {mention.uri}"
+            rejects.append(mention.reject("merge", "duplicate_entry", detail))
         else:
-            seen.add(content)
-            kept.append(mention)
-    return ImageTask(tuple(kept)), rejects
+            detail = f"entry {first.input.entry_id} annotates {mention.uri} otherwise, and was taken"
+            detail += "; put all objects of an image into one entry of one file"
+            rejects.append(mention.reject("merge", "other_annotation", detail))
+    return ImageTask(tuple(kept.values())), rejects
 
 
 def _content(mention: Mention) -> tuple[object, ...]:
-    """Return what a mention adds to its image; of two that add the same, one is rejected."""
+    """Return what a mention adds to its image; of two that add the same, or two annotations, one is rejected."""
     if mention.annotation:
         return ("annotation", mention.uri)
     if mention.instances:
@@ -51,6 +52,7 @@ def _rank(mention: Mention) -> tuple[object, ...]:
         SOURCES.index(mention.input.source),
         mention.image_path,
         mention.annotation is None,
+        mention.instances.endswith(",[]]"),  # what lists no object is taken where nothing lists one
         mention.input.entry_id,
         mention.annotation or (),
         mention.dialogue.turns if mention.dialogue else (),

@@ -31,7 +31,10 @@ REJECT_REASONS = {
         "path_escapes_root": "the path leads out of the folder that it has to stay in",
         "bad_path": "the path names no file, or is not UTF-8 text",
     },
-    "merge": {"duplicate_entry": "another entry says the same about the same image"},
+    "merge": {
+        "duplicate_entry": "another entry says the same about the same image",
+        "other_annotation": "another entry annotates the same image otherwise, and was taken",
+    },
     "read": {
         "missing_file": "there is no such file",
         "unreadable_file": "the storage refuses to read the file",

@@ -42,7 +42,7 @@ def test_every_mention_ends_in_the_task_or_in_a_reject(mentions: list[Mention]):
     task, rejects = merge_mentions(mentions)
     inputs = [mention.input for mention in task.mentions] + [Input(r.source, r.id) for r in rejects]
     assert sorted(inputs) == sorted(mention.input for mention in mentions)
-    assert {(r.stage, r.reason) for r in rejects} <= {("merge", "duplicate_entry")}
+    assert {(r.stage, r.reason) for r in rejects} <= {("merge", "duplicate_entry"), ("merge", "other_annotation")}
 
 
 def test_two_sources_of_one_image_make_one_row_that_coco_names():
@@ -60,11 +60,23 @@ def test_dialogues_of_one_image_are_kept_unless_they_repeat_each_other():
 
 def test_a_second_annotation_is_rejected_by_its_own_id():
     second = COCO._replace(input=Input("coco", "2"), annotation=Annotation("2.png", ()))
-    task, rejects = merge_mentions([second, COCO])
+    task, rejects = merge_mentions([second, COCO, COCO])
     assert task.annotated == COCO
+    detail = (
+        "entry 1 annotates /data/train/1.jpg otherwise, and was taken; put all objects of an image into one entry of"
+    )
     assert rejects == [
-        Reject("2", "coco", "merge", "duplicate_entry", "repeats what another entry says of /data/train/1.jpg")
+        Reject("1", "coco", "merge", "duplicate_entry", "repeats what another entry says of /data/train/1.jpg"),
+        Reject("2", "coco", "merge", "other_annotation", f"{detail} one file"),
     ]
+
+
+def test_an_entry_without_objects_does_not_hide_the_objects_of_another():
+    """As where a file lists an image twice and marks one of the two."""
+    empty = COCO._replace(input=Input("coco_instances", "1"), annotation=None, mask_uri="", instances="[null,[]]")
+    marked = empty._replace(input=Input("coco_instances", "7"), instances="[null,[[1,0,0,[]]]]")
+    task, rejects = merge_mentions([empty, marked])
+    assert task.annotated == marked and [(r.id, r.reason) for r in rejects] == [("1", "other_annotation")]
 
 
 def test_mentions_meet_whatever_extension_they_give_the_image_and_nothing_else_does():
