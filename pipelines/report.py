@@ -78,8 +78,8 @@ def cautions(manifest: Mapping[str, Any]) -> list[str]:
         lines.append(f"{pictures} unlike all that the segmenter knows: much of what it names there will be wrong.")
     if (crowds := manifest["crowds"]) > manifest["things"] / 2:  # of COCO's, 1 in 80
         lines.append(
-            f"{crowds:,} of {manifest['things']:,} objects are crowds (iscrowd: 1), whose classes are neither counted "
-            "nor located. CVAT marks each mask drawn by brush so; with iscrowd: 0 in the file, each is an object."
+            f"{crowds:,} of {manifest['things']:,} objects are crowds (iscrowd or ignore is 1), whose classes are not "
+            "counted or located. CVAT marks each mask drawn by brush so; with iscrowd: 0 there, each is an object."
         )
     return lines
 

@@ -132,11 +132,13 @@ def test_scattered_annotations_come_together() -> None:
     images = [{"id": 1, "file_name": "a.jpg", "width": 4, "height": 3, "license": 2}, {"id": 2, "file_name": "b.jpg"}]
     annotations = [annotation(10, 1), annotation(11, "1", iscrowd=None), annotation(12.0, 1, category_id=3)]
     annotations += [annotation(13 + n, 1, iscrowd=said) for n, said in enumerate(("0", "1", True))]
+    annotations += [annotation(20 + n, 1, ignore=said) for n, said in enumerate((0, None, 1, True))]
     first, second = stream({"images": images, "annotations": annotations})
     assert (first.entry_id, first.file_name, first.license_id, first.size_wh) == ("1", "a.jpg", 2, (4, 3))
     assert [i[:3] for i in json.loads(first.instances)] == [
         *([10, 0, 0], [11, 0, 0], [12, 2, 0]),
         *([13, 0, 0], [14, 0, 1], [15, 0, 1]),
+        *([20, 0, 0], [21, 0, 0], [22, 0, 1], [23, 0, 1]),
     ]
     assert second.instances is None and second.size_wh is None
 
@@ -218,7 +220,7 @@ def test_a_file_that_calls_most_objects_crowds_as_cvat_does_is_no_silent_loss(
         masks = [annotation(20 + n, 1, segmentation=brushed, category_id=3, iscrowd=1) for n in range(crowds)]
         masks[1:] = [{**mask, "segmentation": {"size": [10, 20], "counts": [170, 30]}} for mask in masks[1:]]
         data = build_instances(tmp_path / name, COCO_THINGS, drawn + masks)
-        line = f"{crowds} of {crowds + 1} objects are crowds (iscrowd: 1), whose classes are neither counted"
+        line = f"{crowds} of {crowds + 1} objects are crowds (iscrowd or ignore is 1), whose classes are not counted"
         assert (line in capsys.readouterr().out) == warns
         assert (line in (data.folder / "report.html").read_text()) == warns
 

@@ -43,10 +43,14 @@ def whole_id(value: Any) -> int | None:
 
 
 def crowd_of(fields: Mapping[str, Any]) -> bool | None:
-    """Return whether an annotation is a crowd's, by its `iscrowd` as people write it; None for anything else."""
+    """Return whether an annotation is a crowd's, by its `iscrowd` as people write it; None for anything else.
+
+    What `ignore` marks, as converters for mmdetection do what is too small or doubtful, is there but must not be
+    counted, as a crowd is.
+    """
     value = fields.get("iscrowd") or 0
     number = int(value) if isinstance(value, bool) else whole_id(value)
-    return None if number is None else bool(number)
+    return None if number is None else bool(number) or fields.get("ignore") in (1, True, "1")
 
 
 def image_key(value: Any) -> str | None:
