@@ -159,6 +159,13 @@ def test_an_image_of_which_an_annotation_cannot_be_used_is_one_reject(bad: Any, 
     assert [i[0] for i in json.loads(image.instances)] == [6]
 
 
+def test_a_file_of_boxes_alone_is_refused_and_does_not_become_pictures_without_objects() -> None:
+    images = [{"id": 1, "file_name": "a.jpg"}, {"id": 2, "file_name": "without.jpg"}]
+    boxes = [annotation(n, 1, segmentation=[], bbox=[0, 0, 1, 1]) for n in (4, 5)]
+    with pytest.raises(UserError, match=r"of its annotations can be used; annotation 4: .* a box alone makes no"):
+        stream({"images": images, "annotations": boxes})
+
+
 def test_an_annotation_of_no_image_leaves_the_others() -> None:
     images = [{"id": 1, "file_name": "a.jpg"}]
     rejected, image = stream({"images": images, "annotations": [annotation(2, 9), annotation(4, 1)]})

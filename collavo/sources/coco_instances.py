@@ -30,13 +30,15 @@ def stream_image_instances(file: BinaryIO, name: str, labels: Mapping[int, int])
         labels: the label of each category id of the file, see `collavo.categories.labels_by_id`.
 
     Raises:
-        UserError: if the file is not JSON to its end, or not of the instance format.
+        UserError: if the file is not JSON to its end, or not of the instance format, or none of its annotations can be
+            used.
     """
     try:
         images = yield from listed_images(file, name)
         with tempfile.TemporaryFile() as store:
             places: dict[str, array[int]] = {}
             spoiled: dict[str, Rejected] = {}
+            any_usable = False
             for record in ijson.items(file, "annotations.item", use_float=True):
                 if "segments_info" in record:
                     raise UserError(f"{name}: its annotations have 'segments_info'; --coco_panoptic reads such a file")
@@ -51,10 +53,14 @@ def stream_image_instances(file: BinaryIO, name: str, labels: Mapping[int, int])
                     detail = f"annotation {record.get('id')}: {error}"
                     spoiled.setdefault(image_id, Rejected(error.reason, detail, image_id))
                     continue
+                any_usable = True
                 if instance:
                     text = json.dumps(instance, separators=(",", ":")).encode()
                     places.setdefault(image_id, array("Q")).extend([store.tell(), len(text)])
                     store.write(text)
+            # What is left would be the images without an object, which teach that there is never any.
+            if spoiled and not any_usable:
+                raise UserError(f"{name}: none of its annotations can be used; {next(iter(spoiled.values()))}")
             for image_id, image in images.items():
                 yield spoiled.get(image_id) or image._replace(instances=_listed(places.get(image_id), store))
     except (ijson.JSONError, AttributeError, TypeError, RecursionError) as error:
