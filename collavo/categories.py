@@ -119,7 +119,7 @@ def read_categories(records: Any, name: str, are_things: bool = False) -> Catego
 
 
 def categories_of_annotations(
-    file: BinaryIO, name: str, are_things: bool = False
+    file: BinaryIO, name: str, are_things: bool = False, kinds: CategorySet | None = None
 ) -> tuple[CategorySet, frozenset[str]] | None:
     """Read the set that a COCO annotation file states in its `categories`, as the file has it; None where it states
     none.
@@ -128,6 +128,7 @@ def categories_of_annotations(
         file: open and seekable, see `collavo.sources.json_files`.
         name: the file's path, for messages.
         are_things: see `read_categories`.
+        kinds: the user's set, which says of a class whether it is a thing where the file does not.
 
     Returns:
         the set, and the names of those of its classes that are the `supercategory` of others, as "vehicle" beside "car"
@@ -147,6 +148,8 @@ def categories_of_annotations(
             raise UserError(f"{name}: not JSON to its end ({str(error).splitlines()[0]})") from error
     if not records:
         return None
+    if kinds and isinstance(records, list):
+        records = [_with_kind(record, kinds) for record in records]
     found = read_categories(records, name, are_things)
     above = {str(record.get("supercategory")) for record in records if record.get("supercategory") != record["name"]}
     return found, frozenset(each.name for each in found if each.name in above)
@@ -229,8 +232,18 @@ def categories_of_labels(
     return read_categories(records, name)
 
 
-def categories_of_file(path: str, data: bytes) -> CategorySet:
+def _with_kind(record: Any, kinds: CategorySet) -> Any:
+    if not isinstance(record, dict) or "is_thing" in record or not isinstance(record.get("name"), str):
+        return record
+    known = kinds.by_key.get(name_key(record["name"]))
+    return {"isthing": int(known.is_thing), **record} if known else record
+
+
+def categories_of_file(path: str, data: bytes, are_things: bool = False) -> CategorySet:
     """Read the set in a file of the user's: COCO's `categories` list, alone or inside an annotation file.
+
+    Args:
+        are_things: see `read_categories`.
 
     Raises:
         UserError: where it is not such a file.
@@ -239,7 +252,7 @@ def categories_of_file(path: str, data: bytes) -> CategorySet:
         content = parsed_json(data.decode("utf-8-sig"))
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from error
-    return read_categories(content.get("categories") if isinstance(content, dict) else content, path)
+    return read_categories(content.get("categories") if isinstance(content, dict) else content, path, are_things)
 
 
 def joined(categories: CategorySet) -> CategorySet:
@@ -263,7 +276,7 @@ def common_set(sets: Sequence[CategorySet]) -> CategorySet:
             ]
             raise UserError(
                 f"{other.name} and {largest.name} have different classes: only the first has {_listed(foreign)}; build "
-                "them apart, or say with --category_map which class is which"
+                "them apart, say with --category_map which class is which, or name a list of all with --categories"
             )
     return largest
 

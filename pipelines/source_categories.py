@@ -34,7 +34,9 @@ class SourceCategories:
         self.stated = self.renamed = None
         if path := flags.segmentation.categories:
             with naming("categories"):
-                self.stated = categories_of_file(path, _bytes_of(path))
+                # An instance file does not say what is a thing, and so may be named here too.
+                only_things = bool(flags.sources.coco_instances) and not flags.sources.coco_panoptic
+                self.stated = categories_of_file(path, _bytes_of(path), only_things)
         if path := flags.segmentation.category_map:
             with naming("category_map"):
                 self.renamed = _read_map(path)
@@ -42,10 +44,15 @@ class SourceCategories:
     def of_annotations(self, flag: str, uri: str) -> CategorySet:
         """Read the set of an annotation file; COCO panoptic's where the file states none."""
         with opened_json(flag, uri) as file:
-            stated = categories_of_annotations(file, uri, are_things=flag == "coco_instances")
+            stated = categories_of_annotations(file, uri, flag == "coco_instances", self.stated)
         if stated is None:
             self.notes.append(f"{uri} has no 'categories'; its numbers are taken for {COCO_PANOPTIC.name}'s")
         found, groups = stated or (COCO_PANOPTIC, frozenset())
+        if not found.things:
+            self.notes.append(
+                f"{uri}: all of its {len(found)} classes are stuff (isthing: 0), so nothing is counted or located; "
+                "where Datumaro wrote the file, it says so of any class: put 1 for things"
+            )
         if groups:
             self.notes.append(
                 f"{uri}: {', '.join(sorted(groups))}: the 'supercategory' of other classes, so never called absent"

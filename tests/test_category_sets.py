@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builds import CocoFolder, planned
 from layouts import ADE20K, ADE20K_LABELS, CITYSCAPES, CITYSCAPES_LABELS
 
 from collavo.categories import (
@@ -308,3 +309,33 @@ def test_only_the_end_of_a_name_is_a_suffix():
 def test_an_id_that_no_row_can_hold_is_refused():
     with pytest.raises(UserError, match="2147483647 at most"):
         read_categories([{"id": 1 << 40, "name": "tree", "isthing": 0}], "x")
+
+
+def test_a_list_of_the_users_says_which_classes_are_things_where_files_do_not(tmp_path: Path) -> None:
+    coco = CocoFolder(tmp_path)
+    kinds = [{"id": 5, "name": "Robot", "isthing": 1}, {"id": 6, "name": "lawn", "isthing": 0}]
+    coco.json["categories"] = [{"id": 1, "name": "robot"}, {"id": 187, "name": "Lawn"}]
+    (tmp_path / "mine.json").write_text(json.dumps(kinds))
+    output = ["--output", tmp_path / "out"]
+    with pytest.raises(UserError, match="'robot' does not say 'isthing'"):
+        planned(*coco.flags(), *output)
+    plan = planned(*coco.flags(), *output, "--categories", tmp_path / "mine.json")
+    assert [(c.name, c.is_thing) for c in plan.job.categories] == [("Robot", True), ("lawn", False)]
+    assert plan.job.sources.coco[0].labels == {1: 0, 187: 1} and plan.notes == ()
+    coco.json["categories"] = [{**each, "isthing": 0} for each in coco.json["categories"]]  # as Datumaro writes it
+    (note,) = planned(*coco.flags(), *output).notes
+    assert "all of its 2 classes are stuff (isthing: 0), so nothing is counted" in note
+
+
+def test_instance_files_that_list_the_classes_of_their_own_pictures_are_joined_by_a_list_of_all(tmp_path: Path) -> None:
+    names = {"train": ["gear", "bolt"], "val": ["gear", "nut"], "all": ["nut", "bolt", "gear"]}
+    for split, listed in names.items():
+        categories = [{"id": number, "name": name} for number, name in enumerate(listed)]
+        (tmp_path / f"{split}.json").write_text(json.dumps({"categories": categories}))
+    flags = ["--coco_instances", tmp_path / "train.json", tmp_path / "val.json", "--coco_split", "train", "validation"]
+    flags += ["--coco_images", tmp_path, tmp_path, "--output", tmp_path / "out"]
+    with pytest.raises(UserError, match=r"only the first has 'nut' .* name a list of all with --categories"):
+        planned(*flags)
+    job = planned(*flags, "--categories", tmp_path / "all.json").job
+    assert [source.labels for source in job.sources.coco] == [{0: 2, 1: 1}, {0: 2, 1: 0}]
+    assert [c.is_thing for c in job.categories] == [True] * 3 and job.askable == {2}
