@@ -99,7 +99,7 @@ def read_categories(records: Any, name: str, are_things: bool = False) -> Catego
     """
     if not isinstance(records, list) or not records:
         raise UserError(f"{name}: expected a list of categories, each with 'id', 'name' and 'isthing'")
-    parsed = [_record(record, position, name, are_things) for position, record in enumerate(records)]
+    parsed = [_record(record, position, name, are_things) for position, record in enumerate(_without_roots(records))]
     for what in ("id", "key", "display_name"):
         same = "the same id" if what == "id" else "the same name but for case, suffixes and a comma's tail"
         remedy = "" if what == "id" else "; rename one of them there"
@@ -317,6 +317,21 @@ def labels_by_id(source: CategorySet, target: CategorySet, renamed: Mapping[str,
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return ", ".join(names[:_MOST_NAMED]) + more
+
+
+def _without_roots(records: Sequence[Any]) -> list[Any]:
+    """Leave out a class that one of the same name calls its `supercategory`: Roboflow lists the project first, of which
+    nothing is marked, and a project is often named after a class."""
+    pairs = [
+        (str(each.get("name")), str(each.get("supercategory"))) if isinstance(each, Mapping) else ("", "")
+        for each in records
+    ]
+    doubled = {above for name, above in pairs if name_key(above) == name_key(name)}
+    return [
+        record
+        for record, (name, above) in zip(records, pairs, strict=True)
+        if not (name and name in doubled and name_key(above) != name_key(name))
+    ]
 
 
 def _record(record: Any, position: int, name: str, are_things: bool) -> dict[str, Any]:

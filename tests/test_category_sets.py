@@ -327,6 +327,16 @@ def test_a_list_of_the_users_says_which_classes_are_things_where_files_do_not(tm
     assert "all of its 2 classes are stuff (isthing: 0), so nothing is counted" in note
 
 
+@pytest.mark.parametrize("project", ["fish", "Fish"])
+def test_a_class_may_have_the_name_of_its_project_as_in_exports_of_roboflow(project: str) -> None:
+    tree = [(project, "none"), ("fish", project), ("lobster trap", project)]
+    listed = [{"id": number, "name": name, "supercategory": above} for number, (name, above) in enumerate(tree)]
+    found = read_categories(listed, "x", are_things=True)
+    assert [(c.category_id, c.label, c.name) for c in found] == [(1, 0, "fish"), (2, 1, "lobster trap")]
+    with pytest.raises(UserError, match="'fish' and 'fish' have the same name"):
+        read_categories([listed[1], {**listed[1], "id": 7}], "x", are_things=True)
+
+
 def test_instance_files_that_list_the_classes_of_their_own_pictures_are_joined_by_a_list_of_all(tmp_path: Path) -> None:
     names = {"train": ["gear", "bolt"], "val": ["gear", "nut"], "all": ["nut", "bolt", "gear"]}
     for split, listed in names.items():
