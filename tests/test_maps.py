@@ -64,8 +64,8 @@ def test_an_image_without_segments_has_an_empty_map():
 @pytest.mark.parametrize(
     ("listed", "reason", "detail"),
     [
-        ([5, 9, 9], "repeated_segment", "3 segments listed, but 2 distinct ids"),
-        ([0, 5, 9], "repeated_segment", "3 segments listed, but 2 distinct ids other than 0"),
+        ([5, 9, 9], "repeated_segment", "id 9 is listed twice"),
+        ([0, 5, 9], "repeated_segment", "id 0 is listed, which stands for no label; count from 1"),
         ([5], "unlisted_segment", "id 9"),
         ([], "unlisted_segment", "id 5"),
         ([5, 9, 300], "empty_segment", "segment 300"),  # listed, but without a pixel

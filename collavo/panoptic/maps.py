@@ -4,6 +4,7 @@ Area, box and number of each segment are measured here, at full resolution. For 
 of equal pixels within a row: a 640 x 480 map has some 5,000 runs, and all later work is on arrays of that length.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -129,8 +130,11 @@ def _known_ids(infos: Sequence[SegmentInfo]) -> tuple[np.ndarray, np.ndarray]:
     ids = np.array([0, *(info.id for info in infos)], dtype=np.int64)
     known_ids, first = np.unique(ids, return_index=True)
     if len(known_ids) != len(ids):
-        distinct = f"{len(known_ids) - 1} distinct ids other than 0"
-        raise Rejected("repeated_segment", f"{len(infos)} segments listed, but {distinct}")
+        repeated = next(id_ for id_, count in Counter(ids.tolist()).items() if count > 1)
+        what = (
+            f"id {repeated} is listed twice" if repeated else "id 0 is listed, which stands for no label; count from 1"
+        )
+        raise Rejected("repeated_segment", what)
     return known_ids, first[1:] - 1
 
 
