@@ -65,6 +65,32 @@ def test_a_palette_holds_colours_or_numbers_whichever_are_listed(listed: list[in
     assert np.repeat(runs.ids, runs.lengths).reshape(runs.size_hw).tolist() == (ids or [[0, 128, 32768]])
 
 
+@pytest.mark.parametrize(
+    ("mask", "void"),
+    [
+        (Image.fromarray(np.array([[0, 7, 255]], np.uint8)), 255),
+        (Image.fromarray(np.array([[0, 7, 65535]], np.uint16)), 65535),
+        (Image.open(io.BytesIO(coco_png(np.array([[0, 7, 0xFFFFFF]], np.uint32)))), 0xFFFFFF),
+        (Image.open(io.BytesIO(coco_png(np.array([[0, 7, 0xFFFFFF]], np.uint32)))).quantize(3), 0xFFFFFF),
+    ],
+)
+def test_the_largest_value_is_unlabelled_unless_it_is_listed(mask: Image.Image, void: int):
+    for listed, ids in (([7], [0, 7, 0]), ([7, void], [0, 7, void])):
+        runs = decode_segment_runs(encoded(mask), (3, 1), listed)
+        assert np.repeat(runs.ids, runs.lengths).tolist() == ids
+
+
+def test_255_of_a_palette_is_unlabelled_and_white_may_be_the_colour_of_a_number():
+    mask = Image.fromarray(np.array([[0, 1, 255]], np.uint8), "P")
+    mask.putpalette([0, 0, 0, 255, 255, 255, *[9] * 253 * 3])
+    runs = decode_segment_runs(encoded(mask), (3, 1), [1])
+    assert np.repeat(runs.ids, runs.lengths).tolist() == [0, 1, 0]
+    binary = Image.fromarray(np.array([[0, 1, 1]], np.uint8), "P")
+    binary.putpalette([0, 0, 0, 255, 255, 255])
+    runs = decode_segment_runs(encoded(binary), (3, 1), [1])
+    assert np.repeat(runs.ids, runs.lengths).tolist() == [0, 1, 1]
+
+
 def test_channels_in_the_order_of_opencv_are_found_out_by_the_ids_that_are_listed():
     rgb = np.asarray(Image.open(io.BytesIO(coco_png(np.array([[7, 300]], np.uint32)))))
     data = encoded(Image.fromarray(rgb[..., ::-1].copy()))

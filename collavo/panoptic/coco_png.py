@@ -18,12 +18,16 @@ from collavo.panoptic.maps import IdRuns, id_runs
 
 _GREY_MODES = ("1", "L", "I;16", "I;16B", "I")
 
+_VOID = {1: 0xFF, 2: 0xFFFF, 3: 0xFFFFFF}
+"""The largest value of a pixel, by its bytes; other formats have it for what nobody labelled."""
+
 
 def decode_segment_runs(data: bytes, size_wh: tuple[int, int], listed_ids: Collection[int] | None = None) -> IdRuns:
     """Read the segment ids out of a COCO panoptic PNG, as the runs of the map.
 
     In grey masks of 1, 8 or 16 bits, a pixel is the id itself. In one with a palette, its colour holds the id, as where
-    an RGB mask was made smaller; unless only the palette's numbers are ids that the annotation lists.
+    an RGB mask was made smaller; unless only the palette's numbers are ids that the annotation lists. The largest
+    value, white or 255 of a grey mask, becomes 0, unlabelled, where the annotation does not list it.
 
     Args:
         data: the file's bytes.
@@ -37,7 +41,8 @@ def decode_segment_runs(data: bytes, size_wh: tuple[int, int], listed_ids: Colle
     """
     pixels = _decode(data, size_wh, listed_ids)
     if pixels.ndim == 2:
-        return id_runs(pixels)
+        runs = id_runs(pixels)
+        return runs._replace(ids=_without_void(runs.ids, _VOID.get(pixels.dtype.itemsize, 0), listed_ids))
     # By bytes, of which few differ from the pixel before: to put ids together for all pixels would take five times
     # as long.
     channels = pixels.reshape(-1)
@@ -47,14 +52,22 @@ def decode_segment_runs(data: bytes, size_wh: tuple[int, int], listed_ids: Colle
     places = np.flatnonzero(differs) // 3
     starts = places[np.flatnonzero(np.diff(places, prepend=-1))]
     ids = pixels.reshape(-1, 3)[starts] @ np.array([1, 1 << 8, 1 << 16])
+    ids = _without_void(ids, _VOID[3], listed_ids)
     if listed_ids is not None:
         _check_channels(ids, pixels.reshape(-1, 3)[starts], listed_ids)
     return IdRuns(pixels.shape[:2], starts, ids)
 
 
+def _without_void(ids: np.ndarray, void: int, listed_ids: Collection[int] | None) -> np.ndarray:
+    """Put 0 in place of the largest value, unless it is an id or nobody knows."""
+    if listed_ids is None or void in listed_ids:
+        return ids
+    return np.where(ids == void, 0, ids)
+
+
 def _check_channels(ids: np.ndarray, colors_rgb: np.ndarray, listed_ids: Collection[int]) -> None:
     """Refuse a mask whose ids are listed only once red and blue are swapped: OpenCV wrote it."""
-    listed = np.array(sorted({0, *listed_ids}))
+    listed = np.array(sorted({0, _VOID[3], *listed_ids}))
     strange = ~np.isin(ids, listed)
     if not strange.any():
         return
@@ -85,7 +98,8 @@ def _decode(data: bytes, size_wh: tuple[int, int], listed_ids: Collection[int] |
             if mask.mode == "P" and listed_ids is not None:
                 listed = [0, *listed_ids]
                 colors = np.unique(rgb.reshape(-1, 3), axis=0) @ np.array([1, 1 << 8, 1 << 16])
-                if not np.isin(colors, listed).all() and np.isin(np.unique(np.asarray(mask)), listed).all():
+                numbers = np.unique(np.asarray(mask))
+                if not np.isin(colors, listed).all() and np.isin(numbers, [*listed, _VOID[1]]).all():
                     return np.asarray(mask)
             return rgb
     except Exception as error:  # Pillow's decoders raise a dozen types on damaged data
