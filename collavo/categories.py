@@ -346,7 +346,10 @@ def _record(record: Any, position: int, name: str, are_things: bool) -> dict[str
             f"{record!r:.80}"
         )
     if said is None and not are_things:
-        raise UserError(f"{name}: category {text!r} does not say 'isthing': 1 for what can be counted, 0 for stuff")
+        raise UserError(
+            f"{name}: category {text!r} does not say 'isthing': 1 for what can be counted, 0 for stuff; only files of "
+            "--coco_instances need not"
+        )
     thing = True if said is None else _KINDS.get(str(said).strip().lower())
     if thing is None:
         raise UserError(f"{name}: 'isthing' of category {text!r} should be 1 or 0, it is {said!r:.80}")
