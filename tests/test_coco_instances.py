@@ -164,6 +164,7 @@ def test_a_file_of_boxes_alone_is_refused_and_does_not_become_pictures_without_o
     boxes = [annotation(n, 1, segmentation=[], bbox=[0, 0, 1, 1]) for n in (4, 5)]
     with pytest.raises(UserError, match=r"of its annotations can be used; annotation 4: .* a box alone makes no"):
         stream({"images": images, "annotations": boxes})
+    assert [image.instances for image in stream({"images": images, "annotations": []})] == [None, None]  # it says so
 
 
 def test_an_annotation_of_no_image_leaves_the_others() -> None:
@@ -360,11 +361,13 @@ def test_the_stated_size_says_whether_instances_are_turned_as_exif_turns_the_ima
         assert ((row.width, row.height), row.segments[0].box_xyxy) == (size_wh, box_xyxy)
 
 
+UNKNOWN = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [annotation(1, "a.jpg")]}
+LISTED = {"images": [{"id": 1, "file_name": "a.jpg"}], "categories": []}  # as `image_info_test2017.json`
 LVIS = {"images": [{"id": 1, "coco_url": "http://images/train2017/1.jpg", "neg_category_ids": [3]}]}
 PANOPTIC = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "segments_info": []}]}
 
 
-@pytest.mark.parametrize("content", [{}, {"images": []}, [], LVIS, PANOPTIC])
+@pytest.mark.parametrize("content", [{}, {"images": []}, [], LVIS, PANOPTIC, UNKNOWN, LISTED])
 def test_another_file_is_refused_in_one_line(content: Any) -> None:
     with pytest.raises(UserError, match=r"instances\.json: ") as refused:
         stream(content)

@@ -38,19 +38,21 @@ def stream_image_instances(file: BinaryIO, name: str, labels: Mapping[int, int])
         with tempfile.TemporaryFile() as store:
             places: dict[str, array[int]] = {}
             spoiled: dict[str, Rejected] = {}
-            any_usable = False
+            any_usable, fault = False, ""
             for record in ijson.items(file, "annotations.item", use_float=True):
                 if "segments_info" in record:
                     raise UserError(f"{name}: its annotations have 'segments_info'; --coco_panoptic reads such a file")
                 image_id = image_key(record.get("image_id"))
                 if image_id is None or image_id not in images:
-                    detail = "an annotation of an image not in 'images'"
-                    yield Rejected("unknown_image", detail, f"annotation {record.get('id')}")
+                    detail, entry_id = "an annotation of an image not in 'images'", f"annotation {record.get('id')}"
+                    fault = fault or f"{entry_id}: {detail}, {record.get('image_id')!r:.80}"
+                    yield Rejected("unknown_image", detail, entry_id)
                     continue
                 try:
                     instance = _instance(record, labels)
                 except Rejected as error:
                     detail = f"annotation {record.get('id')}: {error}"
+                    fault = fault or detail
                     spoiled.setdefault(image_id, Rejected(error.reason, detail, image_id))
                     continue
                 any_usable = True
@@ -58,9 +60,12 @@ def stream_image_instances(file: BinaryIO, name: str, labels: Mapping[int, int])
                     text = json.dumps(instance, separators=(",", ":")).encode()
                     places.setdefault(image_id, array("Q")).extend([store.tell(), len(text)])
                     store.write(text)
-            # What is left would be the images without an object, which teach that there is never any.
-            if spoiled and not any_usable:
-                raise UserError(f"{name}: none of its annotations can be used; {next(iter(spoiled.values()))}")
+            # What is left would be images without an object, which teach that there is never any.
+            if fault and not any_usable:
+                raise UserError(f"{name}: none of its annotations can be used; {fault}")
+            file.seek(0)
+            if not any_usable and next(ijson.items(file, "annotations"), None) is None:
+                raise UserError(f"{name}: it has no 'annotations'; --images takes images of which nothing is known")
             for image_id, image in images.items():
                 yield spoiled.get(image_id) or image._replace(instances=_listed(places.get(image_id), store))
     except (ijson.JSONError, AttributeError, TypeError, RecursionError) as error:
