@@ -253,6 +253,12 @@ def test_instances_of_a_picture_of_another_size_are_refused(tmp_path: Path) -> N
         assert reject["reason"] == "mask_size_mismatch" and f"{stated_wh[0]} x {stated_wh[1]}" in reject["detail"]
 
 
+def test_corners_in_shares_of_the_picture_are_not_taken_for_pixels() -> None:
+    with pytest.raises(Rejected, match="shares of the picture; COCO has pixels") as refused:
+        instances_map([instance(1, [[0.1, 0.1, 0.5, 0.1, 0.5, 0.5, 0.1, 0.5]])], SIZE_WH)
+    assert refused.value.reason == "broken_mask"
+
+
 def test_a_polygon_need_not_be_in_a_list() -> None:
     (segment,) = instances_map([instance(1, rectangle(2, 1, 5, 4)[0])], SIZE_WH).segments
     assert segment.box_xyxy == (2, 1, 5, 4)

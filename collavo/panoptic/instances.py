@@ -112,6 +112,8 @@ def _filled(polygons: Sequence[Any], size_wh: tuple[int, int]) -> np.ndarray:
         # At a corner that is no number, or is that far, pycocotools' C code runs for hours or ends the process.
         if not (np.abs(np.asarray(polygon, dtype=np.float64)) < _FAR).all():
             raise ValueError("a polygon with a corner that is nowhere near the picture")
+    if max(map(max, polygons)) <= 1 < min(size_wh):
+        raise ValueError("all corners lie in one pixel, as where they are shares of the picture; COCO has pixels")
     runs = coco_mask.frPyObjects(polygons, size_wh[1], size_wh[0])
     return np.asarray(coco_mask.decode(coco_mask.merge(runs)), dtype=bool)
 
