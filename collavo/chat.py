@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 from collavo.cli import REQUIRED, flag, naming, parse, run
-from collavo.errors import Rejected, UserError
+from collavo.errors import LeftOut, Rejected, UserError
 from collavo.images import decode_rgb
 from collavo.instructions.text import format_object
 from collavo.panoptic.colors import crayon_color, crayon_overlay
@@ -236,7 +236,6 @@ class _Conversations(Session):
     def about_row(self) -> Conversation:
         """Start a conversation about the row that the flags name, with the row's own map."""
         from collavo.dataset import category_set, find_files, read_rows
-        from collavo.errors import LeftOut
         from collavo.inference import picture_of_row
 
         flags = self.flags
@@ -258,7 +257,6 @@ class _Conversations(Session):
 def _answer_file(flags: Flags) -> None:
     """Answer the questions of a file that have no answer yet."""
     from collavo.dataset import decoded_image
-    from collavo.errors import LeftOut
     from collavo.progress import Progress
     from collavo.question_file import QuestionAnswerer, count_answers, read_questions
 

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 
 from collavo.cli import REQUIRED, flag, naming, parse, run
-from collavo.errors import UserError
+from collavo.errors import LeftOut, UserError
 from collavo.evaluation.questions import EVALUATED_TASKS
 from collavo.folders import make_folder
 from schemas.crayon_row import SPLITS
@@ -87,7 +87,6 @@ def _evaluate(flags: Flags) -> None:
 
     from collavo.dataset import category_set, count_rows, find_files, read_rows
     from collavo.device import device_name, join_ranks, limit_threads, memory_named
-    from collavo.errors import LeftOut
     from collavo.evaluation.asking import ask_questions, kind_of, unknown_classes
     from collavo.evaluation.judge import Judge
     from collavo.evaluation.report import REPORT, save_report, terminal_report

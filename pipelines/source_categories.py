@@ -1,7 +1,7 @@
 """The sets of classes that a command line's sources state, and the one set that the rows get."""
 
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import pyarrow.parquet as pq
 
@@ -64,15 +64,13 @@ class SourceCategories:
                 f"{uri}: {', '.join(odd)}: no kind of object, so never called absent; --category_map with "
                 f'{{"{odd[0]}": ""}} leaves out what is marked as one'
             )
-        self._found.append(found)
-        askable = tuple(each for each in found if each.name not in groups.union(odd))
-        self._looked_for.append(CategorySet(found.name, askable))
+        self.add(found, never_absent=groups.union(odd))
         return found
 
-    def add(self, found: CategorySet) -> None:
-        """Take note of a set that the rows are to have."""
+    def add(self, found: CategorySet, never_absent: Collection[str] = ()) -> None:
+        """Take note of a set that the rows are to have, and of names in it that are asked for only where they are."""
         self._found.append(found)
-        self._looked_for.append(found)
+        self._looked_for.append(CategorySet(found.name, tuple(c for c in found if c.name not in never_absent)))
 
     def would_take(self, found: CategorySet) -> bool:
         """Tell whether a set agrees with those known so far, or something says which class is which."""

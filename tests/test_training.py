@@ -23,7 +23,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_packing import QUESTIONS, example
-from tiny_model import OWN_CLASSES, own_rows, save_tiny_base, scene_rows, write_crayon_file
+from tiny_model import OWN_CLASSES, own_rows, save_world, scene_rows, write_crayon_file
 
 from collavo import evaluate, train
 from collavo.errors import UserError
@@ -50,10 +50,7 @@ RATES = "--cpt_learning_rate 2e-3 --cit_learning_rate 1e-2"
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and data for all tests of this file."""
-    folder = tmp_path_factory.mktemp("world")
-    save_tiny_base(folder / "base")
-    write_crayon_file(folder / "rows.parquet", scene_rows(8))
-    return folder
+    return save_world(tmp_path_factory.mktemp("world"), 8)
 
 
 def command(world: Path, output: Path, *flags: str) -> list[str]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
-from tiny_model import save_tiny_base, scene_rows, tiny_tokenizer, write_crayon_file
+from test_training import metrics
+from tiny_model import save_world, tiny_tokenizer
 from torch import nn
 
 from collavo import train
@@ -25,10 +26,7 @@ COMMON = (
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base and data for all tests of this file."""
-    folder = tmp_path_factory.mktemp("world")
-    save_tiny_base(folder / "base")
-    write_crayon_file(folder / "rows.parquet", scene_rows(16))
-    return folder
+    return save_world(tmp_path_factory.mktemp("world"), 16)
 
 
 Train = Callable[..., Path]
@@ -45,10 +43,6 @@ def trained(world: Path, tmp_path: Path) -> Train:
         return folder
 
     return run
-
-
-def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_the_rates_of_both_phases_and_a_clipped_gradient_reach_the_optimizer(

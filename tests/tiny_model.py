@@ -112,6 +112,13 @@ def save_tiny_base(folder: Path) -> Path:
     return folder
 
 
+def save_world(folder: Path, count: int) -> Path:
+    """A base in `base` and rows of so many scenes in `rows.parquet`, of which a training is made."""
+    save_tiny_base(folder / "base")
+    write_crayon_file(folder / "rows.parquet", scene_rows(count))
+    return folder
+
+
 def scene_rows(count: int, first_seed: int = 0, embed: bool = True) -> list[CrayonRow]:
     """Rows of drawn scenes with instructions and dialogues; every fourth is in the validation split."""
     rows = [_scene_row(seed) for seed in range(first_seed, first_seed + count)]

@@ -97,8 +97,8 @@ def _decode(data: bytes, size_wh: tuple[int, int], listed_ids: Collection[int] |
             rgb = np.asarray(mask.convert("RGB"))
             if mask.mode == "P" and listed_ids is not None:
                 listed = [0, *listed_ids]
-                colors = np.unique(rgb.reshape(-1, 3), axis=0) @ np.array([1, 1 << 8, 1 << 16])
-                numbers = np.unique(np.asarray(mask))
+                numbers, places = np.unique(np.asarray(mask), return_index=True)
+                colors = rgb.reshape(-1, 3)[places] @ np.array([1, 1 << 8, 1 << 16])
                 if not np.isin(colors, listed).all() and np.isin(numbers, [*listed, _VOID[1]]).all():
                     return np.asarray(mask)
             return rgb

@@ -60,12 +60,12 @@ def stream_image_instances(file: BinaryIO, name: str, labels: Mapping[int, int])
                     text = json.dumps(instance, separators=(",", ":")).encode()
                     places.setdefault(image_id, array("Q")).extend([store.tell(), len(text)])
                     store.write(text)
-            # What is left would be images without an object, which teach that there is never any.
-            if fault and not any_usable:
-                raise UserError(f"{name}: none of its annotations can be used; {fault}")
-            file.seek(0)
-            if not any_usable and next(ijson.items(file, "annotations"), None) is None:
-                raise UserError(f"{name}: it has no 'annotations'; --images takes images of which nothing is known")
+            if not any_usable:  # what is left would be images without an object, which teach that there is never any
+                if fault:
+                    raise UserError(f"{name}: none of its annotations can be used; {fault}")
+                file.seek(0)
+                if next(ijson.items(file, "annotations"), None) is None:
+                    raise UserError(f"{name}: it has no 'annotations'; --images takes images of which nothing is known")
             for image_id, image in images.items():
                 yield spoiled.get(image_id) or image._replace(instances=_listed(places.get(image_id), store))
     except (ijson.JSONError, AttributeError, TypeError, RecursionError) as error:

@@ -25,8 +25,7 @@ from collavo.sources.dialogues import asks_about_image, dialogue_of, listed_turn
 from collavo.sources.image_paths import is_hidden, is_image_name, is_utf8, without_extension
 from schemas.crayon_row import IMAGE_TOKEN, Dialogue
 
-DIALOGUE_COLUMNS = ("conversations", "messages", "texts")
-_COLUMNS_BESIDE = ("id", "system", *DIALOGUE_COLUMNS)
+_COLUMNS_BESIDE = ("id", "system", "conversations", "messages", "texts")
 """What is read of a record besides its image."""
 
 _ROWS_IN_MEMORY = 50

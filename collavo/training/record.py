@@ -8,6 +8,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from posixpath import dirname
 from typing import Any
 
 from collavo.embedded import find_embedded
@@ -90,7 +91,7 @@ def write_train_args(
         "dtype": dtype,
         "files": {file: footer_sha256(file) for file in files},
         # An export is made elsewhere, or later, where paths of the data lead nowhere.
-        "data_licences": sorted({licence_of(Path(file).parent)["license_name"] for file in files}),
+        "data_licences": sorted({licence_of(Path(folder))["license_name"] for folder in set(map(dirname, files))}),
         "ranks": ranks,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "collavo")},
