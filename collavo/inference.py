@@ -6,7 +6,6 @@ answers are those that each whole prompt would get alone.
 """
 
 import copy
-import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -110,12 +109,8 @@ class Answerer:
 
     @property
     def context(self) -> int:
-        """Tokens that prompt and answer may have together: as many as the language model was made for.
-
-        A sliding window counts the padding inside a batch, so no prompt may be longer than one.
-        """
-        config = self.model.config.get_text_config()
-        return int(min(config.max_position_embeddings, getattr(config, "sliding_window", None) or math.inf))
+        """Tokens that prompt and answer may have together."""
+        return int(self.model.config.context)
 
     def room_for_answer(self, turns: Turns, objects: str | None, most: int) -> int:
         """Tokens that the answer to a prompt may have, at most `most`.

@@ -397,12 +397,13 @@ def test_a_checkpoint_that_was_loaded_is_not_held_open(tmp_path: Path) -> None:
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
 
 
+@pytest.mark.parametrize("limits", [{"max_position_embeddings": 250}, {"model_type": "mistral", "sliding_window": 250}])
 def test_no_sequence_is_longer_than_the_base_takes(
-    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], limits: dict[str, Any]
 ) -> None:
     base = shutil.copytree(world / "base", tmp_path / "base")
     config = json.loads((base / "config.json").read_text())
-    config["text_config"]["max_position_embeddings"] = 250
+    config["text_config"].update(limits)
     (base / "config.json").write_text(json.dumps(config))
     flags = command(world, tmp_path / "run", "--preset", str(base), "--max_steps", "1")
     assert train.main(flags) == 0

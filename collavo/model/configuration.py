@@ -1,5 +1,6 @@
 """Configuration of a CoLLaVO model: LLaVA's, with the settings of the Crayon Prompt."""
 
+import math
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
@@ -78,6 +79,15 @@ class CollavoConfig(LlavaConfig):
         """Rows and columns of the crayon map."""
         side: int = self.vision_config.image_size // self.vision_config.patch_size
         return side, side
+
+    @property
+    def context(self) -> int:
+        """Tokens that a sequence may have: as many as the language model was made for.
+
+        A sliding window counts the padding inside a batch, and what is packed before, so none is longer than one.
+        """
+        text = self.get_text_config()
+        return int(min(text.max_position_embeddings, getattr(text, "sliding_window", None) or math.inf))
 
     @property
     def has_crayon_prompt(self) -> bool:

@@ -112,10 +112,9 @@ class TrainingRun:
         self.aligns = arguments.phase == "align" or self.config.projector_untrained
         _check_shares(arguments, self.accelerator.num_processes, self.aligns)
         self.projector_trained = self.aligns or projector_file is not None
-        context = self.config.get_text_config().max_position_embeddings
-        longest = min(arguments.max_length, context)
+        longest = min(arguments.max_length, self.config.context)
         if longest < arguments.max_length:
-            said = f"--max_length {arguments.max_length}: the base takes {context} tokens, so no sequence is longer"
+            said = f"--max_length {arguments.max_length}: the base takes {longest} tokens, so no sequence is longer"
             console.print(said, highlight=False, soft_wrap=True)
         self.limit = LengthLimit(self.processor, longest, arguments.object_list, arguments.instructions_per_sequence)
         examples = self._examples()
