@@ -329,6 +329,16 @@ def test_the_phases_can_be_run_one_after_the_other(world: Path, finished: Path, 
     assert [step for step, _, _ in losses(run)] == [1, 2]
 
 
+def test_steps_are_counted_on_over_phases_however_seldom_they_are_logged(world: Path, tmp_path: Path) -> None:
+    rows, run = tmp_path / "rows.parquet", tmp_path / "run"
+    write_crayon_file(rows, [replace(row, split="train") for row in scene_rows(8)])  # no evaluation logs a step either
+    for phase, steps in (("cpt", "3"), ("cit", "1")):
+        flags = ("--data", str(rows), "--phase", phase, "--max_steps", steps, "--log_steps", "100")
+        assert train.main(command(world, run, *flags)) == 0
+    assert [step for step, _, _ in losses(run)] == [3, 4]
+    assert [path.name for path in checkpoint.list_checkpoints(run)] == ["step-000003", "step-000004"]
+
+
 def test_a_phase_whose_command_says_resume_from_the_first_goes_on_from_the_one_before(
     world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -80,11 +80,11 @@ class RunDisplay:
             self._progress.console.print(f"left out: {line}", highlight=False, soft_wrap=True)
 
     def step(self, result: StepResult, phase: Phase) -> None:
-        """Show a step, and log it if its turn has come."""
+        """Show a step, and log it if its turn has come or the phase ends with it, from where the next one counts on."""
         loss = "skipped" if result.loss is None else f"loss {result.loss:.3f}"
         note = f"{result.stage} {loss}, {result.samples_per_s:.1f} sequences/s"
         self._progress.update(self._bars[phase.name], result.step - phase.steps_before, note=note)
-        if result.step % self._log_steps == 0:
+        if result.step % self._log_steps == 0 or result.step == phase.last_step:
             known = {name: value for name, value in asdict(result).items() if value is not None}
             self._log({name: round(v, 8) if isinstance(v, float) else v for name, v in known.items()})
 
