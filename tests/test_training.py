@@ -396,6 +396,14 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_a_weight_takes_it(
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of what is mapped")
+def test_the_last_checkpoint_is_that_of_the_most_steps_also_beyond_a_million(tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([weight])
+    for steps in (999_998, 999_999, 1_000_000, 1_000_001):
+        checkpoint.save_checkpoint(tmp_path, checkpoint.Position("cit", steps, steps), {}, optimizer, {}, keep=2)
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-1000000", "step-1000001"]
+
+
 def test_a_checkpoint_that_was_loaded_is_not_held_open(tmp_path: Path) -> None:
     weight = torch.nn.Parameter(torch.ones(9))
     optimizer = torch.optim.AdamW([weight])

@@ -76,7 +76,8 @@ def save_checkpoint(
 
 def list_checkpoints(run: Path) -> list[Path]:
     """Whole checkpoints of a run, oldest first."""
-    return sorted((run / "checkpoints").glob("step-*"))
+    # By number: from a million on, they have a digit more.
+    return sorted((run / "checkpoints").glob("step-*"), key=lambda path: (len(path.name), path.name))
 
 
 def phase_of(checkpoint: Path) -> str:
