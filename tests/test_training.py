@@ -36,7 +36,7 @@ from collavo.training import run as run_module
 from collavo.training.arguments import parse_arguments
 from collavo.training.batches import MicroBatch, collate
 from collavo.training.display import RunDisplay
-from collavo.training.loop import Trainer, learning_rate_at
+from collavo.training.loop import Trainer, learning_rate_at, signals_noted
 from schemas.categories import COCO_PANOPTIC, Category, CategorySet
 from schemas.crayon_row import CrayonRow, Dialogue
 
@@ -157,14 +157,25 @@ def test_signals_save_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(
     step, run = Trainer._step, tmp_path / "run"
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "_step", kill)
-        for sent, at_step, flags in ((signal.SIGTERM, 1, []), (signal.SIGINT, 4, ["--resume"])):  # in cpt, in cit
-            assert train.main([*command(world, run), *flags]) == 128 + sent
+        sent_at = ((signal.SIGTERM, 1), (signal.SIGHUP, 2), (signal.SIGINT, 4), (signal.SIGUSR1, 5))  # in cpt, in cit
+        for sent, at_step in sent_at:
+            assert train.main([*command(world, run), "--resume"]) == 128 + sent
             said = f"stopped by {sent.name} after step {at_step}, with a checkpoint; --resume goes on from it"
             assert said in capsys.readouterr().err
     assert train.main([*command(world, run), "--resume"]) == 0
     assert losses(run) == losses(finished)
     for name, tensor in weights(finished).items():
         assert torch.equal(tensor, weights(run)[name]), name
+
+
+def test_a_signal_that_is_ignored_as_under_nohup_stops_nothing() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals_noted() as noted:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert not noted
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def torchrun(processes: int, *flags: str) -> subprocess.Popen[bytes]:

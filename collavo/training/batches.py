@@ -375,9 +375,13 @@ def micro_batches(batch: Batch, size: int, rank: int = 0, ranks: int = 1) -> lis
     return [share[start : start + size] for start in range(0, len(share), size)]
 
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that ask a run to stop: those of schedulers, of Ctrl-C, and of a terminal that was closed."""
+
+
 def _ignore_signals(_: int) -> None:
     """Let a worker outlive what is sent to a whole group of processes: the main process takes its last step first."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 

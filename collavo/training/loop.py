@@ -28,7 +28,7 @@ from collavo.errors import LeftOut, UserError
 from collavo.model.prompt import Kind
 from collavo.training.arguments import TrainArguments
 from collavo.training.batch_plan import Batch, Sample
-from collavo.training.batches import ExampleDataset, MicroBatch, Skipped, build_loader, micro_batches
+from collavo.training.batches import STOPPING, ExampleDataset, MicroBatch, Skipped, build_loader, micro_batches
 from collavo.training.phases import Phase
 from collavo.training.stages import StagedModel
 
@@ -60,7 +60,10 @@ class StepResult:
 
 @contextmanager
 def signals_noted() -> Iterator[list[int]]:
-    """Note SIGTERM and Ctrl-C while the block runs, so that it can end in order; a second Ctrl-C interrupts it."""
+    """Note the signals of `STOPPING` while the block runs, so that it can end in order; a second Ctrl-C interrupts it.
+
+    One that is ignored stays so, as SIGHUP under nohup.
+    """
     noted: list[int] = []
 
     def note(number: int, _: object) -> None:
@@ -71,7 +74,8 @@ def signals_noted() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
         yield noted
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    heeded = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heeded}
     try:
         yield noted
     finally:
