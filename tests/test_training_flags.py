@@ -66,6 +66,10 @@ def test_the_rates_of_both_phases_and_a_clipped_gradient_reach_the_optimizer(
     assert max(before) > 0.01
     assert [norm for _, norm, _ in seen] == pytest.approx([min(norm, 0.01) for norm in before], rel=1e-3)
     assert {decay for _, _, decay in seen} == {0.0}
+    seen.clear()
+    run = trained("--max_steps", "1", "--max_grad_norm", "0")
+    before = [line["gradient_norm"] for line in metrics(run) if "loss" in line]
+    assert [norm for _, norm, _ in seen] == pytest.approx(before)  # 0 is for no limit, not for no gradient
 
 
 def test_adapters_have_the_rank_and_the_alpha_asked_for(trained: Train) -> None:

@@ -52,7 +52,7 @@ class TrainArguments:
     cpt_learning_rate: float = flag(1e-4, "at the start of Crayon Prompt Tuning", least=0)
     cit_learning_rate: float = flag(1e-5, "at the start of instruction tuning", least=0)
     final_learning_rate: float = flag(1e-6, "at the end of every phase; the decay is a cosine", least=0)
-    max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm", least=0)
+    max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm; 0 for none", least=0)
     seed: int = flag(0, "for initial weights and the order of the data", least=0)
 
     lora_rank: int = flag(64, "rank of the adapters", least=1, group="method")

@@ -265,7 +265,7 @@ class Trainer:
         if has_images and self._staged.stage.name not in self._checked:
             self._staged.check_gradients()
             self._checked.add(self._staged.stage.name)
-        norm = nn.utils.clip_grad_norm_(learning, self._arguments.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(learning, self._arguments.max_grad_norm or math.inf)
         if not torch.isfinite(norm):  # clipped, a single infinity would make its weight and its moments no numbers
             raise UserError(f"step {step}: the norm of the gradient is {norm.item()}; {images}", 1)
         optimizer.step()
