@@ -184,6 +184,14 @@ def test_thirty_turns_of_few_tokens_and_many_bytes_are_kept(tmp_path: Path) -> N
     assert "scene-000[0]" in examples.index.left_out.lines()[0]
 
 
+def test_dialogues_without_an_answer_are_left_out_and_counted(tmp_path: Path) -> None:
+    asked, answered = ("human", "Who are you?"), ("gpt", "A model.")
+    dialogues = (Dialogue("asked", (asked,)), Dialogue("whole", (asked, answered)), Dialogue("empty", ()))
+    index = dataset(tmp_path, [replace(scene_rows(1)[0], conversations=dialogues)]).index
+    assert index.texts["dialogue"].numbers.tolist() == [1]
+    assert index.left_out.counts == {"without_answer": 2}
+
+
 def test_only_the_rows_of_the_split_are_learned_from(tmp_path: Path) -> None:
     files = [write_crayon_file(tmp_path / "rows.parquet", scene_rows(8))]
     options = PlanOptions(batch_size=1, seed=0, instructions_per_sequence=8, max_tokens=600)

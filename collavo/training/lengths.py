@@ -89,9 +89,14 @@ class LengthLimit:
             listing = len(self._processor.render(turns, object_list(record, objects)).input_ids)
             listing -= len(self._processor.render(turns).input_ids)
         bounds = [listing + self._bound(turns) for turns in texts]
+        fitted: list[Fitted | Rejected]
         if sum(sorted(bounds)[-self._packed if kind == "crayon" else -1 :]) <= self.room:
-            return [Fitted(bound - (0 if has_image else self._image), objects) for bound in bounds]
-        return [self._measured(kind, turns, record, objects) for turns in texts]
+            fitted = [Fitted(bound - (0 if has_image else self._image), objects) for bound in bounds]
+        else:
+            fitted = [self._measured(kind, turns, record, objects) for turns in texts]
+        # A batch of such texts alone would have no supervised token, and end the run each time that it comes to it.
+        unanswered = Rejected("without_answer", "no turn is the model's")
+        return [one if "gpt" in dict(turns) else unanswered for one, turns in zip(fitted, texts, strict=True)]
 
     def _bound(self, turns: Turns) -> int:
         said = sum(len(text.encode()) for _, text in turns)
