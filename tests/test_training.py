@@ -31,7 +31,7 @@ from collavo.folders import locked
 from collavo.model.query_init import adopt_categories
 from collavo.model_card import write_model_card
 from collavo.runs import load_base, load_run, save_run
-from collavo.training import checkpoint
+from collavo.training import checkpoint, trainable
 from collavo.training import run as run_module
 from collavo.training.arguments import parse_arguments
 from collavo.training.batches import MicroBatch, collate
@@ -338,6 +338,22 @@ def test_the_phases_can_be_run_one_after_the_other(world: Path, finished: Path, 
     assert sorted(path.name for path in (run / "adapters").iterdir()) == ["image_cit", "vl_cit"]
     assert losses(run)[0] == losses(finished)[0]
     assert [step for step, _, _ in losses(run)] == [1, 2]
+
+
+def test_what_cpt_has_learned_is_no_less_precise_in_cit_where_the_base_is_in_bfloat16(
+    world: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_a_gpu(base: str, dtype: torch.dtype, *more: Any) -> Any:
+        return load_base(base, torch.bfloat16, *more)
+
+    monkeypatch.setattr(trainable, "load_base", on_a_gpu)
+    arguments, cpu = parse_arguments(command(world, finished, "--phase", "cit")), torch.device("cpu")
+    tuned = finished / "crayon.safetensors"
+    staged, _ = trainable.load_trainable(arguments, ["vl_cit"], COCO_PANOPTIC, tuned, None, cpu, torch.bfloat16)
+    learning = staged.parameters_of(["crayon_prompt", "vl_cit"])
+    assert {parameter.dtype for parameter in learning.values()} == {torch.float32}
+    for name, tensor in load_file(tuned).items():
+        assert torch.equal(next(p for full, p in learning.items() if full.endswith(f"crayon_prompt.{name}")), tensor)
 
 
 def test_steps_are_counted_on_over_phases_however_seldom_they_are_logged(world: Path, tmp_path: Path) -> None:

@@ -45,8 +45,12 @@ def load_trainable(
         model, processor = load_base(
             arguments.base, base_dtype, arguments.queries, arguments.attention, categories, arguments.by_words
         )
+    # In bfloat16, with 8 bits of mantissa, a weight would not notice an update of less than 1/256 of itself. What an
+    # earlier phase has learned keeps its precision too.
+    for name, parameter in model.named_parameters():
+        if f".{PROJECTOR}." in name or f".{CRAYON_PROMPT}." in name:
+            parameter.data = parameter.data.float()
     if projector_file:
-        model.model.multi_modal_projector.float()  # it is saved again, as precise as it came
         with naming("projector"):
             load_projector(projector_file, model)
     elif model.config.projector_untrained and arguments.phase in ("cpt", "cit"):
@@ -68,8 +72,7 @@ def load_trainable(
         model.activation_checkpointing_enable()
     adapted = add_adapters(model, adapters, arguments.lora_rank, arguments.lora_alpha)
     staged = StagedModel(adapted.to(device).train(), adapters)
-    # In bfloat16, with 8 bits of mantissa, a weight would not notice an update of less than 1/256 of itself.
-    for parameter in staged.parameters_of((PROJECTOR, CRAYON_PROMPT, *adapters)).values():
+    for parameter in staged.parameters_of(adapters).values():
         parameter.data = parameter.data.float()
     return staged, processor
 
