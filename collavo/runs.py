@@ -46,6 +46,12 @@ from schemas.categories import CategorySet
 CONFIG, TRAIN_ARGS, METRICS = "config.json", "train_args.json", "metrics.jsonl"
 PROJECTOR, CRAYON, ADAPTERS, CARD = "projector.safetensors", "crayon.safetensors", "adapters", "README.md"
 
+WRITTEN = (
+    CONFIG, METRICS, PROJECTOR, CRAYON, ADAPTERS, CARD, "checkpoints", "evaluation", "processor_config.json",
+    "tokenizer*", "chat_template.jinja", ".unfinished*", "collavo/**/*tfevents*", TRAIN_ARGS,
+)  # fmt: skip
+"""What training and evaluation write into a run directory, names and patterns; last the file that makes it a run."""
+
 EXPORT = "export.json"
 """What `collavo.export_model` writes beside the weights of a merged model: its base, and how it was trained."""
 

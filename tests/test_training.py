@@ -706,12 +706,34 @@ def test_two_trainings_do_not_write_to_one_folder(
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_a_replaced_run_is_gone_whole(world: Path, tmp_path: Path) -> None:
-    assert train.main(command(world, tmp_path / "run", "--seed", "7", "--max_steps", "2")) == 0
-    (tmp_path / "run" / "note.txt").write_text("old")
-    assert train.main(command(world, tmp_path / "run", "--phase", "cpt", "--max_steps", "1", "--overwrite")) == 0
-    assert [step for step, _, _ in losses(tmp_path / "run")] == [1]
-    assert not {"adapters", "note.txt"} & {file.name for file in (tmp_path / "run").iterdir()}
+def test_a_replaced_run_is_gone_whole_and_nothing_else(world: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    run = tmp_path / "run"
+    assert train.main(command(world, run, "--seed", "7", "--max_steps", "2")) == 0
+    assert train.main(command(world, run / "other", "--phase", "cpt", "--max_steps", "1")) == 0
+    (run / "job.log").write_text("of a scheduler, which writes on")
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "save_run", interrupted)
+        assert train.main(command(world, run, "--phase", "cpt", "--max_steps", "1", "--overwrite")) == 130
+    assert [step for step, _, _ in losses(run)] == [1]
+    assert {path.name for path in run.iterdir()} == {
+        "job.log", "other", "train_args.json", "metrics.jsonl", "checkpoints"
+    }  # fmt: skip
+    assert (run / "other" / "README.md").exists()
+
+
+def interrupted(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_a_run_is_not_written_over_the_base_that_it_starts_from(
+    world: Path, tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(world / "base", base := tmp_path / "base")
+    before = {path: path.read_bytes() for path in base.iterdir()}
+    assert train.main(command(world, base, "--preset", str(base), *flags)) == 2
+    assert f"--output_dir {base} holds a config.json that is of no run; name another folder" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in base.iterdir()} == before
 
 
 def test_a_refused_resume_names_the_arguments_and_the_files_that_differ(

@@ -27,10 +27,12 @@ from collavo.model_card import write_model_card
 from collavo.runs import (
     ADAPTERS,
     CARD,
+    CONFIG,
     CRAYON,
     METRICS,
     PROJECTOR,
     TRAIN_ARGS,
+    WRITTEN,
     base_config,
     base_from,
     check_embedded_base,
@@ -334,12 +336,17 @@ class TrainingRun:
         """Tell whether this run replaces one in its folder, so that two are never mixed there.
 
         Raises:
-            UserError: if the folder holds a run that is neither resumed, replaced nor continued.
+            UserError: if the folder holds a run that is neither resumed, replaced nor continued, or files that no run
+                has written and this one would.
         """
         folder, arguments = self.folder, self.arguments
+        if not (folder / TRAIN_ARGS).exists():
+            if foreign := [name for name in (CONFIG, CARD) if (folder / name).exists()]:
+                raise UserError(f"--output_dir {folder} holds a {foreign[0]} that is of no run; name another folder")
+            return False
         aligned, tuned, instructed = ((folder / name).exists() for name in (PROJECTOR, CRAYON, ADAPTERS))
         continues = {"cpt": aligned and not tuned, "cit": tuned and not instructed}.get(arguments.phase, False)
-        replaces = (folder / TRAIN_ARGS).exists() and not (arguments.resume or continues)
+        replaces = not (arguments.resume or continues)
         if replaces and not arguments.overwrite:
             raise UserError(f"--output_dir {folder} holds a run; --resume continues it, --overwrite replaces it")
         if replaces and arguments.phase == "cit" and arguments.queries != "none":
@@ -401,7 +408,9 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()  # none reads of it any more
         if self.accelerator.is_main_process:  # ranks that delete the same folder trip over each other
             with naming("output_dir"), writing(self.folder):
-                remove([*self.folder.iterdir()] if self.replaces else self.begun)  # the folder itself may be a link
+                # Not the folder with all that is in it: a log may lie there, which is being written, or other runs.
+                written = (path for name in WRITTEN for path in self.folder.glob(name))
+                remove([*written] if self.replaces else self.begun)
 
 
 _EARLIER: dict[str, tuple[str, ...]] = {"all": (), "align": (), "cpt": ("align",), "cit": ("align", "cpt")}
