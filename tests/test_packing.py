@@ -50,6 +50,21 @@ def test_loss_and_gradients_of_a_packed_sequence_are_those_of_its_instructions_a
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-4, atol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize(("turns", "masks"), [(QUESTIONS, 1), (QUESTIONS[:1], 0)], ids=["packed", "padded"])
+def test_layers_keep_no_mask_of_their_own_for_the_backward_pass(turns: list, masks: int) -> None:
+    inputs = collate([example(turns), example([[("human", "Well?"), ("gpt", "No.")]])], pad_token_id=2).inputs
+    tokens, model, kept = inputs["input_ids"].shape[1], tiny_model(), {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[-2:] == (tokens, tokens):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**inputs, supervised_only=True)
+    assert len(kept) == masks
+
+
 def test_an_implementation_that_cannot_keep_sequences_apart_is_refused() -> None:
     with pytest.raises(ValueError, match="flash_attention_2"):
         packing_mask(torch.zeros(1, 4, dtype=torch.long), "flash_attention_2", torch.float32)
@@ -72,4 +87,4 @@ def test_the_mask_shows_a_token_the_shared_part_and_its_own_past(ids: list[int])
     for query, of_query in enumerate(ids):
         for key, of_key in enumerate(ids):
             sees = key <= query and of_key != PADDING and of_key in (SHARED, of_query)
-            assert bool(mask[query, key]) == (sees or key == query)
+            assert bool(mask[query, key] == 0) == (sees or key == query)

@@ -349,8 +349,9 @@ def pack_prompts(
 def collate(examples: Sequence[Example], pad_token_id: int) -> MicroBatch:
     """Pad on the right and stack.
 
-    With packed sequences among the examples, the inputs have `sequence_ids` and `position_ids` instead of an
-    `attention_mask`. Without, they have LLaVA's plain mask, which faster attention kernels accept.
+    With packed sequences among the examples, the inputs have `sequence_ids` and `position_ids`. Without, no token looks
+    at padding, which stands behind it. So there is no `attention_mask`: each layer would keep a copy of it for the
+    backward pass, and faster kernels take none.
     """
 
     def padded(name: str, value: int) -> torch.Tensor:
@@ -363,8 +364,6 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> MicroBatch:
         inputs[name] = torch.stack([getattr(example, name) for example in with_image])
     if (sequence_ids > SHARED).any():
         inputs |= {"sequence_ids": sequence_ids, "position_ids": packed_positions(sequence_ids)}
-    else:
-        inputs |= {"attention_mask": (sequence_ids != PADDING).long()}
     return MicroBatch(examples[0].kind, [example.image_id for example in examples], inputs)
 
 
