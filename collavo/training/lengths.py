@@ -16,6 +16,8 @@ from schemas.crayon_row import Segment
 
 NO_LIST = -1
 
+_ASKED = [("human", "x")]
+
 TOO_LONG: dict[Kind, str] = {
     "crayon": "too_long_instruction",
     "dialogue": "too_long_dialogue",
@@ -58,6 +60,7 @@ class LengthLimit:
         self._packed = instructions_per_sequence
         pair = [("human", "x"), ("gpt", "x")]
         once = processor.render(pair).input_ids
+        self._asked = len(processor.render(_ASKED).input_ids)
         shared = len(once) - once[::-1].index(processor.image_token_id)
         self._shared, self._image = shared, once.count(processor.image_token_id)
         self._first_pair = max(len(once), len(processor.render([("system", "x"), *pair]).input_ids)) - shared
@@ -85,9 +88,7 @@ class LengthLimit:
         objects = len(record["segments"]) if kind in self._listed and has_image else NO_LIST
         listing = 0
         if objects != NO_LIST:
-            turns = [("human", "x")]
-            listing = len(self._processor.render(turns, object_list(record, objects)).input_ids)
-            listing -= len(self._processor.render(turns).input_ids)
+            listing = len(self._processor.render(_ASKED, object_list(record, objects)).input_ids) - self._asked
         bounds = [listing + self._bound(turns) for turns in texts]
         fitted: list[Fitted | Rejected]
         if sum(sorted(bounds)[-self._packed if kind == "crayon" else -1 :]) <= self.room:

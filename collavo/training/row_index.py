@@ -83,7 +83,7 @@ class RowIndex:
 
 
 def build_row_indexes(
-    files: Sequence[str],
+    files: Iterable[str],
     limit: LengthLimit,
     tasks: Sequence[str] = TASKS,
     categories: CategorySet = COCO_PANOPTIC,

@@ -24,6 +24,7 @@ from collavo.folders import locked, make_folder, remove, writing
 from collavo.model.configuration import CollavoConfig
 from collavo.model.prompt import KINDS, Kind, show_supervision
 from collavo.model_card import write_model_card
+from collavo.progress import Progress
 from collavo.runs import (
     ADAPTERS,
     CARD,
@@ -279,8 +280,9 @@ class TrainingRun:
         if self.accelerator.is_main_process:  # the others wait for what it reads
             kinds = (*(() if arguments.phase == "align" else KINDS), *(("caption",) if self.aligns else ()))
             try:
-                with naming("data"):
-                    indexes = build_row_indexes(self.files, self.limit, arguments.tasks, self.categories, kinds)
+                with naming("data"), Progress(self.console, transient=True) as progress:  # minutes for 100,000s of rows
+                    files = progress.track(self.files, "Reading texts, files", len(self.files))
+                    indexes = build_row_indexes(files, self.limit, arguments.tasks, self.categories, kinds)
             except UserError as error:
                 indexes = error
         (indexes,) = broadcast_object_list([indexes])
