@@ -16,6 +16,7 @@ from collavo.training.arguments import TrainArguments
 from collavo.training.batch_plan import Batch, PlanOptions, Sample, evaluation_samples, plan_epoch, rows_in_use
 from collavo.training.batches import RowReader, micro_batches
 from collavo.training.lengths import NO_LIST
+from collavo.training.phases import plan_phases
 from collavo.training.record import learned_from
 from collavo.training.row_index import RowGroup, RowIndex, Texts
 
@@ -166,6 +167,12 @@ def test_lanes_have_equal_shares_of_all_batches_but_the_last() -> None:
             groups[batch.kind][place // 2].add(sample.row // 100)
     for of_lanes in groups.values():
         assert sum(map(len, of_lanes)) == len(set.union(*of_lanes))
+
+
+def test_no_more_epochs_are_planned_than_steps_are_allowed() -> None:
+    arguments = TrainArguments(data=("x",), epochs=10**9, max_steps=25)
+    phases = plan_phases(arguments, index([4] * 9, [1] * 9), options(), aligns=False, steps_before=0)
+    assert [(phase.name, len(phase.batches)) for phase in phases] == [("cpt", 25), ("cit", 25)]
 
 
 def test_a_resumed_run_may_change_nothing_that_it_learns_from() -> None:

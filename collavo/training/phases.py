@@ -69,7 +69,7 @@ def plan_phases(
     phases: list[Phase] = []
 
     def add(name: str, stages: dict[Kind, Stage], learning_rate: float, options: PlanOptions = options) -> None:
-        batches = _plan(arguments, index, tuple(stages), options)[: arguments.most_steps(name)]
+        batches = _plan(arguments, index, tuple(stages), options, arguments.most_steps(name))
         before = phases[-1].last_step if phases else steps_before
         warmup = math.ceil(ALIGN_WARMUP * len(batches)) if name == "align" else 0
         phases.append(Phase(name, stages, batches, learning_rate, before, warmup))
@@ -118,8 +118,14 @@ def phases_left(phases: Sequence[Phase], done: Position) -> list[Phase]:
     return left
 
 
-def _plan(arguments: TrainArguments, index: RowIndex, kinds: tuple[Kind, ...], options: PlanOptions) -> list[Batch]:
-    batches = [b for epoch in range(arguments.epochs) for b in plan_epoch(index, kinds, options, epoch)]
+def _plan(
+    arguments: TrainArguments, index: RowIndex, kinds: tuple[Kind, ...], options: PlanOptions, most: int | None
+) -> list[Batch]:
+    batches: list[Batch] = []
+    for epoch in range(arguments.epochs):
+        batches += plan_epoch(index, kinds, options, epoch)
+        if most is not None and len(batches) >= most:  # hundreds of epochs may be allowed, and each takes memory
+            break
     for kind in set(kinds) - {batch.kind for batch in batches}:
         texts = {"crayon": "instructions", "dialogue": "dialogues", "caption": "dialogues about images"}[kind]
         size = "align_batch_size" if kind == "caption" else "batch_size"
@@ -128,4 +134,4 @@ def _plan(arguments: TrainArguments, index: RowIndex, kinds: tuple[Kind, ...], o
             f"--data: {len(index.texts[kind])} {texts} of the split 'train' make no batch of {options.batch_size} "
             f"sequences{packed}; lower --{size}, or build more data"
         )
-    return batches
+    return batches[:most]
