@@ -633,6 +633,8 @@ def test_the_memory_of_a_gpu_is_reckoned_and_tried_before_the_first_step(
         (["--preset", "tinny"], "--preset tinny: neither one of tiny, "),
         (["--phase", "cpt", "--queries", "none"], "--queries none"),
         (["--attention", "flash_attention_2"], "--instructions_per_sequence 1"),
+        (["--attention", "flex_attention"], "--instructions_per_sequence 1"),
+        (["--seed", str(2**64)], f"--seed is {2**64}, but must lie within 0 and {2**63 - 1}"),
         (["--device", "cuda:9"], "--device: cuda:9"),
         (["--output_dir", "/proc/x"], "--output_dir: /proc/x: "),
         (["--output_dir", __file__], f"--output_dir: {__file__}: this is a file"),

@@ -53,7 +53,7 @@ class TrainArguments:
     cit_learning_rate: float = flag(1e-5, "at the start of instruction tuning", least=0)
     final_learning_rate: float = flag(1e-6, "at the end of every phase; the decay is a cosine", least=0)
     max_grad_norm: float = flag(1.0, "larger gradients are scaled down to this norm; 0 for none", least=0)
-    seed: int = flag(0, "for initial weights and the order of the data", least=0)
+    seed: int = flag(0, "for initial weights and the order of the data", least=0, most=2**63 - 1)
 
     lora_rank: int = flag(64, "rank of the adapters", least=1, group="method")
     lora_alpha: int = flag(64, "alpha of the adapters", least=1)
@@ -83,7 +83,7 @@ class TrainArguments:
         "auto", "bf16 or fp32 (default: bf16 on a GPU, and on a CPU made for it)", choices=("auto", "bf16", "fp32")
     )
     gradient_checkpointing: bool = flag(False, "recompute activations: less memory, more time")
-    attention: str = flag("sdpa", "sdpa, eager or flash_attention_2 (which packs no instructions)")
+    attention: str = flag("sdpa", "sdpa, eager, or another of transformers (which packs no instructions)")
     workers: int = flag(1, "processes that read and decode", least=0)
 
     max_skipped_ratio: float = flag(
@@ -231,10 +231,10 @@ def _check(arguments: TrainArguments) -> None:
         raise UserError(f"--preset {arguments.preset} starts from the folder {arguments.base}; make it once: {made_by}")
     if arguments.queries == "none" and arguments.phase == "cpt":
         raise UserError("--phase cpt trains the queries, and --queries none has none; use --phase cit or all")
-    if arguments.attention == "flash_attention_2" and arguments.instructions_per_sequence > 1:
+    if arguments.attention not in ("sdpa", "eager") and arguments.instructions_per_sequence > 1:
         raise UserError(
-            "--attention flash_attention_2 cannot keep packed instructions apart; add --instructions_per_sequence 1, "
-            "or use --attention sdpa"
+            f"--attention {arguments.attention} cannot keep packed instructions apart; add --instructions_per_sequence "
+            "1, or use --attention sdpa"
         )
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume continues the run in --output_dir, --overwrite replaces it; choose one")
