@@ -431,6 +431,20 @@ def test_the_last_checkpoint_is_that_of_the_most_steps_also_beyond_a_million(tmp
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-1000000", "step-1000001"]
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_counts_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def noted(handle: int) -> None:
+        synced.add(Path(f"/proc/self/fd/{handle}").readlink())
+        fsync(handle)
+
+    fsync, synced = os.fsync, set[Path]()
+    monkeypatch.setattr(os, "fsync", noted)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    checkpoint.save_checkpoint(tmp_path, checkpoint.Position("cit", 1, 1), {}, optimizer, {}, keep=1)
+    (whole,) = checkpoint.list_checkpoints(tmp_path)
+    assert {path.name for path in synced} == {path.name for path in whole.iterdir()}
+    assert {path.parent.name for path in synced} == {f".{whole.name}.unfinished"}
+
+
 def test_a_checkpoint_that_was_loaded_is_not_held_open(tmp_path: Path) -> None:
     weight = torch.nn.Parameter(torch.ones(9))
     optimizer = torch.optim.AdamW([weight])

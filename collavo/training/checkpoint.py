@@ -9,6 +9,7 @@ model has no dropout. Position, weights and moments are all. No pickles, which c
 """
 
 import json
+import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -70,6 +71,9 @@ def save_checkpoint(
         skipped = {"counts": position.skipped.counts, "named": position.skipped.named}
         state |= {"skipped": skipped, "learned_from": learned_from}
         (folder / STATE).write_text(json.dumps(state, indent=2))
+        for file in folder.iterdir():  # older ones go now, and a machine that is taken away loses what is in memory
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
     for old in list_checkpoints(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)  # what stays of it, the next checkpoint tries to remove again
 
