@@ -764,6 +764,23 @@ def test_a_refused_resume_names_the_arguments_and_the_files_that_differ(
     assert f"{world / 'rows.parquet'} was among the data; {others} was not among the data; go on with" in error
 
 
+def test_a_run_is_resumed_on_its_base_wherever_that_lies_now_and_on_no_other(
+    world: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, moved = (shutil.copytree(world / "base", tmp_path / name) for name in ("base", "moved"))
+    flags = command(world, tmp_path / "run", "--phase", "cpt", "--preset", str(base))
+    assert train.main([*flags, "--max_steps", "1"]) == 0
+    tensors = load_file(base / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, base / "model.safetensors", {"format": "pt"})
+    assert train.main([*flags, "--resume"]) == 2
+    assert "the model of --preset has changed; go on with what the run began with" in capsys.readouterr().err
+    assert train.main([*flags, "--resume", "--preset", str(base.rename(tmp_path / "other"))]) == 2
+    assert f"--preset was {base}, is {tmp_path / 'other'}" in capsys.readouterr().err
+    assert train.main([*flags, "--resume", "--preset", str(moved)]) == 0
+    assert [step for step, _, _ in losses(tmp_path / "run")] == [1, 2, 3]
+    assert json.loads((tmp_path / "run" / "train_args.json").read_text())["base"] == str(moved)
+
+
 @pytest.mark.parametrize("file", ["state.json", "weights.safetensors", "optimizer.safetensors"])
 def test_a_damaged_checkpoint_is_one_line_that_says_what_to_do(
     world: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str

@@ -19,7 +19,7 @@ from collavo.storage import open_random
 from collavo.training.arguments import TrainArguments
 
 # Arguments that change neither what is learned nor in which order, so that a resumed run may change them; the length of
-# the run, which it may extend; and the place of the data, which are known by their checksums.
+# the run, which it may extend; and the place of the data, which are known by their checksums, as models are.
 _FREE_ARGUMENTS = (
     "epochs", "max_steps", "cpt_max_steps",
     "data", "image_root", "resume", "overwrite", "output_dir", "micro_batch_size", "device", "gradient_checkpointing",
@@ -29,9 +29,10 @@ _FREE_ARGUMENTS = (
 
 
 def learned_from(arguments: TrainArguments, files: Sequence[str]) -> dict[str, Any]:
-    """Say what a run learns from and in which order: the arguments that matter, and the checksum of each data file."""
+    """Say what a run learns from and in which order: the arguments that matter, and checksums of data and models."""
     kept = {name: value for name, value in asdict(arguments).items() if name not in _FREE_ARGUMENTS}
-    facts = {"arguments": kept, "data": [[file, footer_sha256(file)] for file in files]}
+    models = {name: kept[name] and _model_sha256(Path(kept[name])) for name in ("preset", "projector")}
+    facts = {"arguments": kept, "data": [[file, footer_sha256(file)] for file in files], "models": models}
     return dict(json.loads(json.dumps(facts)))  # as a checkpoint gives it back
 
 
@@ -39,7 +40,16 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Name the arguments and data files in which two runs differ, see `learned_from`."""
     names = dict.fromkeys([*before["arguments"], *now["arguments"]])
     pairs = {name: (before["arguments"].get(name), now["arguments"].get(name)) for name in names}
-    found = [f"--{name} was {_said(old)}, is {_said(new)}" for name, (old, new) in pairs.items() if old != new]
+    # A model may have moved, and another may lie where it was.
+    sums = {name: (before.get("models", {}).get(name), new) for name, new in now.get("models", {}).items()}
+    moved = {name for name, (old, new) in sums.items() if old and old == new}
+    found = [
+        f"--{name} was {_said(old)}, is {_said(new)}"
+        for name, (old, new) in pairs.items()
+        if old != new and name not in moved
+    ]
+    replaced = [name for name, (old, new) in sums.items() if old and new and old != new]
+    found += [f"the model of --{name} has changed" for name in replaced if pairs[name][0] == pairs[name][1]]
     # A file may have moved, and two files may be alike.
     (old_sums, new_sums) = (Counter(checksum for _, checksum in facts["data"]) for facts in (before, now))
     gone = [file for file, checksum in before["data"] if old_sums[checksum] > new_sums[checksum]]
@@ -97,6 +107,18 @@ def write_train_args(
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "collavo")},
     }
     write_whole(folder / TRAIN_ARGS, json.dumps(facts, indent=2) + "\n")
+
+
+def _model_sha256(model: Path) -> str | None:
+    """SHA-256 of the beginnings of a model's files, which stand for gigabytes; None for what is no place on a disk."""
+    if not model.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in [*model.glob("config.json"), *sorted(model.glob("*.safetensors"))] if model.is_dir() else [model]:
+        digest.update(f"{file.name} {file.stat().st_size} ".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 20))
+    return digest.hexdigest()
 
 
 def footer_sha256(file: str) -> str:
