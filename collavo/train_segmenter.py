@@ -89,7 +89,7 @@ def _command(flags: Flags) -> None:
                 "--coco_split"
             )
         if not training.places and not flags.evaluate_only:
-            raise UserError("no train row has segments, so there is nothing to learn from")
+            raise UserError("no train row has segments other than crowds, so there is nothing to learn from")
     console = Console(highlight=False, markup=False)
     counts = f"{len(training.places):,} rows to learn from, {len(validation.places):,} to judge on"
     console.print(f"{len(categories)} classes of {categories.name}; {counts}", soft_wrap=True)

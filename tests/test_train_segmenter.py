@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from builds import build, tiny_mask2former
-from conftest import CAR, GRASS, PERSON, SKY, needs_scenes_model
+from conftest import CAR, GRASS, PERSON, SKY, crayon_row, encoded, needs_scenes_model
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_model import write_crayon_file
@@ -23,6 +24,7 @@ import collavo.train_segmenter
 from collavo.categories import joined
 from collavo.dataset import category_set, find_files, read_rows
 from collavo.errors import UserError
+from collavo.panoptic.index_png import encode_index_map
 from collavo.panoptic.maps import PanopticMap, SegmentInfo, build_panoptic_map
 from collavo.panoptic.quality import PanopticQuality
 from collavo.segmenter_training import finetuning
@@ -218,6 +220,35 @@ def test_a_damaged_row_is_counted_once_and_does_not_end_a_training(
     words = ["--data", tmp_path / "1.parquet", *rows.glob("validation-*"), "--segmenter_checkpoint", base]
     assert command(*words, "--device", "cpu", "--output_dir", tmp_path / "trained") == 2
     assert ": error: --data: no row can be used: 3 " in capsys.readouterr().err
+
+
+def test_rows_without_anything_to_learn_do_not_hang_a_training(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def save(name: str, split: str, ids: np.ndarray, is_crowd: bool) -> Path:
+        panoptic = build_panoptic_map(ids, [SegmentInfo(1, CAR, is_crowd=is_crowd)])
+        side, picture = len(ids), encoded(Image.new("RGB", ids.shape))
+        row = crayon_row(
+            width=side, height=side, image_bytes=picture, image_id=name, image_path=name, split=split,
+            image_sha256=sha256(picture).hexdigest(), segments=panoptic.segments,
+            panoptic_png=encode_index_map(panoptic),
+        )  # fmt: skip
+        write_crayon_file(tmp_path / name, [row])
+        return tmp_path / name
+
+    speck = np.zeros((640, 640), int)
+    speck[301, 301] = 1  # between the places that the network's 64 x 64 pixels take
+    validation = save("validation.parquet", "validation", np.ones((64, 64), int), False)
+    words = ["--segmenter_checkpoint", base, "--steps", 3, "--batch_size", 1, "--device", "cpu"]
+    crowds = save("crowds.parquet", "train", np.ones((64, 64), int), True)
+    assert command("--data", crowds, validation, *words, "--output_dir", tmp_path / "none") == 2
+    assert "no train row has segments other than crowds" in capsys.readouterr().err
+    specks = save("specks.parquet", "train", speck, False)
+    assert command("--data", specks, validation, *words, "--output_dir", tmp_path / "few") == 0
+    batches = SegmentedRows.of_split([str(specks)], "train", COCO_PANOPTIC, None).batches(
+        1, 0, lambda _: Framing((64, 64), None), 0
+    )
+    assert [len(next(batches)) for _ in range(5)] == [0] * 5  # each is a step, at which a signal can stop the run
 
 
 @pytest.fixture(scope="module")

@@ -76,7 +76,7 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class SegmentedRows:
-    """The rows of one split that have segments, read when they are needed.
+    """The rows of one split that have segments, read when they are needed; to train on, not only crowds.
 
     Args:
         places: of the rows, in the order of the files.
@@ -110,7 +110,10 @@ class SegmentedRows:
             with opened_parquet(file) as parquet:
                 for group in range(parquet.metadata.num_row_groups):
                     for number, record in enumerate(read_records(parquet, ["split", "segments"], group)):
-                        if not isinstance(record, Rejected) and record["split"] == split and record["segments"]:
+                        if isinstance(record, Rejected) or record["split"] != split:
+                            continue
+                        crowds = [bool(segment and segment["is_crowd"]) for segment in record["segments"] or ()]
+                        if crowds and not (split == "train" and all(crowds)):  # which teach nothing
                             places.append(Place(file, group, number))
         return cls(places, categories, image_root)
 
@@ -146,7 +149,10 @@ class SegmentedRows:
     def batches(
         self, batch_size: int, seed: int, framing_at: Callable[[int], Framing], first_step: int
     ) -> Iterator[list[Example]]:
-        """Yield batches without end, from a step on: the same for a step whenever it is asked for."""
+        """Yield batches without end, from a step on: the same for a step whenever it is asked for.
+
+        A batch may be empty, where all of its segments are too small to be seen at the network's size.
+        """
         per_epoch = max(len(self.places) // batch_size, 1)
         epoch, skipped = divmod(first_step, per_epoch)
         while True:
@@ -157,8 +163,8 @@ class SegmentedRows:
                 framing = framing_at(epoch * per_epoch + step)
                 chosen = [row for _, row in zip(range(batch_size), rows, strict=False)]
                 examples = [example_of(image, panoptic, framing, rng) for _, image, panoptic in chosen]
-                if examples := [example for example in examples if example.labels.numel()]:
-                    yield examples
+                if examples:  # where rows are damaged, an epoch may end early
+                    yield [example for example in examples if example.labels.numel()]
             if len(self.damaged) == len(self.places):
                 raise UserError(f"no row can be used: {'; '.join(self.left_out.lines())}")
             epoch, skipped = epoch + 1, 0
@@ -372,7 +378,7 @@ def take_steps(
             torch.manual_seed(options.seed * 1_000_003 + done)
             with reading():
                 examples = next(batches)
-            loss = _gradients(learner, examples, framing)
+            loss = _gradients(learner, examples, framing) if examples else 0.0
             norm = nn.utils.clip_grad_norm_(parameters.values(), 1.0)
             if not torch.isfinite(norm):
                 raise UserError(f"step {done}: the loss is {loss:g}; a lower learning rate may help", 1)
