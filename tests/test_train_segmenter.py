@@ -160,7 +160,7 @@ def test_every_family_learns_by_its_own_losses(family: str, tmp_path: Path) -> N
 def test_a_trained_network_is_shown_pictures_as_in_its_training(
     family: str, size: dict[str, int], tmp_path: Path
 ) -> None:
-    ade = {label: f"class {label}" for label in range(150)}  # a Mask2Former of so many is shown larger pictures
+    ade = {label: f"class {label}" for label in range(150)} | {0: "wall"}  # of such, larger pictures are shown
     folder = save_checkpoint(family, tmp_path / "base", ade)
     (folder / "categories.json").write_text(
         json.dumps([{"id": label, "name": name, "isthing": 1} for label, name in ade.items()])

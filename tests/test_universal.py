@@ -170,20 +170,25 @@ def test_padding_is_no_part_of_a_map(checkpoints, images, monkeypatch):
     assert half.box_xyxy == pytest.approx((0, 0, wide.shape[1] / 2, wide.shape[0]), abs=1)
 
 
+def mask2former(classes: int, first: str) -> dict[str, Any]:
+    return {"model_type": "mask2former", "num_labels": classes, "id2label": {0: first}}
+
+
 @pytest.mark.parametrize(
     ("model", "processor", "framing"),
     [
-        ({"model_type": "mask2former"}, None, Framing(None, (800, 1333), 32)),
-        ({"model_type": "mask2former"}, {"size": {"height": 384, "width": 384}}, Framing(None, (800, 1333), 32)),
-        ({"model_type": "mask2former", "num_labels": 150}, {"size": {"height": 384, "width": 384}},
-            Framing(None, (640, 2560), 32)),
-        ({"model_type": "mask2former", "num_labels": 19}, None, Framing(None, (1024, 2048), 32)),
-        ({"model_type": "mask2former", "num_labels": 65}, {"size": {"height": 384, "width": 384}},
-            Framing(None, (2048, 2048), 32)),
-        ({"model_type": "mask2former", "num_labels": 19}, {"size": {"height": 512, "width": 512}},
-            Framing((512, 512), None, 32)),
-        ({"model_type": "mask2former"}, {"size": {"height": 512, "width": 512}}, Framing((512, 512), None, 32)),
-        ({"model_type": "mask2former"}, {"size": {"height": 500, "width": 500}}, Framing((512, 512), None, 32)),
+        (mask2former(133, "person"), None, Framing(None, (800, 1333), 32)),
+        (mask2former(133, "person"), {"size": {"height": 384, "width": 384}}, Framing(None, (800, 1333), 32)),
+        (mask2former(150, "wall"), {"size": {"height": 384, "width": 384}}, Framing(None, (640, 2560), 32)),
+        (mask2former(19, "road"), None, Framing(None, (1024, 2048), 32)),
+        (mask2former(65, "Bird"), {"size": {"height": 384, "width": 384}}, Framing(None, (2048, 2048), 32)),
+        # What transformers' example of fine-tuning writes for classes of one's own.
+        (mask2former(2, "cat"), {"size": {"height": 384, "width": 384}}, Framing((384, 384), None, 32)),
+        (mask2former(8, "weed"), {"size": {"height": 384, "width": 384}}, Framing((384, 384), None, 32)),
+        (mask2former(2, "cat"), None, Framing(None, (800, 1333), 32)),
+        (mask2former(19, "road"), {"size": {"height": 512, "width": 512}}, Framing((512, 512), None, 32)),
+        (mask2former(133, "person"), {"size": {"height": 512, "width": 512}}, Framing((512, 512), None, 32)),
+        (mask2former(133, "person"), {"size": {"height": 500, "width": 500}}, Framing((512, 512), None, 32)),
         ({"model_type": "detr"}, {"size": {"height": 500, "width": 500}}, Framing((500, 500), None, 1)),
         ({"model_type": "detr", "input_size_hw": [500, 500]}, None, Framing((500, 500), None, 1)),
         ({"model_type": "detr"}, {"size": {"max_height": 480, "max_width": 480}}, Framing(None, (480, 480), 1)),

@@ -19,6 +19,7 @@ from PIL import Image
 from transformers.image_transforms import get_size_with_aspect_ratio
 
 from collavo.errors import UserError
+from schemas.categories import name_key
 
 SIZE_DIVISOR = 32
 """The coarsest stride of most networks; masks then have exactly a quarter of the input's sides."""
@@ -29,12 +30,18 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _PUBLISHED_EDGES = (800, 1333)
 """Shortest side and bound of the longest at which all families but EoMT were measured on COCO."""
 
-_MASK2FORMERS_EDGES = {150: (640, 2560), 19: (1024, 2048), 65: (2048, 2048)}
-"""The same of the published Mask2Formers of ADE20K, Cityscapes and Mapillary Vistas, by the number of their classes, as
-their authors' configurations for panoptic segmentation have it."""
+_MASK2FORMERS_EDGES = {
+    (133, "person"): _PUBLISHED_EDGES, (80, "person"): _PUBLISHED_EDGES,
+    (150, "wall"): (640, 2560), (100, "bed"): (640, 2560),
+    (19, "road"): (1024, 2048), (8, "person"): (1024, 2048),
+    (65, "bird"): (2048, 2048),
+}  # fmt: skip
+"""The same of the published Mask2Formers of COCO, ADE20K and Cityscapes, each with all classes and with things only,
+and of Mapillary Vistas, by the number of their classes and the first one, as their authors' configurations have it."""
 
 _PLACEHOLDER = {"height": 384, "width": 384}
-"""The size in the processors of the published Mask2Formers. They were neither trained nor measured at it."""
+"""The size in the processors of the published Mask2Formers. They were neither trained nor measured at it. Others were:
+it is what transformers' example of fine-tuning takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,10 +168,11 @@ def _sizes_of_processor(
     size = processor.get("size")
     if isinstance(size, int):  # as in files of transformers before 4.27
         return None, (size, processor.get("max_size", _PUBLISHED_EDGES[1]))
-    if config.model_type == "mask2former" and (not size or size == _PLACEHOLDER):
-        return None, _MASK2FORMERS_EDGES.get(getattr(config, "num_labels", 0), _PUBLISHED_EDGES)
-    if not size:
-        return None, _PUBLISHED_EDGES
+    published = None
+    if config.model_type == "mask2former":
+        published = _MASK2FORMERS_EDGES.get((config.num_labels, name_key(config.id2label[0])))
+    if not size or (published and size == _PLACEHOLDER):
+        return None, published or _PUBLISHED_EDGES
     if "height" in size:
         return (size["height"], size["width"]), None
     if "max_height" in size and size["max_height"] == size.get("max_width"):  # whatever the shortest side becomes
