@@ -226,6 +226,14 @@ def test_a_processor_that_does_not_say_what_a_network_sees_is_refused(processor,
         framing_of(SimpleNamespace(model_type="detr"), tmp_path)
 
 
+@pytest.mark.parametrize("family", ["detr", "eomt"])
+def test_a_picture_thinner_than_a_pixel_at_the_networks_size_has_a_map(family, checkpoints):
+    segmenter = UniversalSegmenter(str(checkpoints[family]), thresholds=OURS, device="cpu")
+    for size_hw in ((1, 900), (900, 1)):
+        (found,) = segmenter.segment([np.full((*size_hw, 3), 90, np.uint8)])
+        assert found.index_map.shape == size_hw
+
+
 def test_a_network_of_fixed_positions_refuses_other_sizes(checkpoints):
     with pytest.raises(UserError, match="input size 32 x 32: this network sees 64 x 64 pixels and no other size"):
         UniversalSegmenter(str(checkpoints["eomt"]), input_size=32, device="cpu")

@@ -65,7 +65,7 @@ class Framing:
         if self.edges is None:
             assert self.size_hw is not None
             return self.size_hw, self.size_hw
-        height, width = get_size_with_aspect_ratio(image_hw, *self.edges)
+        height, width = (max(side, 1) for side in get_size_with_aspect_ratio(image_hw, *self.edges))
         if self.size_hw is not None:
             return (height, width), self.size_hw
         scaled = (-(-height // self.divisor) * self.divisor, -(-width // self.divisor) * self.divisor)
