@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import ijson
 
 from collavo.errors import UserError
-from collavo.sources import MAX_ID, parsed_json, whole_id
+from collavo.sources import MAX_ID, object_in, parsed_json, whole_id
 from collavo.sources.image_paths import is_utf8
 from schemas.categories import COCO_PANOPTIC, LEFT_OUT, CategorySet, name_key, without_suffixes
 
@@ -165,8 +165,14 @@ def categories_of_checkpoint(folder: Path, name: str, known_set: CategorySet | N
     Raises:
         UserError: for a set of which nobody here knows which classes are things.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    id2label = {int(label): each for label, each in (config.get("id2label") or {}).items()}
+    config = object_in(folder / "config.json")
+    named = config.get("id2label") or {}
+    try:
+        id2label = {int(number): str(each) for number, each in dict(named).items()}
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder / 'config.json'}: 'id2label' should name classes by their numbers, it is {named!r:.80}"
+        ) from error
     if (file := folder / CATEGORIES_FILE).is_file():
         return _stated_categories(f"{name}/{CATEGORIES_FILE}", file.read_bytes(), id2label)
     if not id2label:

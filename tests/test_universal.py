@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,16 +198,20 @@ def mask2former(classes: int, first: str) -> dict[str, Any]:
         ({"model_type": "mask2former", "input_size_hw": [64, 96]}, None, Framing((64, 96), None, 32)),
         ({"model_type": "maskformer"}, {"size": 640, "max_size": 2560, "size_divisibility": 32},
             Framing(None, (640, 2560), 32)),
-        ({"model_type": "oneformer"}, {"image_processor": {"size": {"shortest_edge": 640, "longest_edge": None}}},
+        ({"model_type": "oneformer"}, {"size": 800, "image_processor": {"size": {"shortest_edge": 640}}},
             Framing(None, (640, None), 1)),
+        ({"model_type": "detr"}, {"size": [500, 600], "image_mean": 0.5, "image_std": 0.5, "rescale_factor": 2 / 255},
+            Framing((500, 600), None, 1, (0.25,) * 3, (0.25,) * 3)),
         ({"model_type": "detr"}, {"size": {"shortest_edge": 800, "longest_edge": 1333}, "do_normalize": False},
             Framing(None, (800, 1333), 1, (0.0,) * 3, (1.0,) * 3)),
         ({"model_type": "eomt", "image_size": 640}, {"size": {"shortest_edge": 512}}, Framing((640, 640), (640, 640))),
     ],
 )  # fmt: skip
 def test_the_way_of_a_checkpoint(model, processor, framing, tmp_path):
-    if processor:
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    if processor:  # what OneFormerProcessor saves goes before a file that an older transformers left there
+        whole = {"image_processor": processor.get("image_processor")}
+        (tmp_path / "processor_config.json").write_text(json.dumps(whole))
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor), encoding="utf-8-sig")
     assert framing_of(SimpleNamespace(**model), tmp_path) == framing
 
 
@@ -224,6 +229,16 @@ def test_a_processor_that_does_not_say_what_a_network_sees_is_refused(processor,
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     with pytest.raises(UserError, match=line):
         framing_of(SimpleNamespace(model_type="detr"), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+def test_a_description_that_was_damaged_by_hand_is_refused_in_one_line(name, checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints["detr"], tmp_path / "detr")
+    (folder / name).write_text('{"id2label": {"0": "cat",}}')
+    with pytest.raises(UserError, match=rf"{name}\W+(not JSON|[^\n]*not a valid JSON)"):
+        UniversalSegmenter(str(folder), device="cpu")
+    with pytest.raises(UserError, match=rf"{name}: not JSON") if name == "config.json" else nullcontext():
+        checkpoint_categories("transformers", str(folder))
 
 
 @pytest.mark.parametrize("family", ["detr", "eomt"])

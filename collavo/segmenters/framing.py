@@ -7,7 +7,6 @@ A checkpoint says so in the configuration of its image processor. There are thre
 - free: the picture keeps its aspect, and each input has a size of its own (MaskFormer, OneFormer, DETR, Mask2Former).
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import Image
 from transformers.image_transforms import get_size_with_aspect_ratio
 
 from collavo.errors import UserError
+from collavo.sources import object_in
 from schemas.categories import name_key
 
 SIZE_DIVISOR = 32
@@ -126,13 +126,7 @@ def framing_of(config: Any, folder: Path, input_size: int | tuple[int, int] | No
             "prepared elsewhere in training; say how in preprocessor_config.json, with do_resize and size, do_rescale, "
             "do_normalize, image_mean and image_std"
         )
-    mean, std = (
-        tuple(float(value) for value in processor.get(key) or default) if processor.get("do_normalize", True) else plain
-        for key, default, plain in (
-            ("image_mean", IMAGENET_MEAN, (0.0, 0.0, 0.0)),
-            ("image_std", IMAGENET_STD, (1.0, 1.0, 1.0)),
-        )
-    )
+    mean, std = _colours_of_processor(processor)
     if config.model_type.startswith("eomt"):  # the number of its cells is fixed, and pictures are padded to fill it
         own = _pair(config.image_size)
         assert own is not None
@@ -149,7 +143,7 @@ def framing_of(config: Any, folder: Path, input_size: int | tuple[int, int] | No
     elif size_hw is None:
         try:
             size_hw, edges = _sizes_of_processor(processor, config)
-        except KeyError as error:
+        except (KeyError, TypeError) as error:
             raise UserError(
                 f"{folder}: the image processor's size is {processor['size']}, which says no shape; use height and "
                 "width, or shortest_edge and longest_edge"
@@ -161,6 +155,16 @@ def framing_of(config: Any, folder: Path, input_size: int | tuple[int, int] | No
     return Framing(size_hw, edges, divisor, mean, std)
 
 
+def _colours_of_processor(processor: dict[str, Any]) -> tuple[tuple[float, ...], ...]:
+    """Return the `mean` and the `std` of a framing, which are of pixels from 0 to 1."""
+    scale = round(255 * float(processor.get("rescale_factor") or 1 / 255), 6)
+    stated = [processor.get("image_mean") or IMAGENET_MEAN, processor.get("image_std") or IMAGENET_STD]
+    if not processor.get("do_normalize", True):
+        stated = [0.0, 1.0]
+    channels = [[value] * 3 if isinstance(value, int | float) else value for value in stated]
+    return tuple(tuple(float(value) / scale for value in three) for three in channels)
+
+
 def _sizes_of_processor(
     processor: dict[str, Any], config: Any
 ) -> tuple[tuple[int, int] | None, tuple[int, int | None] | None]:
@@ -170,9 +174,11 @@ def _sizes_of_processor(
         return None, (size, processor.get("max_size", _PUBLISHED_EDGES[1]))
     published = None
     if config.model_type == "mask2former":
-        published = _MASK2FORMERS_EDGES.get((config.num_labels, name_key(config.id2label[0])))
+        published = _MASK2FORMERS_EDGES.get((config.num_labels, name_key(str(config.id2label.get(0)))))
     if not size or (published and size == _PLACEHOLDER):
         return None, published or _PUBLISHED_EDGES
+    if isinstance(size, list):
+        return (size[0], size[1]), None
     if "height" in size:
         return (size["height"], size["width"]), None
     if "max_height" in size and size["max_height"] == size.get("max_width"):  # whatever the shortest side becomes
@@ -181,12 +187,9 @@ def _sizes_of_processor(
 
 
 def _processor_config(folder: Path) -> dict[str, Any]:
-    """Read the image processor's configuration; empty where the checkpoint brings none."""
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (folder / name).is_file():
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
-            return dict(content.get("image_processor", content))
-    return {}
+    """Read the image processor's configuration where transformers looks for it; empty where there is none."""
+    whole = object_in(folder / "processor_config.json").get("image_processor")
+    return whole if isinstance(whole, dict) else object_in(folder / "preprocessor_config.json")
 
 
 def _pair(size: Any) -> tuple[int, int] | None:

@@ -2,7 +2,10 @@
 
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+from collavo.errors import UserError
 
 
 def fault_in_json(error: Exception) -> str:
@@ -25,6 +28,21 @@ def parsed_json(text: str | bytes, make_object: Callable[[list[tuple[str, Any]]]
         return json.loads(text, object_pairs_hook=make_object)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def object_in(file: Path) -> dict[str, Any]:
+    """Read the JSON object in a file; empty where there is no such file.
+
+    Raises:
+        UserError: if it holds anything else, as one that was edited by hand may.
+    """
+    try:
+        found = parsed_json(file.read_text(encoding="utf-8-sig")) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: a JSON object was expected, it holds {found!r:.80}")
+    return found
 
 
 MAX_ID = 2**31 - 1
