@@ -177,8 +177,10 @@ def categories_of_checkpoint(folder: Path, name: str, known_set: CategorySet | N
         return _stated_categories(f"{name}/{CATEGORIES_FILE}", file.read_bytes(), id2label)
     if not id2label:
         raise UserError(f"{name}: a {config.get('model_type')} model whose config.json names no classes ('id2label')")
+    place = folder.resolve()  # in the hub's cache, a commit's below the model's
+    called = place.parts[-3] if place.parent.name == "snapshots" else name.rstrip("/")
     # The published MaskFormers of these two data sets are semantic, and their names do not say it.
-    is_semantic = "semantic" in name.rstrip("/").rpartition("/")[2].lower() or (
+    is_semantic = "semantic" in re.split("/|--", called)[-1].lower() or (
         config.get("model_type") == "maskformer" and len(id2label) in (19, 150)
     )
     return categories_of_labels(id2label, name, known_set, is_semantic)

@@ -214,9 +214,13 @@ def test_a_semantic_network_has_nothing_to_count(
     name: str, family: str, labels: dict[int, str], are_stuff: bool, tmp_path: Path
 ) -> None:
     """It gives one mask a class: every street would have one car."""
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "id2label": labels}))
+    cached = tmp_path / f"models--{name.replace('/', '--')}" / "snapshots" / "0a1b2c"
+    cached.mkdir(parents=True)
+    for folder in (tmp_path, cached):
+        (folder / "config.json").write_text(json.dumps({"model_type": family, "id2label": labels}))
     found = categories_of_checkpoint(tmp_path, name)
     assert bool(found.things) is not are_stuff and len(found) == len(labels)
+    assert [*categories_of_checkpoint(cached, f"{cached}/")] == [*found]  # as people name what they have downloaded
     counted = read_categories([{"id": 1, "name": "person", "isthing": 1}], "mine")
     stated = categories_of_checkpoint(tmp_path, name, counted)
     if are_stuff:
