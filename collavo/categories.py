@@ -195,8 +195,16 @@ def _stated_categories(path: str, data: bytes, id2label: Mapping[int, str]) -> C
     stated = categories_of_file(path, data)
     number_of = {name_key(label): number for number, label in id2label.items()}
     categories = stated.categories
+    elsewhere = [key for key, each in stated.by_key.items() if number_of.get(key, each.category_id) != each.category_id]
     if stated.by_key.keys() <= number_of.keys():
         categories = tuple(replace(each, category_id=number_of[key]) for key, each in stated.by_key.items())
+    elif elsewhere:
+        unknown = next(each.name for key, each in stated.by_key.items() if key not in number_of)
+        named = stated.by_key[elsewhere[0]]
+        raise UserError(
+            f"{path}: 'id2label' of config.json has no {unknown!r}, so the ids are taken for its numbers; but "
+            f"{named.name!r} has number {number_of[elsewhere[0]]} there, and here {named.category_id}; correct either"
+        )
     content = json.loads(data.decode("utf-8-sig"))
     set_name = content.get("name") if isinstance(content, dict) else None
     return CategorySet(set_name if isinstance(set_name, str) else stated.name, categories)

@@ -187,6 +187,13 @@ def test_a_checkpoint_states_its_set_in_any_form_that_is_documented(tmp_path: Pa
         found = categories_of_checkpoint(tmp_path, "is/here")
         assert found.name == name and [c.is_thing for c in found] == [False, True, True, True]
         assert {labels[c.category_id].lower() == c.name for c in found} == {True}  # the network's numbers, not ROAD's
+    other = [{**each, "name": "coach"} if each["name"] == "bus" else each for each in ROAD]
+    (tmp_path / "categories.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match=r"has no 'coach', so the ids .* 'sky' has number 1 there, and here 0; correct"):
+        categories_of_checkpoint(tmp_path, "is/here")
+    renamed = [{"id": n, "name": name if n else "coach", "isthing": 1} for n, name in labels.items()]
+    (tmp_path / "categories.json").write_text(json.dumps(renamed))
+    assert categories_of_checkpoint(tmp_path, "is/here").by_category_id[0].name == "coach"
     for broken in ("[", '{"classes": []}', '[{"name": "sky"}]'):
         (tmp_path / "categories.json").write_text(broken)
         with pytest.raises(UserError, match=r"^is/here/categories\.json: [^\n]+$"):

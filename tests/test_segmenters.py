@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -222,6 +223,14 @@ def test_the_names_of_a_checkpoint_say_what_its_numbers_mean(checkpoint, tmp_pat
     for one, other in zip(plain.segment(images), swapped.segment(images), strict=True):
         expected = sorted(renamed.get(segment.label, segment.label) for segment in one.segments)
         assert sorted(segment.label for segment in other.segments) == expected
+
+
+def test_classes_that_are_counted_from_one_are_refused_and_not_shifted(checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["id2label"] = {int(label) + 1: name for label, name in config["id2label"].items()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert "'rug-merged' has number 133, but the network numbers its 133 classes from 0" in refusal(tmp_path)
 
 
 def test_classes_of_which_nobody_knows_the_things_are_refused(tmp_path):

@@ -260,6 +260,12 @@ def open_network(
     model, revision, folder = _load_model(checkpoint)
     framing = framing_of(model.config, folder, input_size)
     own = categories_of_checkpoint(folder, checkpoint, known_set)
+    count = model.config.num_labels
+    if odd := [each for each in own if not 0 <= each.category_id < count]:
+        raise UserError(
+            f"{checkpoint}: class {odd[0].name!r} has number {odd[0].category_id}, but the network numbers its {count} "
+            "classes from 0; correct 'id2label' in config.json, or the ids in categories.json"
+        )
     return Network(model, folder, revision, framing, own, _task_inputs(checkpoint, folder, model.config))
 
 
