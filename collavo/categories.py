@@ -24,8 +24,8 @@ from collavo.sources.image_paths import is_utf8
 from schemas.categories import COCO_PANOPTIC, LEFT_OUT, CategorySet, name_key, without_suffixes
 
 CATEGORIES_FILE = "categories.json"
-"""In a segmenter's folder: the set it was trained on, as a list like COCO's `categories`, or an object of it and a
-`name`."""
+"""In a segmenter's folder: the set it was trained on, as a list like COCO's `categories`, or an object of it, a `name`,
+and in `unseen` the names of classes that no picture of its training shows."""
 
 _TAIL_BYTES = 4 << 20
 """Where the `categories` of COCO's files stand; reading 300 MB for them would take half a minute."""
@@ -184,6 +184,13 @@ def categories_of_checkpoint(folder: Path, name: str, known_set: CategorySet | N
         config.get("model_type") == "maskformer" and len(id2label) in (19, 150)
     )
     return categories_of_labels(id2label, name, known_set, is_semantic)
+
+
+def unseen_by_checkpoint(folder: Path) -> frozenset[str]:
+    """Read which of its classes a checkpoint was shown in no picture: that one has none of them it cannot tell."""
+    file = folder / CATEGORIES_FILE
+    content = parsed_json(file.read_text(encoding="utf-8-sig")) if file.is_file() else {}
+    return frozenset(map(str, content.get("unseen") or ())) if isinstance(content, dict) else frozenset()
 
 
 def _stated_categories(path: str, data: bytes, id2label: Mapping[int, str]) -> CategorySet:

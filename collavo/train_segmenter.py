@@ -163,7 +163,7 @@ def _train(
         if done < flags.steps:
             raise UserError(f"stopped after {done} of {flags.steps} steps; {again} goes on from there", 130)
         with writing(output), memory_named(f"{again}, on --device cpu, which judges only", "judging"):
-            save_network(staging, model, base, training.categories)
+            save_network(staging, model, base, training)
             choose_preset(staging, training, flags.device)
             segmenter = open_for(str(staging), validation.categories, flags.device)
             judged = judge(segmenter, validation, flags.max_images, training)

@@ -24,7 +24,7 @@ from collavo.errors import UserError
 from collavo.folders import staging_of
 from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, Phrasebook, load_phrasebook
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
-from collavo.segmenters import NoSegmenter, Segmenter, checkpoint_categories, load_segmenter
+from collavo.segmenters import NoSegmenter, Segmenter, checkpoint_categories, load_segmenter, unseen_classes
 from collavo.sources.records import count_records
 from collavo.storage import MANIFEST, canonical, is_local
 from pipelines.earlier import IMAGES_BELOW, check_extension
@@ -307,7 +307,7 @@ def _model(flags: SegmentationFlags, sources: Sources, sets: SourceCategories) -
                 "--segmenter_checkpoint names one"
             )
             return None
-        sets.add(found)
+        sets.add(found, never_absent=unseen_classes(name, options.get("checkpoint")))
         if not found.things:
             sets.notes.append(
                 f"{options.get('checkpoint')}: all of its {len(found)} classes are stuff, as of a network for semantic "

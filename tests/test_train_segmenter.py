@@ -55,6 +55,10 @@ def command(*words: object) -> int:
     return collavo.train_segmenter.main([*map(str, words)])
 
 
+def rows_of(categories: CategorySet, shown: tuple[int, ...] = (0, 1, 2)) -> SegmentedRows:
+    return SegmentedRows((), categories, None, shown=frozenset(shown))
+
+
 def blocks_map(random: np.random.Generator, labels: tuple[int, ...], with_crowd: bool = True) -> PanopticMap:
     """A map of 40 x 60 pixels out of blocks, some of them unknown, one of them a crowd."""
     ids = np.kron(random.integers(0, 6, (4, 6)), np.ones((10, 10), int))
@@ -167,7 +171,7 @@ def test_a_trained_network_is_shown_pictures_as_in_its_training(
     )
     (folder / "preprocessor_config.json").write_text(json.dumps({"size": size, "image_mean": [0.5, 0.4, 0.3]}))
     base = open_network(str(folder))
-    save_network(tmp_path / "trained", network_for(base.model, base.categories, OWN), base, OWN)
+    save_network(tmp_path / "trained", network_for(base.model, base.categories, OWN), base, rows_of(OWN))
     assert open_network(str(tmp_path / "trained")).framing == base.framing
 
 
@@ -366,7 +370,7 @@ def test_a_picture_that_cannot_be_segmented_costs_its_own_quality_only(
 def test_the_classes_of_a_folder_are_those_of_its_rows(base: Path, tmp_path: Path) -> None:
     network = open_network(str(base))
     trained = tmp_path / "trained"
-    save_network(trained, network_for(network.model, network.categories, OWN), network, OWN)
+    save_network(trained, network_for(network.model, network.categories, OWN), network, rows_of(OWN))
     assert [c.name for c in checkpoint_categories("transformers", str(trained))] == [c.name for c in OWN]
     segmenter = load_segmenter("transformers", checkpoint=str(trained), device="cpu", categories=OWN)
     assert segmenter.categories is OWN
@@ -379,6 +383,21 @@ def test_the_classes_of_a_folder_are_those_of_its_rows(base: Path, tmp_path: Pat
     assert category_set(built.files) == CategorySet(category_set(built.files).name, OWN.categories)
     extended = build(tmp_path / "out", "--images", tmp_path / "1.png", *words, "--extend")
     assert len(extended.rows) == 2 and category_set(extended.files) == category_set(built.files)
+
+
+def test_a_class_that_no_row_showed_is_never_called_absent(base: Path, tmp_path: Path) -> None:
+    network = open_network(str(base))
+    people = CategorySet.from_records("people", [COCO_PANOPTIC.as_records()[label] for label in (PERSON, CAR)])
+    model = network_for(network.model, network.categories, people)
+    Image.new("RGB", (64, 64)).save(tmp_path / "0.png")
+    for shown in ((0, 1), (1,)):
+        trained = tmp_path / f"trained {len(shown)}"
+        save_network(trained, model, network, rows_of(people, shown))
+        words = ["--segmenter", "transformers", "--segmenter_checkpoint", trained, "--negative_ratio", 9]
+        (row,) = build(tmp_path / f"out {len(shown)}", "--images", tmp_path / "0.png", *words).rows.values()
+        asked = " ".join(each.question for each in row.instructions)
+        assert not row.segments and "car" in asked
+        assert ("person" in asked or "people" in asked) is (0 in shown)
 
 
 def test_any_network_can_be_judged_and_trained_whatever_its_kinds(

@@ -81,12 +81,14 @@ class SegmentedRows:
     Args:
         places: of the rows, in the order of the files.
         damaged: rows that turn out to be of no use, and why; each once, however often it is read.
+        shown: labels that the rows have segments of, crowds aside.
     """
 
     places: Sequence[Place]
     categories: CategorySet
     image_root: Path | None
     damaged: dict[Place, Rejected] = field(default_factory=dict)
+    shown: frozenset[int] = frozenset()
 
     @property
     def left_out(self) -> LeftOut:
@@ -105,17 +107,19 @@ class SegmentedRows:
         Raises:
             UserError: for a damaged file.
         """
-        places = []
+        places: list[Place] = []
+        shown: set[int] = set()
         for file in files:
             with opened_parquet(file) as parquet:
                 for group in range(parquet.metadata.num_row_groups):
                     for number, record in enumerate(read_records(parquet, ["split", "segments"], group)):
-                        if isinstance(record, Rejected) or record["split"] != split:
+                        if isinstance(record, Rejected) or record["split"] != split or not record["segments"]:
                             continue
-                        crowds = [bool(segment and segment["is_crowd"]) for segment in record["segments"] or ()]
-                        if crowds and not (split == "train" and all(crowds)):  # which teach nothing
+                        whole = [each for each in record["segments"] if not (each and each["is_crowd"])]
+                        if whole or split != "train":  # crowds teach nothing
                             places.append(Place(file, group, number))
-        return cls(places, categories, image_root)
+                            shown.update(each["label"] for each in whole if each)
+        return cls(places, categories, image_root, shown=frozenset(shown))
 
     def read(self, places: Sequence[Place]) -> Iterator[tuple[Place, np.ndarray, PanopticMap]]:
         """Yield place, picture and map of some rows, those of a row group one after another, but no damaged ones."""

@@ -16,7 +16,6 @@ from collavo.quiet import without_loading_report
 from collavo.segmenter_training.finetuning import SegmentedRows, Steps
 from collavo.segmenter_training.judging import Judged, judge, table
 from collavo.segmenters.universal import Network, UniversalSegmenter
-from schemas.categories import CategorySet
 
 CARD, FIGURES = "README.md", "figures.json"
 
@@ -29,8 +28,8 @@ _CHOSEN_ON = 20
 _TEXT = Path(__file__).with_name("card.md")
 
 
-def save_network(folder: Path, model: Any, base: Network, categories: CategorySet) -> None:
-    """Write weights, configurations and classes.
+def save_network(folder: Path, model: Any, base: Network, rows: SegmentedRows) -> None:
+    """Write weights, configurations and classes, of which it is noted which ones the rows of the training do not show.
 
     Raises:
         OSError, SafetensorError: if the disk refuses.
@@ -54,8 +53,9 @@ def save_network(folder: Path, model: Any, base: Network, categories: CategorySe
         }
         (folder / "preprocessor_config.json").write_text(json.dumps(said, indent=2) + "\n")
     # In the file, ids are the network's own numbers.
-    records = [{**record, "id": label} for label, record in enumerate(categories.as_records())]
-    stated = {"name": categories.name, "categories": records}
+    records = [{**record, "id": label} for label, record in enumerate(rows.categories.as_records())]
+    unseen = [category.name for category in rows.categories if category.label not in rows.shown]
+    stated = {"name": rows.categories.name, "unseen": unseen, "categories": records}
     (folder / CATEGORIES_FILE).write_text(json.dumps(stated, indent=1) + "\n")
 
 

@@ -7,11 +7,12 @@ imports its framework: `universal` (transformers) and `detectron2` (Panoptic-FPN
 
 import importlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from collavo.categories import categories_of_checkpoint
+from collavo.categories import categories_of_checkpoint, unseen_by_checkpoint
 from collavo.embedded import SCENES, TINY
 from collavo.errors import UserError, first_line
 from collavo.panoptic.maps import PanopticMap, build_panoptic_map
@@ -92,15 +93,30 @@ def checkpoint_categories(name: str, checkpoint: str | None, known_set: Category
     Raises:
         UserError: if nobody here knows which of its classes are things.
     """
+    folder = _described_in(name, checkpoint)
+    return categories_of_checkpoint(folder, str(checkpoint), known_set) if folder else COCO_PANOPTIC
+
+
+def unseen_classes(name: str, checkpoint: str | None) -> frozenset[str]:
+    """Return the classes that the training of a segmenter's checkpoint was shown in no picture, as far as it says so.
+
+    Args:
+        name, checkpoint: as of `checkpoint_categories`.
+    """
+    folder = _described_in(name, checkpoint)
+    return unseen_by_checkpoint(folder) if folder else frozenset()
+
+
+def _described_in(name: str, checkpoint: str | None) -> Path | None:
+    """Find the folder of a checkpoint whose classes have to be read; None for the default and the embedded one."""
     if name != "transformers" or checkpoint is None or checkpoint == SCENES:
-        return COCO_PANOPTIC
+        return None
     from collavo.hub import find_checkpoint  # which imports the hub's client
 
     try:
-        folder = find_checkpoint(checkpoint, weights=())
+        return find_checkpoint(checkpoint, weights=())
     except OSError:
-        return COCO_PANOPTIC  # loading it says what is wrong
-    return categories_of_checkpoint(folder, checkpoint, known_set)
+        return None  # loading it says what is wrong
 
 
 def check_checkpoint(name: str, checkpoint: str | None) -> None:
