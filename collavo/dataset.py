@@ -69,10 +69,7 @@ def category_set(files: Sequence[Path | str]) -> CategorySet:
     Raises:
         UserError: where files have different sets.
     """
-    sets = {}
-    for uri in map(str, files):
-        with opened_parquet(uri) as parquet:
-            sets[uri] = _category_set_in(parquet, uri)
+    sets = _category_sets(files)
     first_uri, first = next(iter(sets.items()))
     for uri, other in sets.items():
         if [c.name for c in other] != [c.name for c in first]:
@@ -139,9 +136,10 @@ def read_rows(
     Raises:
         UserError: for a damaged file, and for a damaged row where `left_out` is None.
     """
+    sets = _category_sets(files)
     for file in files:
         with opened_parquet(file) as parquet:
-            categories = _category_set_in(parquet, str(file))
+            categories = sets[str(file)]
             groups = set(range(parquet.num_row_groups))
             for column, value in (("split", split), ("image_id", image_id)):
                 groups &= groups if value is None else set(_groups_that_may_hold(parquet, column, value))
@@ -323,39 +321,62 @@ def stated_facts(metadata: Mapping[bytes, bytes] | None, file: Path | str) -> di
         raise UserError(f"{file}: its metadata are damaged ({first_line(error)})") from error
 
 
-def _category_set_in(parquet: pq.ParquetFile, file: str) -> CategorySet:
-    """Return the set that a file's metadata state; for a file without, the one that its segments show."""
-    schema = parquet.schema_arrow
+def _category_sets(files: Sequence[Path | str]) -> dict[str, CategorySet]:
+    """Return the set of each file that its metadata state; for files without, the one that their segments show, all
+    files together, since one alone may lack some class."""
+    stated: dict[str, CategorySet] = {}
+    seen: dict[int, tuple[Mapping[str, Any], str]] = {}
+    for uri in map(str, files):
+        with opened_parquet(uri) as parquet:
+            if found := _stated_set(parquet.schema_arrow, uri):
+                stated[uri] = found
+            else:
+                _see_classes(parquet, uri, seen)
+    if len(stated) == len({*map(str, files)}):
+        return stated
+    for known in (*stated.values(), COCO_PANOPTIC):
+        if all(0 <= n < len(known) and known[n].display_name == s["category"] for n, (s, _) in seen.items()):
+            shown = known
+            break
+    else:
+        shown = _shown_set(seen)
+    return {uri: stated.get(uri, shown) for uri in map(str, files)}
+
+
+def _stated_set(schema: pa.Schema, file: str) -> CategorySet | None:
     if stated := stated_facts(schema.metadata, file).get("categories"):
         try:
             return CategorySet.from_records(stated["name"], stated["categories"])
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}: its metadata state no set of classes ({first_line(error)})") from error
-    if schema_version(schema) == 1:
-        return COCO_PANOPTIC
-    seen: dict[int, Mapping[str, Any]] = {}
+    return COCO_PANOPTIC if schema_version(schema) == 1 else None
+
+
+def _see_classes(parquet: pq.ParquetFile, file: str, seen: dict[int, tuple[Mapping[str, Any], str]]) -> None:
+    """Note a segment of each label, and the file that it is in."""
     for record in read_records(parquet, columns=["segments"]):
         for s in () if isinstance(record, Rejected) else record["segments"] or ():
             if s is None or None in (s["label"], s["category_id"], s["category"], s["is_thing"]):
                 continue
-            if (name := seen.setdefault(s["label"], s)["category"]) != s["category"]:
+            first, where = seen.setdefault(s["label"], (s, file))
+            if (name := first["category"]) != s["category"]:
+                other = "in another" if where == file else f"in one of {where}"
                 raise UserError(
-                    f"{file}: label {s['label']} is {name!r} in one row and {s['category']!r} in another; another "
+                    f"{file}: label {s['label']} is {s['category']!r} in one row and {name!r} {other}; another "
                     "tool has joined data sets of different classes, whose rows belong in files of their own"
                 )
-    in_coco = all(
-        0 <= label < len(COCO_PANOPTIC) and COCO_PANOPTIC[label].display_name == s["category"]
-        for label, s in seen.items()
-    )
-    if in_coco:
-        return COCO_PANOPTIC
+
+
+def _shown_set(seen: Mapping[int, tuple[Mapping[str, Any], str]]) -> CategorySet:
+    """Make a set of the classes that segments have. Another tool dropped the metadata: classes that no segment has keep
+    their place, but not their name."""
+    file = next(iter(seen.values()))[1]
     if not 0 <= min(seen) <= max(seen) < _MOST_CLASSES:
         raise UserError(f"{file}: its segments have labels from {min(seen)} to {max(seen)}; no set has such classes")
-    # Another tool dropped the metadata: classes that no segment has keep their place, but not their name.
     records = []
     for label in range(max(seen) + 1):
         unnamed = {"category_id": -1 - label, "category": f"unnamed {label}", "is_thing": False}
-        segment = seen.get(label, unnamed)
+        segment = seen[label][0] if label in seen else unnamed
         name, number = segment["category"], segment["category_id"]
         records.append({"id": number, "name": name, "display_name": name, "isthing": segment["is_thing"]})
     return read_categories(records, file)

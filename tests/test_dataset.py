@@ -1,5 +1,6 @@
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -183,6 +184,20 @@ def test_a_file_states_its_set_and_sets_are_not_mixed(tmp_path):
         UserError, match=r"is a thing in one of .*flipped.parquet and .*own.parquet, and stuff in the other"
     ):
         category_set([own, flipped])
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_files_that_another_tool_wrote_apart_have_one_set_whichever_classes_each_shows(tmp_path, stated: bool):
+    rows = own_rows(3)
+    fewer = [replace(row, instructions=(), segments=tuple(s for s in row.segments if s.label < 2)) for row in rows]
+    bare = [replace(row, instructions=(), segments=()) for row in rows]
+    files = [write_crayon_file(tmp_path / "all.parquet", rows, OWN_CLASSES)] if stated else []
+    for name, of_file in (("fewer", fewer), ("none", bare), *([] if stated else [("all", rows)])):
+        files.append(tmp_path / f"{name}.parquet")
+        pq.write_table(pa.Table.from_pylist([r.as_record() for r in of_file], CRAYON_SCHEMA), files[-1])
+    named = [category.display_name for category in category_set(files)]
+    assert named == [category.display_name for category in OWN_CLASSES]
+    assert list(read_rows(files[stated:])) == [*fewer, *bare, *([] if stated else rows)]
 
 
 def test_a_picture_that_two_data_sets_hold_is_refused(tmp_path):
