@@ -151,6 +151,9 @@ def _faults(record: Mapping[str, Any], categories: CategorySet) -> Iterator[str]
             yield f"a segment has label {label} and numbering {segment['numbering']}"
         elif segment["category"] != (name := categories[label].display_name):  # of a data set joined by another tool
             yield f"label {label} is {name!r} here, and a segment calls it {segment['category']!r}"
+        if (number := segment["numbering"]) and (label, number) in numbered:  # as where a segment got another class
+            yield f"two segments are {segment['category']} number {number}"
+        numbered.add((label, number))
     if "segments" in record:
         for instruction in record.get("instructions", ()):
             meant = instruction["segment_ids"]

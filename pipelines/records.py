@@ -28,6 +28,7 @@ REJECT_REASONS = {
         "unknown_image": "the annotation is of an image that its file does not list",
         "missing_value": "a row of `--from_crayon` lacks a value that every row has",
         "bad_value": "a value of a row of `--from_crayon` is none that a row can have",
+        "broken_map": "the map of a row of `--from_crayon` does not fit its picture's size or its segments",
         "path_escapes_root": "the path leads out of the folder that it has to stay in",
         "bad_path": "the path names no file, or is not UTF-8 text",
     },

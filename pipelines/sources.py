@@ -16,6 +16,7 @@ from apache_beam.pvalue import TaggedOutput
 from collavo.dataset import checked_row, opened_parquet, stated_facts
 from collavo.dataset import read_records as read_crayon_records
 from collavo.errors import Rejected, StoreOutage, UserError
+from collavo.panoptic.index_png import panoptic_map_of
 from collavo.row_checks import check_schema, digest_of
 from collavo.sources.coco_instances import stream_image_instances
 from collavo.sources.coco_panoptic import AnnotatedImage, stream_annotated_images
@@ -211,6 +212,8 @@ def read_crayon_rows(uri: str, categories: CategorySet, keep_image_bytes: bool) 
         for record in read_crayon_records(parquet):
             try:
                 row = checked_row(record, categories, with_instructions=False)
+                if row.panoptic_png is not None:  # as another tool may have left it
+                    panoptic_map_of(row.panoptic_png, row.segments, categories, row.size_wh)
             except Rejected as error:
                 yield _rejected("crayon", uri, error)
                 continue

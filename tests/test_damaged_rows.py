@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from apache_beam.pvalue import TaggedOutput
 from tiny_model import OWN_CLASSES, own_rows, scene_rows, tiny_processor, write_crayon_file
 
 from collavo import export_data
@@ -25,6 +26,7 @@ from collavo.training.lengths import LengthLimit
 from collavo.training.row_index import build_row_indexes
 from pipelines.records import REJECT_REASONS, Draft
 from pipelines.sources import read_crayon_rows
+from schemas.categories import COCO_PANOPTIC
 from schemas.crayon_row import CRAYON_SCHEMA
 
 PROCESSOR = tiny_processor()
@@ -153,6 +155,15 @@ def test_a_damaged_row_is_left_out_counted_and_named(
         list(read_rows([path]))
 
 
+def test_a_row_with_two_objects_of_one_number_is_left_out(tmp_path: Path) -> None:
+    found = lists(records())
+    for segment in found[2]["segments"]:
+        if segment["category"] == "dog":  # which somebody corrects to a bird, beside four others
+            segment |= {"category": "bird", "label": 14}
+    left_out = read_as_all_do(save(tmp_path / "rows.parquet", found), tmp_path)
+    assert left_out.lines() == ["1 bad_value (row 3 of rows.parquet: two segments are bird number 1)"]
+
+
 @pytest.mark.parametrize("width", [0, None])
 def test_a_picture_without_a_width_is_left_out(tmp_path: Path, width: int | None) -> None:
     found = lists(records())
@@ -195,6 +206,20 @@ def test_a_damaged_map_is_a_skipped_sample(tmp_path: Path) -> None:
     assert isinstance(results[0], Skipped) and results[0].reason == "broken_map"
     assert " object at 0x" not in results[0].detail
     assert not isinstance(results[1], Skipped)
+
+
+def test_a_map_is_not_read_with_segments_that_another_tool_put_in_another_order(tmp_path: Path) -> None:
+    found = lists(records())
+    found[0]["segments"].reverse()
+    file = str(save(tmp_path / "rows.parquet", found))
+    index = build_row_indexes([file], LengthLimit(PROCESSOR, 9999, "none", 99))["train"]
+    result = ExampleDataset(index, PROCESSOR)[Sample("crayon", 0, (0,))]
+    assert isinstance(result, Skipped) and "outside its box; is the order of segments new?" in result.detail
+    first, *others = read_crayon_rows(file, COCO_PANOPTIC, True)
+    assert isinstance(first, TaggedOutput) and first.value.reason == "broken_map"
+    assert [draft.row for draft in others if isinstance(draft, Draft)] == [
+        replace(r, instructions=()) for r in ROWS[1:]
+    ]
 
 
 def test_a_damaged_row_group_costs_its_samples_alone(tmp_path: Path) -> None:
