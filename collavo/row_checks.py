@@ -132,15 +132,13 @@ def _faults(record: Mapping[str, Any], categories: CategorySet) -> Iterator[str]
         has_image = image.get("bytes") is not None or image.get("path") is not None
         if has_image != ((record["panoptic_map"] or {}).get("bytes") is not None):
             yield "of image and panoptic_map, one is missing"
-        if has_image and image.get("path") is None:
-            yield "image.path is null"
     sides = [record.get(side) for side in ("width", "height")]
     has_no_frame = (
         sides == [None, None] and not record.get("segments") and not (record.get("panoptic_map") or {}).get("bytes")
     )
     if {"width", "height"} <= record.keys() and not (has_no_frame or all(map(_is_side, sides))):
         yield f"width and height are {sides[0]} and {sides[1]}"
-    ids = set()
+    ids, numbered = set(), set()
     for segment in record.get("segments", ()):
         ids.add(segment["id"])
         box = segment["box_xyxy"]

@@ -251,7 +251,8 @@ class CrayonRow:
             image_id=record["image_id"],
             image_sha256=record.get("image_sha256"),
             image_bytes=image.get("bytes"),
-            image_path=image.get("path"),
+            # `datasets` drops the path of a picture that it encodes again, as where `map` returns whole rows.
+            image_path=record["image_id"] if image.get("path") is None and image.get("bytes") else image.get("path"),
             width=_whole(record["width"]),
             height=_whole(record["height"]),
             sources=tuple(record["sources"]),

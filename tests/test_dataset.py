@@ -186,6 +186,15 @@ def test_a_file_states_its_set_and_sets_are_not_mixed(tmp_path):
         category_set([own, flipped])
 
 
+def test_a_picture_that_datasets_encoded_again_has_lost_its_path_alone(tmp_path):
+    record = crayon_row().as_record()
+    record["image"], record["panoptic_map"] = (
+        {"bytes": record[name]["bytes"], "path": None} for name in ("image", "panoptic_map")
+    )
+    pq.write_table(pa.Table.from_pylist([record], schema=CRAYON_SCHEMA), tmp_path / "rows.parquet")
+    assert list(read_rows([tmp_path / "rows.parquet"])) == [crayon_row(image_path=crayon_row().image_id)]
+
+
 @pytest.mark.parametrize("stated", [True, False])
 def test_files_that_another_tool_wrote_apart_have_one_set_whichever_classes_each_shows(tmp_path, stated: bool):
     rows = own_rows(3)
