@@ -94,8 +94,6 @@ def check_repeats(files: Sequence[str]) -> None:
     Raises:
         UserError: naming two data sets, how many pictures they share, and how to merge them.
     """
-    if len({dirname(file) for file in files}) < 2:  # in one data set, a picture has one row
-        return
     seen: dict[bytes, tuple[str, str]] = {}
     repeated: defaultdict[tuple[str, str], list[bool]] = defaultdict(list)  # whether in another split, by data sets
     for file in files:
@@ -111,6 +109,11 @@ def check_repeats(files: Sequence[str]) -> None:
     if repeated:
         (one, other), crossing = next(iter(repeated.items()))
         splits = f", {sum(crossing)} of them in another split," * any(crossing)
+        if one == other:
+            raise UserError(
+                f"{len(crossing)} pictures of {one or '.'} are in both splits, and a model would be judged on what it "
+                f"has seen; merge their rows with build_crayon.py --from_crayon {one or '.'}"
+            )
         raise UserError(
             f"{len(crossing)} pictures of {one} are in {other} too{splits} and would count twice; merge the data sets "
             f"with build_crayon.py --from_crayon {one} {other}"

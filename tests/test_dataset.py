@@ -226,6 +226,8 @@ def test_a_picture_that_two_data_sets_hold_is_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=rf"^{counted}[^\n]* --from_crayon \S+first \S+{folder}$"):
             check_repeats([first, saved(folder, *rows)])
+    with pytest.raises(UserError, match=r"^1 pictures of \S+both are in both splits[^\n]* --from_crayon \S+both$"):
+        check_repeats([saved("both", one, other, again)])
     with pytest.raises(UserError, match=r"^2 pictures of \S+first are in \S+same too and would"):  # of these two alone
         check_repeats([first, tmp_path / "same" / "rows.parquet", saved("third", one)])
 
