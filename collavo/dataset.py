@@ -81,11 +81,19 @@ def category_set(files: Sequence[Path | str]) -> CategorySet:
 
 def notes(files: Sequence[Path | str]) -> list[str]:
     """Say what a user should know of some files, a line each."""
-    old = [file for file in files if schema_version(_schema_of(file)) == 1]
-    if not old:
-        return []
-    are = f"{len(old)} files, {old[0]} first, are" if len(old) > 1 else f"{old[0]} is"
-    return [f"{are} of schema version 1: no row has an image_sha256"]
+    lines = []
+    if old := [file for file in files if schema_version(_schema_of(file)) == 1]:
+        are = f"{len(old)} files, {old[0]} first, are" if len(old) > 1 else f"{old[0]} is"
+        lines.append(f"{are} of schema version 1: no row has an image_sha256")
+    for file in files:
+        if match := re.search(r"(?<![a-z])(train|val|valid|validation|dev|test)(?![a-z])", basename(file).lower()):
+            other = "validation" if match[1] == "train" else "train"
+            if count := count_rows([file], other):
+                rows = "1 row" if count == 1 else f"{count:,} rows"
+                lines.append(
+                    f"{file} holds {rows} of the split {other!r}: the column `split` counts, not a file's name"
+                )
+    return lines
 
 
 def check_repeats(files: Sequence[str]) -> None:

@@ -114,6 +114,20 @@ def test_files_of_version_1_are_read_and_told_of(tmp_path):
     assert notes(files) == [f"{files[0]} is of schema version 1: no row has an image_sha256"]
 
 
+def test_files_whose_names_say_another_split_than_their_rows_are_told_of(tmp_path):
+    rows = [crayon_row(image_id=f"{n}", split="validation" if n == 0 else "train") for n in range(6)]
+    named = {"train": rows[:3], "test": rows[3:5], "latest": rows, "my_val": rows[:1], "validation-1": rows[5:]}
+    files = [str(write_crayon_file(tmp_path / f"{name}.parquet", of_file)) for name, of_file in named.items()]
+    assert notes(files) == [
+        f"{tmp_path}/{name}.parquet holds {held}: the column `split` counts, not a file's name"
+        for name, held in (
+            ("train", "1 row of the split 'validation'"),
+            ("test", "2 rows of the split 'train'"),
+            ("validation-1", "1 row of the split 'train'"),
+        )
+    ]
+
+
 def by_pandas(source: Path, target: Path) -> None:
     pd = pytest.importorskip("pandas")
     pd.read_parquet(source).to_parquet(target)
