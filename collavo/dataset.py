@@ -58,9 +58,18 @@ def find_files(paths: Sequence[str]) -> list[str]:
     files = sorted({file for path in paths for file in _files_of(path)})
     for file in files:
         check_schema(_schema_of(file), file)
+    check_complete(files)
+    return files
+
+
+def check_complete(files: Sequence[str]) -> None:
+    """Refuse files of a data set some shards of which are not among them.
+
+    Raises:
+        UserError: naming the folder, and what is there of how many.
+    """
     for folder in {dirname(file) for file in files}:
         _check_complete(folder, [basename(file) for file in files if dirname(file) == folder])
-    return files
 
 
 def category_set(files: Sequence[Path | str]) -> CategorySet:

@@ -8,7 +8,7 @@ from posixpath import basename, join
 
 from collavo.categories import labels_by_id
 from collavo.cli import naming
-from collavo.dataset import category_set
+from collavo.dataset import category_set, check_complete
 from collavo.dataset import notes as file_notes
 from collavo.errors import UserError
 from collavo.sources.records import NoImageColumn, ignored_columns, is_record_file, is_tar
@@ -70,6 +70,7 @@ def named_sources(flags: SourceFlags, sets: SourceCategories, notes: list[str]) 
     )
     if crayon_files:
         with naming("from_crayon"):
+            check_complete(crayon_files)
             sets.add_finished(category_set(crayon_files), crayon_files)
             notes.extend(file_notes(crayon_files))
     tables = [labels_by_id(source, sets.target, sets.renamed) for source in own]

@@ -86,6 +86,15 @@ def test_only_a_data_set_can_be_extended(network, tmp_path, capfd):
     assert "--extend" in line and "holds no data set" in line
 
 
+def test_a_data_set_that_has_lost_a_file_is_not_taken_for_whole(network, tmp_path, capfd):
+    flags = ["--images", pictures(tmp_path / "p", range(6)), *network, "--num_shards", 2]
+    out = build(tmp_path / "out", *flags, "--validation_ratio", 0).folder
+    (out / "train-00001-of-00002.parquet").rename(tmp_path / "lost.parquet")
+    said = f"{out}: 1 of 2 files train-*.parquet; name them all, or build the data again"
+    assert said in refusal(capfd, *flags, "--validation_ratio", 0, "--output", out, "--extend")
+    assert said in refusal(capfd, "--from_crayon", out, "--output", tmp_path / "again")
+
+
 def drafts_in(file: Path) -> int:
     """Count the whole drafts of a file that a stopped build has left."""
     with file.open("rb") as stream, suppress(pa.ArrowInvalid, OSError):
