@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from peft import PeftModel
@@ -38,7 +40,7 @@ from collavo.training.batches import MicroBatch, collate
 from collavo.training.display import RunDisplay
 from collavo.training.loop import Trainer, learning_rate_at, signals_noted
 from schemas.categories import COCO_PANOPTIC, Category, CategorySet
-from schemas.crayon_row import CrayonRow, Dialogue
+from schemas.crayon_row import CRAYON_SCHEMA, CrayonRow, Dialogue
 
 COMMON = (
     "--device cpu --precision fp32 --batch_size 4 --micro_batch_size 2 --lora_rank 4 --max_length 350 --max_steps 3 "
@@ -902,6 +904,20 @@ def test_data_without_the_wanted_kind_are_refused(
     error = capsys.readouterr().err.strip()
     assert "0 instructions of the split 'train' make no batch" in error
     assert error.endswith("; lower --batch_size, or build more data")
+
+
+def test_data_of_which_no_row_can_be_used_are_refused_with_the_reason(
+    world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = pa.Table.from_pylist([{**row.as_record(), "conversations": None} for row in scene_rows(4)], CRAYON_SCHEMA)
+    data = tmp_path / "rows.parquet"
+    for rows, said in (
+        (table, "left out: 4 missing_value (row 1 of rows"),
+        (table[:0], "are files of that split among"),
+    ):
+        pq.write_table(rows, data)
+        assert train.main([*command(world, tmp_path / "run"), "--data", str(data)]) == 2
+        assert said in capsys.readouterr().err.strip()
 
 
 def test_dialogues_alone_and_no_validation_rows_train(

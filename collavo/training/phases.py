@@ -87,9 +87,10 @@ def plan_phases(
             kind: adapter for kind, adapter in ADAPTER_OF[arguments.adapters].items() if len(index.texts[kind])
         }
         if not adapter_of:
+            why = f"left out: {'; '.join(index.left_out.lines())}" if index.left_out.counts else ""
             raise UserError(
-                "--data: no row of the split 'train' has anything that --adapters could learn from; are files of that "
-                "split among those named?"
+                "--data: no row of the split 'train' has anything that --adapters could learn from; "
+                f"{why or 'are files of that split among those named?'}"
             )
         active = tuple(dict.fromkeys(adapter_of.values()))
         stages = {kind: cit_stage(adapter, active, not arguments.by_words) for kind, adapter in adapter_of.items()}

@@ -190,6 +190,6 @@ def _has_null_images(parquet: pq.ParquetFile, group: int) -> bool:
     statistics = {column.path_in_schema: column.statistics for column in columns}
     of_bytes, of_paths = statistics.get("image.bytes"), statistics.get("image.path")
     if of_bytes is None or of_paths is None:
-        return True
+        return parquet.metadata.row_group(group).num_rows > 0
     # A dialogue about no image has neither bytes nor a path.
     return bool(of_bytes.null_count > of_paths.null_count)
