@@ -85,7 +85,7 @@ def _evaluate(flags: Flags) -> None:
 
     from rich.console import Console
 
-    from collavo.dataset import category_set, count_rows, find_files, read_rows
+    from collavo.dataset import category_set, count_rows, find_files, notes, read_rows
     from collavo.device import device_name, join_ranks, limit_threads, memory_named
     from collavo.evaluation.asking import ask_questions, kind_of, unknown_classes
     from collavo.evaluation.judge import Judge
@@ -102,6 +102,8 @@ def _evaluate(flags: Flags) -> None:
         files = find_files(flags.data)
         judge = Judge(category_set(files))
         images = count_rows(files, flags.split)
+    for note in notes(files):
+        console.print(note, soft_wrap=True)
     if not images:
         raise UserError(f"--split {flags.split}: none of the {count_rows(files)} rows of --data is in it")
     damaged_rows, left_out = LeftOut(), LeftOut()

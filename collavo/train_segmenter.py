@@ -70,7 +70,7 @@ def _command(flags: Flags) -> None:
     # These take seconds to import, so the flags are parsed first.
     from rich.console import Console
 
-    from collavo.dataset import category_set, check_repeats, find_files
+    from collavo.dataset import category_set, check_repeats, find_files, notes
     from collavo.device import memory_named
     from collavo.segmenter_training.finetuning import SegmentedRows
     from collavo.segmenter_training.judging import judge, open_for, table
@@ -91,6 +91,8 @@ def _command(flags: Flags) -> None:
         if not training.places and not flags.evaluate_only:
             raise UserError("no train row has segments other than crowds, so there is nothing to learn from")
     console = Console(highlight=False, markup=False)
+    for note in notes(files):
+        console.print(note, soft_wrap=True)
     counts = f"{len(training.places):,} rows to learn from, {len(validation.places):,} to judge on"
     console.print(f"{len(categories)} classes of {categories.name}; {counts}", soft_wrap=True)
     if flags.evaluate_only:
