@@ -22,7 +22,7 @@ from collavo.images import decode_rgb
 from collavo.panoptic.index_png import panoptic_map_of
 from collavo.panoptic.maps import PanopticMap
 from collavo.row_checks import check_record, check_schema, digest_of, schema_version
-from collavo.sources.image_paths import checked_relative
+from collavo.sources.image_paths import checked_relative, is_hidden
 from collavo.storage import (
     FAULTS,
     MANIFEST,
@@ -50,7 +50,8 @@ def find_files(paths: Sequence[str]) -> list[str]:
     be of wider types, and metadata may be gone.
 
     Args:
-        paths: files, folders whose `*.parquet` are meant, or glob patterns, on a disk or in a store.
+        paths: files, folders whose `*.parquet` are meant (on a disk those below, if a folder itself has none), or glob
+            patterns, on a disk or in a store.
 
     Raises:
         UserError: for a path that is not there, a file that is not crayon data, or an incomplete set of shards.
@@ -409,7 +410,10 @@ _MOST_CLASSES = 100_000
 def _files_of(path: str) -> list[str]:
     if is_local(path):
         file = Path(local_path(path))
-        files = [str(found) for found in file.glob("*.parquet")] if file.is_dir() else list_files(path)
+        files = list_files(path) if not file.is_dir() else [str(found) for found in file.glob("*.parquet")]
+        if not files and file.is_dir():  # as in a copy of a hub's data set, whose files lie in `data`
+            below = sorted(found.relative_to(file) for found in file.rglob("*.parquet"))
+            files = [str(file / found) for found in below if not is_hidden(str(found))]
     else:
         try:
             files = [] if is_folder(path) else list_files(path)

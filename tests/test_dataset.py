@@ -1,4 +1,5 @@
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,19 @@ def test_a_folder_and_its_files_are_the_same_data(two_shards: list[Path]):
     )
     assert find_files([str(folder), str(two_shards[1])]) == [*map(str, two_shards)]  # named twice, read once
     assert find_files([str(folder / "*.parquet")]) == [*map(str, two_shards)]  # in quotes, which no shell expands
+
+
+def test_files_below_a_folder_without_any_are_its_data(two_shards: list[Path]):
+    (hub := two_shards[0].parent / "hub").mkdir()
+    (hub / "README.md").touch()
+    (hub / ".cache").mkdir()
+    shutil.copy(two_shards[0], hub / ".cache" / "rows.parquet")
+    assert "no .parquet file" in refusal(hub)
+    (hub / "data").mkdir()
+    moved = [str(shutil.copy(file, hub / "data" / file.name)) for file in two_shards]
+    assert find_files([str(hub)]) == moved
+    shutil.copy(two_shards[0], hub / "rows.parquet")
+    assert find_files([str(hub)]) == [str(hub / "rows.parquet")]
 
 
 def test_rows_are_read_in_order_and_counted_by_split(two_shards: list[Path]):
