@@ -279,6 +279,8 @@ def test_a_dialogue_about_no_image_is_shown_without_pictures(tmp_path: Path) -> 
     )
     page = Page(publish(tmp_path, [[row]]))
     assert page.count("img") == 0 and page.count("article") == 1
+    beside = Page(publish(tmp_path, [[row, make_row("y")]])).text
+    assert "3.0 an image" in beside and "1.0 a row" in beside  # objects, of which there are 1.5 a row; instructions
     assert "Two people." in page.text and "None" not in page.text.split("Two people.")[0].rpartition("samples")[2]
 
 
