@@ -27,8 +27,8 @@ _FULL_BATCH = 1_000_000
 class BatchSegmenter:
     """A segmenter that gives every image of a batch its own outcome.
 
-    It is loaded by the first batch: where annotations serve all images, it need not even be there. Its method takes and
-    returns plain values, so that Beam can share it between the processes of a machine.
+    It is loaded by the first batch: where annotations serve all images, it need not even be there. It sees one batch at
+    a time. Its method takes and returns plain values, so that Beam can share it between the processes of a machine.
 
     Args:
         load: makes the segmenter.
@@ -41,9 +41,9 @@ class BatchSegmenter:
 
     def segment_each(self, images: Sequence[np.ndarray]) -> tuple[list[PanopticMap | Rejected], str]:
         """Return a map for each image, or why there is none, and the segmenter's facts as JSON."""
-        with self._lock:
+        with self._lock:  # a worker of Dataflow has a dozen threads that bring batches, and a GPU memory for one batch
             self._segmenter = self._segmenter or self._load()
-        return self._outcomes(self._segmenter, images), json.dumps(self._segmenter.facts, sort_keys=True)
+            return self._outcomes(self._segmenter, images), json.dumps(self._segmenter.facts, sort_keys=True)
 
     def _outcomes(self, segmenter: Segmenter, images: Sequence[np.ndarray]) -> list[PanopticMap | Rejected]:
         try:

@@ -1,7 +1,9 @@
 """Models under RunInference: how batches are bounded, and what becomes of those that fail."""
 
 import json
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ClassVar
 
@@ -74,6 +76,29 @@ def test_a_gpu_without_memory_for_any_image_ends_the_job_and_costs_no_picture():
     with pytest.raises(UserError, match=r"^the GPU has no memory left \(CUDA out of memory\); --resume with a smaller"):
         run(SegmenterHandler(partial(Painter, capacity=0), 8, 1 << 40), [loaded(str(i)) for i in range(8)])
     assert [len(batch) for batch in Painter.batches] == [8, 1, 1]
+
+
+def test_threads_that_bring_batches_at_once_need_the_memory_of_one_and_cost_no_picture():
+    """As on Dataflow, where a process works on several bundles."""
+
+    class Gpu(Painter):
+        held = 0
+
+        def segment(self, images: Sequence[np.ndarray]) -> list[PanopticMap]:
+            type(self).held += len(images)
+            try:
+                time.sleep(0.01)
+                if self.held > 2:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return super().segment(images)
+            finally:
+                type(self).held -= len(images)
+
+    model = BatchSegmenter(Gpu)
+    batches = [[np.zeros((2, 2, 3), np.uint8)] * 2] * 12
+    with ThreadPoolExecutor(12) as threads:
+        outcomes = [outcome for some, _ in threads.map(model.segment_each, batches) for outcome in some]
+    assert len(outcomes) == 24 and all(isinstance(outcome, PanopticMap) for outcome in outcomes)
 
 
 def test_an_image_too_large_by_itself_is_rejected_alone():
