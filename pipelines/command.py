@@ -97,7 +97,7 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
     logging.getLogger().addFilter(lambda record: "apitools not found" not in record.getMessage())
     from pipelines.earlier import clear, prepare
     from pipelines.job import SEGMENTED
-    from pipelines.launch import run_job
+    from pipelines.launch import JobLost, run_job
     from pipelines.plan import make_plan
 
     plan = make_plan(flags, rest, share_gpu)
@@ -124,7 +124,7 @@ def _build(flags: Flags, rest: list[str], workers: LocalWorkers | None, share_gp
             if not run_job(plan, workers, console):
                 return
         except BaseException as error:
-            clear(publication, interrupted=isinstance(error, KeyboardInterrupt))
+            clear(publication, isinstance(error, KeyboardInterrupt), lost=isinstance(error, JobLost))
             raise
         if is_local(publication.output):
             delete([join(publication.work, ""), join(publication.segmented, "")])

@@ -90,19 +90,26 @@ def prepare(
             file.write(json.dumps(made_by).encode())
 
 
-def clear(publication: Publication, interrupted: bool = False) -> None:
+def clear(publication: Publication, interrupted: bool = False, lost: bool = False) -> None:
     """Remove what nobody can use of a build that stopped, and say on standard error what the next one can.
 
     Where a store does not answer, all is left to the next build, which finds it.
+
+    Args:
+        interrupted: whether the user stopped it.
+        lost: whether its job may go on, so that nothing is to be removed.
     """
     with suppress(*FAULTS, StoreOutage):
         content = list_files(join(publication.segmented, ""))
         if left := _segmented(publication, content):
             kept = f"{_size_of(left)} of finished pictures are kept in {publication.segmented}"
-            print(f"{kept}: --resume uses them, --discard removes them", file=sys.stderr)
-        else:
-            if content and interrupted:
-                print("nothing is kept: no file of finished pictures was complete yet", file=sys.stderr)
+            if_over = "if the job is over, " * lost
+            print(f"{kept}: {if_over}--resume uses them, --discard removes them", file=sys.stderr)
+        elif content and interrupted:
+            print("nothing is kept: no file of finished pictures was complete yet", file=sys.stderr)
+        if lost:
+            return
+        if not left:
             delete([join(publication.segmented, "")])
         if not is_local(publication.output):  # there, the staging folder vanishes with all of it
             delete([join(publication.work, "")])

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, suppress
 from functools import partial
 from multiprocessing.connection import Connection
+from posixpath import join
 from types import ModuleType
 from typing import Any
 
@@ -24,12 +25,14 @@ import grpc
 from apache_beam.options.pipeline_options import DirectOptions, GoogleCloudOptions, StandardOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.runners.portability.fn_api_runner.worker_handlers import GrpcWorkerHandler, WorkerHandler
+from apache_beam.runners.runner import PipelineState
 from apache_beam.transforms.environments import Environment
 from google.protobuf import json_format
 from rich.console import Console
 
 from collavo.errors import UserError
 from collavo.folders import DISK_FAULTS
+from collavo.storage import MANIFEST, is_local
 from pipelines.graph import build_graph
 from pipelines.job import Publication
 from pipelines.local_workers import LocalWorkers
@@ -48,6 +51,10 @@ _GRACE_SECONDS = 5.0
 """How long a job may go on after a worker has failed: where the worker had begun, Beam notices by itself."""
 
 
+class JobLost(UserError):
+    """The launcher cannot watch a job any more, which may go on without it."""
+
+
 def run_job(plan: Plan, workers: LocalWorkers | None, console: Console) -> bool:
     """Run a job to its end, with progress on the console.
 
@@ -59,7 +66,7 @@ def run_job(plan: Plan, workers: LocalWorkers | None, console: Console) -> bool:
 
     Raises:
         UserError, KeyboardInterrupt: for what is not the program's fault, whichever process it happened in; whatever
-            else the runner raises comes as it is.
+            else the runner raises comes as it is. `JobLost` where the job may go on.
     """
     runner: Any = plan.beam_options.view_as(StandardOptions).runner
     name, publication = runner, plan.job.publication
@@ -76,8 +83,15 @@ def run_job(plan: Plan, workers: LocalWorkers | None, console: Console) -> bool:
             with _without_torch() if workers or log else nullcontext():
                 build_graph(pipeline, plan.job)
             result = pipeline.run()
-            if plan.beam_options.view_as(GoogleCloudOptions).template_location:
+            cloud = plan.beam_options.view_as(GoogleCloudOptions)
+            if cloud.template_location:
+                console.print(f"Template: {cloud.template_location}", highlight=False, soft_wrap=True)
                 return False
+            if job_id := getattr(result, "job_id", None):  # of Dataflow
+                job = (
+                    f"https://console.cloud.google.com/dataflow/jobs/{cloud.region}/{job_id()}?project={cloud.project}"
+                )
+                console.print(f"Job: {job}", highlight=False, soft_wrap=True)
             if log:
                 counts = partial(counters_of, result)
                 stack.enter_context(ProgressDisplay(counts, console, seconds=_SECONDS_BETWEEN_QUESTIONS))
@@ -86,6 +100,13 @@ def run_job(plan: Plan, workers: LocalWorkers | None, console: Console) -> bool:
             explained = (watch and watch.explained(error)) or _explained(error, publication, local=not log)
             if log:
                 logging.getLogger(__name__).error("the job failed", exc_info=error)
+                # What the launcher has to swap in is lost without it, and what the user stops is to stop.
+                needed = is_local(publication.output) or isinstance(explained, KeyboardInterrupt)
+                if result and not needed and _goes_on(result):
+                    end = (
+                        f"a job that goes on is done once {join(publication.output, MANIFEST)} is there; its log: {log}"
+                    )
+                    raise JobLost(f"--runner {name}: {_end_of_job(error, lost=True)}; {end}", 1) from error
                 if result:
                     with suppress(Exception):  # the job may be over, or its runner gone; else it would go on
                         result.cancel()
@@ -135,8 +156,20 @@ def _runner_log() -> Iterator[str]:
         root.setLevel(level)
 
 
-def _end_of_job(error: BaseException) -> str:
-    """Say in what state a job ended, with the last line of what its runner said of it."""
+def _goes_on(result: Any) -> bool:
+    """Tell whether a job goes on, or may do so since its runner does not answer: a launcher that loses its network, or
+    whose credentials end, is no reason to end the job of hours."""
+    with suppress(Exception):
+        return not PipelineState.is_terminal(result.state)
+    return True
+
+
+def _end_of_job(error: BaseException, lost: bool = False) -> str:
+    """Say in what state a job ended, with the last line of what its runner said of it.
+
+    Args:
+        lost: whether it may go on.
+    """
     if isinstance(error, grpc.RpcError) and isinstance(error, grpc.Call):
         return f"the runner cannot be reached any more ({error.code().name}): {(error.details() or '')[:_MAX_LINE]}"
     if isinstance(error, grpc.FutureTimeoutError):
@@ -145,7 +178,8 @@ def _end_of_job(error: BaseException) -> str:
     state = re.search(r"\bstate:? ([A-Z_]+)", text, re.IGNORECASE)
     around = r"^Pipeline \S+ failed in state \w+: |[\w.]*\bStore(Fault|Outage): | \[while running .*"
     last = re.sub(around, "", text.rpartition("\n")[2])
-    return f"the job ended in state {state[1] if state else 'unknown'}: {last[:_MAX_LINE] or type(error).__name__}"
+    how = "the launcher lost sight of the job" if lost else f"the job ended in state {state[1] if state else 'unknown'}"
+    return f"{how}: {last[:_MAX_LINE] or type(error).__name__}"
 
 
 def _local_runner(

@@ -243,9 +243,12 @@ class Prism:
         command = [program("prism"), "-job_port", str(self._port), "-serve_http=false"]
         with ExitStack() as stack:
             self._process = stack.enter_context(running(command, self._folder / "prism.log", ("localhost", self._port)))
+            line = free_port()
+            command = [sys.executable, str(_FORWARDER), str(line), f"localhost:{self._port}"]
+            self._line = stack.enter_context(running(command, self._folder / "line.log", ("localhost", line)))
             pool, self._pools = stack.enter_context(hosts(2, self._folder, [self._port], self._environment))
             self._stack = stack.pop_all()
-        self.flags = ["--job_endpoint", f"localhost:{self._port}", "--environment_config", pool]
+        self.flags = ["--job_endpoint", f"localhost:{line}", "--environment_config", pool]
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -253,6 +256,10 @@ class Prism:
 
     def kill(self) -> None:
         kill(self._process)
+
+    def kill_line(self) -> None:
+        """End the connection of the launcher."""
+        kill(self._line)
 
     def workers(self) -> list[int]:
         """Wait for the processes that the pools start for the job."""

@@ -107,7 +107,7 @@ class Kill(NamedTuple):
 
 KILLS = [
     Kill(victim, moment)
-    for victim in ("worker", "runner", "store", "launcher")
+    for victim in ("worker", "runner", "store", "launcher", "line")
     for moment in (r"made_by", r"\.segmented/.*\.arrow", r"/shards/.*\.parquet")
 ]
 
@@ -132,14 +132,18 @@ def test_what_is_killed_costs_no_row_and_leaves_nothing_that_looks_whole(
             time.sleep(0.05)
         if moment == "made_by":
             runner.workers()  # the runner has got the job
-        {"worker": runner.kill_worker, "runner": runner.kill, "store": store.kill, "launcher": launcher.kill}[victim]()
+        ends = {"worker": runner.kill_worker, "runner": runner.kill, "store": store.kill, "launcher": launcher.kill}
+        {**ends, "line": runner.kill_line}[victim]()
         _, errors = launcher.communicate(timeout=600)
+        if victim == "line":
+            assert launcher.returncode == 1 and f"is done once {output}/{MANIFEST} is there; its log: " in errors
         if victim == "store":
             store.start()
-        deadline = time.monotonic() + (300 if victim == "launcher" else 0)  # without which the job goes on
+        alone = victim in ("launcher", "line")  # without which the job goes on
+        deadline = time.monotonic() + (300 if alone else 0)
         while not (done := exists(f"{output}/{MANIFEST}")) and time.monotonic() < deadline:
             time.sleep(0.5)
-        assert done or victim != "launcher"
+        assert done or not alone
         if not done:
             assert "Traceback" not in errors and launcher.returncode == 1
             record_property("said", errors)
