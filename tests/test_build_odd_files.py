@@ -5,8 +5,10 @@ import io
 import json
 import os
 import random
+import ssl
 import tarfile
 import threading
+import time
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -20,9 +22,11 @@ import torch
 from builds import PICTURE, DataSet, build, tiny_mask2former
 from PIL import Image
 
+from collavo.errors import Rejected
 from collavo.images import decode_rgb
 from collavo.panoptic.index_png import decode_index_map
 from collavo.scenes import write_scenes
+from collavo.web import fetch
 
 FORMATS = {
     "JPEG": ("L", "RGB", "CMYK"),
@@ -278,6 +282,17 @@ def test_a_link_out_of_a_folder_puts_no_path_of_the_machine_into_rows(tmp_path):
         data = build(tmp_path / str(number), *flags, "--segmenter", "none", "--image_storage", "reference")
         assert sorted(row.image_path for row in data.rows.values()) == ["coco/train2017/a.jpg", "vg/b.jpg"], flags
         assert sorted(data.rows) == ["coco/train2017/a.jpg", "vg/b.jpg"]
+
+
+def test_the_certificates_of_all_authorities_are_not_read_for_each_url():
+    start = time.process_time()
+    ssl.create_default_context()
+    once = time.process_time() - start
+    start = time.process_time()
+    for number in range(40):
+        with pytest.raises(Rejected):
+            fetch(f"https://127.0.0.1:1/{number}.jpg")
+    assert time.process_time() - start < 20 * once
 
 
 def test_urls_that_are_refused_are_told_from_missing_ones_and_busy_servers_are_asked_again(tmp_path, monkeypatch):
