@@ -29,6 +29,7 @@ from pipelines.image_steps import (
     draft_dialogue,
     draft_known,
     draft_row,
+    fetch_ahead,
     read_images,
     segment_by_annotation,
     split_of,
@@ -145,7 +146,8 @@ def build_graph(pipeline: beam.Pipeline, job: CrayonJob) -> None:
             tasks
             | "InEvenPacks" >> beam.FlatMap(_in_even_packs, counts, is_local(job.work))
             | "SpreadImages" >> beam.GroupByKey()
-            | "PiecesOfPack" >> beam.FlatMapTuple(lambda _, pieces: pieces)
+            | "PiecesOfPack"
+            >> beam.MapTuple(lambda _, pieces: packed([task for piece in pieces for task in unpacked(piece)]))
         )
         if job.model and job.model.accelerator:
             split = packs | "SplitByNeed" >> beam.FlatMap(_by_need, job).with_outputs(_TO_MODEL, main="annotated")
@@ -390,12 +392,15 @@ def _count_packs(images: int, disk: bool) -> int:
 
 def _read(tasks: Packed, job: CrayonJob) -> Iterator[LoadedImage | Draft | RejectOutput | ToModel]:
     """Read and check images; those without a usable annotation go to the model, where there is one."""
+    of_images = []
     for task in unpacked(tasks):
-        if not task.mentions[0].uri:
+        if task.mentions[0].uri:
+            of_images.append((task, not _needs_model(task, job)))
+        else:
             yield draft_dialogue(task, job)
-            continue
-        to_model = _needs_model(task, job)
-        images, rejects = read_images(task, job.output.max_pixels, with_rgb=to_model)
+    for (_, with_mask), fetched in zip(of_images, fetch_ahead(of_images), strict=True):
+        to_model = not with_mask
+        images, rejects = read_images(fetched, job.output.max_pixels, with_rgb=to_model)
         for image in images:
             yield _for_model(image, job) if to_model else image
         if not images:

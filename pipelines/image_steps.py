@@ -6,10 +6,13 @@ Each step adds the seconds that it took. An image that cannot be used comes back
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,7 +24,7 @@ from collavo.panoptic.instances import Instance, instances_map
 from collavo.panoptic.maps import IdRuns, PanopticMap, SegmentInfo, build_panoptic_map
 from collavo.sources.coco_panoptic import segment_infos
 from collavo.sources.image_paths import other_extensions, without_extension
-from collavo.storage import exists, read_bytes
+from collavo.storage import exists, is_local, read_bytes
 from collavo.web import is_url
 from pipelines.job import CrayonJob
 from pipelines.records import Draft, ImageTask, LoadedImage, Mention, Reject, Segmented, SegmentedImage
@@ -29,14 +32,66 @@ from pipelines.sources import finished_pictures
 from pipelines.spill import read_drafts, spilled_pictures
 from schemas.crayon_row import CrayonRow
 
+_FILES_AHEAD = 8
+
 _ANNOTATIONS = {kind: json.dumps({"name": kind}) for kind in ("annotations", "instance annotations")}
 
 
-def read_images(task: ImageTask, max_pixels: int, with_rgb: bool) -> tuple[list[LoadedImage], list[Reject]]:
-    """Read the bytes of a task's image and make sure that they decode.
+class Fetched(NamedTuple):
+    """A file that a task names, with the mentions of it, and the mask of its annotation; or why one cannot be read."""
+
+    task: ImageTask
+    uri: str
+    data: bytes | Rejected
+    mask: bytes | Rejected
+    seconds: dict[str, float]
+
+
+def fetch_ahead(tasks: Sequence[tuple[ImageTask, bool]]) -> Iterator[list[Fetched]]:
+    """Fetch the files of tasks, see `fetch_files`; those of a store or the web several at once and ahead of their turn,
+    since a file takes longer to come from there than to be decoded."""
+    pool = ThreadPoolExecutor(_FILES_AHEAD)
+    waiting: deque[Future[list[Fetched]] | None] = deque()
+    try:
+        for place, (task, with_mask) in enumerate(tasks):
+            for ahead in tasks[place + len(waiting) : place + _FILES_AHEAD]:
+                waiting.append(None if all(map(is_local, ahead[0].uris)) else pool.submit(fetch_files, *ahead))
+            fetched = waiting.popleft()
+            yield fetched.result() if fetched else fetch_files(task, with_mask)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def fetch_files(task: ImageTask, with_mask: bool) -> list[Fetched]:
+    """Read the bytes of a task's image.
 
     Most tasks name one file. Where the files named differ in their extension and more than one of them exists, each is
     an image of its own.
+
+    Args:
+        with_mask: whether the mask of its annotation is needed, if it has one.
+    """
+    fetched = []
+    for part, uri in _existing_files(task):
+        seconds: dict[str, float] = {}
+        mask: bytes | Rejected = b""
+        with _timed(seconds, "read"):
+            try:
+                found, data = _first_existing(uri)
+            except Rejected as error:
+                fetched.append(Fetched(part, uri, error, mask, seconds))
+                continue
+            if with_mask and part.annotated and (mask_uri := part.annotated.mask_uri):
+                try:
+                    mask = read_bytes(mask_uri)
+                except Rejected as error:
+                    mask = error
+        fetched.append(Fetched(part, found, data, mask, seconds))
+    return fetched
+
+
+def read_images(fetched: Iterable[Fetched], max_pixels: int, with_rgb: bool) -> tuple[list[LoadedImage], list[Reject]]:
+    """Make sure that the files of a task decode.
 
     Args:
         max_pixels: bound on width x height.
@@ -47,8 +102,8 @@ def read_images(task: ImageTask, max_pixels: int, with_rgb: bool) -> tuple[list[
     """
     loaded: list[LoadedImage] = []
     rejects: list[Reject] = []
-    for part, uri in _existing_files(task):
-        outcome = _read_image(part, uri, max_pixels, with_rgb)
+    for file in fetched:
+        outcome = _read_image(file, max_pixels, with_rgb)
         if isinstance(outcome, LoadedImage):
             loaded.append(outcome)
         else:
@@ -195,15 +250,13 @@ def _existing_files(task: ImageTask) -> list[tuple[ImageTask, str]]:
     return [(ImageTask(tuple(mentions)), uri) for uri, mentions in of_file.items()]
 
 
-def _read_image(task: ImageTask, uri: str, max_pixels: int, with_rgb: bool) -> LoadedImage | list[Reject]:
-    seconds: dict[str, float] = {}
-    try:
-        with _timed(seconds, "read"):
-            found, data = _first_existing(uri)
-    except Rejected as error:
-        return task.rejects("read", error)
+def _read_image(file: Fetched, max_pixels: int, with_rgb: bool) -> LoadedImage | list[Reject]:
+    task, found, data, mask, seconds = file
+    if isinstance(data, Rejected):
+        return task.rejects("read", data)
     path = without_extension(task.mentions[0].image_path) + found.removeprefix(without_extension(found))
-    return decode_image(task, path, data, max_pixels, with_rgb, seconds)
+    outcome = decode_image(task, path, data, max_pixels, with_rgb, seconds)
+    return replace(outcome, mask=mask) if isinstance(outcome, LoadedImage) else outcome
 
 
 def decode_image(
@@ -242,7 +295,9 @@ def _mask_runs(
     but for squares; a turn by 180 degrees or a mirroring leaves no trace, and a guess would put boxes into wrong
     corners.
     """
-    data = read_bytes(annotated.mask_uri)
+    data = image.mask
+    if isinstance(data, Rejected):
+        raise data
     listed = [info.id for info in infos]
     if image.orientation == 1 or mask_frame == "upright":
         return decode_segment_runs(data, image.size_wh, listed)

@@ -172,6 +172,8 @@ class LoadedImage:
 
     rgb: np.ndarray | None
     seconds: dict[str, float]
+    mask: bytes | Rejected = b""
+    """The file that `mask_uri` of its annotation names, or why it cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)

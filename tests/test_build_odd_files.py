@@ -284,6 +284,33 @@ def test_a_link_out_of_a_folder_puts_no_path_of_the_machine_into_rows(tmp_path):
         assert sorted(data.rows) == ["coco/train2017/a.jpg", "vg/b.jpg"]
 
 
+def test_files_that_take_long_to_come_are_fetched_several_at_once(tmp_path):
+    """A million of them, a tenth of a second each, would take 28 hours one after the other."""
+    together = threading.Barrier(4)
+
+    class Web(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            together.wait(60)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(PICTURE + self.path.encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web) as server:
+        threading.Thread(target=server.serve_forever).start()
+        names = [f"{number}.jpg" for number in range(32)]
+        site = f"http://127.0.0.1:{server.server_port}"
+        (tmp_path / "list.txt").write_text("\n".join(f"{site}/{name}" for name in names))
+        try:
+            words = ["--images", tmp_path / "list.txt", "--segmenter", "none", "--direct_num_workers", "1"]
+            data = build(tmp_path / "out", *words)
+        finally:
+            server.shutdown()
+    assert sorted(data.rows) == sorted(names)
+
+
 def test_the_certificates_of_all_authorities_are_not_read_for_each_url():
     start = time.process_time()
     ssl.create_default_context()

@@ -14,7 +14,15 @@ from collavo.images import MAX_PIXELS, decode_rgb
 from collavo.panoptic.index_png import decode_index_map
 from collavo.panoptic.maps import build_panoptic_map
 from collavo.sources.coco_panoptic import Annotation
-from pipelines.image_steps import draft_dialogue, draft_row, merge_drafts, read_images, segment_by_annotation, split_of
+from pipelines.image_steps import (
+    draft_dialogue,
+    draft_row,
+    fetch_files,
+    merge_drafts,
+    read_images,
+    segment_by_annotation,
+    split_of,
+)
 from pipelines.job import CrayonJob
 from pipelines.records import Draft, ImageTask, Input, LoadedImage, Mention, SegmentedImage
 from schemas.crayon_row import Dialogue
@@ -45,7 +53,7 @@ def job(mask_frame: str = JOB.mask_frame, **output: Any) -> CrayonJob:
 
 
 def read(task: ImageTask, with_rgb: bool = False) -> LoadedImage:
-    (image,), rejects = read_images(task, MAX_PIXELS, with_rgb)
+    (image,), rejects = read_images(fetch_files(task, not with_rgb), MAX_PIXELS, with_rgb)
     assert rejects == []
     return image
 
@@ -105,7 +113,7 @@ def test_files_that_differ_only_in_their_extension_are_images_of_their_own(tmp_p
         mention(tmp_path, "cat.jpg"),
         mention(tmp_path, "cat.png"),
     )
-    images, rejects = read_images(ImageTask(mentions), MAX_PIXELS, with_rgb=False)
+    images, rejects = read_images(fetch_files(ImageTask(mentions), True), MAX_PIXELS, with_rgb=False)
     assert rejects == []
     assert [(image.path, image.task.mentions) for image in images] == [
         ("cat.jpg", mentions[:2]),
@@ -113,7 +121,7 @@ def test_files_that_differ_only_in_their_extension_are_images_of_their_own(tmp_p
     ]
 
     (tmp_path / "cat.jpg").write_bytes(b"no picture")
-    (image,), rejects = read_images(ImageTask(mentions), MAX_PIXELS, with_rgb=False)
+    (image,), rejects = read_images(fetch_files(ImageTask(mentions), True), MAX_PIXELS, with_rgb=False)
     assert image.path == "cat.png"
     assert {(r.id, r.stage, r.reason) for r in rejects} == {
         ("folder:cat.jpg", "decode", "not_an_image"),
