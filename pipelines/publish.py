@@ -71,7 +71,7 @@ def publish(
     """
     folder, manifest_uri = publication.folder, join(publication.folder, MANIFEST)
     found = list_files(join(folder, ""))
-    if manifest_uri in found and _is_of(publication, manifest_uri):
+    if manifest_uri in found and _is_of(publication, shards, manifest_uri):
         _remove_used(publication, found)
         return  # retried after it had done all but perhaps that
     ordered = sorted(shards, key=lambda shard: shard.shard)
@@ -114,12 +114,17 @@ def publish(
     _remove_used(publication, found)
 
 
-def _is_of(publication: Publication, manifest_uri: str) -> bool:
-    """Tell whether a manifest is the one of this very build; an earlier one of the output may be damaged."""
-    with open_read(manifest_uri) as file, suppress(ValueError, AttributeError):
+def _is_of(publication: Publication, shards: Sequence[WrittenShard], manifest_uri: str) -> bool:
+    """Tell whether a manifest is the one of this very build; an earlier one of the output may be damaged.
+
+    A template of Dataflow that is launched again differs in its files alone.
+    """
+    with open_read(manifest_uri) as file, suppress(ValueError, AttributeError, KeyError, TypeError):
         manifest = json.load(file)
         now = json.loads(json.dumps(publication.configuration))
-        return bool((manifest.get("started"), manifest.get("configuration")) == (publication.started, now))
+        same = (manifest.get("started"), manifest.get("configuration")) == (publication.started, now)
+        written = {shard.sha256 for shard in shards if shard.data_uri}
+        return same and {file["sha256"] for file in manifest["files"]} == written
     return False
 
 

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import apache_beam as beam
 import pytest
-from builds import build, planned, scene_sources, status_of, tiny_mask2former
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from builds import PICTURE, build, planned, scene_sources, status_of, tiny_mask2former
 from PIL import Image
 from stores import Store, s3_store
 
@@ -17,6 +19,7 @@ from collavo.errors import StoreFault
 from collavo.scenes import write_scenes
 from pipelines import joins, launch
 from pipelines.command import main
+from pipelines.graph import build_graph
 from pipelines.job import Publication
 from pipelines.publish import publish
 
@@ -168,6 +171,18 @@ def test_a_publication_that_is_tried_again_while_it_cleans_up_leaves_the_data_wh
         json.loads(made["manifest.json"])["rejects"] == {"not_an_image": 1} and b"broken.jpg" in made["rejects.jsonl"]
     )
     assert not [name for name in made if name.startswith(".")]
+
+
+def test_a_job_that_is_launched_again_as_from_a_template_publishes_what_it_reads_then(store):
+    store.put("daily/1.jpg", PICTURE)
+    job = planned("--images", "s3://bucket/daily/", "--segmenter", "none", "--output", "s3://bucket/again").job
+    for number in (1, 2):
+        store.put(f"daily/{number}.jpg", PICTURE + bytes([number]))
+        with beam.Pipeline(runner=FnApiRunner()) as pipeline:
+            build_graph(pipeline, job)
+        made = store.objects("again/")
+        assert json.loads(made["manifest.json"])["rows"] == number
+        assert not [name for name in made if name.startswith(".")]
 
 
 def test_what_a_killed_launcher_left_is_told_and_removed_when_asked(store, capsys):
