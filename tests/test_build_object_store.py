@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,6 +184,19 @@ def test_a_job_that_is_launched_again_as_from_a_template_publishes_what_it_reads
         made = store.objects("again/")
         assert json.loads(made["manifest.json"])["rows"] == number
         assert not [name for name in made if name.startswith(".")]
+
+
+def test_shards_get_their_names_several_at_once(scenes, tmp_path, monkeypatch):
+    """S3 copies each in seconds."""
+    together = threading.Barrier(2)
+
+    def put_in_place(source: str, destination: str) -> None:
+        together.wait(60)
+        storage.put_in_place(source, destination)
+
+    monkeypatch.setattr("pipelines.publish.put_in_place", put_in_place)
+    flags = ["--num_shards", 4, "--coco_split", "train", "--llava_split", "train", "--images_split", "train"]
+    assert len(build(tmp_path / "out", *sources(str(scenes)), *flags, "--direct_num_workers", 1).files) == 2
 
 
 def test_what_a_killed_launcher_left_is_told_and_removed_when_asked(store, capsys):
