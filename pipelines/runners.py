@@ -10,11 +10,14 @@ from apache_beam.options.pipeline_options import (
     DebugOptions,
     GoogleCloudOptions,
     PipelineOptions,
+    PortableOptions,
     StandardOptions,
     WorkerOptions,
 )
 from apache_beam.options.pipeline_options_validator import PipelineOptionsValidator
 from apache_beam.runners import create_runner
+from apache_beam.runners.portability.portable_runner import PortableRunner
+from apache_beam.transforms.environments import DockerEnvironment
 
 from collavo.cli import Parser, naming, unknown_flag
 from collavo.errors import UserError
@@ -98,6 +101,7 @@ def check_workers(
     """
     if _is_dataflow(options):
         _check_dataflow(options, accelerator)
+    _check_environment(options)
     if options.view_as(StandardOptions).runner != "DirectRunner":
         return
     if accelerator:
@@ -106,6 +110,25 @@ def check_workers(
         raise UserError(
             "several processes (--direct_num_workers, --direct_running_mode multi_processing) would each load a model "
             "into one GPU; add --model_copies 1, or leave the flag out for a process per GPU"
+        )
+
+
+def _check_environment(options: PipelineOptions) -> None:
+    """Refuse Beam's own image, which runners with a job service start where nothing else is named."""
+    name, given = options.view_as(StandardOptions).runner, options.view_as(PortableOptions)
+    runner = create_runner(name)
+    if not isinstance(runner, PortableRunner):
+        return
+    try:
+        environment = runner.default_environment(options)
+    except ValueError as error:
+        config = f" --environment_config {given.environment_config}" * bool(given.environment_config)
+        raise UserError(f"--environment_type {given.environment_type}{config}: {error}") from error
+    if getattr(environment, "container_image", "") == DockerEnvironment.default_docker_image():
+        raise UserError(
+            f"--runner {name} would start Beam's own image for its workers, which lacks this package and torch; "
+            "--environment_type DOCKER --environment_config IMAGE names one, which docker/Dockerfile makes; "
+            "EXTERNAL and PROCESS do without"
         )
 
 

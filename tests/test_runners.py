@@ -181,6 +181,36 @@ def test_dataflow_needs_an_image_that_holds_this_package():
     check_workers(parsed(*DATAFLOW, IMAGE), False, "cuda", None)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--runner PortableRunner --job_endpoint host:8073",
+        "--runner FlinkRunner --flink_master host:8081 --sdk_container_image registry/collavo:1",
+        "--runner SparkRunner --spark_master_url spark://host:7077 --environment_type DOCKER",
+    ],
+)
+def test_other_runners_need_it_too_and_do_not_take_dataflows_flag(words):
+    assert "--environment_config IMAGE" in refusal(check_workers, parsed(*words.split()), False, "cuda", None)
+    named = parsed(*words.split(), "--environment_type", "DOCKER", "--environment_config", "registry/collavo:1")
+    check_workers(named, False, "cuda", None)
+    pool = parsed(*words.split(), "--environment_type", "EXTERNAL", "--environment_config", "host:50000")
+    check_workers(pool, False, "cuda", None)
+
+
+def test_a_local_flink_starts_workers_from_this_installation():
+    check_workers(parsed("--runner", "FlinkRunner"), False, "cuda", None)
+
+
+def test_an_environment_that_beam_does_not_know_or_cannot_read_is_said_in_one_line():
+    words = ["--runner", "PortableRunner", "--job_endpoint", "host:8073", "--environment_type"]
+    message = refusal(check_workers, parsed(*words, "NOSUCH"), False, "cuda", None)
+    assert message == "--environment_type NOSUCH: Unknown environment type: NOSUCH"
+    process = parsed(*words, "PROCESS", "--environment_config", "/opt/boot")
+    assert "--environment_type PROCESS --environment_config /opt/boot: " in refusal(
+        check_workers, process, False, "cuda", None
+    )
+
+
 def test_dataflow_either_shares_a_gpu_or_has_one_process():
     check_workers(parsed(*DATAFLOW, IMAGE, MPS), False, "cuda", None)
     check_workers(parsed(*DATAFLOW, IMAGE, ONE_PROCESS), False, "cuda", None)
@@ -217,6 +247,7 @@ def test_the_image_of_the_workers_imports_what_is_there():
 def test_a_runner_that_is_not_there_is_said_in_one_line(tmp_path, capfd):
     write_scenes(tmp_path / "scenes", 1, (96, 72))
     runner = ["--runner", "PortableRunner", "--job_endpoint", "localhost:1", "--job_server_timeout", "1"]
+    runner += ["--environment_type", "LOOPBACK"]
     assert status_of(*scene_sources(tmp_path / "scenes"), "--output", tmp_path / "out", *runner) == 1
     (line,) = capfd.readouterr().err.splitlines()
     assert "error: --runner PortableRunner: the runner cannot be reached; its log: " in line
@@ -227,7 +258,7 @@ def test_a_network_of_ones_own_has_to_be_in_the_workers_image(tmp_path):
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "a.jpg").touch()
     flags = ["--images", tmp_path / "p", "--output", tmp_path / "out", "--device", "cpu"]
-    cluster = ["--runner", "PortableRunner", "--job_endpoint", "embed"]
+    cluster = ["--runner", "PortableRunner", "--job_endpoint", "embed", "--environment_type", "LOOPBACK"]
     (note,) = planned(*flags, "--segmenter_checkpoint", network, *cluster).notes
     assert note.startswith(f"--segmenter_checkpoint {network}: every worker reads this from its own disk")
     assert planned(*flags, "--segmenter_checkpoint", network).notes == ()
