@@ -22,6 +22,8 @@ from apache_beam.transforms.combiners import Top
 from apache_beam.transforms.window import GlobalWindow
 from apache_beam.utils.windowed_value import WindowedValue
 
+import collavo
+from collavo.errors import UserError
 from collavo.instructions.choose import ClassStatistics
 from collavo.storage import is_local
 from pipelines.image_steps import (
@@ -564,6 +566,14 @@ class SpillDrafts(beam.DoFn):
     def __init__(self, job: CrayonJob, by_model: bool = False) -> None:
         self._job = job
         self._folder = job.publication.segmented if by_model else join(job.work, DRAFTS)
+
+    def setup(self) -> None:
+        launched = self._job.facts["code_version"]
+        if launched != collavo.__version__:
+            raise UserError(
+                f"the launcher has collavo {launched}, a worker {collavo.__version__}, which may write other rows; "
+                "install the same on both, as by a new image of the workers"
+            )
 
     def start_bundle(self) -> None:
         self._writer: SpillWriter | None = None

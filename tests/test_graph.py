@@ -12,10 +12,13 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.pipeline import PipelineVisitor
 from apache_beam.portability import common_urns
 from apache_beam.portability.api import beam_runner_api_pb2
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from apache_beam.transforms.environments import DockerEnvironment
 from builds import PICTURE, REPOSITORY, CocoFolder, planned
 from conftest import state_and_timers
 
+import collavo
+from collavo.errors import UserError
 from collavo.instructions.choose import ClassStatistics
 from collavo.parquet_writer import CrayonFileWriter
 from collavo.sources.coco_panoptic import Annotation
@@ -195,6 +198,16 @@ def test_no_step_keeps_state_or_timers(jobs, kind):
     pipeline.visit(steps)
     assert len(steps.functions) > 10
     assert [function for function in steps.functions if state_and_timers(function) != (set(), set())] == []
+
+
+def test_a_worker_of_another_version_ends_the_job_since_it_may_write_other_rows(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(PICTURE)
+    job = planned("--images", tmp_path, "--segmenter", "none", "--output", tmp_path / "out").job
+    other = dataclasses.replace(job, facts={**job.facts, "code_version": "0.0.9"})
+    pipeline = beam.Pipeline(runner=FnApiRunner())
+    build_graph(pipeline, other)
+    with pytest.raises(UserError, match=f"the launcher has collavo 0.0.9, a worker {collavo.__version__}, which"):
+        pipeline.run()
 
 
 def test_a_launcher_makes_the_graph_of_a_build_with_a_network_without_torch(tmp_path):
