@@ -244,6 +244,13 @@ def test_the_image_of_the_workers_imports_what_is_there():
     assert modules and all(importlib.util.find_spec(module) for module in modules)
 
 
+def test_the_image_of_the_workers_has_one_torch():
+    """torchvision alone would bring the latest, with which detectron2 would be compiled."""
+    dockerfile = (Path(__file__).parents[1] / "docker" / "Dockerfile").read_text()
+    installs = [command for command in re.findall(r"pip install .*", dockerfile) if "torch" in command]
+    assert len(installs) == 3 and all('"torch==${TORCH_VERSION}"' in command for command in installs)
+
+
 def test_a_runner_that_is_not_there_is_said_in_one_line(tmp_path, capfd):
     write_scenes(tmp_path / "scenes", 1, (96, 72))
     runner = ["--runner", "PortableRunner", "--job_endpoint", "localhost:1", "--job_server_timeout", "1"]
