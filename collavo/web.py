@@ -1,12 +1,12 @@
 """Fetch an image that a user names by an http(s) URL: bounded in bytes and in time."""
 
+import socket
 import ssl
 import time
 from collections.abc import Sequence
 from functools import lru_cache
-from http.client import HTTPException
+from http.client import HTTPException, IncompleteRead
 from urllib import request
-from urllib.error import HTTPError
 from urllib.parse import quote
 
 from collavo import __version__
@@ -21,6 +21,8 @@ FETCH_SECONDS = 30
 WAITS = (1, 2, 4)
 """Seconds to wait before each further try, for who can wait."""
 
+_BROKEN_OFF = (ConnectionResetError, IncompleteRead)
+
 
 def is_url(source: str) -> bool:
     """Tell an http(s) URL from the path of a file."""
@@ -32,7 +34,8 @@ def fetch(url: str, most_bytes: int | None = None, waits: Sequence[float] = ()) 
 
     Args:
         most_bytes: bound on them, `MAX_BYTES` if not given.
-        waits: seconds before each further try where the server is busy, as it says itself by a status of 429 or 5xx.
+        waits: seconds before each further try where the server is busy, as it says itself by a status of 429 or 5xx,
+            where it breaks off, and where names cannot be resolved at the moment.
 
     Raises:
         Rejected: `missing_file`, `unreachable_url` or `oversized_file`.
@@ -42,16 +45,16 @@ def fetch(url: str, most_bytes: int | None = None, waits: Sequence[float] = ()) 
         try:
             data = _fetch(url, most_bytes)
             break
-        except HTTPError as error:
-            busy = error.code == 429 or error.code >= 500
-            if busy and wait is not None:
+        except (OSError, ValueError, HTTPException) as error:
+            code, fault = getattr(error, "code", 0), getattr(error, "reason", error)
+            resolver_busy = isinstance(fault, socket.gaierror) and fault.errno == socket.EAI_AGAIN
+            passing = code == 429 or code >= 500 or resolver_busy or isinstance(fault, _BROKEN_OFF)
+            if passing and wait is not None:
                 time.sleep(wait)
                 continue
-            tries = f", {len(waits) + 1} times" if busy and waits else ""
-            reason = "missing_file" if error.code in (404, 410) else "unreachable_url"
-            raise Rejected(reason, f"cannot be fetched: {error.code} {error.reason}{tries}") from error
-        except (OSError, ValueError, HTTPException) as error:
-            raise Rejected("unreachable_url", f"cannot be fetched: {getattr(error, 'reason', error)}") from error
+            tries = f", {len(waits) + 1} times" if passing and waits else ""
+            reason = "missing_file" if code in (404, 410) else "unreachable_url"
+            raise Rejected(reason, f"cannot be fetched: {f'{code} ' * bool(code)}{fault}{tries}") from error
     if len(data) > most_bytes:
         raise Rejected("oversized_file", f"more than {most_bytes} bytes")
     return data
@@ -80,4 +83,6 @@ def _fetch(url: str, most_bytes: int) -> bytes:
             data += chunk
             if time.monotonic() > end:
                 raise TimeoutError(f"it takes more than {FETCH_SECONDS} seconds")
+        if not chunk and response.length:  # what was announced and did not come
+            raise IncompleteRead(bytes(data), response.length)
     return bytes(data)

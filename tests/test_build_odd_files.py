@@ -5,7 +5,9 @@ import io
 import json
 import os
 import random
+import socket
 import ssl
+import struct
 import tarfile
 import threading
 import time
@@ -322,7 +324,7 @@ def test_the_certificates_of_all_authorities_are_not_read_for_each_url():
     assert time.process_time() - start < 20 * once
 
 
-def test_urls_that_are_refused_are_told_from_missing_ones_and_busy_servers_are_asked_again(tmp_path, monkeypatch):
+def test_urls_that_are_refused_are_told_from_missing_ones_and_faults_that_pass_are_waited_for(tmp_path, monkeypatch):
     asked: Counter[str] = Counter()
     of_path = {"/gone.jpg": 404, "/private.jpg": 403, "/slow.jpg": 429, "/down.png": 503}
 
@@ -330,9 +332,16 @@ def test_urls_that_are_refused_are_told_from_missing_ones_and_busy_servers_are_a
         def do_GET(self):
             asked[self.path] += 1
             busy_at_first = self.path == "/busy%20at%20first.jpg" and asked[self.path] < 3
+            if self.path == "/reset.png" and asked[self.path] < 3:
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+                return
             self.send_response(503 if busy_at_first else of_path.get(self.path, 200))
+            cut = self.path == "/cut.png" and asked[self.path] < 3
+            data = PICTURE + self.path.encode()
+            self.send_header("Content-Length", f"{len(data)}")
             self.end_headers()
-            self.wfile.write(PICTURE + self.path.encode())
+            self.wfile.write(data[:30] if cut else data)
 
         def log_message(self, *_):
             pass
@@ -341,7 +350,8 @@ def test_urls_that_are_refused_are_told_from_missing_ones_and_busy_servers_are_a
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Web) as server:
         threading.Thread(target=server.serve_forever).start()
         site = f"http://127.0.0.1:{server.server_port}"
-        names = [*of_path, "/there.jpg", "/down.jpg", "/busy at first.jpg", "/a?id=1", "/a?id=2"]
+        at_first = ["/busy at first.jpg", "/reset.png", "/cut.png"]
+        names = [*of_path, "/there.jpg", "/down.jpg", *at_first, "/a?id=1", "/a?id=2"]
         (tmp_path / "list.txt").write_text(
             "\n".join([*(f"{site}{name}" for name in names), "http://127.0.0.1:1/x.jpg"])
         )
@@ -358,4 +368,5 @@ def test_urls_that_are_refused_are_told_from_missing_ones_and_busy_servers_are_a
     }
     assert "429 Too Many Requests, 4 times" in reasons["/slow.jpg"][1]
     once = ("/gone.jpg", "/private.jpg", "/there.jpg", "/down.jpg", "/a?id=1", "/a?id=2")
-    assert asked == {**dict.fromkeys(once, 1), "/busy%20at%20first.jpg": 3, "/slow.jpg": 4, "/down.png": 4}
+    at_last = ("/busy%20at%20first.jpg", "/reset.png", "/cut.png")
+    assert asked == {**dict.fromkeys(once, 1), **dict.fromkeys(at_last, 3), "/slow.jpg": 4, "/down.png": 4}
