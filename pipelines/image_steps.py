@@ -5,6 +5,7 @@ Each step adds the seconds that it took. An image that cannot be used comes back
 
 import hashlib
 import json
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,6 +34,9 @@ from pipelines.spill import read_drafts, spilled_pictures
 from schemas.crayon_row import CrayonRow
 
 _FILES_AHEAD = 8
+
+_FINDING = threading.Lock()
+"""The threads of a worker find known pictures once for all of them: of a million, they take some 300 MB."""
 
 _ANNOTATIONS = {kind: json.dumps({"name": kind}) for kind in ("annotations", "instance annotations")}
 
@@ -150,9 +154,10 @@ def draft_known(image: LoadedImage, job: CrayonJob) -> Draft | None:
         return None
     task, row = image.task, _row(image, job)
     digest = bytes.fromhex(row.image_sha256 or "")
-    block = spilled_pictures(job.publication.segmented, job.work).get(digest) if job.output.resume else None
-    if block is None and digest not in finished_pictures(job.sources.crayon_files):
-        return None
+    with _FINDING:
+        block = spilled_pictures(job.publication.segmented, job.work).get(digest) if job.output.resume else None
+        if block is None and digest not in finished_pictures(job.sources.crayon_files):
+            return None
     if block is None:
         return Draft(row, task.inputs, (), image.seconds, split_stated=bool(task.split))
     (segmented,) = read_drafts([block])

@@ -1,6 +1,8 @@
 import dataclasses
 import hashlib
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from collavo.images import MAX_PIXELS, decode_rgb
 from collavo.panoptic.index_png import decode_index_map
 from collavo.panoptic.maps import build_panoptic_map
 from collavo.sources.coco_panoptic import Annotation
+from pipelines import spill
 from pipelines.image_steps import (
     draft_dialogue,
+    draft_known,
     draft_row,
     fetch_files,
     merge_drafts,
@@ -187,6 +191,23 @@ def test_a_draft_says_all_but_the_instructions(tmp_path):
     assert row.conversations == tuple(talks) and row.instructions == ()
     assert draft.inputs == tuple(m.input for m in task.mentions) and not draft.split_stated
     assert set(draft.seconds) == {"read", "decode", "segment", "encode"}
+
+
+def test_threads_of_a_worker_find_what_a_stopped_build_left_once(tmp_path, monkeypatch):
+    """Each would hold a place for all pictures while it does."""
+    listings = []
+
+    def list_files(pattern: str) -> list[str]:
+        listings.append(pattern)
+        time.sleep(0.2)
+        return []
+
+    monkeypatch.setattr(spill, "list_files", list_files)
+    spill.spilled_pictures.cache_clear()
+    image = read(annotated(tmp_path))
+    with ThreadPoolExecutor(4) as threads:
+        assert [*threads.map(draft_known, [image] * 4, [job(resume=True)] * 4)] == [None] * 4
+    assert len(listings) == 1
 
 
 def test_a_reference_holds_the_path_and_no_bytes(tmp_path):
