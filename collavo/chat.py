@@ -7,12 +7,15 @@ Not here: how answers are made, see collavo/inference.py; the page, see collavo/
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from itertools import islice
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -320,28 +323,31 @@ def _memory(flags: Flags) -> AbstractContextManager[None]:
 
 def _converse(session: _Conversations, conversation: Conversation, console: Console) -> None:
     """Take questions and commands from the terminal until the user leaves."""
+    if isinstance(sys.stdin, io.TextIOWrapper):  # a line that is not UTF-8 is refused, and the next one read
+        sys.stdin.reconfigure(errors="surrogateescape")
     console.print(_COMMANDS, style="dim")
     while True:
         try:
             line = console.input("[bold]> [/bold]").strip()
             command, _, argument = line.partition(" ")
+            argument = expanduser(argument.strip())  # as a shell does it for --image
             match command:
                 case "":
                     continue
                 case "/quit":
                     return
+                case "/image" | "/map" if not argument:
+                    raise UserError(f"{command} needs the name of a file, such as picture.png")
                 case "/image":
-                    conversation = session.about_file(argument.strip())
+                    conversation = session.about_file(argument)
                     _show_objects(conversation.picture, session.cautions(conversation.picture), console)
                 case "/new":
                     conversation = session.about(conversation.picture)
                 case "/objects":
                     console.print(_objects_shown(conversation.picture))
                 case "/map":
-                    if not argument.strip():
-                        raise UserError("/map needs the name of a file, such as map.png")
-                    _save_map(conversation.picture, Path(argument.strip()))
-                    console.print(f"Saved: {argument.strip()}")
+                    _save_map(conversation.picture, Path(argument))
+                    console.print(f"Saved: {argument}")
                 case _ if command.startswith("/"):
                     console.print(f"{command} is none of the commands:\n{_COMMANDS}", style="dim")
                 case _:

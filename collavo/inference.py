@@ -6,6 +6,7 @@ answers are those that each whole prompt would get alone.
 """
 
 import copy
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -30,6 +31,9 @@ from collavo.panoptic.maps import PanopticMap
 from collavo.runs import TRAIN_ARGS, export_facts, load_base, load_run, read_train_args
 from schemas.categories import COCO_PANOPTIC, CategorySet
 from schemas.crayon_row import CrayonRow
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""What Python makes of bytes of a terminal or a command line that are not UTF-8; a tokenizer takes none."""
 
 ShowText = Callable[[str], object]
 """Receives the pieces of an answer."""
@@ -135,8 +139,10 @@ class Answerer:
             most: tokens that the answer may have.
 
         Raises:
-            UserError: if the turns alone are as long as the context.
+            UserError: if the turns alone are as long as the context, or the question is no text.
         """
+        if _SURROGATE.search(turns[-1][1]):
+            raise UserError("the question holds bytes that are not UTF-8")
         objects = None
         if listed:
             room, count = self.context - min(most, self.context // 4), len(picture.panoptic.segments)

@@ -111,8 +111,9 @@ def test_a_model_made_from_the_embedded_base_has_the_embedded_segmenter_and_othe
 def test_a_conversation_remembers_until_told_to_forget(world, tmp_path, monkeypatch, capsys):
     run, _, image = world
     saved = tmp_path / "map.png"
-    lines = ["", "Who?", "Where?", "/new", "Where?", "/nonsense", "/map", f"/map {saved}", "/image nowhere.jpg",
-             "/objects", f"/image {image}", "/quit", "never asked"]  # fmt: skip
+    lines = ["", "Who?", "Where?", "/new", "Where?", "/nonsense", "/map", "/map ~/map.png", "/image nowhere.jpg",
+             "/image", "/objects", f"/image {image}", "/quit", "never asked"]  # fmt: skip
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
     assert main(of_row(world, "--segmenter", "none")) == 0
     out = said(capsys)
@@ -122,7 +123,8 @@ def test_a_conversation_remembers_until_told_to_forget(world, tmp_path, monkeypa
     assert second != afresh
     position = 0
     told = "/nonsense is none of the commands", "/map needs the name of a file", f"Saved: {saved}"
-    for text in (first, second, afresh, *told, "nowhere.jpg: No such file", "(#1", "Nothing was recognised."):
+    refused = "nowhere.jpg: No such file", "/image needs the name of a file"
+    for text in (first, second, afresh, *told, *refused, "(#1", "Nothing was recognised."):
         position = out.index(text, position)
     assert saved.exists()
 
@@ -138,6 +140,16 @@ def test_a_conversation_forgets_its_first_turns_where_they_do_not_fit_the_model(
     assert re.search(r"the question has \d+ tokens with its image, and the model takes 1024", out)
     answered = out.index("the question has")
     assert len(out[answered:].splitlines()) > 1  # and the conversation goes on
+
+
+def test_bytes_that_are_no_text_are_refused_and_the_conversation_goes_on(world, monkeypatch, capsys):
+    piped = io.TextIOWrapper(io.BytesIO(b"caf\xe9?\nWhere?\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", piped)
+    assert main(of_row(world)) == 0
+    out = said(capsys)
+    assert answer(world[0], [("human", "Where?")]) in out[out.index("the question holds bytes that are not UTF-8") :]
+    assert main(of_row(world, "--prompt", "caf\udce9?")) == 2
+    assert "the question holds bytes that are not UTF-8" in capsys.readouterr().err
 
 
 def test_sampling_differs_by_seed_and_is_repeated_by_it(world, capsys):
