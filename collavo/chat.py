@@ -261,11 +261,11 @@ def _answer_file(flags: Flags) -> None:
     """Answer the questions of a file that have no answer yet."""
     from collavo.dataset import decoded_image
     from collavo.progress import Progress
-    from collavo.question_file import QuestionAnswerer, count_answers, read_questions
+    from collavo.question_file import QuestionAnswerer, count_answers, count_questions, read_questions
 
     assert flags.questions is not None and flags.answers is not None
     with naming("questions"):
-        total = sum(1 for _ in read_questions(flags.questions))
+        total = count_questions(flags.questions)
     with naming("answers"):
         done, unanswered = count_answers(flags.questions, flags.answers)
     left_out = LeftOut()
@@ -288,8 +288,10 @@ def _answer_file(flags: Flags) -> None:
                 progress.update(bar, min(done + number * flags.batch_size, total))
     for line in left_out.lines():
         print(line)
-    before = f"; an earlier run took the first {done:,}" if done else ""
+    before = f"; an earlier run, of whichever model, took the first {done:,}" if done else ""
     unanswered += left_out.counts.total()
+    if unanswered == total:
+        raise UserError(f"none of {total:,} questions answered{before}: {flags.answers}; remove it to try again", 1)
     said = f"{total - unanswered:,} of {total:,}" if unanswered else f"{total:,}"
     print(f"{said} questions answered{before}: {flags.answers}")
 

@@ -41,15 +41,29 @@ def read_questions(file: Path) -> Iterator[Asked]:
     """Read questions, line by line; empty lines are none.
 
     Raises:
-        UserError: if the file cannot be opened.
+        UserError: if the file cannot be opened, or is a JSON list.
     """
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
+                if number == 1 and line.lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+                    raise UserError(f"{file}: a JSON list, but a question is a line; jq -c '.[]' makes lines of a list")
                 if line.strip():
                     yield _asked(number, line)
     except OSError as error:
         raise UserError(f"{file}: {error.strerror}") from error
+
+
+def count_questions(file: Path) -> int:
+    """Count the lines that are not empty.
+
+    Raises:
+        UserError: as `read_questions`, and if none of them is a question.
+    """
+    faults = [asked.fault and f"line {asked.number}: {asked.fault}" for asked in read_questions(file)]
+    if all(faults):
+        raise UserError(f"{file}: holds no question; {faults[0] if faults else 'it is empty'}")
+    return len(faults)
 
 
 def count_answers(questions: Path, answers: Path) -> tuple[int, int]:

@@ -253,7 +253,7 @@ def test_a_file_of_questions_is_answered_in_order_and_an_interrupted_run_goes_on
     answers.write_bytes(whole[: whole.index(b'"id": "d"') + 5])  # killed in the middle of its fifth line
     assert main(flags) == 0
     assert answers.read_bytes() == whole
-    assert "3 of 7 questions answered; an earlier run took the first 4: " in said(capsys)
+    assert "3 of 7 questions answered; an earlier run, of whichever model, took the first 4: " in said(capsys)
     asked[1]["text"] = "Whom?"
     questions.write_text("\n".join(q if isinstance(q, str) else json.dumps(q) for q in asked))
     assert main(flags) == 2
@@ -266,6 +266,31 @@ def test_a_file_of_questions_is_answered_in_order_and_an_interrupted_run_goes_on
         assert answers.read_bytes() == other
     assert main([*flags[:-1], str(questions)]) == 2
     assert f"--answers {questions}: is the file of the questions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ('[\n{"image": "a.jpg", "question": "?"},\n{"image": "b.jpg", "question": "?"}\n]', "a JSON list"),
+        ('[{"image": "a.jpg", "question": "?"}]', "jq -c '.[]' makes lines of a list"),
+        ("index\tquestion\timage\n1\t?\tAAAA\n", "holds no question; line 1: not JSON"),  # MMBench's layout
+        ('{"id": 1, "image": "a.jpg", "conversations": []}', "line 1: question is missing"),
+        ("\n", "it is empty"),
+    ],
+)
+def test_a_file_without_a_question_is_refused_before_the_model_is_loaded(tmp_path, capsys, text, complaint):
+    (tmp_path / "in").write_text(text)
+    answers = tmp_path / "out.jsonl"
+    assert main(["--model", "nowhere", "--questions", str(tmp_path / "in"), "--answers", str(answers)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("collavo.chat: error: --questions: ") and complaint in line and not answers.exists()
+
+
+def test_a_run_that_answers_nothing_fails(world, tmp_path, capsys):
+    (tmp_path / "in").write_text('{"image": "nowhere.jpg", "question": "?"}\n' * 2)
+    flags = ["--model", str(world[0]), "--questions", str(tmp_path / "in"), "--answers", str(tmp_path / "out")]
+    assert main(flags) == 1
+    assert f"none of 2 questions answered: {tmp_path}/out" in capsys.readouterr().err
 
 
 def test_the_images_of_questions_stand_inside_their_root(world, tmp_path):
