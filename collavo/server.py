@@ -82,6 +82,7 @@ class _Question(BaseModel):
     logit_bias: dict[str, float] | None = Field(None, max_length=0)
     response_format: dict[Literal["type"], Literal["text"]] | None = None
     tools: list[Any] | None = Field(None, max_length=0)
+    functions: list[Any] | None = Field(None, max_length=0)
 
 
 def build_app(session: Session, name: str, fetch_images: bool) -> Starlette:
@@ -93,7 +94,9 @@ def build_app(session: Session, name: str, fetch_images: bool) -> Starlette:
     served = _Served(session, name, fetch_images)
     return Starlette(
         routes=[
+            Route("/health", lambda _: Response()),
             Route("/v1/models", served.models),
+            Route("/v1/models/{name:path}", served.model),
             Route("/v1/chat/completions", served.complete, methods=["POST"]),
         ],
         exception_handlers={
@@ -117,8 +120,16 @@ class _Served:
         self._fetches = fetch_images
 
     async def models(self, _: Request) -> Response:
-        model = {"id": self._name, "object": "model", "created": self._started, "owned_by": "collavo"}
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": [self._described(self._name)]})
+
+    async def model(self, request: Request) -> Response:
+        return JSONResponse(self._described(request.path_params["name"]))
+
+    def _described(self, name: str) -> dict[str, Any]:
+        """Describe the model, as a client lists it; refuse another name."""
+        if name != self._name:
+            raise HTTPException(404, f"model: there is no {name!r}; this server has {self._name!r}")
+        return {"id": name, "object": "model", "created": self._started, "owned_by": "collavo"}
 
     async def complete(self, request: Request) -> Response:
         body, size = bytearray(), 0
@@ -153,8 +164,7 @@ class _Served:
     def _read(self, body: bytes) -> tuple[_Question, bytes | None]:
         """Read a request, and get its image."""
         question = _Question.model_validate_json(body)
-        if question.model != self._name:
-            raise HTTPException(404, f"model: there is no {question.model!r}; this server has {self._name!r}")
+        self._described(question.model)
         if question.messages[-1].role != "user":
             raise HTTPException(400, f"messages: the last is of {question.messages[-1].role}, but must be of user")
         # A client may repeat the image with every turn.
@@ -224,8 +234,8 @@ class _Served:
             self._session.answerer.adopt(picture.panoptic.categories)
             inputs |= processor.picture_inputs([picture.image], [picture.panoptic])
         sampling = Sampling(question.temperature, question.top_p or 1.0) if question.temperature else None
-        if question.seed is not None:
-            torch.manual_seed(question.seed)
+        # Without a seed of its own, a request would draw on from that of another, or from torch's, always the same.
+        torch.seed() if question.seed is None else torch.manual_seed(question.seed)
         stops = [question.stop] if isinstance(question.stop, str) else question.stop or []
         growing = _Growing(processor.tokenizer, len(ids), [stop for stop in stops if stop], show, left)
         output = model.generate(

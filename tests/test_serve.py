@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from signal import SIGINT
@@ -83,7 +84,11 @@ def test_no_request_gets_a_longer_answer_than_the_server_gives(world, ask):
 
 
 def test_the_server_names_its_model_and_counts_tokens(world, ask):
-    assert [model.id for model in world[1].models.list()] == ["run"]
+    client = world[1]
+    assert [*client.models.list()] == [client.models.retrieve("run")]
+    with pytest.raises(openai.NotFoundError, match="there is no 'org/gpt'; this server has 'run'"):
+        client.models.retrieve("org/gpt")
+    assert urllib.request.urlopen(str(client.base_url.join("/health"))).status == 200
     found = ask(max_tokens=7)
     assert found.model == "run" and found.choices[0].finish_reason == "length"
     assert found.usage.completion_tokens == 7
@@ -113,6 +118,8 @@ def test_an_answer_ends_before_a_stop_text_even_one_of_several_tokens(ask, strea
 def test_words_are_drawn_where_a_temperature_is_given(ask):
     drawn = [text_of(ask(temperature=1.5, seed=seed)) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
+    after = [text_of(ask(temperature=1.5)) for _ in range(2) if ask(temperature=1.5, seed=1)]
+    assert after[0] != after[1]  # as they have no seed, whatever the last request had
     assert text_of(ask(temperature=1, top_p=0.001)) == text_of(ask(temperature=0)) == text_of(ask())
 
 
@@ -125,6 +132,7 @@ def test_words_are_drawn_where_a_temperature_is_given(ask):
         ([ASKED], {"temperature": -1}, "temperature: "),
         ([ASKED], {"max_tokens": 0}, "max_tokens: "),
         ([ASKED], {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools: "),
+        ([ASKED], {"functions": [{"name": "f"}]}, "functions: "),
         ([ASKED, ASKED], {}, "turns must alternate"),
         ([ASKED, {"role": "assistant", "content": "Yes"}], {}, "messages: the last is of assistant"),
         ([{"role": "user", "content": [{"type": "input_audio"}]}], {}, "messages.0.content.0: "),
