@@ -150,7 +150,7 @@ def check_embedded_base(run: Path, args: Mapping[str, Any]) -> None:
         )
 
 
-_OF_WHOLE_MODELS = ("quantization_config", "attn_implementation", "max_memory")
+_OF_WHOLE_MODELS = ("quantization_config", "load_in_4bit", "load_in_8bit", "attn_implementation", "max_memory")
 
 
 def load_run_in_place(
@@ -169,7 +169,7 @@ def load_run_in_place(
         UserError: as `load_run`, and for a keyword that would change the model.
     """
     whole = "collavo.export_model --as merged makes a whole model of it, which takes"
-    if refused := [name for name in _OF_WHOLE_MODELS if more.get(name) is not None]:
+    if refused := [name for name in _OF_WHOLE_MODELS if more.get(name)]:
         raise UserError(f"{run}: a run is loaded as it was trained, without {refused[0]}; {whole} one")
     device = device_map
     if isinstance(device_map, dict):

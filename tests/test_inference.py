@@ -216,8 +216,9 @@ def test_a_device_map_of_transformers_names_a_gpu_and_other_keywords_are_refused
     for device_map in ({"": 0}, 1, {"": "cpu"}, None, several_names):
         CollavoForConditionalGeneration.from_pretrained(run, device_map=device_map, dtype="float32")
     assert asked == [torch.device("cuda", 0), torch.device("cuda", 1), CPU, CPU, torch.device("cuda", 1)]
-    with pytest.raises(UserError, match=r"without quantization_config; collavo\.export_model --as merged"):
-        CollavoForConditionalGeneration.from_pretrained(run, quantization_config={"load_in_8bit": True})
+    for keyword, value in (("quantization_config", {"load_in_8bit": True}), ("load_in_4bit", True)):
+        with pytest.raises(UserError, match=rf"without {keyword}; collavo\.export_model --as merged"):
+            CollavoForConditionalGeneration.from_pretrained(run, **{keyword: value})
     with pytest.raises(UserError, match=r"onto one device, not cuda:0, cuda:1; collavo\.export_model --as merged"):
         CollavoForConditionalGeneration.from_pretrained(run, device_map={"model": 0, "lm_head": 1})
 
