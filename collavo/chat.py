@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from collavo.web import fetch, is_url
 
 if TYPE_CHECKING:  # it loads torch, which --help does not need
     from collavo.inference import Conversation, Picture, Sampling
+    from collavo.panoptic.maps import PanopticMap
 
 _DESCRIPTION = """\
 Ask a model about an image: one question with --prompt, or a conversation.
@@ -203,6 +205,15 @@ class Session:
 
         return Picture(image, self.segmenter.segment([image])[0])
 
+    def cautions(self, picture: Picture) -> list[str]:
+        """Say, a sentence each, why what was recognised in a picture is to be trusted less."""
+        said = [UNFAMILIAR] if picture.panoptic.unfamiliar else []
+        unknown = set(self.answerer.without_query(picture.panoptic.categories))
+        names = unknown & {
+            picture.panoptic.categories[segment.label].display_name for segment in picture.panoptic.segments
+        }
+        return said + [f"The model has no query for: {', '.join(sorted(names))}."] * bool(names)
+
     @property
     def lists_objects(self) -> bool:
         """Whether prompts begin with the recognised objects."""
@@ -218,15 +229,6 @@ class _Conversations(Session):
         from collavo.inference import Conversation
 
         return Conversation(self.answerer, picture, self.lists_objects, self.flags.max_new_tokens)
-
-    def cautions(self, picture: Picture) -> list[str]:
-        """Say, a sentence each, why what was recognised in a picture is to be trusted less."""
-        said = [UNFAMILIAR] if picture.panoptic.unfamiliar else []
-        unknown = set(self.answerer.without_query(picture.panoptic.categories))
-        names = unknown & {
-            picture.panoptic.categories[segment.label].display_name for segment in picture.panoptic.segments
-        }
-        return said + [f"The model has no query for: {', '.join(sorted(names))}."] * bool(names)
 
     def about_file(self, path: str) -> Conversation:
         """Segment an image file, and start a conversation about it.
@@ -260,6 +262,7 @@ class _Conversations(Session):
 def _answer_file(flags: Flags) -> None:
     """Answer the questions of a file that have no answer yet."""
     from collavo.dataset import decoded_image
+    from collavo.inference import Picture
     from collavo.progress import Progress
     from collavo.question_file import QuestionAnswerer, count_answers, count_questions, read_questions
 
@@ -268,12 +271,19 @@ def _answer_file(flags: Flags) -> None:
         total = count_questions(flags.questions)
     with naming("answers"):
         done, unanswered = count_answers(flags.questions, flags.answers)
-    left_out = LeftOut()
+    left_out, cautions = LeftOut(), Counter[str]()
     if done < total:
         session = _conversations(flags)
+
+        def segment(images: Sequence[np.ndarray]) -> Sequence[PanopticMap]:
+            maps = session.segmenter.segment(images)
+            for image, panoptic in zip(images, maps, strict=True):
+                cautions.update(session.cautions(Picture(image, panoptic)))
+            return maps
+
         answerer = QuestionAnswerer(
             session.answerer,
-            lambda images: session.segmenter.segment(images),
+            segment,
             lambda name: _read_image(name) if flags.image_root is None else decoded_image(name, None, flags.image_root),
             flags.object_list,
             flags.max_new_tokens,
@@ -286,7 +296,7 @@ def _answer_file(flags: Flags) -> None:
             for number, of_batch in enumerate(answerer.answer(remaining, flags.answers), start=1):
                 left_out.merge(of_batch)
                 progress.update(bar, min(done + number * flags.batch_size, total))
-    for line in left_out.lines():
+    for line in (*left_out.lines(), *(f"of {count:,} pictures: {said}" for said, count in cautions.items())):
         print(line)
     before = f"; an earlier run, of whichever model, took the first {done:,}" if done else ""
     unanswered += left_out.counts.total()

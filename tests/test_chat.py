@@ -23,7 +23,7 @@ from collavo.inference import Picture, Request, load_answerer, picture_of_row
 from collavo.panoptic.colors import crayon_color, crayon_overlay
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.runs import base_of
-from collavo.segmenters import NoSegmenter, load_segmenter, open_segmenter
+from collavo.segmenters import UNFAMILIAR, NoSegmenter, load_segmenter, open_segmenter
 from schemas.categories import COCO_PANOPTIC
 
 ROW = scene_rows(1)[0]
@@ -284,6 +284,17 @@ def test_a_file_without_a_question_is_refused_before_the_model_is_loaded(tmp_pat
     assert main(["--model", "nowhere", "--questions", str(tmp_path / "in"), "--answers", str(answers)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("collavo.chat: error: --questions: ") and complaint in line and not answers.exists()
+
+
+@needs_scenes_model
+def test_a_file_of_questions_about_pictures_that_the_segmenter_does_not_know_says_so(world, tmp_path, capsys):
+    noise = np.random.default_rng(0).integers(0, 256, (72, 96, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    questions = [{"image": str(tmp_path / "noise.png"), "question": question} for question in ("Who?", "Where?")]
+    (tmp_path / "in").write_text("\n".join(map(json.dumps, questions)))
+    flags = ["--questions", str(tmp_path / "in"), "--answers", str(tmp_path / "out"), "--max_new_tokens", "2"]
+    assert main(["--model", str(world[0]), "--segmenter_checkpoint", "scenes", *flags]) == 0
+    assert f"of 1 pictures: {UNFAMILIAR}" in said(capsys)
 
 
 def test_a_run_that_answers_nothing_fails(world, tmp_path, capsys):

@@ -26,6 +26,7 @@ from collavo import server, web
 from collavo.chat import Session
 from collavo.inference import Request, load_answerer, picture_of_row
 from collavo.runs import load_base
+from collavo.segmenters import UNFAMILIAR
 from collavo.serve import main
 
 QUESTION, URL = "What is in the image?", data_url(encoded(Image.fromarray(PICTURE.image)))
@@ -196,6 +197,13 @@ def test_images_are_fetched_from_the_web_within_bounds_and_from_nowhere_else(wor
                 ask(user(QUESTION, scene))
         finally:
             site.shutdown()
+
+
+def test_the_log_has_why_a_picture_is_recognised_badly(world, ask, monkeypatch, capsys):
+    found = dataclasses.replace(BLANK, panoptic=dataclasses.replace(BLANK.panoptic, unfamiliar=True))
+    monkeypatch.setattr(world[2], "segmented", lambda _: found)
+    ask(max_tokens=1)
+    assert capsys.readouterr().out == f"{UNFAMILIAR}\n"
 
 
 def test_requests_at_once_get_the_answers_that_they_get_alone_while_the_server_stays_awake(world, ask):
