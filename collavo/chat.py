@@ -281,10 +281,16 @@ def _answer_file(flags: Flags) -> None:
                 cautions.update(session.cautions(Picture(image, panoptic)))
             return maps
 
+        def read_image(name: str) -> np.ndarray:
+            if flags.image_root is None:
+                return _read_image(name)
+            with naming("image_root"):
+                return decoded_image(name, None, flags.image_root)
+
         answerer = QuestionAnswerer(
             session.answerer,
             segment,
-            lambda name: _read_image(name) if flags.image_root is None else decoded_image(name, None, flags.image_root),
+            read_image,
             flags.object_list,
             flags.max_new_tokens,
             flags.batch_size,

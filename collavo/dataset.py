@@ -283,7 +283,7 @@ def image_bytes(path: str, data: bytes | None, image_root: Path | None) -> bytes
     except FileNotFoundError as error:
         if not image_root.is_dir() or not any(os.scandir(image_root)):  # as an unmounted disk leaves it
             raise UserError(f"{image_root}: there is no file; is the disk of the images mounted?", 1) from error
-        raise Rejected("missing_file", str(file)) from error
+        raise Rejected("missing_file", f"{file}: there is no such file") from error
     except OSError as error:
         if error.errno not in _FAULTS_OF_ONE_FILE:
             raise UserError(f"{file}: {error.strerror}", 1) from error

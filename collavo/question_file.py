@@ -107,7 +107,8 @@ class QuestionAnswerer:
 
     Args:
         segment: makes the maps of images, uint8 RGB [height, width, 3].
-        read_image: reads the image that a question names; raises Rejected or UserError.
+        read_image: reads the image that a question names; raises Rejected or UserError, with exit status 1 where no
+            other image can be read either.
         object_list: as in `Answerer.lists_objects`.
         max_new_tokens: the length of an answer at most.
         batch_size: questions answered together.
@@ -168,6 +169,8 @@ class QuestionAnswerer:
             try:
                 images[name] = self.read_image(name)
             except (Rejected, UserError) as error:
+                if isinstance(error, UserError) and error.exit_status == 1:
+                    raise  # a disk that does not answer; a later run does better than a file of errors
                 pictures[name] = str(error)
         maps = self.segment(list(images.values())) if images else []
         found = zip(images.items(), maps, strict=True)

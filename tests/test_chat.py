@@ -304,15 +304,20 @@ def test_a_run_that_answers_nothing_fails(world, tmp_path, capsys):
     assert f"none of 2 questions answered: {tmp_path}/out" in capsys.readouterr().err
 
 
-def test_the_images_of_questions_stand_inside_their_root(world, tmp_path):
+def test_the_images_of_questions_stand_inside_their_root(world, tmp_path, capsys):
     run, _, image = world
     questions, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    images = ("scene.jpg", "../scene.jpg", "/etc/hostname")
+    images = ("scene.jpg", "../scene.jpg", "/etc/hostname", "nowhere.jpg")
     questions.write_text("".join(json.dumps({"image": name, "question": QUESTION}) + "\n" for name in images))
-    flags = ["--model", str(run), "--segmenter", "none", "--max_new_tokens", "4", "--image_root", str(image.parent)]
-    assert main([*flags, "--questions", str(questions), "--answers", str(answers)]) == 0
+    flags = ["--model", str(run), "--segmenter", "none", "--max_new_tokens", "4", "--questions", str(questions)]
+    flags += ["--answers", str(answers), "--image_root"]
+    assert main([*flags, str(tmp_path / "unmounted")]) == 1
+    assert "--image_root: " in (complaint := capsys.readouterr().err) and "is the disk of the images" in complaint
+    assert not answers.read_bytes()  # so that the next run asks them all
+    assert main([*flags, str(image.parent)]) == 0
     lines = [json.loads(line) for line in answers.read_text().splitlines()]
-    assert [("answer" in line, "error" in line) for line in lines] == [(True, False), (False, True), (False, True)]
+    assert [("answer" in line, "error" in line) for line in lines] == [(True, False), *[(False, True)] * 3]
+    assert lines[3]["error"].endswith("nowhere.jpg: there is no such file")
 
 
 def test_a_gpu_without_memory_is_one_line_with_what_helps(world, monkeypatch, capsys):
