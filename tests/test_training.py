@@ -424,7 +424,6 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_a_weight_takes_it(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of what is mapped")
 def test_the_last_checkpoint_is_that_of_the_most_steps_also_beyond_a_million(tmp_path: Path) -> None:
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([weight])
@@ -447,6 +446,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_counts_as_one(tmp_path: Path, mon
     assert {path.parent.name for path in synced} == {f".{whole.name}.unfinished"}
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of what is mapped")
 def test_a_checkpoint_that_was_loaded_is_not_held_open(tmp_path: Path) -> None:
     weight = torch.nn.Parameter(torch.ones(9))
     optimizer = torch.optim.AdamW([weight])
