@@ -42,6 +42,12 @@ def test_what_json_lacks_becomes_null_but_not_in_strings() -> None:
     assert json.loads(opened(text)) == {"area": None, "low": None, "a NaN": 'Infinity " NaN', "x": None}
 
 
+@pytest.mark.parametrize("end", [b"", b"\\"])
+def test_a_line_cut_within_a_string_leaves_the_words_of_the_next_ones_alone(end: bytes) -> None:
+    line = b'{"a": "no NaN"}\n'
+    assert opened(b'{"a": "cut' + end + b"\n" + line * 2) == b'{"a": "cut' + end + b"\n" + line * 2
+
+
 @given(st.text(alphabet='"\\NaInfity,x ', max_size=40), st.integers(1, 20))
 def test_nulls_come_out_right_wherever_the_file_is_cut(text: str, size: int) -> None:
     data = json.dumps({"s": text, "n": float("nan"), "m": [text, float("-inf")]}).encode()

@@ -21,8 +21,9 @@ from collavo.storage import is_local
 
 _CHUNK_BYTES = 1 << 20
 
-# A string, passed over, whose closing quote may lie in the next piece of the file; or a number that JSON lacks.
-_NO_NUMBER = re.compile(rb'"(?:[^"\\]|\\.)*(?P<closed>"?)|-?(?:NaN|Infinity)', re.DOTALL)
+# A string, passed over, whose closing quote may lie in the next piece of the file; or a number that JSON lacks. A
+# string ends with its line too, so that one without a closing quote, in JSON lines, spoils no other line.
+_NO_NUMBER = re.compile(rb'"(?:[^"\\\n]|\\[^\n])*(?P<closed>"|\\?\n|)|-?(?:NaN|Infinity)')
 
 
 @contextmanager
