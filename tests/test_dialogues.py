@@ -148,6 +148,8 @@ def test_an_entry_about_a_picture_is_one_however_its_keys_are_filled(entry: dict
         ({"conversations": TURNS}, "no path in 'image' or 'images'"),
         ({"image": "", "conversations": TURNS}, "no path in 'image' or 'images'"),
         ({"image_path": "a.jpg", "conversations": TURNS}, "no path in 'image' or 'images'"),
+        # No turn asks for it, as in data of VQA, but it is no dialogue about nothing.
+        ({"img": ["d/a.PNG"], "texts": [{"user": "Who?", "assistant": "A person."}]}, "'img' names one"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png,"}}]},
                        MESSAGES[1]]}, "as base64"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "image": f"{i}.jpg"} for i in range(2)]},

@@ -22,7 +22,7 @@ import ijson
 
 from collavo.errors import Rejected, UserError
 from collavo.sources import fault_in_json, parsed_json
-from collavo.sources.image_paths import is_utf8
+from collavo.sources.image_paths import is_image_name, is_utf8
 from schemas.crayon_row import IMAGE_TOKEN, Dialogue
 
 SPEAKERS = {
@@ -170,11 +170,16 @@ def _entry(record: Any, position: int) -> DialogueEntry:
     if fields.get("video") or fields.get("videos"):
         raise Rejected("malformed_entry", "the entry is about a video", entry_id)
     image, dialogue = _image(fields, entry_id), dialogue_of(fields, entry_id)
-    if not image and asks_about_image(dialogue):
-        raise Rejected(
-            "malformed_entry", f"{IMAGE_TOKEN} or <img> in the text, but no path in 'image' or 'images'", entry_id
-        )
+    if not image:
+        named = (f"{key!r} names one" for key, value in fields.items() if key != "id" and _names_image(value))
+        place = f"{IMAGE_TOKEN} or <img> in the text" if asks_about_image(dialogue) else None
+        if about_one := next(named, place):
+            raise Rejected("malformed_entry", f"{about_one}, but no path in 'image' or 'images'", entry_id)
     return DialogueEntry(image, dialogue)
+
+
+def _names_image(value: Any) -> bool:
+    return any(isinstance(one, str) and is_image_name(one) for one in (value if isinstance(value, list) else [value]))
 
 
 def asks_about_image(dialogue: Dialogue) -> bool:
