@@ -34,6 +34,7 @@ from collavo.storage import (
     is_local,
     is_nowhere,
     list_files,
+    local_path,
     open_random,
     open_read,
 )
@@ -344,7 +345,7 @@ def _file_mention(source: ImagesSource, root: str, path: str) -> Mention:
 def _inside(entry_id: str, path: str, folder: str = "") -> str:
     """Check a path of an entry, relative to a folder, or absolute and below it, as some tools write it."""
     if folder and is_absolute(path):
-        folder = join(folder, "")
+        folder, path = local_path(join(folder, "")), local_path(path)
         path = path.removeprefix(folder).removeprefix(canonical(folder))
     try:
         return checked_relative(path)

@@ -23,6 +23,7 @@ from pipelines.records import Mention
 from pipelines.sources import CocoSource, LlavaSource, read_coco, read_llava
 
 CAMVID = Path(__file__).parents[2] / "shared" / "camvid"
+TURNS = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "A person."}]
 PUBLISHED = {
     "ade20k": (ade20k, ADE20K, ADE20K_LABELS),
     "cityscapes": (cityscapes, CITYSCAPES, CITYSCAPES_LABELS),
@@ -74,13 +75,23 @@ def test_a_missing_picture_is_not_taken_for_one_of_its_name_in_another_folder(tm
 
 
 def test_a_reject_names_the_file_that_its_line_is_in(tmp_path: Path) -> None:
-    turns = [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": "A person."}]
     for name in ("one.jsonl", "two.jsonl"):
-        (tmp_path / name).write_text(json.dumps({"conversations": turns}) + "\n{broken\n")
+        (tmp_path / name).write_text(json.dumps({"conversations": TURNS}) + "\n{broken\n")
         source = LlavaSource("llava", str(tmp_path / name), str(tmp_path), name)
         _, reject = read_llava(source, str(tmp_path))
         assert not isinstance(reject, Mention)
         assert (reject.value.id, reject.value.detail.partition(": ")[0]) == ("line 2", str(tmp_path / name))
+
+
+@pytest.mark.parametrize("written", ["d/a b.jpg", "{root}/d/a b.jpg", "file://{root}/d/a%20b.jpg"])
+@pytest.mark.parametrize("root_written", ["{root}", "file://{root}/"])
+def test_a_dialogue_names_its_picture_as_a_path_or_a_file_uri(tmp_path: Path, written: str, root_written: str) -> None:
+    entry = {"image": written.format(root=tmp_path), "conversations": TURNS}
+    (tmp_path / "l.json").write_text(json.dumps([entry]))
+    source = LlavaSource("llava", str(tmp_path / "l.json"), root_written.format(root=tmp_path), "l.json")
+    (mention,) = read_llava(source, str(tmp_path))
+    assert isinstance(mention, Mention)
+    assert (mention.image_path, mention.uri) == ("d/a b.jpg", f"{tmp_path}/d/a b.jpg")
 
 
 def test_dialogues_about_annotated_pictures_need_no_network_of_the_same_classes(layout: Layout, tmp_path: Path) -> None:
