@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -241,6 +242,14 @@ def test_classes_of_which_nobody_knows_the_things_are_refused(tmp_path):
 def test_other_architectures_are_refused(tmp_path):
     SwinModel(SwinConfig(embed_dim=16, depths=[1], num_heads=[1])).save_pretrained(tmp_path)
     assert "a swin model, but one of detr, eomt, " in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(("field", "value"), [("num_queries", "100"), ("backbone_config", {"model_type": "nope"})])
+def test_a_configuration_that_makes_no_model_is_refused(checkpoint, tmp_path, field, value):
+    config = json.loads(Path(checkpoint, "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, field: value}))
+    (tmp_path / "model.safetensors").symlink_to(Path(checkpoint, "model.safetensors").resolve())
+    assert re.search(r"config.json makes no model: \w+: .*(num_queries|nope)", refusal(tmp_path))
 
 
 @pytest.mark.parametrize("fault", ["missing", "of another shape"])

@@ -292,6 +292,9 @@ def _load_model(checkpoint: str) -> tuple[Any, str | None, Path]:
         raise UserError(f"{checkpoint}: {first_line(error)}") from error
     except (OSError, ValueError, SafetensorError) as error:
         raise unusable_checkpoint(checkpoint, error) from error
+    except Exception as error:  # for a config.json that was edited by hand, transformers raises a dozen types
+        said = f"config.json makes no model: {type(error).__name__}: {' '.join(str(error).split()):.200}"
+        raise unusable_checkpoint(checkpoint, ValueError(said)) from error
     absent = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if absent:
         raise UserError(
