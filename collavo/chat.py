@@ -52,7 +52,8 @@ _COMMANDS = """\
   /objects      list the recognised objects
   /map PATH     save the crayon map over the image
   /new          forget the conversation
-  /quit         leave"""
+  /quit         leave
+  Ctrl-C        stop an answer; leave, where none grows"""
 
 _EPILOG = f"""\
 in a conversation:
@@ -162,6 +163,9 @@ def _check(flags: Flags) -> None:
         raise UserError("--questions and --answers go together: what is asked, and where the answers go")
     if flags.questions and flags.answers and flags.questions.resolve() == flags.answers.resolve():
         raise UserError(f"--answers {flags.answers}: is the file of the questions; name another one")
+    for name in ("prompt", "save_map"):
+        if getattr(flags, name) and (flags.questions or flags.gradio):
+            raise UserError(f"--{name} is about a single picture; leave it out, or name the picture by --image")
     if flags.top_p < 1 and not flags.temperature:
         raise UserError("--top_p says among which tokens --temperature draws; give it a temperature above 0")
     if flags.temperature and flags.beams > 1:
@@ -369,7 +373,10 @@ def _converse(session: _Conversations, conversation: Conversation, console: Cons
                 case _ if command.startswith("/"):
                     console.print(f"{command} is none of the commands:\n{_COMMANDS}", style="dim")
                 case _:
-                    _tell(conversation, line)
+                    try:
+                        _tell(conversation, line)
+                    except KeyboardInterrupt:
+                        console.print("\n(The answer was stopped, and its question is forgotten.)", style="dim")
         except (EOFError, KeyboardInterrupt):
             return
         except UserError as error:

@@ -19,7 +19,7 @@ from tiny_run import save_tiny_run
 
 from collavo.chat import main
 from collavo.errors import UserError
-from collavo.inference import Picture, Request, load_answerer, picture_of_row
+from collavo.inference import Picture, Request, _Pieces, load_answerer, picture_of_row
 from collavo.panoptic.colors import crayon_color, crayon_overlay
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
 from collavo.runs import base_of
@@ -150,6 +150,23 @@ def test_bytes_that_are_no_text_are_refused_and_the_conversation_goes_on(world, 
     assert answer(world[0], [("human", "Where?")]) in out[out.index("the question holds bytes that are not UTF-8") :]
     assert main(of_row(world, "--prompt", "caf\udce9?")) == 2
     assert "the question holds bytes that are not UTF-8" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_an_answer_and_not_the_conversation(world, monkeypatch, capsys):
+    shown = []
+
+    def interrupted(pieces, text, stream_end=False):
+        shown.append(text)
+        if len(shown) == 3:
+            raise KeyboardInterrupt
+        finalized(pieces, text, stream_end)
+
+    finalized = _Pieces.on_finalized_text
+    monkeypatch.setattr(_Pieces, "on_finalized_text", interrupted)
+    monkeypatch.setattr("sys.stdin", io.StringIO("Who?\nWhere?\n"))
+    assert main(of_row(world)) == 0
+    out = said(capsys)
+    assert answer(world[0], [("human", "Where?")]) in out[out.index("(The answer was stopped") :]
 
 
 def test_sampling_differs_by_seed_and_is_repeated_by_it(world, capsys):
@@ -351,6 +368,7 @@ def test_the_map_lies_over_the_image_in_crayon_colours():
         (["--image", "scene.jpg", "--gradio"], "given: --image and --gradio"),
         (["--image", "scene.jpg", "--top_p", "0.9"], "give it a temperature above 0"),
         (["--image", "scene.jpg", "--temperature", "1", "--beams", "3"], "--beams searches the likeliest; choose one"),
+        (["--questions", "in.jsonl", "--answers", "o", "--prompt", "Who?"], "--prompt is about a single picture"),
         (["--questions", "in.jsonl"], "--questions and --answers go together"),
         (["--questions", "nowhere.jsonl", "--answers", "o"], "--questions: nowhere.jsonl: No such file"),
         (["--data", "crayon.parquet"], "--data and --image_id go together"),
@@ -389,7 +407,8 @@ def test_what_cannot_work_is_refused_in_one_line(world, monkeypatch, capsys, fla
     run, data, _ = world
     monkeypatch.chdir(data.parent)
     model = [] if "--model" in flags else ["--model", str(run)]
-    assert main([*model, "--prompt", QUESTION, *flags]) == 2
+    asked = [] if "--answers" in flags else ["--prompt", QUESTION]
+    assert main([*model, *asked, *flags]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("collavo.chat: error: ")]
     assert len(errors) == 1
     assert complaint in errors[0]
