@@ -191,6 +191,11 @@ def test_of_several_images_of_a_key_one_is_the_picture(members: list[str], colum
     assert (found.reason if isinstance(found, Rejected) else found.data.decode()) == outcome
 
 
+def test_a_dialogue_apart_from_its_picture_says_how_to_write_the_tar() -> None:
+    *_, talk = stream_records(tar({"0.jpg": b"x", "1.jpg": b"x", "0.json": b"{}"}), "s.tar")
+    assert isinstance(talk, Rejected) and "tar --sort=name" in str(talk)
+
+
 def test_members_that_nothing_is_taken_from_are_named_once() -> None:
     members = dict.fromkeys(("0.depth.png", "0.jpg", "0.txt", "1.jpg", "1.txt", "1.json"), b"x")
     assert ignored_columns(tar(members), "s.tar") == ["depth.png", "txt"]

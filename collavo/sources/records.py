@@ -231,7 +231,10 @@ def _tar_record(stem: str, key: str, members: Mapping[str, bytes], image_column:
     if len(images) != 1:
         reason = "several_images" if images else "not_an_image"
         listed = ", ".join(f".{column}" for column in images or members)
-        return Rejected(reason, f"its {'images' if images else 'members'} are {listed}", f"{stem}/{key}")
+        detail = f"its {'images' if images else 'members'} are {listed}"
+        if "json" in members and not images:
+            detail += "; tar --sort=name writes it beside its image, which is where it is read"
+        return Rejected(reason, detail, f"{stem}/{key}")
     try:
         said = parsed_json(members["json"]) if "json" in members else {}
     except ValueError as error:
