@@ -227,7 +227,7 @@ def test_an_entry_that_is_nested_too_deeply_leaves_the_others() -> None:
         ('{"images": []}', "no entries"),
         ("", "no entries"),
         ('[{"id": 1, "conversations": []}, {"id', "not JSON to its end, after 1 entries"),
-        ("nonsense\n" * 3, "not JSON to its end, after 0 entries"),
+        ("nonsense\n" * 3, "not JSON to its end, after 0 entries; expected a JSON list, or an entry in each line"),
     ],
 )
 def test_what_is_no_file_of_dialogues_is_refused_in_one_line(content: str, complaint: str) -> None:

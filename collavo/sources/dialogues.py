@@ -130,7 +130,8 @@ def _records(file: BinaryIO, name: str) -> Iterator[Any]:
             if done:
                 return
     except ijson.JSONError as error:
-        raise UserError(f"{name}: not JSON to its end, after {done} entries ({fault_in_json(error)})") from error
+        place = f"after {done} entries" if done else "after 0 entries; expected a JSON list, or an entry in each line"
+        raise UserError(f"{name}: not JSON to its end, {place} ({fault_in_json(error)})") from error
 
 
 def _is_json_lines(file: BinaryIO) -> bool:
