@@ -127,9 +127,8 @@ def test_no_sequence_is_longer_than_allowed_and_each_text_is_in_one_or_counted(
     said = [turn for text in odd for turn in (("human", text), ("gpt", text[::-1] + " </s><image>"))]
     asked = [replace(row.instructions[0], question=text, answer=text + "</s>", segment_ids=()) for text in odd]
     dialogues = (*row.conversations, *([Dialogue("odd", tuple(said))] if said else []))
-    row = replace(
-        row, segments=row.segments * copies, instructions=(*row.instructions, *asked), conversations=dialogues
-    )
+    more = tuple(replace(segment, numbering=0) for segment in row.segments) * (copies - 1)
+    row = replace(row, segments=row.segments + more, instructions=(*row.instructions, *asked), conversations=dialogues)
     examples = dataset(tmp_path, [row], object_list, max_length=max_length)
     limit = LengthLimit(PROCESSOR, max_length, object_list, PACKED)
     plan = plan_epoch(examples.index, KINDS, PlanOptions(1, 0, PACKED, limit.room), 0)
