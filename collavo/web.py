@@ -53,8 +53,8 @@ def fetch(url: str, most_bytes: int | None = None, waits: Sequence[float] = ()) 
                 time.sleep(wait)
                 continue
             tries = f", {len(waits) + 1} times" if passing and waits else ""
-            reason = "missing_file" if code in (404, 410) else "unreachable_url"
-            raise Rejected(reason, f"cannot be fetched: {f'{code} ' * bool(code)}{fault}{tries}") from error
+            detail = f"cannot be fetched: {f'{code} ' * bool(code)}{fault}{tries}"
+            raise Rejected("missing_file" if code in (404, 410) else "unreachable_url", detail) from error
     if len(data) > most_bytes:
         raise Rejected("oversized_file", f"more than {most_bytes} bytes")
     return data

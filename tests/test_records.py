@@ -9,7 +9,7 @@ from pipelines.records import REJECT_REASONS
 ROOT = Path(__file__).parents[1]
 NOT_IN_A_BUILD = (
     *("collavo/model", "collavo/export_data.py", "collavo/inference.py", "collavo/server.py"),
-    *("collavo/question_file.py", "collavo/training", "collavo/panoptic/index_png.py"),
+    *("collavo/question_file.py", "collavo/training"),
 )
 
 
@@ -22,8 +22,9 @@ def reasons_in_the_code() -> dict[str, set[str]]:
             if isinstance(node, ast.Call):
                 called = getattr(node.func, "id", getattr(node.func, "attr", ""))
                 place = {"Rejected": 0, "reject": 1, "Reject": 3}.get(called)
-                if place is not None and len(node.args) > place and isinstance(node.args[place], ast.Constant):
-                    found[node.args[place].value].add(name)
+                for part in ast.walk(node.args[place]) if place is not None and len(node.args) > place else ():
+                    if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                        found[part.value].add(name)
     return found
 
 

@@ -231,7 +231,7 @@ def test_rows_without_anything_to_learn_do_not_hang_a_training(
 ) -> None:
     def save(name: str, split: str, ids: np.ndarray, is_crowd: bool) -> Path:
         panoptic = build_panoptic_map(ids, [SegmentInfo(1, CAR, is_crowd=is_crowd)])
-        side, picture = len(ids), encoded(Image.new("RGB", ids.shape))
+        side, picture = len(ids), encoded(Image.new("RGB", ids.shape, (len(name), 0, 0)))
         row = crayon_row(
             width=side, height=side, image_bytes=picture, image_id=name, image_path=name, split=split,
             image_sha256=sha256(picture).hexdigest(), segments=panoptic.segments,
