@@ -8,7 +8,6 @@ COCO's set, one with a class of its own stays a set of its own.
 import colorsys
 import json
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -19,9 +18,10 @@ from typing import Any, BinaryIO
 import ijson
 
 from collavo.errors import UserError
+from collavo.instructions.english import display_name_of, english_forms, unmarked
 from collavo.sources import MAX_ID, object_in, parsed_json, whole_id
 from collavo.sources.image_paths import is_utf8
-from schemas.categories import COCO_PANOPTIC, LEFT_OUT, CategorySet, name_key, without_suffixes
+from schemas.categories import COCO_PANOPTIC, LEFT_OUT, CategorySet, name_key
 
 CATEGORIES_FILE = "categories.json"
 """In a segmenter's folder: the set it was trained on, as a list like COCO's `categories`, or an object of it, a `name`,
@@ -29,18 +29,6 @@ and in `unseen` the names of classes that no picture of its training shows."""
 
 _TAIL_BYTES = 4 << 20
 """Where the `categories` of COCO's files stand; reading 300 MB for them would take half a minute."""
-
-# Words that name one thing in the plural; a count is put before "pair of".
-_PAIRS = frozenset(
-    "scissors glasses sunglasses goggles headphones trousers pants shorts jeans leggings tights skis pliers tweezers "
-    "binoculars shears tongs".split()
-)
-
-# Words without a plural of their own; a count is put before "piece of", as before COCO's broccoli.
-_MASSES = frozenset(
-    "food clothing apparel furniture luggage baggage jewelry jewellery equipment machinery bread meat cheese rice "
-    "pasta cutlery silverware stationery footwear headgear underwear litter rubbish garbage debris wood".split()
-)
 
 # Classes that are stuff in the published panoptic sets, by the number of all their classes. Checkpoints name their
 # classes and do not say which of them are things; what two sources call otherwise stands here twice. Sources: the
@@ -113,7 +101,7 @@ def read_categories(records: Any, name: str, are_things: bool = False) -> Catego
     for record, color in zip(parsed, colors, strict=True):
         record["color"] = color
         if record["isthing"]:
-            record |= _english(record)
+            record |= english_forms(record)
     # The set travels with rows and models: a file is named without the folders of the machine that it lay on.
     return CategorySet.from_records("/".join(name.split("/")[-2:]), parsed)
 
@@ -379,7 +367,7 @@ def _record(record: Any, position: int, name: str, are_things: bool) -> dict[str
     stated = {word: fields.get(word) or "" for word in ("display_name", "singular", "plural")}
     if odd := [f"{word!r} is {value!r:.80}" for word, value in stated.items() if not isinstance(value, str)]:
         raise UserError(f"{name}: category {text!r}: {odd[0]}, but should be a text")
-    display_name = _unmarked(stated["display_name"]) or _display_name(text)
+    display_name = unmarked(stated["display_name"]) or display_name_of(text)
     if not display_name:
         raise UserError(
             f"{name}: category {text!r} has a name without a letter to write; a 'display_name' gives it one"
@@ -395,73 +383,6 @@ def _record(record: Any, position: int, name: str, are_things: bool) -> dict[str
         "plural": stated["plural"] if thing else "",
         "article": "",
     }
-
-
-def _display_name(name: str) -> str:
-    """Write a name as questions and object lists hold it: a synonym, no suffix, no underscore, none of their marks."""
-    text = _unmarked(without_suffixes(name.partition(",")[0]).replace("_", " "))
-    return text.lower() if text.istitle() else text
-
-
-def _unmarked(text: str) -> str:
-    """Take away what has a meaning in `(#1 name)`."""
-    return " ".join(re.sub(r"[()#]", " ", text).split())
-
-
-def _english(record: Mapping[str, Any]) -> dict[str, str]:
-    """Singular, plural and article of a thing: the record's own, COCO's where it has the class, else by rule."""
-    known = COCO_PANOPTIC.by_key.get(record["key"])
-    singular, plural = record["singular"], record["plural"]
-    if not singular and known and known.is_thing:
-        return {"singular": known.singular, "plural": plural or known.plural, "article": known.article}
-    engine = _inflect()
-    if not singular:
-        name = record["display_name"]
-        if name == "clothes":  # which is no plural of anything
-            singular, plural = "piece of clothing", plural or "pieces of clothing"
-        elif (last := name.lower().split()[-1]) in _PAIRS | _MASSES:
-            what = "pair" if last in _PAIRS else "piece"
-            singular, plural = f"{what} of {name}", plural or f"{what}s of {name}"
-        else:
-            # inflect knows words in small letters.
-            word = name.lower() if name.isupper() else name
-            one = engine.singular_noun(word)
-            # inflect takes `bus` and `tennis` for plurals of `bu` and `tenni`.
-            is_plural = one and engine.plural_noun(one) == word and not word.endswith(("us", "is", "as", "ss", "lens"))
-            singular, plural = (one.upper() if name.isupper() else one, plural or name) if is_plural else (name, plural)
-    # inflect spells capitals out, which is right for short words: "an FBI agent", but "a STRAWBERRY".
-    spelt = singular if len(singular.split()[0]) < 5 else singular.lower()
-    return {
-        "singular": singular,
-        "plural": plural or _plural_of(singular),
-        "article": engine.a(spelt).partition(" ")[0],
-    }
-
-
-def _plural_of(singular: str) -> str:
-    if not any("LATIN" in unicodedata.name(letter, "") for letter in singular):
-        return singular  # no rule of English holds
-    if singular[-1].islower():
-        return str(_inflect().plural_noun(singular))
-    # By its small letters: of capitals, inflect makes SUVS and BATTERYS, and of WOMAN `women`.
-    plural = str(_inflect().plural_noun(singular.lower()))
-    ending = plural.removeprefix(singular.lower()).lower()
-    if ending in ("", "s", "es"):
-        return singular + ending  # SUVs and type 2s
-    return plural.upper() if singular.isupper() else plural
-
-
-@cache
-def _inflect() -> Any:
-    # Only a set without English forms needs it. For its own type checks, typeguard would parse all of inflect again for
-    # each of its methods: five seconds, and a third of one without them.
-    from unittest.mock import patch
-
-    import typeguard
-
-    with patch.object(typeguard, "typechecked", lambda function: function):
-        import inflect
-    return inflect.engine()
 
 
 def _checked_color(color: Any) -> list[int] | None:

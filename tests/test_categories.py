@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from collavo.categories import _inflect
+from collavo.instructions.english import _inflect
 from schemas.categories import COCO_PANOPTIC
 
 # COCO's detection classes are 1..90 without these, which were announced but never annotated.
