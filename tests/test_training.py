@@ -419,9 +419,13 @@ def test_a_gradient_that_is_no_number_ends_the_run_before_a_weight_takes_it(
 
     summed = Trainer._sum_gradients
     monkeypatch.setattr(Trainer, "_sum_gradients", spoilt)
-    assert train.main(command(world, tmp_path / "run", "--checkpoint_steps", "1")) == 1
-    assert "error: step 1: the norm of the gradient is inf; images scene-" in capsys.readouterr().err
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    for attention, way in (("sdpa", "; --resume with --attention eager computes it otherwise\n"), ("eager", "\n")):
+        flags = ("--checkpoint_steps", "1", "--attention", attention, "--overwrite")
+        assert train.main(command(world, tmp_path / "run", *flags)) == 1
+        said = capsys.readouterr().err
+        assert "error: step 1: the norm of the gradient is inf; images scene-" in said
+        assert said.endswith(way) and ("--resume" in said) == (attention == "sdpa")
+        assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_the_last_checkpoint_is_that_of_the_most_steps_also_beyond_a_million(tmp_path: Path) -> None:

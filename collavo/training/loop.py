@@ -256,7 +256,7 @@ class Trainer:
             raise UserError(f"step {step}: no token of the batch is supervised; {images}", 1)
         loss = self._accelerator.reduce(self._backward(pieces, supervised), "sum")
         if not torch.isfinite(loss):
-            raise UserError(f"step {step}: the loss is {loss.item()}; {images}", 1)
+            raise self._not_finite(f"step {step}: the loss is {loss.item()}; {images}")
         learning = list(self._staged.learning.values())
         self._sum_gradients(learning)
         assert self._staged.stage is not None
@@ -267,12 +267,17 @@ class Trainer:
             self._checked.add(self._staged.stage.name)
         norm = nn.utils.clip_grad_norm_(learning, self._arguments.max_grad_norm or math.inf)
         if not torch.isfinite(norm):  # clipped, a single infinity would make its weight and its moments no numbers
-            raise UserError(f"step {step}: the norm of the gradient is {norm.item()}; {images}", 1)
+            raise self._not_finite(f"step {step}: the norm of the gradient is {norm.item()}; {images}")
         optimizer.step()
         # None, not zero: AdamW passes over weights without a gradient. With a zero, its momentum would go on moving
         # the adapter whose turn it is not.
         optimizer.zero_grad(set_to_none=True)
         return float(loss), float(norm), tokens
+
+    def _not_finite(self, fault: str) -> UserError:
+        """Say how a run gets past a number that is none: another attention of the GPU may not compute it."""
+        way = "" if self._arguments.attention == "eager" else "; --resume with --attention eager computes it otherwise"
+        return UserError(fault + way, 1)
 
     def _backward(self, pieces: Sequence[MicroBatch], supervised_tokens: int) -> torch.Tensor:
         """Compute the gradients of all micro-batches of this rank, and the sum of their losses.
