@@ -81,7 +81,7 @@ def _line(name: str, done: float, total: float | None, rate: float, note: str) -
     if total:
         parts = [f"{done:,.0f} of {total:,.0f} ({100 * done / total:.0f} %)"]
     if rate > 0:
-        parts.append(f"{rate:.1f}/s")
+        parts.append(f"{rate:.1f}/s" if rate >= 1 else f"{1 / rate:.1f} s each")
         if total:
             minutes, seconds = divmod(round((total - done) / rate), 60)
             hours, minutes = divmod(minutes, 60)

@@ -112,16 +112,23 @@ def test_a_flag_is_named_before_its_value() -> None:
         raise UserError("x.parquet: broken")
 
 
-def test_without_a_terminal_progress_is_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("each", "first"),
+    [
+        (100, "Segmenting: 300 of 6,000 (5 %), 10.0/s, 9:30 left, 3 rejected"),
+        (0.25, "Segmenting: 1 of 6,000 (0 %), 40.0 s each, 66:39:30 left, 3 rejected"),
+    ],
+)
+def test_without_a_terminal_progress_is_plain_lines(monkeypatch: pytest.MonkeyPatch, each: float, first: str) -> None:
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     shown = io.StringIO()
     with Progress(Console(file=shown)) as bars:
         bar = bars.add("Segmenting", 6000)
-        for done in range(0, 121, 10):
-            bars.update(bar, 10 * done, note="3 rejected")
+        for tens in range(13):
+            bars.update(bar, each * tens, note="3 rejected")
             now[0] += 10
-    assert shown.getvalue().splitlines()[0] == "Segmenting: 300 of 6,000 (5 %), 10.0/s, 9:30 left, 3 rejected"
+    assert shown.getvalue().splitlines()[0] == first
     assert len(shown.getvalue().splitlines()) == 4  # one every half minute
 
 
