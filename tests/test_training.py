@@ -170,7 +170,7 @@ def test_signals_save_a_checkpoint_from_which_the_run_goes_on_bit_for_bit(
         assert torch.equal(tensor, weights(run)[name]), name
 
 
-def test_a_signal_that_is_ignored_as_under_nohup_stops_nothing() -> None:
+def test_a_terminal_that_is_closed_stops_nothing_under_nohup() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with signals_noted() as noted:

@@ -62,7 +62,7 @@ class StepResult:
 def signals_noted() -> Iterator[list[int]]:
     """Note the signals of `STOPPING` while the block runs, so that it can end in order; a second Ctrl-C interrupts it.
 
-    One that is ignored stays so, as SIGHUP under nohup.
+    SIGHUP stays ignored where it is, as under nohup.
     """
     noted: list[int] = []
 
@@ -74,7 +74,7 @@ def signals_noted() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
         yield noted
         return
-    heeded = [number for number in STOPPING if signal.getsignal(number) != signal.SIG_IGN]
+    heeded = set(STOPPING) - ({signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set())
     before = {number: signal.signal(number, note) for number in heeded}
     try:
         yield noted
