@@ -139,7 +139,7 @@ def _chat(flags: Flags) -> None:
             return serve(session.about_file, session.cautions, flags.port)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     conversation = session.about_row() if image is None else session.about(session.segmented(image))
-    _show_objects(conversation.picture, session.cautions(conversation.picture), console)
+    _show_objects(conversation.picture, session.cautions(conversation.picture.panoptic), console)
     if flags.save_map:
         with naming("save_map"):
             _save_map(conversation.picture, flags.save_map)
@@ -209,13 +209,11 @@ class Session:
 
         return Picture(image, self.segmenter.segment([image])[0])
 
-    def cautions(self, picture: Picture) -> list[str]:
+    def cautions(self, panoptic: PanopticMap) -> list[str]:
         """Say, a sentence each, why what was recognised in a picture is to be trusted less."""
-        said = [UNFAMILIAR] if picture.panoptic.unfamiliar else []
-        unknown = set(self.answerer.without_query(picture.panoptic.categories))
-        names = unknown & {
-            picture.panoptic.categories[segment.label].display_name for segment in picture.panoptic.segments
-        }
+        said = [UNFAMILIAR] if panoptic.unfamiliar else []
+        unknown = set(self.answerer.without_query(panoptic.categories))
+        names = unknown & {panoptic.categories[segment.label].display_name for segment in panoptic.segments}
         return said + [f"The model has no query for: {', '.join(sorted(names))}."] * bool(names)
 
     @property
@@ -266,7 +264,6 @@ class _Conversations(Session):
 def _answer_file(flags: Flags) -> None:
     """Answer the questions of a file that have no answer yet."""
     from collavo.dataset import decoded_image
-    from collavo.inference import Picture
     from collavo.progress import Progress
     from collavo.question_file import QuestionAnswerer, count_answers, count_questions, read_questions
 
@@ -281,8 +278,8 @@ def _answer_file(flags: Flags) -> None:
 
         def segment(images: Sequence[np.ndarray]) -> Sequence[PanopticMap]:
             maps = session.segmenter.segment(images)
-            for image, panoptic in zip(images, maps, strict=True):
-                cautions.update(session.cautions(Picture(image, panoptic)))
+            for panoptic in maps:
+                cautions.update(session.cautions(panoptic))
             return maps
 
         def read_image(name: str) -> np.ndarray:
@@ -362,7 +359,7 @@ def _converse(session: _Conversations, conversation: Conversation, console: Cons
                     raise UserError(f"{command} needs the name of a file, such as picture.png")
                 case "/image":
                     conversation = session.about_file(argument)
-                    _show_objects(conversation.picture, session.cautions(conversation.picture), console)
+                    _show_objects(conversation.picture, session.cautions(conversation.picture.panoptic), console)
                 case "/new":
                     conversation = session.about(conversation.picture)
                 case "/objects":

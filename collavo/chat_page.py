@@ -21,7 +21,7 @@ def build_page(about_file: Callable[[str], Any], cautions: Callable[[Any], list[
 
     Args:
         about_file: starts a `collavo.inference.Conversation` about an image file; the visitor sees its errors.
-        cautions: says why what was recognised in a picture is to be trusted less, if so.
+        cautions: says of a picture's panoptic map why it is to be trusted less, if so.
     """
 
     def choose(path: str | None) -> tuple[Any, ...]:
@@ -32,7 +32,7 @@ def build_page(about_file: Callable[[str], Any], cautions: Callable[[Any], list[
         except (ValueError, RuntimeError) as error:
             raise gr.Error(str(error)) from error
         picture = conversation.picture
-        said = " ".join(cautions(picture))
+        said = " ".join(cautions(picture.panoptic))
         caution = gr.Markdown(f"> ⚠️ {said}", visible=bool(said))
         return conversation, crayon_overlay(picture.image, picture.panoptic), caution, picture.objects, []
 

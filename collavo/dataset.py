@@ -157,10 +157,13 @@ def read_rows(
     Raises:
         UserError: for a damaged file, and for a damaged row where `left_out` is None.
     """
-    sets = _category_sets(files)
+    sets: dict[str, CategorySet] = {}
     for file in files:
         with opened_parquet(file) as parquet:
-            categories = sets[str(file)]
+            categories = _stated_set(parquet.schema_arrow, str(file))
+            if categories is None:
+                sets = sets or _category_sets(files)
+                categories = sets[str(file)]
             groups = set(range(parquet.num_row_groups))
             for column, value in (("split", split), ("image_id", image_id)):
                 groups &= groups if value is None else set(_groups_that_may_hold(parquet, column, value))

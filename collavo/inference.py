@@ -6,7 +6,6 @@ answers are those that each whole prompt would get alone.
 """
 
 import copy
-import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -29,11 +28,9 @@ from collavo.model.prompt import LISTED, Kind, Turns
 from collavo.model.query_init import adopt_categories
 from collavo.panoptic.maps import PanopticMap
 from collavo.runs import TRAIN_ARGS, export_facts, load_base, load_run, read_train_args
+from collavo.sources.image_paths import is_utf8
 from schemas.categories import COCO_PANOPTIC, CategorySet
 from schemas.crayon_row import CrayonRow
-
-_SURROGATE = re.compile("[\ud800-\udfff]")
-"""What Python makes of bytes of a terminal or a command line that are not UTF-8; a tokenizer takes none."""
 
 ShowText = Callable[[str], object]
 """Receives the pieces of an answer."""
@@ -141,7 +138,7 @@ class Answerer:
         Raises:
             UserError: if the turns alone are as long as the context, or the question is no text.
         """
-        if _SURROGATE.search(turns[-1][1]):
+        if not is_utf8(turns[-1][1]):  # what Python makes of other bytes of a terminal or a command line
             raise UserError("the question holds bytes that are not UTF-8")
         objects = None
         if listed:

@@ -211,7 +211,7 @@ class _Served:
         """
         model, processor = self._session.answerer.model, self._session.answerer.processor
         picture = self._session.segmented(decode_rgb(image)) if image is not None else None
-        for caution in self._session.cautions(picture) if picture else ():
+        for caution in self._session.cautions(picture.panoptic) if picture else ():
             print(caution, flush=True)  # as `collavo chat` says it; an answer has no place for it
         turns = [
             (_SPEAKERS[message.role], "".join(part.text for part in message.content if isinstance(part, _Text)))

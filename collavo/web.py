@@ -4,7 +4,7 @@ import socket
 import ssl
 import time
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from http.client import HTTPException, IncompleteRead
 from urllib import request
 from urllib.parse import quote
@@ -60,7 +60,7 @@ def fetch(url: str, most_bytes: int | None = None, waits: Sequence[float] = ()) 
     return data
 
 
-@lru_cache(maxsize=1)
+@cache
 def _tls() -> ssl.SSLContext:
     """Read the certificates of all authorities, which takes ten times as long as to read and decode an image."""
     context = ssl.create_default_context()

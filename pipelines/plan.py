@@ -24,7 +24,7 @@ from collavo.errors import UserError
 from collavo.folders import staging_of
 from collavo.instructions.phrasebook import DEFAULT_PHRASEBOOK, Phrasebook, load_phrasebook
 from collavo.panoptic.thresholds import THRESHOLD_PRESETS
-from collavo.segmenters import NoSegmenter, Segmenter, checkpoint_categories, load_segmenter, unseen_classes
+from collavo.segmenters import NoSegmenter, Segmenter, checkpoint_categories, load_segmenter
 from collavo.sources.records import count_records
 from collavo.storage import MANIFEST, canonical, is_local
 from pipelines.earlier import IMAGES_BELOW, check_extension
@@ -297,7 +297,7 @@ def _model(flags: SegmentationFlags, sources: Sources, sets: SourceCategories) -
                 f"{options['checkpoint']}: a network is read from a disk or the hub; copy it to a folder that every "
                 "worker has"
             )
-        found = checkpoint_categories(name, options.get("checkpoint"), sets.stated)
+        found, unseen = checkpoint_categories(name, options.get("checkpoint"), sets.stated)
         # Dialogues are mostly about pictures that are annotated. A network that nobody named, and that has other
         # classes, is no reason to refuse them.
         unasked = flags.segmenter == "auto" and flags.segmenter_checkpoint is None
@@ -307,7 +307,7 @@ def _model(flags: SegmentationFlags, sources: Sources, sets: SourceCategories) -
                 "--segmenter_checkpoint names one"
             )
             return None
-        sets.add(found, never_absent=unseen_classes(name, options.get("checkpoint")))
+        sets.add(found, never_absent=unseen)
         if not found.things:
             sets.notes.append(
                 f"{options.get('checkpoint')}: all of its {len(found)} classes are stuff, as of a network for semantic "

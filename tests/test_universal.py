@@ -256,7 +256,7 @@ def test_a_network_of_fixed_positions_refuses_other_sizes(checkpoints):
 
 
 def test_a_network_whose_numbers_have_gaps_has_the_classes_that_it_names(checkpoints, tmp_path):
-    assert joined(checkpoint_categories("transformers", str(checkpoints["detr"]))) is COCO_PANOPTIC
+    assert joined(checkpoint_categories("transformers", str(checkpoints["detr"]))[0]) is COCO_PANOPTIC
     save_checkpoint("detr", tmp_path, {0: "N/A", 1: "car", 2: "LABEL_2", 3: "sky-other-merged", 4: "unicorn"})
     with pytest.raises(UserError, match="names 3 classes"):
         checkpoint_categories("transformers", str(tmp_path))

@@ -7,7 +7,6 @@ imports its framework: `universal` (transformers) and `detectron2` (Panoptic-FPN
 
 import importlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -82,41 +81,31 @@ def load_segmenter(name: str, **options: Any) -> Segmenter:
     return segmenter
 
 
-def checkpoint_categories(name: str, checkpoint: str | None, known_set: CategorySet | None = None) -> CategorySet:
-    """Return the set of classes that a segmenter's checkpoint names, read from its configuration without loading it.
+def checkpoint_categories(
+    name: str, checkpoint: str | None, known_set: CategorySet | None = None
+) -> tuple[CategorySet, frozenset[str]]:
+    """Read from a segmenter's checkpoint, without loading it, the set of classes that it names.
 
     Args:
         name: one of `SEGMENTERS`.
         checkpoint: None for the segmenter's default.
         known_set: as of `collavo.categories.categories_of_labels`.
 
+    Returns:
+        the set, and the names of those classes that its training was shown in no picture, as far as it says so.
+
     Raises:
         UserError: if nobody here knows which of its classes are things.
     """
-    folder = _described_in(name, checkpoint)
-    return categories_of_checkpoint(folder, str(checkpoint), known_set) if folder else COCO_PANOPTIC
-
-
-def unseen_classes(name: str, checkpoint: str | None) -> frozenset[str]:
-    """Return the classes that the training of a segmenter's checkpoint was shown in no picture, as far as it says so.
-
-    Args:
-        name, checkpoint: as of `checkpoint_categories`.
-    """
-    folder = _described_in(name, checkpoint)
-    return unseen_by_checkpoint(folder) if folder else frozenset()
-
-
-def _described_in(name: str, checkpoint: str | None) -> Path | None:
-    """Find the folder of a checkpoint whose classes have to be read; None for the default and the embedded one."""
     if name != "transformers" or checkpoint is None or checkpoint == SCENES:
-        return None
+        return COCO_PANOPTIC, frozenset()
     from collavo.hub import find_checkpoint  # which imports the hub's client
 
     try:
-        return find_checkpoint(checkpoint, weights=())
+        folder = find_checkpoint(checkpoint, weights=())
     except OSError:
-        return None  # loading it says what is wrong
+        return COCO_PANOPTIC, frozenset()  # loading it says what is wrong
+    return categories_of_checkpoint(folder, checkpoint, known_set), unseen_by_checkpoint(folder)
 
 
 def check_checkpoint(name: str, checkpoint: str | None) -> None:
